@@ -1,0 +1,1 @@
+"""raytrain: adversarial training of image classifiers, distributed, tuned and compared."""
