@@ -1,0 +1,44 @@
+"""FGSM from a random start, the cheapest adversarial training that works (Wong, Rice and Kolter 2020)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field
+
+from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.nested import Nested
+from raytrain.attacks import ProjectedAscent, Start, Uniform
+from raytrain.balls import AbstractBall
+from raytrain.outer import AbstractOuter
+from raytrain.types import BatchNorm, StepSize
+
+
+@final
+class FgsmRs(AbstractRecipe):
+    """delta <- P(u + step_size * sign g(u)), u ~ U(-eps, eps);  theta <- theta - lr grad(delta).
+
+    Wong et al. 2020 (arXiv 2001.03994), algorithm 3. The public code draws its start and attacks
+    in train mode, updating BatchNorm twice per step: that is the default here too. It computes
+    weight gradients during the attack and throws them away (6 FE); this does not (5 FE). l2 and l1
+    take the norm's own steepest step; the paper has l-inf only. Catastrophic overfitting is known
+    for step sizes from about 1.5 eps and for start=zero.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Fast is better than free, Wong et al. 2020, arXiv 2001.03994",
+        rule="delta <- P(u + step_size sign g(u)), u uniform;  theta <- theta - lr grad(delta)",
+        cost="5 FE",
+        ranges={"step_size": "eps * [0.5, 2]"},
+    )
+
+    name: Literal["fgsm_rs"] = "fgsm_rs"
+    step_size: Annotated[StepSize, Field(description="10/255 at eps 8/255")] = "1.25*eps"
+    start: Start = Uniform()
+    attack_bn: BatchNorm = "train"
+
+    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        attack = ProjectedAscent(
+            start=self.start, steps=1, step_size=self.step_size, bn=self.attack_bn
+        )
+        return Nested(ball, attack, outer)

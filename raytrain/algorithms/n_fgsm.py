@@ -1,0 +1,47 @@
+"""FGSM from strong noise, without the projection (de Jorge et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field, PositiveFloat
+
+from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.nested import Nested
+from raytrain.attacks import ProjectedAscent, Uniform
+from raytrain.balls import AbstractBall
+from raytrain.outer import AbstractOuter
+from raytrain.types import BatchNorm, StepSize
+
+
+@final
+class NFgsm(AbstractRecipe):
+    """delta <- box(u + step_size * sign g(u)), u ~ U(-k eps, k eps);  theta <- theta - lr
+    grad(delta).
+
+    de Jorge et al. 2022 (arXiv 2202.01181), algorithm 1. On purpose delta is clipped to the pixel
+    box only, so its size may reach (k + step_size/eps) eps: training leaves the threat model, the
+    evaluation does not. l2 and l1 blow the norm's own noise up by k; the paper has l-inf only.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Make some noise, de Jorge et al. 2022, arXiv 2202.01181",
+        rule="delta <- box(u + step_size sign g(u)), u ~ U(-k eps, k eps)",
+        cost="5 FE",
+        ranges={"k": "[0.5, 4]", "step_size": "eps * [0.5, 1.5]"},
+    )
+
+    name: Literal["n_fgsm"] = "n_fgsm"
+    k: Annotated[PositiveFloat, Field(description="noise radius in multiples of eps")] = 2.0
+    step_size: StepSize = "eps"
+    attack_bn: BatchNorm = "train"
+
+    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        attack = ProjectedAscent(
+            start=Uniform(radius=self.k),
+            steps=1,
+            step_size=self.step_size,
+            bn=self.attack_bn,
+            confined=False,
+        )
+        return Nested(ball, attack, outer)

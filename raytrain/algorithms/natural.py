@@ -1,0 +1,29 @@
+"""Training on clean images: what every robust method is compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.nested import Nested
+from raytrain.attacks import ProjectedAscent, Zero
+from raytrain.balls import AbstractBall
+from raytrain.outer import AbstractOuter
+
+
+@final
+class Natural(AbstractRecipe):
+    """theta <- theta - lr mean_i grad loss_i(theta, 0)."""
+
+    card: ClassVar[Card] = Card(
+        paper="empirical risk minimisation",
+        rule="theta <- theta - lr mean grad loss(theta, 0)",
+        cost="3 FE",
+    )
+
+    name: Literal["natural"] = "natural"
+
+    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        return Nested(
+            ball, ProjectedAscent(start=Zero(), steps=0, step_size="eps", bn="eval"), outer
+        )

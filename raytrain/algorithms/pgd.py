@@ -1,0 +1,47 @@
+"""PGD adversarial training (Madry et al. 2018): the reference method."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field, NonNegativeInt
+
+from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.nested import Nested
+from raytrain.attacks import ProjectedAscent, Start, Uniform
+from raytrain.balls import AbstractBall
+from raytrain.outer import AbstractOuter
+from raytrain.types import BatchNorm, StepSize
+
+
+@final
+class Pgd(AbstractRecipe):
+    """delta <- P(delta + step_size * sign g(delta)), `steps` times;  theta <- theta - lr
+    grad(delta).
+
+    Madry et al. 2018 (arXiv 1706.06083), section 2. The last iterate is trained on, as there.
+    Public codes attack in train mode (Madry, Rice) or in eval mode (Pang's baseline); eval is the
+    default, because then a sample's perturbation does not depend on its neighbours in the batch.
+    start=remembered makes it ATTA (Zheng et al. 2020), which needs few steps.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Towards deep learning models resistant to adversarial attacks, Madry et al. 2018, "
+        "arXiv 1706.06083",
+        rule="delta <- P(delta + step_size sign g(delta)), steps times;  theta <- theta - lr grad",
+        cost="2 steps + 3 FE (10 steps: 23)",
+        memory="4 bytes per pixel and channel with start=remembered, otherwise none",
+        ranges={"steps": "1..20", "step_size": "eps * [0.05, 1.5], log"},
+    )
+
+    name: Literal["pgd"] = "pgd"
+    steps: Annotated[NonNegativeInt, Field(description="K, inner steps")] = 10
+    step_size: StepSize = "eps/4"
+    start: Start = Uniform()
+    attack_bn: BatchNorm = "eval"
+
+    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        attack = ProjectedAscent(
+            start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
+        )
+        return Nested(ball, attack, outer)

@@ -1,0 +1,76 @@
+"""Where an attack begins."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from raytrain.balls import AbstractBall, in_box
+from raytrain.store import SampleStore
+from raytrain.types import Batch, Delta, Spec, named
+
+
+class AbstractStart(Spec):
+    """The first perturbation of an attack. Always inside the pixel box."""
+
+    @abstractmethod
+    def delta(self, ball: AbstractBall, batch: Batch, store: SampleStore | None) -> Delta:
+        """(n, c, h, w)."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the algorithm must keep a `SampleStore` for this start."""
+        return False
+
+
+@final
+class Zero(AbstractStart):
+    """delta = 0."""
+
+    kind: Literal["zero"] = "zero"
+
+    def delta(self, ball: AbstractBall, batch: Batch, store: SampleStore | None) -> Delta:
+        del ball, store
+        return torch.zeros_like(batch.images)
+
+
+@final
+class Uniform(AbstractStart):
+    """delta = random point of the ball blown up by `radius`, clipped to the pixel box.
+
+    l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
+    """
+
+    kind: Literal["uniform"] = "uniform"
+    radius: Annotated[
+        PositiveFloat, Field(description="in multiples of eps (k of N-FGSM); 1 fills the ball")
+    ] = 1.0
+
+    def delta(self, ball: AbstractBall, batch: Batch, store: SampleStore | None) -> Delta:
+        del store
+        return in_box(ball.noise(batch.images, batch.dice, "start", self.radius), batch.images)
+
+
+@final
+class Remembered(AbstractStart):
+    """delta = what the last visit of the same image ended with (ATTA, Zheng et al. 2020), moved
+    with its crop and flip.
+
+    Kept in float32: 4 bytes per pixel and channel of every training image.
+    """
+
+    kind: Literal["remembered"] = "remembered"
+
+    def delta(self, ball: AbstractBall, batch: Batch, store: SampleStore | None) -> Delta:
+        assert store is not None
+        return ball.feasible(store.read(batch), batch.images)
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+
+Start = Annotated[Zero | Uniform | Remembered, Field(discriminator="kind"), named("kind")]

@@ -1,0 +1,175 @@
+"""A TrainState as one file, written whole or not at all, that any number of workers can go on from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from raytrain.algorithms import TrainState
+from raytrain.config import RunConfig
+from raytrain.oracle import Meter
+from raytrain.place import Place
+from raytrain.types import RequestError, TrainingFailed
+
+LAST, BEST = "last.pt", "best.pt"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint file holds, with its configuration validated anew."""
+
+    run: RunConfig
+    content: dict[str, Any]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished when it was written."""
+        return self.content["counters"]["epoch"]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The network that is to be judged: the averaged one where averages were kept."""
+        averaged = self.content["ema"]
+        if averaged is None:
+            return self.content["model"]
+        return {
+            name.removeprefix("module."): value
+            for name, value in averaged.items()
+            if name.startswith("module.")
+        }
+
+
+def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
+    """Write `path`: a collective, though only the leading worker writes.
+
+    Raises:
+        TrainingFailed: if the file cannot be written; what was there before is untouched.
+    """
+    store = None if state.store is None else state.store.state_dict()
+    randomness = _random_states(place)
+    if not place.leads:
+        return
+    content = {
+        "format": _FORMAT,
+        "run": run.model_dump_json(),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "ema": None if state.ema is None else state.ema.state_dict(),
+        "store": store,
+        "random": randomness,
+        "meter": state.meter.counts(),
+        "counters": {
+            "epoch": state.epoch,
+            "step": state.step,
+            "seconds": state.seconds,
+            "best": state.best,
+        },
+    }
+    try:
+        write_whole(path, content)
+        (path.parent / "run.yaml").write_text(to_yaml(run))
+    except OSError as error:
+        raise TrainingFailed(
+            f"storage: {path} could not be written ({error.strerror or error}); the checkpoint "
+            "before it is untouched"
+        ) from error
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """torch.save to a temporary file beside `path`, flushed to the disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch wraps a failed write of its zip file
+                raise OSError(str(error).splitlines()[0]) from error
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Saved:
+    """Read a checkpoint file, or the `best.pt` (else `last.pt`) of a folder. Never runs code from
+    it.
+
+    Raises:
+        RequestError: if there is none, or it is not one of ours.
+    """
+    file = find(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if content["format"] != _FORMAT:
+            raise RequestError(
+                f"{file}: a checkpoint of format {content['format']}; this version reads {_FORMAT}"
+            )
+        run = RunConfig.model_validate_json(content["run"])
+    except RequestError:
+        raise
+    except ValidationError as error:
+        raise RequestError(
+            f"{file}: its configuration is not valid in this version ({error.errors()[0]['msg']})"
+        ) from error
+    except Exception as error:
+        # Whatever a truncated or foreign file makes the reader trip over.
+        raise RequestError(f"{file}: not a checkpoint of raytrain, or a truncated one") from error
+    return Saved(run, content)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint file that `path` means."""
+    if path.is_file():
+        return path
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    raise RequestError(f"{path}: expected a checkpoint file, or a folder with {BEST} or {LAST}")
+
+
+def restore(state: TrainState, saved: Saved, place: Place) -> None:
+    """Continue where `saved` stopped; the number of workers may have changed."""
+    content = saved.content
+    state.model.load_state_dict(content["model"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    if state.ema is not None:
+        state.ema.load_state_dict(content["ema"])
+    if state.store is not None:
+        state.store.load_state_dict(content["store"])
+    # The counters are totals over the workers: one of them carries on with the old sum.
+    state.meter = Meter(**content["meter"]) if place.leads else Meter()
+    counters = content["counters"]
+    state.epoch, state.step = counters["epoch"], counters["step"]
+    state.seconds, state.best = counters["seconds"], counters["best"]
+    _set_random_states(content["random"], place)
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The configuration as a run file that `raytrain train` takes."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def _random_states(place: Place) -> dict[str, torch.Tensor]:
+    """Every worker's generators (dropout), one row each: a collective."""
+    states = {"cpu": torch.get_rng_state()}
+    if place.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(place.device)
+    return {
+        name: place.gather(value[None].to(place.device)).cpu() for name, value in states.items()
+    }
+
+
+def _set_random_states(states: dict[str, torch.Tensor], place: Place) -> None:
+    if place.rank < len(states["cpu"]):
+        torch.set_rng_state(states["cpu"][place.rank])
+        if "cuda" in states and place.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"][place.rank], place.device)

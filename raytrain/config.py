@@ -1,0 +1,143 @@
+"""The run: one validated record of everything that decides a training run, and where it is to happen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from raytrain.algorithms import Pgd, Recipe
+from raytrain.balls import Ball
+from raytrain.data.catalogue import SOURCES
+from raytrain.data.spec import DataSpec
+from raytrain.evaluate import Evaluation
+from raytrain.models import ModelSpec
+from raytrain.optim import Sgd
+from raytrain.oracle import Precision
+from raytrain.outer import Outer, Plain
+from raytrain.types import RequestError, Spec, named
+
+RUNTIME = frozenset(
+    {
+        "workers",
+        "device",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "max_failures",
+        "storage",
+        "experiment",
+        "run_name",
+        "tracking_uri",
+        "checkpoint_every",
+    }
+)
+"""Fields that say where and how a run happens, not what it computes: not part of its signature."""
+
+
+class RunConfig(Spec):
+    """A training run. Every field can be set as `dotted.path=value` on the command line."""
+
+    data: Annotated[DataSpec, named("name"), Field(description="what to train on")] = DataSpec()
+    model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()
+    threat: Annotated[
+        Ball, Field(description="norm: linf, l2 or l1, and eps; default: customary for the data")
+    ]
+    algorithm: Annotated[
+        Recipe, Field(description="see `raytrain algorithms`", validate_default=True)
+    ] = Pgd()
+    outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
+    optimizer: Sgd = Sgd()
+    epochs: Annotated[PositiveInt, Field(description="passes over the training images")] = 15
+    batch_size: Annotated[
+        PositiveInt, Field(description="images per weight update, over all workers together")
+    ] = 128
+    ema: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="decay of averaged weights, which are then evaluated"),
+    ] = None
+    precision: Annotated[
+        Precision, Field(description="fp32, bf16 (autocast) or fp64; evaluation is never bf16")
+    ] = "fp32"
+    seed: NonNegativeInt = 0
+    evaluation: Annotated[Evaluation, Field(description="the attack of validation")] = Evaluation()
+
+    workers: Annotated[PositiveInt, Field(description="processes, one model replica each")] = 1
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="auto: a GPU where there is one")
+    ] = "auto"
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Annotated[
+        PositiveFloat | None, Field(description="default: 1 on GPUs; below 1 shares one")
+    ] = None
+    max_failures: Annotated[
+        NonNegativeInt, Field(description="restarts from the last checkpoint after a lost worker")
+    ] = 2
+    storage: Annotated[
+        Path, Field(description="folder of checkpoints; on a cluster, shared by all nodes")
+    ] = Path("runs")
+    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment")] = "raytrain"
+    run_name: Annotated[str | None, Field(description="default: made of the configuration")] = None
+    tracking_uri: Annotated[
+        str | None,
+        Field(description="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db"),
+    ] = None
+    checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _customary_radius(cls, value: Any) -> Any:
+        """Fill in the l-inf radius that is customary for the data set, where none is given."""
+        if not isinstance(value, dict):
+            return value
+        threat = value.get("threat", {})
+        if isinstance(threat, dict) and threat.get("norm", "linf") == "linf":
+            value = {**value, "threat": {"norm": "linf", "eps": _customary(value), **threat}}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.threat.norm == "linf" and self.threat.eps > 1:
+            raise ValueError(
+                f"threat.eps: {self.threat.eps:g} is not in pixels of [0, 1]; did you mean "
+                f"{self.threat.eps:g}/255?"
+            )
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
+                "equally; expected a divisor of it"
+            )
+        self.algorithm.build(self.threat, self.outer)
+        return self
+
+    def signature(self) -> str:
+        """12 hexadecimal digits that change exactly when what is computed may change."""
+        text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def check_radius(self, shape: tuple[int, ...]) -> None:
+        """Refuse a radius that covers the whole pixel cube: it was meant in another unit.
+
+        Raises:
+            RequestError: if eps is not below the norm's diameter of [0, 1]^shape.
+        """
+        pixels = 1
+        for length in shape:
+            pixels *= length
+        widest = {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[self.threat.norm]
+        if self.threat.eps >= widest:
+            raise RequestError(
+                f"threat.eps: {self.threat.eps:g} is as wide as the whole set of images "
+                f"({self.threat.norm}: {widest:g}); expected pixels of [0, 1], such as "
+                f"{self.threat.eps:g}/255"
+            )
+
+
+def _customary(value: dict[str, Any]) -> float:
+    data = value.get("data", "digits")
+    name = data if isinstance(data, str) else getattr(data, "name", None)
+    if isinstance(data, dict):
+        name = data.get("name", "digits")
+    return SOURCES[str(name)].eps if str(name) in SOURCES else 8 / 255

@@ -1,0 +1,106 @@
+"""A column of image files (PNG, JPEG, ...) -> pixels: Pillow in as many threads as cores.
+
+Pillow lets other threads run while it decodes, so large images gain from every core.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import UInt8
+from PIL import Image
+
+from raytrain.data.images import Location
+
+SLICE = 64  # images to a task: a task for each small image would cost more than the image
+
+
+def is_encoded(kind: pa.DataType) -> bool:
+    """Bytes, or the struct<bytes, path> that Hugging Face publishes."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and is_encoded(kind.field("bytes").type)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def decode(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]:
+    """Every image of the column; one channel if all are grey, else three."""
+    files = _contents(column, location)
+    starts = range(0, len(files), SLICE)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        slices = pool.map(
+            lambda start: _decode_slice(
+                files[start : start + SLICE], replace(location, row=location.row + start)
+            ),
+            starts,
+        )
+        images = [image for part in slices for image in part]
+    return _stack(images, location)
+
+
+def _contents(column: pa.Array, location: Location) -> list[bytes]:
+    values = column.field("bytes") if pa.types.is_struct(column.type) else column
+    contents = values.to_pylist()
+    for row in range(len(column)):
+        if column[row].is_valid and contents[row] is not None:
+            continue
+        record = column[row].as_py()
+        only = f"only the path '{record['path']}'" if record and record.get("path") else "null"
+        raise location.error(f"expected the bytes of an image, found {only}", row)
+    return contents
+
+
+def _decode_slice(files: list[bytes], location: Location) -> list[UInt8[np.ndarray, ...]]:
+    images = []
+    for row, content in enumerate(files):
+        try:
+            images.append(_decode_one(content))
+        except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error
+            reason = str(error).partition("<")[0].strip() or type(error).__name__
+            raise location.error(
+                f"expected an image that Pillow can decode, found {len(content)} bytes ({reason})",
+                row,
+            ) from error
+    return images
+
+
+def _decode_one(content: bytes) -> UInt8[np.ndarray, "h w *rgb"]:
+    """Grey stays h w, everything else becomes h w 3; 16 bits are rounded to 8, alpha dropped."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.mode.startswith("I;16"):
+            return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} has no range that maps to 0..255")
+        if image.mode in ("1", "LA", "La"):
+            image = image.convert("L")
+        elif image.mode in ("P", "PA"):
+            image = image.convert("RGBA").convert("RGB")
+        elif image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        return np.asarray(image)
+
+
+def _stack(images: list[np.ndarray], location: Location) -> UInt8[np.ndarray, "n c h w"]:
+    height, width = images[0].shape[:2]
+    for row, image in enumerate(images):
+        if image.shape[:2] != (height, width):
+            raise location.error(
+                f"expected {height}x{width} pixels as in the images before it, "
+                f"found {image.shape[0]}x{image.shape[1]}",
+                row,
+            )
+    if all(image.ndim == 2 for image in images):
+        return np.stack(images)[:, None]
+    stacked = np.empty((len(images), 3, height, width), dtype=np.uint8)
+    for row, image in enumerate(images):
+        stacked[row] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return stacked

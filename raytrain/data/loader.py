@@ -1,0 +1,181 @@
+"""Data sets as one tensor on the device, and the order in which their images are visited.
+
+Slot j of every global batch draws from the images whose index is j modulo the batch size. Worker r
+fills the slots r, r + world, ...: so it owns the images with index = r modulo the number of
+workers, in every epoch, and a batch holds the same images whatever the number of workers that
+share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from raytrain.data.augment import random_view
+from raytrain.data.sources import Images, Source, Split, read, source_of
+from raytrain.data.spec import DataSpec
+from raytrain.place import Place
+from raytrain.store import cut
+from raytrain.types import Batch, Dice, RequestError, View, mix
+
+
+@dataclass(frozen=True)
+class Part:
+    """This worker's images of a split: row k has index rank + k * world."""
+
+    pixels: UInt8[Tensor, "owned c h w"]
+    labels: Int64[Tensor, " owned"]
+    num_images: int  # over all workers
+    place: Place
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def batch(self, index: Tensor, dice: Dice, view: View | None = None) -> Batch:
+        """The images with these indices, all owned by this worker, as `view` cuts them."""
+        rows = index // self.place.world
+        pixels = self.pixels[rows]
+        if view is not None:
+            pixels = cut(pixels, view)
+        return Batch(pixels.to(self.dtype) / 255, self.labels[rows], index, dice, view)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What training sees: never the test set."""
+
+    train: Part
+    valid: Part
+    source: Source
+
+
+def open_splits(spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32) -> Splits:
+    """Read the training set and carve the validation split from it, stratified by label."""
+    pixels, labels, source = _training_set(spec)
+    held, kept = carve(labels, spec)
+    return Splits(
+        _part(pixels, labels, kept, place, dtype),
+        _part(pixels, labels, held, place, dtype),
+        source,
+    )
+
+
+def open_test(
+    spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32
+) -> tuple[Part, Source]:
+    """The test set, for `evaluate` alone."""
+    source = _training_set(spec)[2]
+    images = _read(spec, "test")
+    everything = np.arange(len(images.labels))
+    return _part(images.pixels, images.labels, everything, place, dtype), source
+
+
+def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the validation and of the training images, each with the classes in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    def split(indices: np.ndarray, take: int | float, field: str) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            rest, taken = train_test_split(
+                indices, test_size=take, stratify=labels[indices], random_state=spec.split_seed
+            )
+        except ValueError as error:
+            raise RequestError(
+                f"data.{field}: {take} of {len(indices)} images cannot be taken with every class "
+                f"represented ({error})"
+            ) from None
+        return rest, taken
+
+    everything = np.arange(len(labels))
+    kept, held = split(everything, spec.validation, "validation")
+    if spec.train_size is not None and spec.train_size < len(kept):
+        kept = split(kept, spec.train_size, "train_size")[1]
+    elif spec.train_size is not None and spec.train_size > len(kept):
+        raise RequestError(
+            f"data.train_size: {spec.train_size} images were asked for and {len(kept)} are left "
+            "after the validation split"
+        )
+    return np.sort(held), np.sort(kept)
+
+
+def num_steps(part: Part, batch_size: int) -> int:
+    """Whole batches in an epoch; what is left over is another random rest in every epoch."""
+    if batch_size > part.num_images:
+        raise RequestError(
+            f"batch_size: {batch_size} is more than the {part.num_images} training images"
+        )
+    return part.num_images // batch_size
+
+
+def visit(
+    part: Part, batch_size: int, seed: int, epoch: int, pad: int, flip: bool
+) -> Iterator[Batch]:
+    """The training batches of one epoch for this worker: a function of seed and epoch alone."""
+    place, device = part.place, part.pixels.device
+    order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
+    slots = slice(place.rank, None, place.world)
+    for step, index in enumerate(order[:, slots].to(device)):
+        dice = Dice(mix(seed, "batch", epoch, step), batch_size, slots, device)
+        yield part.batch(index, dice, random_view(dice, pad, flip))
+
+
+def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:
+    """A random order in which slot j only ever holds indices that are j modulo the batch size."""
+    rounds = -(-num_images // batch_size)
+    keys = torch.full((rounds * batch_size,), 2.0)
+    keys[:num_images] = torch.rand(num_images, generator=torch.Generator().manual_seed(seed))
+    chosen = keys.view(rounds, batch_size).argsort(dim=0)[: num_images // batch_size]
+    return chosen * batch_size + torch.arange(batch_size)
+
+
+def sweep(part: Part, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Every image once, in order, un-augmented: for evaluation."""
+    place, device = part.place, part.pixels.device
+    for first in range(0, part.num_images, batch_size):
+        width = min(batch_size, part.num_images - first)
+        slots = slice((place.rank - first) % place.world, None, place.world)
+        index = torch.arange(first, first + width, device=device)[slots]
+        yield part.batch(index, Dice(mix(seed, "sweep", first), width, slots, device))
+
+
+def _part(
+    pixels: Tensor, labels: Tensor, chosen: np.ndarray, place: Place, dtype: torch.dtype
+) -> Part:
+    owned = torch.from_numpy(chosen)[place.rank :: place.world]
+    return Part(
+        pixels[owned].to(place.device), labels[owned].to(place.device), len(chosen), place, dtype
+    )
+
+
+def _read(spec: DataSpec, split: Split) -> Images:
+    return read(
+        spec.name,
+        split,
+        path=spec.root,
+        image_column=spec.image_column,
+        label_column=spec.label_column,
+        test_path=spec.test_path,
+    )
+
+
+def _training_set(spec: DataSpec) -> tuple[Tensor, Tensor, Source]:
+    # Keyed by the fields that decide what is read: a process that trains many trials reads once.
+    read_by = {"name", "root", "test_path", "image_column", "label_column"}
+    return _cached(spec.model_dump_json(include=read_by))
+
+
+@lru_cache(maxsize=2)
+def _cached(fields: str) -> tuple[Tensor, Tensor, Source]:
+    spec = DataSpec.model_validate_json(fields)
+    images = _read(spec, "train")
+    return images.pixels, images.labels, source_of(spec.name, images)

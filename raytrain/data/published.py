@@ -1,0 +1,75 @@
+"""The published sets that torchvision reads from its own files: CIFAR, MNIST, SVHN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytrain.data.images import Images, Split
+from raytrain.types import RequestError
+
+
+@dataclass(frozen=True)
+class Published:
+    """One of torchvision's classes: its name, the files it opens, and where the labels are."""
+
+    loader: str
+    files: str
+    labels: str = "targets"
+    layout: str = "nhw"
+
+    def options(self, split: Split) -> dict[str, Any]:
+        """The argument by which this class chooses between training and test images."""
+        return {"split": split} if self.loader == "SVHN" else {"train": split == "train"}
+
+
+PUBLISHED = {
+    "cifar10": Published(
+        "CIFAR10", "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}", layout="nhwc"
+    ),
+    "cifar100": Published("CIFAR100", "cifar-100-python/{train,test,meta}", layout="nhwc"),
+    "mnist": Published("MNIST", "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
+    "fashion_mnist": Published(
+        "FashionMNIST", "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+    ),
+    "svhn": Published("SVHN", "{train,test}_32x32.mat", labels="labels", layout="nchw"),
+}
+
+
+def read_published(name: str, split: Split, root: Path, classes: tuple[str, ...]) -> Images:
+    """The arrays torchvision holds, turned at once into one tensor; nothing is downloaded."""
+    from torchvision import datasets
+
+    source = PUBLISHED[name]
+    loader = getattr(datasets, source.loader)
+    try:
+        data = loader(root, download=False, **source.options(split))
+    except Exception as error:  # torchvision checks some files and merely trips over others
+        raise RequestError(_missing(name, split, root, error)) from error
+    pixels = np.asarray(data.data)[:, None] if source.layout == "nhw" else np.asarray(data.data)
+    if source.layout == "nhwc":
+        pixels = pixels.transpose(0, 3, 1, 2)
+    labels = np.asarray(getattr(data, source.labels))
+    return Images(
+        pixels=torch.from_numpy(np.array(pixels, dtype=np.uint8, order="C")),
+        labels=torch.from_numpy(np.array(labels, dtype=np.int64)),
+        classes=classes,
+    )
+
+
+def _missing(name: str, split: Split, root: Path, error: Exception) -> str:
+    source = PUBLISHED[name]
+    choice = ", ".join(f"{key}={value!r}" for key, value in source.options(split).items())
+    fetch = (
+        f"from torchvision.datasets import {source.loader}; "
+        f"{source.loader}({str(root)!r}, {choice}, download=True)"
+    )
+    reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
+    return (
+        f"data.root: {name} was expected in the folder '{root}' as torchvision lays it out, "
+        f'{source.files} ({reason}); fetch it with: python -c "{fetch}"'
+    )

@@ -1,0 +1,98 @@
+"""A data set's name -> its images: built in, published in torchvision's files, or in Parquet."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+
+from raytrain.data.catalogue import SOURCES, Source
+from raytrain.data.digits import read_digits
+from raytrain.data.images import Images, Split
+from raytrain.data.splits import is_parquet, parquet_files
+from raytrain.types import RequestError
+
+__all__ = ["SOURCES", "Images", "Source", "Split", "check_name", "describe", "read", "source_of"]
+
+DEFAULT_FOLDER = Path("data")
+
+
+def read(
+    name: str,
+    split: Split,
+    *,
+    path: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    test_path: Path | None = None,
+) -> Images:
+    """One split, whole: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
+
+    `path` is the folder of torchvision's files; a Parquet name is a path already.
+    The last three arguments are for Parquet only.
+    """
+    check_name(name)
+    if name not in SOURCES:
+        from raytrain.data.parquet import read_parquet
+
+        return read_parquet(
+            parquet_files(name, split, test_path),
+            image=image_column,
+            label=label_column,
+            every_class=split == "train",
+        )
+    for field, value in {
+        "image_column": image_column,
+        "label_column": label_column,
+        "test_path": test_path,
+    }.items():
+        if value is not None:
+            raise RequestError(f"data.{field}: expected nothing here, {name} is not Parquet")
+    if name == "digits":
+        return read_digits(split)
+    from raytrain.data.published import read_published
+
+    return read_published(name, split, path or DEFAULT_FOLDER, SOURCES[name].classes)
+
+
+def check_name(name: str) -> None:
+    """A name in `SOURCES`, a path ending in .parquet, or a folder that exists; nothing is read."""
+    if name in SOURCES or is_parquet(name):
+        return
+    nearest = difflib.get_close_matches(name, SOURCES, n=2, cutoff=0.4)
+    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
+    raise RequestError(
+        f"data.name: expected {', '.join(SOURCES)}, a path ending in .parquet or a folder of such "
+        f"files, found '{name}'{hint}"
+    )
+
+
+def source_of(name: str, images: Images) -> Source:
+    """What is known of a data set: from the catalogue, or else from its training images."""
+    return SOURCES[name] if name in SOURCES else describe(images)
+
+
+def describe(images: Images) -> Source:
+    """mean = E[x], std = sqrt(E[(x - mean)^2]), x = pixel / 255, per channel over all pixels.
+
+    Exact up to the last rounding: pixels are counted by value, then summed in float64.
+    A constant channel gets a standard deviation of 1, so that dividing by it changes nothing.
+    """
+    count, channels, size = images.pixels.shape[:3]
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.pixels.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float(share @ levels)
+        means.append(mean)
+        stds.append(float(share @ (levels - mean).square()) ** 0.5)
+    return Source(
+        description=f"{count:,} images of {len(images.classes)} classes",
+        channels=channels,
+        size=size,
+        classes=images.classes,
+        mean=tuple(means),
+        std=tuple(std if std > 1e-6 else 1.0 for std in stds),
+        pad=size // 8,
+    )

@@ -1,0 +1,47 @@
+"""Which data set, how much of it is held back for validation, and how images are augmented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from raytrain.types import Spec
+
+
+class DataSpec(Spec):
+    """A data set by name (`raytrain train data=cifar10`) or by the path of a Parquet file or folder."""
+
+    name: Annotated[
+        str,
+        Field(
+            description="digits, cifar10, cifar100, mnist, fashion_mnist, svhn, or the path of a "
+            ".parquet file or of a folder of them"
+        ),
+    ] = "digits"
+    root: Annotated[
+        Path | None, Field(description="folder of torchvision's files (default: data)")
+    ] = None
+    test_path: Annotated[
+        Path | None, Field(description="Parquet file of the test set, if it is not found beside")
+    ] = None
+    image_column: Annotated[str | None, Field(description="default: found by its type")] = None
+    label_column: Annotated[str | None, Field(description="default: found by its name")] = None
+    validation: Annotated[
+        PositiveInt | Annotated[PositiveFloat, Field(lt=1)],
+        Field(description="images, or share of the training set, held back for validation"),
+    ] = 0.1
+    split_seed: Annotated[
+        int, Field(description="carves the validation split; apart from `seed`, so seeds compare")
+    ] = 0
+    train_size: Annotated[
+        PositiveInt | None, Field(description="train on this many images only, stratified")
+    ] = None
+    pad: Annotated[
+        NonNegativeInt | None,
+        Field(description="random crops out of images padded by this; default: customary"),
+    ] = None
+    flip: Annotated[
+        bool | None, Field(description="mirror half of the images; default: customary")
+    ] = None

@@ -1,0 +1,114 @@
+"""Which Parquet files are the training images and which the test images.
+
+A file belongs to the split that its own name mentions (`train`, `test`, `val`), or else the name
+of the nearest folder: `data/test-00000-of-00001.parquet`, `train/part-0.parquet`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from raytrain.data.images import Split
+from raytrain.types import RequestError
+
+SUFFIX = ".parquet"
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+WORDS = {
+    "train": re.compile(r"train"),
+    "test": re.compile(r"test"),
+    "validation": re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)"),
+}
+
+
+def is_parquet(name: str) -> bool:
+    """Is this name a path: it ends in .parquet, or a folder of that name exists?"""
+    return name.endswith(SUFFIX) or (name != "" and _home(name).is_dir())
+
+
+def _home(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def parquet_files(name: str, split: Split, test_path: Path | None) -> list[Path]:
+    """The files of one split, sorted; test images named by `test_path` never serve to train."""
+    root = _home(name)
+    if split == "test":
+        return _test_files(root, test_path)
+    held_out = _test_files(root, test_path) if test_path is not None else []
+    files = _found(root, "data.name")
+    if root.is_dir():
+        files = _of(files, root, "train") or _of(files, root, None)
+    out = {file.resolve() for file in held_out}
+    files = [file for file in files if file.resolve() not in out]
+    if not files:
+        raise RequestError(
+            f"data.name: expected files of training images in {root}, "
+            "found none but test or validation files"
+        )
+    return files
+
+
+def _test_files(root: Path, test_path: Path | None) -> list[Path]:
+    if test_path is not None:
+        path = _home(test_path)
+        files = _found(path, "data.test_path")
+        return (_of(files, path, "test") or files) if path.is_dir() else files
+    every = _found(root, "data.name")
+    files = _of(every, root, "test") if root.is_dir() else []
+    files = files or _beside(root)
+    if not files:
+        raise RequestError(
+            f"data.test_path: expected a test file beside the training images in {root} "
+            "(such as test.parquet), found none; name one with data.test_path"
+        )
+    return files
+
+
+def _beside(root: Path) -> list[Path]:
+    """The namesake of the training file or folder with `test` for `train`, else any test file."""
+    siblings = sorted(path for path in root.parent.iterdir() if path != root)
+    own = SHARD.sub("", root.name)
+    wanted = own.replace("train", "test")
+    twins = [p for p in siblings if own != wanted and SHARD.sub("", p.name) == wanted]
+    if root.is_dir():
+        return [file for path in twins if path.is_dir() for file in _files_in(path)]
+    twins = twins or [path for path in siblings if _split_in(path.name) == "test"]
+    return [path for path in twins if path.name.endswith(SUFFIX) and path.is_file()]
+
+
+def _found(path: Path, field: str) -> list[Path]:
+    if path.is_dir():
+        files = _files_in(path)
+        if not files:
+            raise RequestError(f"{field}: expected *{SUFFIX} files in folder {path}, found none")
+        return files
+    if not path.is_file():
+        raise RequestError(f"{field}: expected a Parquet file or folder of them, found no {path}")
+    return [path]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob(f"*{SUFFIX}") if path.is_file()]
+    return sorted(
+        path
+        for path in files
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _of(files: list[Path], root: Path, split: str | None) -> list[Path]:
+    return [file for file in files if _split_of(file.relative_to(root)) == split]
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that the innermost telling part of the path names; None if no part tells."""
+    splits = (_split_in(part) for part in reversed(path.parts))
+    return next((split for split in splits if split is not None), None)
+
+
+def _split_in(part: str) -> str | None:
+    """A name that mentions two splits tells nothing."""
+    splits = [split for split, word in WORDS.items() if word.search(part.lower())]
+    return splits[0] if len(splits) == 1 else None

@@ -1,0 +1,222 @@
+"""Epochs: train, validate, report. Knows neither Ray nor MLflow nor Optuna."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raytrain.algorithms import AbstractAlgorithm, Outcome, TrainState
+from raytrain.balls import AbstractBall
+from raytrain.checkpoint import Saved, restore
+from raytrain.config import RunConfig
+from raytrain.data.catalogue import Source
+from raytrain.data.loader import Splits, num_steps, open_splits, sweep, visit
+from raytrain.evaluate import judge
+from raytrain.objectives import CrossEntropy
+from raytrain.oracle import Meter, Oracle
+from raytrain.place import Place
+from raytrain.record import Report
+from raytrain.store import SampleStore
+from raytrain.types import Batch, TrainingFailed, mix
+
+DIVERGED = 1e4
+"""A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
+
+_CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+
+
+@dataclass
+class _Sums:
+    """Totals of an epoch, kept on the device until somebody asks."""
+
+    loss: Tensor
+    steps: Tensor
+    samples: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        self.loss += outcome.losses.sum(dtype=torch.float64)
+        self.steps += outcome.steps.sum()
+        self.samples += len(outcome.losses)
+
+    def means(self, place: Place) -> tuple[float, float]:
+        loss, steps, samples = place.total(
+            torch.stack([self.loss, self.steps.double(), self.loss.new_tensor(self.samples)])
+        ).tolist()
+        return loss / samples, steps / samples
+
+
+def fit(
+    run: RunConfig, place: Place, resume: Saved | None = None
+) -> Iterator[tuple[Report, TrainState]]:
+    """Train to the end of `run`, yielding once per epoch; all workers must be asked for the same
+    epochs.
+
+    The state that comes with a report is the live one: save it before asking for the next.
+
+    Raises:
+        RequestError: if the configuration does not fit the data.
+        TrainingFailed: if the loss is no longer a number, or absurd.
+    """
+    dtype = torch.float64 if run.precision == "fp64" else torch.float32
+    splits = open_splits(run.data, place, dtype)
+    run.check_radius(splits.train.shape)
+    algorithm = run.algorithm.build(run.threat, run.outer)
+    state = start(run, splits, algorithm, place)
+    if resume is not None:
+        restore(state, resume, place)
+    for epoch in range(state.epoch, run.epochs):
+        yield _epoch(run, epoch, algorithm, state, splits, place), state
+
+
+def start(
+    run: RunConfig, splits: Splits, algorithm: AbstractAlgorithm, place: Place
+) -> TrainState:
+    """A fresh network, optimiser and memory: the same on every worker."""
+    torch.manual_seed(mix(run.seed, "weights"))
+    model = build_model(run, splits.source).to(place.device, splits.train.dtype)
+    torch.manual_seed(mix(run.seed, "dropout", place.rank))
+    ema = None
+    if run.ema is not None:
+        average = get_ema_multi_avg_fn(run.ema)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    store = None
+    if algorithm.remembers:
+        store = SampleStore(splits.train.num_images, splits.train.shape, place)
+    return TrainState(
+        model=model,
+        wrapper=place.wrap(model),
+        optimizer=run.optimizer.build(model),
+        precision=run.precision,
+        ema=ema,
+        store=store,
+    )
+
+
+def build_model(run: RunConfig, source: Source) -> nn.Module:
+    """The configured network for the images and classes of `source`."""
+    return run.model.build(
+        source.channels, source.size, len(source.classes), source.mean, source.std
+    )
+
+
+def _epoch(
+    run: RunConfig,
+    epoch: int,
+    algorithm: AbstractAlgorithm,
+    state: TrainState,
+    splits: Splits,
+    place: Place,
+) -> Report:
+    began = time.perf_counter()
+    batch, outcome, loss, inner_steps, rate = _train(run, epoch, algorithm, state, splits, place)
+    _wait(place)
+    state.seconds += time.perf_counter() - began
+    state.epoch = epoch + 1
+    place.average_buffers(state.model)
+    fosc, fosc_box = _probe(algorithm.ball, state, batch, outcome, place)
+    clean = robust = None
+    if state.epoch % run.evaluation.every == 0 or state.epoch == run.epochs:
+        batches = sweep(splits.valid, run.evaluation.batch_size, mix(run.seed, "valid"))
+        judged, _ = judge(state.judged, batches, run.threat, run.evaluation, place, run.precision)
+        clean, robust = judged.clean, judged.robust
+        state.best = max(state.best, robust)
+    meter = _total(state.meter, place)
+    return Report(
+        epoch=state.epoch,
+        loss=loss,
+        inner_steps=inner_steps,
+        fosc=float(fosc.mean()),
+        fosc_box=float(fosc_box.mean()),
+        fosc_p90=float(fosc.quantile(0.9)),
+        lr=rate,
+        fe=meter.fe,
+        samples=meter.samples,
+        seconds=state.seconds,
+        clean=clean,
+        robust=robust,
+        best=None if robust is None else state.best,
+    )
+
+
+def _train(
+    run: RunConfig,
+    epoch: int,
+    algorithm: AbstractAlgorithm,
+    state: TrainState,
+    splits: Splits,
+    place: Place,
+) -> tuple[Batch, Outcome, float, float, float]:
+    """All steps of one epoch: the last batch and its outcome, mean loss and steps, the last rate."""
+    steps = num_steps(splits.train, run.batch_size)
+    source, spec = splits.source, run.data
+    pad = source.pad if spec.pad is None else spec.pad
+    flip = source.flip if spec.flip is None else spec.flip
+    state.progress = epoch / run.epochs
+    state.model.train()
+    zero = torch.zeros((), dtype=torch.float64, device=place.device)
+    sums = _Sums(zero.clone(), zero.clone().long())
+    batch = outcome = None
+    rate = 0.0
+    for step, batch in enumerate(
+        visit(splits.train, run.batch_size, run.seed, epoch, pad, flip), start=1
+    ):
+        rate = run.optimizer.set_rate(state.optimizer, (epoch + (step - 0.5) / steps) / run.epochs)
+        outcome = algorithm.step(state, batch)
+        state.step += 1
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        sums.add(outcome)
+        if step % _CHECK_EVERY == 0:
+            _must_be_finite(sums.means(place)[0], epoch)
+    assert batch is not None and outcome is not None
+    loss, inner_steps = sums.means(place)
+    _must_be_finite(loss, epoch)
+    return batch, outcome, loss, inner_steps, rate
+
+
+def _probe(
+    ball: AbstractBall, state: TrainState, batch: Batch, outcome: Outcome, place: Place
+) -> tuple[Tensor, Tensor]:
+    """FOSC of the last training perturbations at the weights they led to, in eval mode, over all
+    workers.
+
+    One gradient per epoch, the same for every algorithm; it is not part of the training cost.
+    """
+    oracle = Oracle(
+        state.model,
+        CrossEntropy(),
+        batch,
+        Meter(),
+        attack_bn="eval",
+        precision=state.precision,
+    )
+    _, grad = oracle.delta_grad(outcome.delta)
+    return (
+        place.gather(ball.gap(outcome.delta, grad)),
+        place.gather(ball.box_gap(outcome.delta, grad, batch.images)),
+    )
+
+
+def _must_be_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss) or loss > DIVERGED:
+        raise TrainingFailed(
+            f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
+            "optimizer.lr usually helps"
+        )
+
+
+def _total(meter: Meter, place: Place) -> Meter:
+    counts = meter.counts()
+    summed = place.total(torch.tensor(list(counts.values()), device=place.device))
+    return Meter(**dict(zip(counts, summed.tolist(), strict=True)))
+
+
+def _wait(place: Place) -> None:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)

@@ -1,0 +1,7 @@
+"""Networks from images in [0, 1] to logits, chosen by name; RobustBench's weights fit them."""
+
+from raytrain.models.classifier import Classifier
+from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
+from raytrain.models.spec import MODELS, ModelSpec
+
+__all__ = ["MODELS", "Classifier", "ModelSpec", "load_robustbench", "robustbench_state_dict"]

@@ -1,0 +1,120 @@
+"""A network by name: its record in the configuration, and the place that makes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from pydantic import model_validator
+from torch import nn
+
+from raytrain.models.classifier import Classifier, Normalise
+from raytrain.models.foreign import (
+    check_logits,
+    imported_model,
+    torchvision_model,
+    torchvision_names,
+)
+from raytrain.models.preact_resnet import PreActResNet18
+from raytrain.models.resnet import ResNet18
+from raytrain.models.small_cnn import SmallCNN
+from raytrain.models.wide_resnet import WideResNet
+from raytrain.types import RequestError, Spec
+
+MODELS: dict[str, str] = {
+    "auto": "small_cnn below 32 pixels, resnet18 at 32, torchvision:resnet18 above",
+    "small_cnn": "three convolutions with BatchNorm, for digits; about 57,000 parameters",
+    "small_cnn_nobn": "the same without BatchNorm",
+    "resnet18": "ResNet-18 with a 3x3 first convolution, for 32 pixels; 11.2 million parameters",
+    "preact_resnet18": "PreActResNet-18, for 32 pixels; 11.2 million parameters",
+    "wideresnet-D-W": "WideResNet of depth D = 6 n + 4 and width W, such as wideresnet-28-10",
+    "torchvision:NAME": "an untrained image classifier of torchvision, for 3 channels",
+    "module:function": "your own: function(num_classes=..., **kwargs) returns an nn.Module",
+}
+
+_OWN: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "small_cnn_nobn": partial(SmallCNN, batch_norm=False),
+    "resnet18": ResNet18,
+    "preact_resnet18": PreActResNet18,
+}
+
+
+class ModelSpec(Spec):
+    """Which network, by a name of `MODELS`; a bare string in its place is that name.
+
+    A torchvision name also goes without its prefix, except `resnet18`, which is raytrain's own.
+    """
+
+    name: str = "auto"
+    normalise: bool = True  # False: the network sees the pixels as they are, in [0, 1]
+    kwargs: dict[str, Any] = {}  # for torchvision:NAME and module:function only
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_string_is_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def build(
+        self,
+        channels: int,
+        size: int,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Classifier:
+        """A new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
+
+        `mean` and `std` hold one number per channel; torch's global generator decides the weights.
+        """
+        if not self.normalise:
+            mean, std = [0.0] * channels, [1.0] * channels
+        return Classifier(Normalise(channels, mean, std), self._backbone(channels, size, classes))
+
+    def _backbone(self, channels: int, size: int, classes: int) -> nn.Module:
+        name = _automatic(size) if self.name == "auto" else self.name
+        own = _OWN.get(name) or _wide(name)
+        if own is None:
+            network = self._foreign(name, channels, classes)
+            return check_logits(name, network, channels, size, classes)
+        if self.kwargs:
+            raise RequestError(f"model.kwargs: {name} takes none, but {sorted(self.kwargs)} given")
+        return own(channels, classes)
+
+    def _foreign(self, name: str, channels: int, classes: int) -> Any:
+        bare = name.removeprefix("torchvision:")
+        if ":" in bare:
+            return imported_model(name, classes, self.kwargs)
+        theirs = torchvision_names()
+        if bare not in theirs:
+            prefix = name.removesuffix(bare)
+            raise _unknown(name, [prefix + their for their in theirs])
+        return torchvision_model(bare, channels, classes, self.kwargs)
+
+
+def _automatic(size: int) -> str:
+    if size < 32:
+        return "small_cnn"
+    return "resnet18" if size == 32 else "torchvision:resnet18"
+
+
+def _wide(name: str) -> Callable[[int, int], nn.Module] | None:
+    match = re.fullmatch(r"wideresnet-(\d+)-(\d+)", name)
+    if match is None:
+        return None
+    depth, width = map(int, match.groups())
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise RequestError(
+            f"model.name: {name} does not exist: a WideResNet has depth 10, 16, 22, 28, 34, ... "
+            "and width 1 or more"
+        )
+    return partial(WideResNet, depth=depth, width=width)
+
+
+def _unknown(name: str, theirs: Sequence[str]) -> RequestError:
+    names = ["auto", *_OWN, "wideresnet-28-10", *theirs]
+    nearest = get_close_matches(name, names, n=1, cutoff=0)[0]
+    return RequestError(f"model.name: no model is called {name!r}; the nearest name is {nearest}")

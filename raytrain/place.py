@@ -1,0 +1,79 @@
+"""Where this process runs: its device, its rank among the workers, and the few collectives training needs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker. With `world` 1 there is no process group and every collective is the identity."""
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """True for the one worker that writes shared files and reports."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module through which weight gradients are taken: they come out averaged over the
+        workers.
+
+        BatchNorm buffers are not broadcast before every forward: attacks run on the bare module,
+        and a broadcast between two forwards of one backward breaks autograd. `average_buffers`
+        unites them once an epoch instead.
+        """
+        if self.world == 1:
+            return model
+        # torch 2.13 renamed the switch and warns about the old name.
+        options = inspect.signature(DistributedDataParallel).parameters
+        switch = (
+            "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        )
+        devices = [self.device] if self.device.type == "cuda" else None
+        settings: dict[str, Any] = {"device_ids": devices, switch: False}
+        return DistributedDataParallel(model, **settings)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the workers, on every one of them. Call it on all ranks or on none."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all workers, one rank after the other; ranks may hold different numbers of rows."""
+        if self.world == 1:
+            return values
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(values)], device=self.device))
+        longest = int(max(sizes))
+        padded = values.new_zeros(longest, *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give all workers the mean of their BatchNorm statistics."""
+        if self.world == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,89 @@
+"""torchvision's classes: one tensor from the arrays they hold, one sentence where they find none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from raytrain.data.published import PUBLISHED
+from raytrain.data.sources import SOURCES, Split, read
+from raytrain.types import RequestError
+
+NUM_IMAGES = 12
+LAYOUTS = {  # how torchvision holds the pixels of an n c h w tensor
+    "cifar10": lambda pixels: pixels.numpy().transpose(0, 2, 3, 1),
+    "cifar100": lambda pixels: pixels.numpy().transpose(0, 2, 3, 1),
+    "mnist": lambda pixels: pixels[:, 0],
+    "fashion_mnist": lambda pixels: pixels[:, 0],
+    "svhn": lambda pixels: np.transpose(pixels.permute(2, 3, 1, 0).numpy(), (3, 2, 0, 1)),
+}
+
+
+def _pixels(name: str) -> torch.Tensor:
+    source = SOURCES[name]
+    shape = (NUM_IMAGES, source.channels, source.size, source.size)
+    count = int(np.prod(shape))
+    return torch.arange(count).remainder(251).to(torch.uint8).view(shape)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_arrays_of_torchvision_become_one_tensor(
+    name: str, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [row % 10 for row in range(NUM_IMAGES)]
+    asked: dict[str, Any] = {}
+
+    def fake(root: Path, **options: Any) -> SimpleNamespace:
+        asked.update(options, root=root)
+        held = {
+            "svhn": {"labels": np.array(labels)},
+            "mnist": {"targets": torch.tensor(labels)},
+            "fashion_mnist": {"targets": torch.tensor(labels)},
+        }.get(name, {"targets": labels})
+        return SimpleNamespace(data=LAYOUTS[name](_pixels(name)), **held)
+
+    monkeypatch.setattr(datasets, PUBLISHED[name].loader, fake)
+    images = read(name, split, path=Path("here"))
+    assert torch.equal(images.pixels, _pixels(name))
+    assert images.pixels.is_contiguous()
+    assert images.labels.tolist() == labels
+    assert images.classes == SOURCES[name].classes
+    choice = {"split": split} if name == "svhn" else {"train": split == "train"}
+    assert asked == {"root": Path("here"), "download": False, **choice}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_missing_files_give_the_folder_the_names_expected_and_how_to_fetch_them(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        read(name, "train", path=tmp_path)
+    sentence, loader = str(caught.value), PUBLISHED[name].loader
+    assert sentence.startswith(f"data.root: {name} was expected in the folder '{tmp_path}'")
+    assert PUBLISHED[name].files in sentence
+    assert f'python -c "from torchvision.datasets import {loader}; {loader}(' in sentence
+    assert "download=True)" in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_files_named_are_those_that_torchvision_opens(name: str) -> None:
+    loader = getattr(datasets, PUBLISHED[name].loader)
+    folder = getattr(loader, "base_folder", "")
+    assert PUBLISHED[name].files.startswith(folder)
+    if name in ("cifar10", "cifar100"):
+        assert loader.meta["filename"] in PUBLISHED[name].files
+        assert loader.test_list[0][0] in PUBLISHED[name].files
+
+
+def test_the_default_folder_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="in the folder 'data' as"):
+        read("cifar10", "test")
