@@ -35,7 +35,7 @@ class Constant(AbstractShape):
 
 @final
 class Power(AbstractShape):
-    """max(0, 1 - progress / end)^exponent; exponent 1 is the linear fall of FOSC's threshold in Dynamic AT."""
+    """max(0, 1 - progress / end)^exponent; exponent 1 is the linear fall of Dynamic AT's threshold."""
 
     kind: Literal["power"] = "power"
     end: Annotated[Share, Field(description="share of training after which the factor is 0")] = 1.0

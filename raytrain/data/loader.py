@@ -94,7 +94,7 @@ def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
                 f"data.{field}: {take} of {len(indices)} images cannot be taken with every class "
                 f"represented ({error})"
             ) from None
-        return rest, taken
+        return np.asarray(rest), np.asarray(taken)
 
     everything = np.arange(len(labels))
     kept, held = split(everything, spec.validation, "validation")
