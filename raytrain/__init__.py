@@ -1,1 +1,45 @@
-"""raytrain: adversarial training of image classifiers, distributed, tuned and compared."""
+"""raytrain: adversarial training of image classifiers, distributed, tuned and compared.
+
+    raytrain.train({"algorithm": "dynamic", "epochs": 15})
+    raytrain.tune("search_spaces/quickstart.yaml")
+    raytrain.evaluate(run_id)
+
+Nothing heavy is imported until one of these names is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytrain.api import EvalResult as EvalResult
+    from raytrain.api import TrainResult as TrainResult
+    from raytrain.api import evaluate as evaluate
+    from raytrain.api import train as train
+    from raytrain.config import RunConfig as RunConfig
+    from raytrain.sweep import SearchSpace as SearchSpace
+    from raytrain.sweep import TuneResult as TuneResult
+    from raytrain.sweep import tune as tune
+    from raytrain.types import RequestError as RequestError
+    from raytrain.types import TrainingFailed as TrainingFailed
+
+_HOMES = {
+    "train": "raytrain.api",
+    "evaluate": "raytrain.api",
+    "TrainResult": "raytrain.api",
+    "EvalResult": "raytrain.api",
+    "tune": "raytrain.sweep",
+    "TuneResult": "raytrain.sweep",
+    "SearchSpace": "raytrain.sweep",
+    "RunConfig": "raytrain.config",
+    "RequestError": "raytrain.types",
+    "TrainingFailed": "raytrain.types",
+}
+
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raytrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,27 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
     """
     store = None if state.store is None else state.store.state_dict()
     randomness = _random_states(place)
-    if not place.leads:
-        return
-    content = {
+    cost = asdict(state.meter.over(place))
+    problem = None
+    if place.leads:
+        problem = _write(path, run, _content(state, run, store, randomness, cost))
+    # All workers learn of a full disk, or the others would wait for the leading one for ever.
+    failed = place.total(torch.tensor(problem is not None, dtype=torch.int64, device=place.device))
+    if failed:
+        raise TrainingFailed(
+            f"storage: {path} could not be written ({problem or 'see the leading worker'}); the "
+            "checkpoint before it is untouched"
+        )
+
+
+def _content(
+    state: TrainState,
+    run: RunConfig,
+    store: dict[str, Any] | None,
+    randomness: dict[str, torch.Tensor],
+    cost: dict[str, int],
+) -> dict[str, Any]:
+    return {
         "format": _FORMAT,
         "run": run.model_dump_json(),
         "model": state.model.state_dict(),
@@ -64,7 +82,7 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
         "ema": None if state.ema is None else state.ema.state_dict(),
         "store": store,
         "random": randomness,
-        "meter": state.meter.counts(),
+        "meter": cost,
         "counters": {
             "epoch": state.epoch,
             "step": state.step,
@@ -72,14 +90,16 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
             "best": state.best,
         },
     }
+
+
+def _write(path: Path, run: RunConfig, content: dict[str, Any]) -> str | None:
+    """What went wrong, if anything."""
     try:
         write_whole(path, content)
         (path.parent / "run.yaml").write_text(to_yaml(run))
     except OSError as error:
-        raise TrainingFailed(
-            f"storage: {path} could not be written ({error.strerror or error}); the checkpoint "
-            "before it is untouched"
-        ) from error
+        return error.strerror or str(error)
+    return None
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:

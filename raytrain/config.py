@@ -7,13 +7,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from raytrain.algorithms import Pgd, Recipe
 from raytrain.balls import Ball
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
-from raytrain.evaluate import Evaluation
+from raytrain.judge import Evaluation
 from raytrain.models import ModelSpec
 from raytrain.optim import Sgd
 from raytrain.oracle import Precision
@@ -46,7 +53,7 @@ class RunConfig(Spec):
         Ball, Field(description="norm: linf, l2 or l1, and eps; default: customary for the data")
     ]
     algorithm: Annotated[
-        Recipe, Field(description="see `raytrain algorithms`", validate_default=True)
+        Recipe, named("name", "pgd"), Field(description="see `raytrain algorithms`")
     ] = Pgd()
     outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
     optimizer: Sgd = Sgd()
@@ -109,7 +116,11 @@ class RunConfig(Spec):
                 f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
                 "equally; expected a divisor of it"
             )
-        self.algorithm.build(self.threat, self.outer)
+        try:
+            self.algorithm.build(self.threat, self.outer)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"algorithm: {message}") from None
         return self
 
     def signature(self) -> str:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raytrain.algorithms import AbstractAlgorithm, Outcome, TrainState
 from raytrain.balls import AbstractBall
-from raytrain.checkpoint import Saved, restore
+from raytrain.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import Splits, num_steps, open_splits, sweep, visit
-from raytrain.evaluate import judge
+from raytrain.judge import judge
 from raytrain.objectives import CrossEntropy
 from raytrain.oracle import Meter, Oracle
 from raytrain.place import Place
@@ -74,6 +75,35 @@ def fit(
         yield _epoch(run, epoch, algorithm, state, splits, place), state
 
 
+def kept(
+    run: RunConfig, place: Place, folder: Path, resume: Saved | None = None
+) -> Iterator[Report]:
+    """`fit`, with `last.pt` and `best.pt` in `folder`: each written before its epoch is reported.
+
+    Raises:
+        TrainingFailed: on every worker, also if the folder cannot be written.
+    """
+    for report, state in fit(run, place, resume):
+        if report.improved:
+            save(state, run, folder / BEST, place)
+        if state.epoch % run.checkpoint_every == 0 or state.epoch == run.epochs:
+            save(state, run, folder / LAST, place)
+        yield report
+
+
+def preflight(run: RunConfig) -> Splits:
+    """Everything that can be found wrong before work begins: the data read, the network built.
+
+    Raises:
+        RequestError: naming the field or file.
+    """
+    splits = open_splits(run.data, Place())
+    run.check_radius(splits.train.shape)
+    num_steps(splits.train, run.batch_size)
+    build_model(run, splits.source)
+    return splits
+
+
 def start(
     run: RunConfig, splits: Splits, algorithm: AbstractAlgorithm, place: Place
 ) -> TrainState:
@@ -120,13 +150,13 @@ def _epoch(
     state.epoch = epoch + 1
     place.average_buffers(state.model)
     fosc, fosc_box = _probe(algorithm.ball, state, batch, outcome, place)
-    clean = robust = None
+    clean, robust, improved = None, None, False
     if state.epoch % run.evaluation.every == 0 or state.epoch == run.epochs:
         batches = sweep(splits.valid, run.evaluation.batch_size, mix(run.seed, "valid"))
         judged, _ = judge(state.judged, batches, run.threat, run.evaluation, place, run.precision)
         clean, robust = judged.clean, judged.robust
-        state.best = max(state.best, robust)
-    meter = _total(state.meter, place)
+        improved, state.best = robust > state.best, max(state.best, robust)
+    meter = state.meter.over(place)
     return Report(
         epoch=state.epoch,
         loss=loss,
@@ -141,6 +171,7 @@ def _epoch(
         clean=clean,
         robust=robust,
         best=None if robust is None else state.best,
+        improved=improved,
     )
 
 
@@ -209,12 +240,6 @@ def _must_be_finite(loss: float, epoch: int) -> None:
             f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
             "optimizer.lr usually helps"
         )
-
-
-def _total(meter: Meter, place: Place) -> Meter:
-    counts = meter.counts()
-    summed = place.total(torch.tensor(list(counts.values()), device=place.device))
-    return Meter(**dict(zip(counts, summed.tolist(), strict=True)))
 
 
 def _wait(place: Place) -> None:

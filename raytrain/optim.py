@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import nn
 
 from raytrain.schedules import OneCycle, Shape
-from raytrain.types import Spec
+from raytrain.types import Spec, named
 
 
 @final
@@ -22,7 +22,9 @@ class Sgd(Spec):
     weight_decay: NonNegativeFloat = 5e-4
     nesterov: bool = False
     schedule: Annotated[
-        Shape, Field(description="factor on lr, per step: onecycle, piecewise, cosine, ...")
+        Shape,
+        named("kind", "onecycle"),
+        Field(description="factor on lr, per step: onecycle, piecewise, cosine, ..."),
     ] = OneCycle()
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from raytrain.objectives import AbstractObjective
+from raytrain.place import Place
 from raytrain.types import Batch, BatchNorm, Delta, Mask, PerSample, Predict, Rows
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -42,9 +43,11 @@ class Meter:
         """Forward-equivalents in all."""
         return self.forwards + self.input_backwards + 2 * self.full_backwards
 
-    def counts(self) -> dict[str, int]:
-        """The four counters by name, for a checkpoint or a sum over workers."""
-        return asdict(self)
+    def over(self, place: Place) -> Meter:
+        """The sum over all workers: a collective."""
+        counts = asdict(self)
+        summed = place.total(torch.tensor(list(counts.values()), device=place.device))
+        return Meter(**dict(zip(counts, summed.tolist(), strict=True)))
 
 
 @contextmanager

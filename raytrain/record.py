@@ -22,6 +22,7 @@ class Report:
     clean: float | None = None  # validation accuracy; None in epochs without evaluation
     robust: float | None = None  # validation accuracy under the evaluation attack
     best: float | None = None  # highest `robust` so far
+    improved: bool = False  # whether `best` is of this epoch
 
     def metrics(self) -> dict[str, float]:
         """Flat names for MLflow and Tune; what was not measured is left out."""

@@ -44,9 +44,20 @@ class Spec(BaseModel):
     )
 
 
-def named(key: str) -> BeforeValidator:
-    """Accept a bare name where a record with only that `key` is meant: `start: zero`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+def named(key: str, default: str | None = None) -> BeforeValidator:
+    """Accept a bare name where a record with only that `key` is meant: `start: zero`.
+
+    A record that does not say its name is of the `default` kind.
+    """
+
+    def record(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if default is not None and isinstance(value, dict) and key not in value:
+            return {key: default, **value}
+        return value
+
+    return BeforeValidator(record)
 
 
 _FRACTION = re.compile(r"\s*([-+0-9.eE]+)\s*/\s*([-+0-9.eE]+)\s*")

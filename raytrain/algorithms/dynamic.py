@@ -12,7 +12,7 @@ from raytrain.attacks import Gap, ProjectedAscent, Start, Uniform
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
 from raytrain.schedules import Power, Shape
-from raytrain.types import BatchNorm, Number, StepSize
+from raytrain.types import BatchNorm, Number, StepSize, named
 
 
 @final
@@ -49,9 +49,9 @@ class Dynamic(AbstractRecipe):
     c_max: Annotated[
         Number, Field(description="FOSC threshold at the start, in nats; negative: PGD")
     ] = 0.5
-    decay: Annotated[Shape, Field(description="how the threshold falls, by epoch")] = Power(
-        end=0.8
-    )
+    decay: Annotated[
+        Shape, named("kind", "power"), Field(description="how the threshold falls, by epoch")
+    ] = Power(end=0.8)
     over: Annotated[
         Literal["ball", "ball_box"],
         Field(

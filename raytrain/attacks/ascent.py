@@ -50,7 +50,7 @@ class ProjectedAscent(Spec):
     def _rows_are_independent(self) -> ProjectedAscent:
         if isinstance(self.stop, Gap) and self.compact and self.bn != "eval":
             raise ValueError(
-                "compact=true needs bn=eval: with batch statistics a sample's gradient depends on "
+                "compact=true needs attack_bn=eval: with batch statistics a sample's gradient depends on "
                 "which others are still in the batch"
             )
         return self

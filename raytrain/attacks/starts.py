@@ -73,4 +73,6 @@ class Remembered(AbstractStart):
         return True
 
 
-Start = Annotated[Zero | Uniform | Remembered, Field(discriminator="kind"), named("kind")]
+Start = Annotated[
+    Zero | Uniform | Remembered, Field(discriminator="kind"), named("kind", "uniform")
+]

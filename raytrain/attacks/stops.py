@@ -47,7 +47,7 @@ class Gap(AbstractStop):
     c_max: Annotated[
         Number, Field(description="threshold at the start of training, in nats; negative: never")
     ]
-    decay: Shape = Power()
+    decay: Annotated[Shape, named("kind", "power")] = Power()
     over: Annotated[
         Literal["ball", "ball_box"],
         Field(

@@ -35,12 +35,23 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def unpack(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]:
     """Every image of the column: h w, h w c, c h w, or one flat list of a square image."""
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        _dense(column.storage, location)  # for its errors: nulls
-        values = column.to_numpy_ndarray()
-    else:
-        values = _dense(column, location)
+    is_tensor = isinstance(column.type, pa.FixedShapeTensorType)
+    values = _tensor(column, location) if is_tensor else _dense(column, location)
     return _channels_first(_to_bytes(values, location), location)
+
+
+def _tensor(column: pa.Array, location: Location) -> np.ndarray:
+    """Undo a permutation that swaps two axes; a cyclic one only moves the channel axis.
+
+    The channel axis is found by its length, so cyclic ones need no care; it is as well, since
+    pyarrow writes the inverse of the permutation that the Arrow specification defines.
+    """
+    shape = column.type.shape
+    values = _dense(column.storage, location).reshape(len(column), *shape)
+    order = list(column.type.permutation or range(len(shape)))
+    if all(order[order[axis]] == axis for axis in order):
+        values = values.transpose(0, *(axis + 1 for axis in order))
+    return values
 
 
 def _dense(column: pa.Array, location: Location) -> np.ndarray:
@@ -66,7 +77,7 @@ def _uneven(first: Any, other: Any, location: Location, row: int) -> Exception:
     if sizes[0] == sizes[1]:
         return location.error("expected lists of equal lengths within an image", row)
     return location.error(
-        f"expected {sizes[0]} numbers as in the images before it, found {sizes[1]}", row
+        f"expected {sizes[0]} numbers as in the image before it, found {sizes[1]}", row
     )
 
 

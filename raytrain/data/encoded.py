@@ -49,14 +49,14 @@ def decode(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]
 
 def _contents(column: pa.Array, location: Location) -> list[bytes]:
     values = column.field("bytes") if pa.types.is_struct(column.type) else column
-    contents = values.to_pylist()
-    for row in range(len(column)):
-        if column[row].is_valid and contents[row] is not None:
-            continue
+    if column.null_count or values.null_count:
+        row = next(
+            i for i in range(len(column)) if not (column[i].is_valid and values[i].is_valid)
+        )
         record = column[row].as_py()
         only = f"only the path '{record['path']}'" if record and record.get("path") else "null"
         raise location.error(f"expected the bytes of an image, found {only}", row)
-    return contents
+    return values.to_pylist()
 
 
 def _decode_slice(files: list[bytes], location: Location) -> list[UInt8[np.ndarray, ...]]:
@@ -94,7 +94,7 @@ def _stack(images: list[np.ndarray], location: Location) -> UInt8[np.ndarray, "n
     for row, image in enumerate(images):
         if image.shape[:2] != (height, width):
             raise location.error(
-                f"expected {height}x{width} pixels as in the images before it, "
+                f"expected {height}x{width} pixels as in the image before it, "
                 f"found {image.shape[0]}x{image.shape[1]}",
                 row,
             )

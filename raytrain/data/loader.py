@@ -97,7 +97,7 @@ def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(rest), np.asarray(taken)
 
     everything = np.arange(len(labels))
-    kept, held = split(everything, spec.validation, "validation")
+    kept, held = split(everything, _take(spec.validation), "validation")
     if spec.train_size is not None and spec.train_size < len(kept):
         kept = split(kept, spec.train_size, "train_size")[1]
     elif spec.train_size is not None and spec.train_size > len(kept):
@@ -106,6 +106,10 @@ def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
             "after the validation split"
         )
     return np.sort(held), np.sort(kept)
+
+
+def _take(validation: float) -> int | float:
+    return validation if validation < 1 else int(validation)
 
 
 def num_steps(part: Part, batch_size: int) -> int:

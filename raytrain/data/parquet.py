@@ -156,7 +156,7 @@ def _join(chunks: list[_Chunk]) -> UInt8[np.ndarray, "n c h w"]:
         size = chunk.pixels.shape[2:]
         if size != (height, width):
             raise chunk.pixels_at.error(
-                f"expected {height}x{width} pixels as in the images before it, "
+                f"expected {height}x{width} pixels as in the image before it, "
                 f"found {size[0]}x{size[1]}",
                 row=0,
             )

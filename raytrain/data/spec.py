@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from raytrain.types import Spec
 
@@ -29,8 +29,8 @@ class DataSpec(Spec):
     image_column: Annotated[str | None, Field(description="default: found by its type")] = None
     label_column: Annotated[str | None, Field(description="default: found by its name")] = None
     validation: Annotated[
-        PositiveInt | Annotated[PositiveFloat, Field(lt=1)],
-        Field(description="images, or share of the training set, held back for validation"),
+        PositiveFloat,
+        Field(description="images (1 or more), or share of the training set, held back"),
     ] = 0.1
     split_seed: Annotated[
         int, Field(description="carves the validation split; apart from `seed`, so seeds compare")
@@ -45,3 +45,10 @@ class DataSpec(Spec):
     flip: Annotated[
         bool | None, Field(description="mirror half of the images; default: customary")
     ] = None
+
+    @field_validator("validation")
+    @classmethod
+    def _whole_images(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("expected a whole number of images, or a share below 1")
+        return value

@@ -37,7 +37,7 @@ def test_the_two_splits_together_are_the_1797_images_each_once() -> None:
 
 
 def test_the_split_is_the_same_in_every_version() -> None:
-    labels = load_digits(return_X_y=True)[1].astype(np.int64)
+    labels = np.asarray(load_digits(return_X_y=True)[1]).astype(np.int64)
     chosen = np.flatnonzero(is_test(labels))
     assert len(chosen) == 397
     assert chosen[:8].tolist() == FIRST_TEST_INDICES
@@ -55,7 +55,7 @@ def test_no_seed_of_a_run_reaches_the_split() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pixels_return_the_seventeen_values_exactly(split: Split) -> None:
-    labels = load_digits(return_X_y=True)[1].astype(np.int64)
+    labels = np.asarray(load_digits(return_X_y=True)[1]).astype(np.int64)
     values = load_digits(return_X_y=True)[0][is_test(labels) == (split == "test")]
     pixels = read("digits", split).pixels.double()
     assert torch.equal((pixels / 255 * 16).round().flatten(1), torch.from_numpy(values))

@@ -45,6 +45,10 @@ def _last(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
+def _swapped(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels.transpose(0, 1, 3, 2))
+
+
 def _fixed(pixels: np.ndarray) -> pa.Array:
     values = pa.array(pixels.reshape(-1))
     for length in reversed(pixels.shape[1:]):
@@ -60,7 +64,9 @@ LAYOUTS: dict[str, Callable[[np.ndarray], pa.Array]] = {
     "struct_without_path": lambda p: pa.array([{"bytes": _file(x)} for x in p]),
     "tensor_chw": _tensor,
     "tensor_hwc": lambda p: _tensor(_last(p)),
-    "tensor_permuted": lambda p: _tensor(_last(p).transpose(0, 3, 1, 2)),
+    "tensor_hwc_seen_as_chw": lambda p: _tensor(_last(p).transpose(0, 3, 1, 2)),
+    "tensor_chw_seen_as_hwc": lambda p: _tensor(p.transpose(0, 2, 3, 1)),
+    "tensor_cwh_seen_as_chw": lambda p: _tensor(_swapped(p).transpose(0, 1, 3, 2)),
     "lists_chw": lambda p: pa.array(p.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8())))),
     "lists_hwc": lambda p: pa.array(_last(p).tolist()),
     "large_lists": lambda p: pa.array(p.tolist(), pa.large_list(pa.list_(pa.list_(pa.int32())))),

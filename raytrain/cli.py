@@ -1,0 +1,212 @@
+"""The `raytrain` command: parse, call, print, exit. Everything heavy is imported inside a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Adversarial training: distributed by Ray Train, tuned by Ray Tune and Optuna, recorded "
+    "in MLflow.",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE] [KEY=VALUE]...", help="a YAML file, then fields by dotted path"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object last on stdout")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+@app.command()
+def train(
+    words: Words = None,
+    resume: Annotated[
+        str | None, typer.Option(help="id or checkpoint folder of a run to continue")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one network: `raytrain train algorithm=dynamic data=cifar10 workers=2 epochs=30`."""
+    with outcome(debug):
+        from raytrain import api
+        from raytrain.show import Epochs, train_summary
+
+        file, overrides = split(words)
+        with Epochs() as epochs:
+            result = api.train(file, overrides, resume=resume, watch=epochs)
+        say(train_summary(result), result.json(), as_json)
+
+
+@app.command()
+def tune(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SPACE.yaml [KEY=VALUE]...", help="a search space, then fields of its base run"
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="continue the sweep of this name")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="name of the sweep")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="trials, instead of the file's")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Search: `raytrain tune search_spaces/quickstart.yaml`."""
+    with outcome(debug):
+        from raytrain import sweep
+        from raytrain.show import Trials, tune_summary
+
+        space, overrides = split(words)
+        with Trials() as watch:
+            result = sweep.tune(
+                space, overrides, resume=resume, name=name, trials=trials, watch=watch
+            )
+        say(tune_summary(result), result.json(), as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="such as steps=50 restarts=10"),
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="best or last checkpoint of the run; default best")
+    ] = None,
+    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Clean and PGD accuracy on the test set: `raytrain evaluate RUN steps=50 restarts=5`."""
+    with outcome(debug):
+        from raytrain import api
+        from raytrain.show import evaluate_summary
+        from raytrain.types import RequestError
+
+        if which not in {None, "best", "last"}:
+            raise RequestError(f"--which: expected best or last, found {which}")
+        result = api.evaluate(run, overrides or (), which=which, storage=storage)
+        say(evaluate_summary(result), result.json(), as_json)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
+    uri: Annotated[
+        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The MLflow UI on the store in use, on loopback only."""
+    with outcome(debug):
+        from raytrain.tracking import tracking_uri
+        from raytrain.types import RequestError
+
+        store = tracking_uri(uri)
+        if store.startswith("http"):
+            typer.echo(f"The MLflow server's own UI is at {store}")
+            return
+        file = Path(store.removeprefix("sqlite:///"))
+        if store.startswith("sqlite:///") and not file.is_file():
+            raise RequestError(f"{file}: no such MLflow database; `raytrain train` makes one")
+        typer.echo(f"MLflow UI of {store}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+        server += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        if store.startswith("sqlite:///"):
+            server += ["--default-artifact-root", (file.parent / "mlruns").as_uri()]
+        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "GIT_PYTHON_REFRESH": "quiet"}
+        ended = subprocess.run(server, env={**settings, **os.environ}, check=False)
+        if ended.returncode not in (0, -2, 130):
+            raise typer.Exit(1)
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="tell all about this one")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The catalogue: hyperparameters, ranges, cost, paper."""
+    with outcome(debug):
+        from raytrain import show
+
+        if name is None:
+            say(show.catalogue(), show.catalogue_json(), as_json)
+        else:
+            say(show.algorithm(name), show.algorithm_json(name), as_json)
+
+
+def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The file, if the first word is one, and the `key=value` words."""
+    first, *rest = [*(words or []), ""][: len(words or []) or 1]
+    if first and "=" not in first:
+        return Path(first), rest
+    return None, [word for word in (first, *rest) if word]
+
+
+def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None:
+    """The result for a reader, or for a script."""
+    if as_json:
+        sys.stdout.write(json.dumps(values, default=str) + "\n")
+    else:
+        text()
+
+
+@contextmanager
+def outcome(debug: bool) -> Iterator[None]:
+    """Exit status 2 for a wrong request, 1 for failed work, 130 for Ctrl-C; one sentence on stderr."""
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        sys.stderr.write("raytrain: interrupted; what had finished is recorded\n")
+        _exit(130, debug)
+    except Exception as error:
+        from raytrain.types import RequestError
+
+        sys.stderr.write(f"raytrain: {_sentence(error)}\n")
+        _exit(2 if isinstance(error, RequestError) else 1, debug)
+
+
+def _sentence(error: Exception) -> str:
+    from raytrain.types import RequestError, TrainingFailed
+
+    if isinstance(error, RequestError | TrainingFailed):
+        return str(error)
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _exit(status: int, debug: bool) -> None:
+    if debug:
+        raise
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """The entry point."""
+    app()

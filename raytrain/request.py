@@ -1,0 +1,245 @@
+"""From files and `key=value` words to validated records, with one sentence when something is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raytrain.config import RunConfig
+from raytrain.types import RequestError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# Records chosen by one of their own fields: naming another one begins the record anew.
+_CHOSEN_BY = {
+    "algorithm": "name",
+    "objective": "name",
+    "outer": "name",
+    "threat": "norm",
+    "decay": "kind",
+    "schedule": "kind",
+    "start": "kind",
+    "stop": "kind",
+}
+_NAMED = {"data": "name", "model": "name"}
+
+
+def read_run(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """A run file with `dotted.path=value` words on top.
+
+    Raises:
+        RequestError: naming the file or field, and what was expected.
+    """
+    values = {} if file is None else read_yaml(file)
+    return validated(RunConfig, override(values, parse_overrides(overrides)))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; no YAML tag is ever turned into an object."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{file}: no such file; expected a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file}: cannot be read as a text file ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or "not understood"
+        raise RequestError(f"{file}: not valid YAML{line} ({problem})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RequestError(f"{file}: expected a mapping of fields, found {type(content).__name__}")
+    return content
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words as a mapping from dotted path to value, each value read as YAML."""
+    parsed: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise RequestError(f"{word}: expected key=value, such as threat.eps=8/255")
+        try:
+            parsed[path] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RequestError(f"{path}: the value {text!r} is not valid YAML") from None
+    return parsed
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the dotted paths of `changes` set.
+
+    Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) drops the fields of
+    the old kind: only what is given together with the new name belongs to it.
+    """
+    result = _copy(values)
+    # Choices first, so that the order of the words does not matter.
+    for path, value in sorted(changes.items(), key=lambda item: not _chooses(item[0])):
+        *parents, last = path.split(".")
+        record, above = result, ""
+        for parent in parents:
+            inner = record.get(parent)
+            if isinstance(inner, str):  # `start: uniform` stands for `start: {kind: uniform}`
+                inner = {(_CHOSEN_BY | _NAMED).get(parent, "name"): inner}
+            record[parent] = inner if isinstance(inner, dict) else {}
+            record, above = record[parent], parent
+        if last == _CHOSEN_BY.get(above) and record.get(last, value) != value:
+            record.clear()
+        if last in _NAMED and isinstance(value, str) and isinstance(record.get(last), dict):
+            record[last]["name"] = value
+        else:
+            record[last] = value
+    return result
+
+
+def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
+    """`model` made of `values`.
+
+    Raises:
+        RequestError: for the first thing that is wrong: its path, what was expected, what was found.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise RequestError(source + sentence(model, values, error)) from None
+
+
+def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first complaint of a ValidationError, for a reader who knows fields and not pydantic."""
+    errors = [(*_path(one["loc"], values), one) for one in error.errors()]
+    path, tags, first = errors[0]
+    dotted = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{dotted}: no such field{_nearest(path, model, tags)}"
+    if first["type"] == "missing":
+        return f"{dotted}: missing; it has no default"
+    if first["type"].startswith("union_tag"):
+        return f"{dotted}: {_expected_tags(first)}"
+    if first["type"] == "value_error" and not path:
+        return message
+    if first["type"] == "value_error":
+        return f"{dotted}: {message}, found {first['input']!r}"
+    # A union complains once for each of its members: 1000 or 0.1.
+    wanted = dict.fromkeys(_wanted(one) for where, _, one in errors if where == path)
+    return f"{dotted}: expected {' or '.join(wanted)}, found {_short(first['input'])}"
+
+
+def _wanted(one: Any) -> str:
+    plain = {
+        "int_parsing": "an integer",
+        "int_type": "an integer",
+        "int_from_float": "an integer",
+        "float_parsing": "a number",
+        "float_type": "a number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
+        "string_type": "a string",
+    }
+    message = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return plain.get(one["type"], message[0].lower() + message[1:])
+
+
+def _expected_tags(first: Any) -> str:
+    context = first.get("ctx", {})
+    expected = context.get("expected_tags", context.get("discriminator", "")).replace("'", "")
+    if first["type"] == "union_tag_not_found":
+        return f"expected a record with the field {expected}"
+    names = expected.split(", ")
+    close = difflib.get_close_matches(context.get("tag", ""), names, n=1)
+    hint = f"; the nearest is {close[0]}" if close else ""
+    return f"expected one of {expected}, found {context.get('tag')!r}{hint}"
+
+
+def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
+    """The user's path of an error, and pydantic's tags for the members of unions taken on the way."""
+    path: list[str] = []
+    tags: list[str] = []
+    here = values
+    for step, part in enumerate(loc):
+        if isinstance(here, str):  # a bare name stands for its record
+            here = {"name": here, "kind": here, "norm": here}
+        if (
+            isinstance(here, Mapping)
+            and part in here
+            or isinstance(here, list | tuple)
+            and isinstance(part, int)
+        ):
+            here = here[part]
+            path.append(str(part))
+        elif step == len(loc) - 1 and isinstance(here, Mapping) and not _is_tag(part, here):
+            path.append(str(part))  # a missing field
+        else:
+            tags.append(str(part))
+    return path, tags
+
+
+def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
+    return part in {here.get("name"), here.get("kind"), here.get("norm")}
+
+
+def _nearest(path: list[str], model: type[BaseModel], tags: list[str]) -> str:
+    """`; the nearest is X` among the fields that exist beside the unknown one."""
+    *parents, unknown = path
+    fields = fields_at(model, parents, tags)
+    close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
+    if close:
+        return f"; the nearest is {'.'.join([*parents, close[0]])}"
+    return f"; expected one of {', '.join(fields)}" if fields else ""
+
+
+def fields_at(model: type[BaseModel], path: Iterable[str], tags: Iterable[str]) -> list[str]:
+    """Names of the fields of the record at `path`, where `tags` pick the members of unions."""
+    here: Any = model
+    tags = set(tags)
+    for part in path:
+        if not (isinstance(here, type) and issubclass(here, BaseModel)):
+            return []
+        if part not in here.model_fields:
+            return []
+        members = _records(here.model_fields[part].annotation)
+        chosen = [m for m in members if tags & set(_literals(m))]
+        here = (chosen or members or [None])[0]
+    return list(here.model_fields) if here is not None else []
+
+
+def _records(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is Annotated:
+        return _records(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [record for member in get_args(annotation) for record in _records(member)]
+    is_record = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_record else []
+
+
+def _literals(record: type[BaseModel]) -> list[Any]:
+    return [
+        value
+        for field in record.model_fields.values()
+        if get_origin(field.annotation) is Literal
+        for value in get_args(field.annotation)
+    ]
+
+
+def _chooses(path: str) -> bool:
+    *_, above, last = ["", *path.split(".")]
+    return last == _CHOSEN_BY.get(above) or last in _CHOSEN_BY or last in _NAMED
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {str(key): _copy(value) for key, value in values.items()}
+    return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

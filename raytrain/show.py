@@ -1,0 +1,277 @@
+"""What a person sees: progress on stderr, a live line on terminals and plain ones elsewhere; results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raytrain.algorithms import CATALOGUE
+from raytrain.config import RunConfig
+from raytrain.record import Report
+from raytrain.types import RequestError
+
+if TYPE_CHECKING:
+    from raytrain.api import EvalResult, TrainResult
+    from raytrain.sweep import SweepProgress, TuneResult
+
+
+class Epochs:
+    """Progress of one training: call it after every epoch."""
+
+    def __init__(self) -> None:
+        self._bar = _bar("epochs")
+        self._task: Any = None
+
+    def __enter__(self) -> Epochs:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, run: RunConfig, report: Report) -> None:
+        line = f"loss {report.loss:.3f}"
+        if report.clean is not None and report.robust is not None:
+            line += f"  clean {report.clean:.3f}  robust {report.robust:.3f}"
+        line += f"  steps {report.inner_steps:.1f}  FOSC {report.fosc:.3f}"
+        line += f"  {report.fe / report.samples:.1f} FE/sample"
+        if _is_terminal():
+            if self._task is None:
+                self._task = self._bar.add_task(run.algorithm.name, total=run.epochs, note="")
+            self._bar.update(self._task, completed=report.epoch, note=line)
+        else:
+            sys.stderr.write(f"epoch {report.epoch}/{run.epochs}  {line}\n")
+
+
+class Trials:
+    """Progress of a sweep: call it after every result."""
+
+    def __init__(self) -> None:
+        self._bar = _bar("trials")
+        self._task: Any = None
+        self._said = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Trials:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: SweepProgress) -> None:
+        best = (
+            "-" if progress.best is None else f"{progress.best:.4f} (trial {progress.best_trial})"
+        )
+        line = f"best {best}  stopped early {progress.pruned}  failed {progress.failed}"
+        if _is_terminal():
+            if self._task is None:
+                self._task = self._bar.add_task("trials", total=progress.budget, note="")
+            self._bar.update(self._task, completed=progress.finished, note=line)
+        elif progress.finished > self._said:
+            self._said = progress.finished
+            seconds = time.monotonic() - self._began
+            sys.stderr.write(
+                f"trial {progress.finished}/{progress.budget}  {line}  {seconds:.0f} s\n"
+            )
+
+
+def train_summary(result: TrainResult) -> Callable[[], None]:
+    """The end of `raytrain train`."""
+
+    def show() -> None:
+        table = Table(title=f"{result.name}  ({result.signature})", title_justify="left")
+        table.add_column("metric")
+        table.add_column("last epoch", justify="right")
+        for name, value in result.metrics.items():
+            table.add_row(name, _number(value))
+        console = Console()
+        console.print(table)
+        console.print(f"checkpoints  {result.checkpoints}", soft_wrap=True, highlight=False)
+        console.print(f"test set     raytrain evaluate {result.run_id}", highlight=False)
+        console.print(_open_ui(result.tracking_uri), soft_wrap=True, highlight=False)
+
+    return show
+
+
+def tune_summary(result: TuneResult) -> Callable[[], None]:
+    """The end of `raytrain tune`: every trial, the best one, and where to look next."""
+
+    def show() -> None:
+        console = Console()
+        console.print(_trials_table(result))
+        if result.best is None:
+            console.print("no trial finished")
+        else:
+            console.print(
+                f"best: trial {result.best.number}, {result.metric} {result.best.value:.4f}"
+            )
+            for path, value in result.best.params.items():
+                console.print(f"  {path} = {_number(value)}", highlight=False)
+            again = f"raytrain train {result.best_file}"
+            console.print(f"train it    {again}", soft_wrap=True, highlight=False)
+            console.print(f"test set    raytrain evaluate {result.best.run_id}", highlight=False)
+        console.print(f"continue    raytrain tune {result.space_file} --resume {result.name}")
+        console.print(_open_ui(result.tracking_uri), soft_wrap=True, highlight=False)
+
+    return show
+
+
+def evaluate_summary(result: EvalResult) -> Callable[[], None]:
+    """The end of `raytrain evaluate`."""
+
+    def show() -> None:
+        report = result.report
+        table = Table(title=f"test set, {report.images} images, {result.threat}")
+        for column in ("clean", report.attack):
+            table.add_column(column, justify="right")
+        table.add_row(f"{report.clean:.2%}", f"{report.robust:.2%}")
+        console = Console()
+        console.print(table)
+        console.print(f"checkpoint  {result.checkpoint}", soft_wrap=True, highlight=False)
+        console.print(f"per sample  {result.flags}", soft_wrap=True, highlight=False)
+
+    return show
+
+
+def catalogue() -> Callable[[], None]:
+    """All algorithms, a line each."""
+
+    def show() -> None:
+        table = Table(show_lines=False)
+        for column in ("name", "rule", "cost per image"):
+            table.add_column(column)
+        for name, recipe in CATALOGUE.items():
+            table.add_row(name, recipe.card.rule, recipe.card.cost)
+        Console().print(table)
+
+    return show
+
+
+def catalogue_json() -> dict[str, Any]:
+    """The same for scripts."""
+    return {name: algorithm_json(name) for name in CATALOGUE}
+
+
+def algorithm(name: str) -> Callable[[], None]:
+    """One algorithm: paper, rule, cost, hyperparameters and the ranges to search."""
+    told = algorithm_json(name)
+
+    def show() -> None:
+        console = Console()
+        for key in ("name", "paper", "rule", "cost", "memory", "norms"):
+            value = ", ".join(told[key]) if isinstance(told[key], list) else told[key]
+            console.print(f"[bold]{key:8}[/bold] {value}", highlight=False)
+        table = Table()
+        for column in ("hyperparameter", "default", "range to search", "meaning"):
+            table.add_column(column)
+        for row in told["hyperparameters"]:
+            table.add_row(*(str(row[key]) for key in ("name", "default", "range", "meaning")))
+        console.print(table)
+        console.print(_paragraph(CATALOGUE[name]))
+
+    return show
+
+
+def algorithm_json(name: str) -> dict[str, Any]:
+    """The same for scripts.
+
+    Raises:
+        RequestError: if there is no such algorithm.
+    """
+    if name not in CATALOGUE:
+        raise RequestError(f"{name}: expected one of {', '.join(CATALOGUE)}")
+    recipe = CATALOGUE[name]
+    card = recipe.card
+    rows = []
+    for field, info in recipe.model_fields.items():
+        if field == "name":
+            continue
+        default = "required" if info.is_required() else _default(info.default)
+        rows.append(
+            {
+                "name": field,
+                "default": default,
+                "range": card.ranges.get(field, ""),
+                "meaning": info.description or "",
+            }
+        )
+    deeper = [path for path in card.ranges if "." in path]
+    rows += [
+        {"name": path, "default": "", "range": card.ranges[path], "meaning": ""} for path in deeper
+    ]
+    return {
+        "name": name,
+        "paper": card.paper,
+        "rule": card.rule,
+        "cost": card.cost,
+        "memory": card.memory,
+        "norms": list(card.norms),
+        "hyperparameters": rows,
+    }
+
+
+def _default(value: Any) -> str:
+    if hasattr(value, "model_dump"):
+        return ", ".join(f"{v}" if k in {"kind", "name"} else f"{k}={v}" for k, v in value)
+    return str(value)
+
+
+def _paragraph(recipe: type) -> str:
+    return "\n".join(line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
+
+
+def _trials_table(result: TuneResult) -> Table:
+    table = Table(title=f"sweep {result.name}", title_justify="left")
+    for column in ("trial", "state", result.metric, "clean", "epochs", "FE/sample", "seconds"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    ranked = sorted(
+        result.trials, key=lambda t: (t.value is None, -(t.value or 0.0) * result.direction)
+    )
+    for trial in ranked:
+        best = result.best is not None and trial.number == result.best.number
+        table.add_row(
+            f"{trial.number}{' *' if best else ''}",
+            trial.state,
+            "-" if trial.value is None else f"{trial.value:.4f}",
+            _number(trial.metrics.get("valid/clean")),
+            str(trial.epochs),
+            _number(trial.metrics.get("cost/fe_per_sample")),
+            _number(trial.metrics.get("cost/seconds")),
+            style="bold" if best else None,
+        )
+    return table
+
+
+def _open_ui(uri: str) -> str:
+    return f"MLflow UI   raytrain ui{'' if uri.endswith('/mlflow.db') else f' --uri {uri}'}"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
+
+
+def _bar(unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit + "  {task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not _is_terminal(),
+    )
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()

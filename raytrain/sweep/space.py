@@ -1,0 +1,300 @@
+"""A search space: a base run, what varies in it, the objective and the budget. One YAML file per study."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, final
+
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from raytrain.config import RunConfig
+from raytrain.record import METRICS
+from raytrain.request import override, parse_overrides, read_yaml, validated
+from raytrain.types import Number, RequestError, Spec
+
+_TRIES = 200  # random configurations that must all be valid before a sweep begins
+
+
+class Suggests(Protocol):
+    """What a space asks of a trial: Optuna's own suggestion methods."""
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int: ...
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+
+class AbstractDimension(Spec):
+    """One field of the run that varies; with `when`, only while earlier fields have these values."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, populate_by_name=True
+    )
+
+    when: Annotated[
+        dict[str, Any], Field(description="earlier path -> the value, or list of values, needed")
+    ] = {}
+
+    @abstractmethod
+    def suggest(self, trial: Suggests, path: str) -> Any:
+        """Ask the trial for a value."""
+
+    def applies(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether the conditions hold among the values chosen so far."""
+        return all(
+            chosen.get(path) in (wanted if isinstance(wanted, list) else [wanted])
+            for path, wanted in self.when.items()
+        )
+
+
+@final
+class Real(AbstractDimension):
+    """`{float: [low, high], log: true}`; with `unit: eps` in multiples of the threat's radius."""
+
+    bounds: Annotated[tuple[Number, Number], Field(alias="float")]
+    log: bool = False
+    step: Number | None = None
+    unit: Literal["eps"] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Real:
+        _check_bounds(*self.bounds, self.log)
+        if self.log and self.step is not None:
+            raise ValueError("log and step cannot both be given")
+        return self
+
+    def suggest(self, trial: Suggests, path: str) -> float:
+        return trial.suggest_float(path, *self.bounds, log=self.log, step=self.step)
+
+
+@final
+class Whole(AbstractDimension):
+    """`{int: [low, high]}`, both ends included; `step` or `log` as wanted."""
+
+    bounds: Annotated[tuple[int, int], Field(alias="int")]
+    log: bool = False
+    step: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Whole:
+        _check_bounds(*self.bounds, self.log)
+        if self.log and self.step != 1:
+            raise ValueError("log and step cannot both be given")
+        return self
+
+    def suggest(self, trial: Suggests, path: str) -> int:
+        return trial.suggest_int(path, *self.bounds, log=self.log, step=self.step)
+
+
+@final
+class Choice(AbstractDimension):
+    """`{choice: [a, b, c]}`: names, numbers or booleans, in no order."""
+
+    options: Annotated[list[str | bool | int | float], Field(alias="choice", min_length=1)]
+
+    def suggest(self, trial: Suggests, path: str) -> Any:
+        return trial.suggest_categorical(path, self.options)
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, AbstractDimension):
+        return type(value).__name__
+    kinds = {"float": "Real", "int": "Whole", "choice": "Choice"}
+    found = [kinds[key] for key in kinds if isinstance(value, Mapping) and key in value]
+    return found[0] if len(found) == 1 else None
+
+
+Dimension = Annotated[
+    Annotated[Real, Tag("Real")]
+    | Annotated[Whole, Tag("Whole")]
+    | Annotated[Choice, Tag("Choice")],
+    Discriminator(
+        _kind,
+        custom_error_type="dimension",
+        custom_error_message="Input should be one of {float: [low, high]}, {int: [low, high]} "
+        "and {choice: [...]}",
+    ),
+]
+
+
+class Objective(Spec):
+    """What a trial is judged by: a metric of the run, at its last epoch."""
+
+    metric: str = "valid/robust"
+    mode: Literal["max", "min"] = "max"
+
+    @model_validator(mode="after")
+    def _is_a_metric(self) -> Objective:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: {self.metric} is not one of {', '.join(METRICS)}")
+        return self
+
+
+class Search(Spec):
+    """How configurations are proposed, and which trials are stopped early."""
+
+    sampler: Annotated[Literal["tpe", "random"], Field(description="tpe learns from trials")] = (
+        "tpe"
+    )
+    startup: Annotated[
+        PositiveInt, Field(description="random trials before TPE has enough to learn from")
+    ] = 10
+    pruner: Annotated[
+        Literal["asha", "none"],
+        Field(description="asha: at each rung only the best 1/reduction go on"),
+    ] = "asha"
+    min_epochs: Annotated[PositiveInt, Field(description="first rung of asha")] = 2
+    reduction: Annotated[int, Field(ge=2, description="share that goes on is 1/reduction")] = 3
+    seed: int = 0
+
+
+class Budget(Spec):
+    """When a sweep ends."""
+
+    trials: Annotated[
+        PositiveInt, Field(description="finished trials, early-stopped included")
+    ] = 20
+    concurrent: Annotated[
+        PositiveInt | None, Field(description="trials at once; default: what fits the cluster")
+    ] = None
+
+
+class SearchSpace(Spec):
+    """A study: `base` with the fields of `space` varied, to the best of `objective`."""
+
+    name: str
+    description: str = ""
+    base: dict[str, Any] = {}
+    space: dict[str, Dimension] = {}
+    objective: Objective = Objective()
+    search: Search = Search()
+    budget: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _conditions_look_back(self) -> SearchSpace:
+        seen: set[str] = set()
+        for path, dimension in self.space.items():
+            for needed in dimension.when:
+                if needed not in seen:
+                    raise ValueError(f"space.{path}.when: {needed} is not a path listed before it")
+            seen.add(path)
+        return self
+
+    @property
+    def base_run(self) -> RunConfig:
+        """The run that nothing has been varied in."""
+        return validated(RunConfig, self.base, "base.")
+
+    def sample(self, trial: Suggests) -> dict[str, Any]:
+        """The values a trial varies, by path: its conditional fields only where they apply."""
+        chosen: dict[str, Any] = {}
+        for path, dimension in self.space.items():
+            if dimension.applies(chosen):
+                chosen[path] = dimension.suggest(trial, path)
+        return chosen
+
+    def run(self, chosen: Mapping[str, Any]) -> RunConfig:
+        """The run with these values.
+
+        Raises:
+            RequestError: if they do not make a valid one.
+        """
+        eps = self.base_run.threat.eps
+        changes = {
+            path: value * eps if getattr(self.space[path], "unit", None) == "eps" else value
+            for path, value in chosen.items()
+        }
+        return validated(RunConfig, override(self.base, changes))
+
+    def check(self) -> None:
+        """Try random configurations and the corners of the space.
+
+        Raises:
+            RequestError: for the first that is not a valid run.
+        """
+        _ = self.base_run
+        for path, dimension in self.space.items():
+            if path.split(".")[0] == "threat" and getattr(dimension, "unit", None) == "eps":
+                raise RequestError(f"space.{path}.unit: eps cannot be a multiple of itself")
+        for attempt in range(_TRIES):
+            trial = _Draw(random.Random(attempt), corner=attempt < 20)
+            try:
+                self.run(self.sample(trial))
+            except RequestError as error:
+                raise RequestError(f"space: {error}") from None
+
+    def hash(self) -> str:
+        """Changes when trials of one sweep would no longer be comparable: all but name and budget."""
+        shown = self.model_dump(
+            mode="json", by_alias=True, exclude={"name", "description", "budget"}
+        )
+        return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
+    """A search space from YAML; `key=value` words change fields of its base run.
+
+    Raises:
+        RequestError: naming the file, the path and what was expected.
+    """
+    values = {"name": file.stem, **read_yaml(file)}
+    base = values.get("base")
+    values["base"] = override(base if isinstance(base, dict) else {}, parse_overrides(overrides))
+    space = validated(SearchSpace, values, f"{file}: ")
+    try:
+        space.check()
+    except RequestError as error:
+        raise RequestError(f"{file}: {error}") from None
+    return space
+
+
+class _Draw:
+    """A trial that draws at random, or only ends of ranges."""
+
+    def __init__(self, source: random.Random, corner: bool) -> None:
+        self._source, self._corner = source, corner
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        del name, step, log
+        return (
+            self._source.choice([low, high]) if self._corner else self._source.uniform(low, high)
+        )
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        del name, log
+        last = low + (high - low) // step * step
+        return (
+            self._source.choice([low, last])
+            if self._corner
+            else self._source.randrange(low, last + 1, step)
+        )
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        del name
+        return self._source.choice(choices)
+
+
+def _check_bounds(low: float, high: float, log: bool) -> None:
+    if low > high:
+        raise ValueError(f"expected [low, high], found [{low:g}, {high:g}]")
+    if log and low <= 0:
+        raise ValueError(f"log needs a lower bound above 0, found {low:g}")

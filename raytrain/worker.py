@@ -1,0 +1,233 @@
+"""Ray Train: a group of workers that stays alive and pulls jobs; only the first job pays for its start.
+
+The driver submits a job and polls its rows; rank 0 asks for the job, tells the others, and asks
+after every epoch whether to go on. A worker that dies makes Ray Train start the group anew, and the
+job continues from its last checkpoint. Jobs end cooperatively, never by killing a group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raytrain.checkpoint import LAST, load
+from raytrain.config import RunConfig
+from raytrain.place import Place
+from raytrain.record import Report
+from raytrain.types import RequestError, TrainingFailed
+
+_IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training for a group: everything a worker needs, as plain values."""
+
+    run: str  # RunConfig as JSON
+    folder: str  # for checkpoints
+    resume: bool  # from last.pt in `folder`, where there is one
+
+
+class _Bus:
+    """Jobs one way (the newest wins), rows the other: an actor without CPUs, one per group."""
+
+    def __init__(self, max_failures: int) -> None:
+        self.number, self.job = 0, None
+        self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self.changed = asyncio.Condition()
+        self.taken, self.max_failures = 0, max_failures
+
+    async def submit(self, job: Job | None) -> int:
+        """A new job in place of the present one; None ends the group."""
+        async with self.changed:
+            self.number, self.job, self.taken = self.number + 1, job, 0
+            self.rows = asyncio.Queue()
+            self.changed.notify_all()
+        return self.number
+
+    async def next_job(self, after: int) -> tuple[int, Job | None, int]:
+        """The job newer than `after`, or number -1 after a while; how often it was begun before."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(
+                    self.changed.wait_for(lambda: self.number > after), _IDLE_SECONDS
+                )
+            except TimeoutError:
+                return -1, None, 0
+            self.taken += 1
+            if self.taken > self.max_failures + 1 and self.job is not None:
+                self.rows.put_nowait(("lost", f"its workers died {self.taken - 1} times"))
+                await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
+                return -1, None, 0
+            return self.number, self.job, self.taken - 1
+
+    async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
+        """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""
+        if number != self.number:
+            return False
+        self.rows.put_nowait((kind, value))
+        async with self.changed:
+            await self.changed.wait_for(
+                lambda: number != self.number or self.rows.qsize() <= ahead
+            )
+        return number == self.number
+
+    async def poll(self, seconds: float) -> tuple[str, Any] | None:
+        """The next row of the present job; None if there is none for so long."""
+        try:
+            row = await asyncio.wait_for(self.rows.get(), seconds)
+        except TimeoutError:
+            return None
+        async with self.changed:
+            self.changed.notify_all()
+        return row
+
+
+@lru_cache(maxsize=1)
+def _bus_class() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0)(_Bus)
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What every worker of a group does: job after job, until there is none."""
+    import ray
+    import ray.train
+    import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    device = get_device()
+    place = Place(
+        device if not isinstance(device, list) else device[0],
+        context.get_world_rank(),
+        context.get_world_size(),
+    )
+    bus, number = settings["bus"], 0
+
+    def agree(value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if place.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=place.device)
+        return box[0]
+
+    def tell(kind: str, value: Any, ahead: int = 1) -> bool:
+        asked = ray.get(bus.report.remote(number, kind, value, ahead)) if place.leads else None
+        return agree(asked)
+
+    while True:
+        newer, job, before = agree(ray.get(bus.next_job.remote(number)) if place.leads else None)
+        if newer < 0:
+            continue
+        if job is None:
+            return
+        number = newer
+        try:
+            for report in job_rows(job, place, resume=job.resume or before > 0):
+                if not tell("row", asdict(report)):
+                    break
+            else:
+                tell("done", None, 10)
+        except (TrainingFailed, RequestError) as error:
+            # Raised on every rank alike; a bad configuration must not cost the group its life.
+            tell("failed", str(error), 10)
+
+
+def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
+    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
+    from raytrain.loop import kept
+
+    folder = Path(job.folder)
+    saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
+    return kept(RunConfig.model_validate_json(job.run), place, folder, saved)
+
+
+class Group:
+    """A living Ray Train worker group, from the driver's side.
+
+    `resources` are those of one worker; `name` must be unique, since Ray Train restores a run whose
+    name it has seen.
+    """
+
+    def __init__(
+        self, workers: int, resources: dict[str, float], name: str, storage: Path, failures: int
+    ) -> None:
+        import ray
+
+        self._ray = ray
+        self._bus = _bus_class().remote(failures)
+        self._ended: str | None = None  # why the group is gone, if it is
+        self._thread = threading.Thread(
+            target=self._hold,
+            args=(workers, resources, name, storage, failures),
+            name="group",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Begin a job; one that is running is dropped at its next epoch."""
+        self._ray.get(self._bus.submit.remote(job))
+
+    def rows(self) -> Iterator[Report]:
+        """The rows of the job until it ends; after a restart of the group an epoch may come twice.
+
+        Raises:
+            TrainingFailed: if the job failed, or its workers died too often.
+        """
+        while True:
+            polled = self._ray.get(self._bus.poll.remote(1.0))
+            if polled is None and self._ended is not None:
+                raise TrainingFailed(f"the worker group is gone: {self._ended}")
+            if polled is None:
+                continue
+            kind, value = polled
+            if kind == "done":
+                return
+            if kind != "row":
+                raise TrainingFailed(str(value))
+            yield Report(**value)
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Let the workers finish their epoch and leave."""
+        with contextlib.suppress(Exception):  # the bus may be gone together with its node
+            self._ray.get(self._bus.submit.remote(None), timeout=seconds)
+        self._thread.join(seconds)
+        self._ray.kill(self._bus)
+
+    def _hold(
+        self, workers: int, resources: dict[str, float], name: str, storage: Path, failures: int
+    ) -> None:
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"bus": self._bus},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=resources["GPU"] > 0,
+                resources_per_worker={k: v for k, v in resources.items() if v},
+            ),
+            run_config=RunConfig(
+                name=f"{name}-{time.time_ns():x}",
+                storage_path=str(storage.resolve() / "ray"),
+                failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+            self._ended = "it was told to end"
+        except Exception as error:  # told to whoever waits for rows
+            self._ended = (str(error).splitlines() or [type(error).__name__])[0][:300]

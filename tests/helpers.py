@@ -1,0 +1,147 @@
+"""Tiny networks and batches that the tests of the numerics share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from raytrain.algorithms import TrainState
+from raytrain.balls import L1, L2, Linf
+from raytrain.types import Batch, Dice, View
+
+CPU = torch.device("cpu")
+
+EPS = {"linf": 0.1, "l2": 0.7, "l1": 3.0}
+"""A radius for each norm at which 8x8 images have saturated and free pixels in the ball."""
+
+# No time limit (torch's first call is slow), no data base beside the code, the same examples always.
+theorem = settings(deadline=None, database=None, derandomize=True, max_examples=60)
+
+
+def ball_of(norm: str, eps: float | None = None) -> Linf | L2 | L1:
+    """The ball of this norm, with the radius of `EPS` unless another is given."""
+    kinds: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
+    return kinds[norm](eps=EPS[norm] if eps is None else eps)
+
+
+def row(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """One image of one channel and one line."""
+    return torch.tensor(values, dtype=dtype).view(1, 1, 1, -1)
+
+
+def dice_of(num: int, seed: int = 0) -> Dice:
+    """The randomness of a whole batch on one worker."""
+    return Dice(seed, num, slice(None), CPU)
+
+
+def pixels(num: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
+    """Float64 images of which a quarter of the pixels is black and a quarter white."""
+    raw = torch.rand(num, channels, size, size, generator=generator(seed), dtype=torch.float64)
+    return (2 * raw - 0.5).clamp(0, 1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(
+    num: int = 8,
+    channels: int = 1,
+    size: int = 8,
+    classes: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Batch:
+    """A batch with saturated pixels, random labels and indices 0..num-1."""
+    labels = torch.randint(classes, (num,), generator=generator(seed + 1))
+    images = pixels(num, channels, size, seed).to(dtype)
+    return Batch(images, labels, torch.arange(num), dice_of(num, seed))
+
+
+def views_of(num: int, pad: int, seed: int = 0, mirrored: bool | None = None) -> View:
+    """Random crops; flips at random too, or all alike."""
+    top, left = torch.randint(2 * pad + 1, (2, num), generator=generator(seed)).unbind()
+    flips = torch.rand(num, generator=generator(seed + 1)) < 0.5
+    if mirrored is not None:
+        flips = torch.full((num,), mirrored)
+    return View(pad, top, left, flips)
+
+
+class TinyNet(nn.Module):
+    """Two convolutions and a linear layer for 8x8 images; BatchNorm and dropout where asked for."""
+
+    def __init__(
+        self, classes: int = 4, channels: int = 1, batch_norm: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(8 * 4 * 4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv1(x)))
+        h = torch.relu(self.conv2(h)).flatten(1)
+        return self.linear(self.dropout(h))
+
+
+def tiny_net(
+    dtype: torch.dtype = torch.float64,
+    *,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+    channels: int = 1,
+    seed: int = 0,
+) -> TinyNet:
+    """The same network for the same arguments; weights large enough that attacks matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TinyNet(channels=channels, batch_norm=batch_norm, dropout=dropout).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+class Affine(nn.Module):
+    """Logits (0, <slope, x>): the loss of label 0 grows with <slope, x> and with nothing else."""
+
+    def __init__(self, slope: Tensor) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x * self.slope).flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def state_of(model: nn.Module, lr: float = 0.1, momentum: float = 0.9) -> TrainState:
+    """A fresh state on one worker, with plain momentum SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    return TrainState(model=model, wrapper=model, optimizer=optimizer)
+
+
+def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, as copies."""
+    for name, value in model.state_dict().items():
+        yield name, value.clone()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all parameters and buffers are equal bit for bit."""
+    ours, theirs = dict(everything(one)), dict(everything(other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """|found - wanted| <= tolerance (1 + |wanted|) everywhere, for equal shapes.
+
+    torch.testing would do, but its first call takes seconds.
+    """
+    assert found.shape == wanted.shape
+    excess = (found - wanted).abs() / (1 + wanted.abs())
+    assert float(excess.max()) <= tolerance, f"off by {float(excess.max()):g}"
