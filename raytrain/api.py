@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from raytrain import provenance
-from raytrain.checkpoint import BEST, LAST, Saved, find, load, to_yaml
+from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, load, to_yaml
 from raytrain.config import RunConfig
-from raytrain.data.loader import open_test, sweep
+from raytrain.data.loader import Part, open_test, sweep
 from raytrain.judge import Evaluation, Flags, judge
-from raytrain.loop import build_model, preflight
-from raytrain.place import Place
+from raytrain.loop import network, preflight
+from raytrain.place import here
 from raytrain.record import EvalReport, Report
-from raytrain.request import override, parse_overrides, read_run, validated
-from raytrain.session import session, slots, wanted_cluster, worker_resources
-from raytrain.tracking import Status, Tracker
+from raytrain.request import Configuration, as_run, override, parse_overrides, validated
+from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
+from raytrain.tracking import Status, Tracker, fetch
 from raytrain.types import RequestError, TrainingFailed, mix
 from raytrain.worker import Group, Job, job_rows
 
-Configuration = RunConfig | Mapping[str, Any] | str | Path
+Overrides = Iterable[str] | Mapping[str, Any]
 Watch = Callable[[RunConfig, Report], None]
 
 
@@ -65,148 +63,100 @@ class EvalResult:
 
 def train(
     config: Configuration | None = None,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
     resume: str | Path | None = None,
     watch: Watch | None = None,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
-    `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a mapping
-    of dotted paths. `resume` is the id or the checkpoint folder of a run to continue, in the same
-    MLflow run. `watch` is called after every epoch.
+    `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
+    mapping of dotted paths. `resume` is the id or the checkpoint folder of a run to continue in the
+    same MLflow run, with its own configuration unless another is given. `watch` is called after
+    every epoch.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
         TrainingFailed: if training ended early; the run is FAILED, its checkpoints are kept.
     """
-    saved, folder = None, None
+    folder = None
     if resume is not None:
-        folder = checkpoint_folder(str(resume), storage=_storage(config, overrides))
-        saved = load(folder / LAST)
-        config = saved.run if config is None else config
+        storage = as_run(config, overrides).storage
+        folder = folder_of(str(resume), storage)
+        config = load(folder / LAST).run if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)
-    example = _example(splits.valid.pixels)
-    with _in_cluster(run) as on_cluster, interruptible():
+    if folder is not None and load(folder / LAST).epoch >= run.epochs:
+        raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
+    with _cluster(run) as on_cluster, interruptible():
         tracker = Tracker(run.tracking_uri, run.experiment)
         status: Status = "FAILED"
         try:
             run_id, done = _open(tracker, run, folder)
             folder = (run.storage / run.experiment / run_id).resolve()
-            job = Job(run.model_dump_json(), str(folder), resume=saved is not None)
-            last: Report | None = None
+            job = Job(run.model_dump_json(), str(folder), resume=resume is not None)
+            metrics: dict[str, float] = {}
             for report in _rows(run, job, on_cluster):
-                if report.epoch > done:
-                    tracker.log(run_id, report.metrics(), report.epoch)
-                    done = report.epoch
-                    if watch is not None:
-                        watch(run, report)
-                last = report
-            if last is None:
-                raise RequestError(f"epochs: the run has already finished its {run.epochs} epochs")
-            _leave(tracker, run, run_id, folder, example)
+                metrics = report.metrics()
+                if report.epoch <= done:
+                    continue  # repeated after a restart of the workers
+                done = report.epoch
+                tracker.log(run_id, metrics, done)
+                if watch is not None:
+                    watch(run, report)
+            leave_network(tracker, run_id, folder, splits.valid)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:
             tracker.shut(status)
-    return TrainResult(
-        run_id,
-        run.run_name or provenance.describe(run),
-        run.signature(),
-        last.metrics(),
-        folder,
-        tracker.uri,
-    )
+    name = run.run_name or provenance.describe(run)
+    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
 
 
 def evaluate(
     run_or_checkpoint: str | Path,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
-    which: str | None = None,
+    which: Literal["best", "last"] = "best",
     storage: Path = Path("runs"),
 ) -> EvalResult:
     """Clean and PGD accuracy on the test set, sample by sample, recorded on the run it belongs to.
 
     `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which` picks
-    `best` (default) or `last` in a folder. `overrides` are fields of the evaluation (`steps=50`), or
-    `data.*`, `tracking_uri` and `device` of the run.
+    one of a run's checkpoints. `overrides` are fields of the evaluation (`steps=50`), or `data.*`,
+    `tracking_uri` and `device` of the run. With RAY_ADDRESS the work is done on that cluster.
 
     Raises:
         RequestError: if there is no such run, or the data does not fit it.
     """
-    folder = checkpoint_folder(str(run_or_checkpoint), storage)
-    file = find(folder if which is None else folder / f"{which}.pt")
+    changes = _evaluation_changes(overrides)
+    file = _checkpoint(str(run_or_checkpoint), which, storage, changes.get("tracking_uri"))
     saved = load(file)
-    evaluation, run = _evaluation(saved, overrides)
+    base = {**saved.run.model_dump(mode="json"), "evaluation": {"steps": 20}}
+    run = validated(RunConfig, override(base, changes))
     with interruptible():
-        report, flags, classes = _judged(run, saved, evaluation)
-    table = file.with_name(f"{file.stem}-{evaluation.name}.parquet")
-    _write_flags(flags, classes, table)
+        report, flags = _judged_somewhere(run, saved)
+    table = file.with_name(f"{file.stem}-{report.attack}.parquet")
+    _write_flags(flags, table)
     run_id = file.parent.name if _is_run_id(file.parent.name) else None
     if run_id is not None:
         _record(run, run_id, report, table)
-    threat = f"{run.threat.norm} {run.threat.eps:.5g}"
-    return EvalResult(report, file, table, run_id, threat)
+    return EvalResult(report, file, table, run_id, f"{run.threat.norm} {run.threat.eps:.5g}")
 
 
-def as_run(
-    config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any] = ()
-) -> RunConfig:
-    """A validated RunConfig from any of the forms that the API takes."""
-    words = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    if config is None or isinstance(config, str | Path):
-        base = read_run(None if config is None else Path(config))
-        if not words:
-            return base
-        from raytrain.request import read_yaml
-
-        values = {} if config is None else read_yaml(Path(config))
-    else:
-        values = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
-    return validated(RunConfig, override(values, words))
-
-
-def checkpoint_folder(name: str, storage: Path) -> Path:
-    """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
-
-    Raises:
-        RequestError: if there is none.
-    """
-    path = Path(name)
-    if path.exists():
-        return path.resolve()
-    found = sorted(storage.glob(f"*/{name}")) + sorted(storage.glob(f"*/*/{name}"))
-    if found:
-        return found[0].resolve()
-    raise RequestError(
-        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
-    )
+def leave_network(tracker: Tracker, run_id: str, folder: Path, part: Part) -> None:
+    """The artifacts of a finished training: its checkpoints, and the network in MLflow's format."""
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            tracker.artifact(run_id, folder / name, "checkpoints")
+    example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
+    tracker.model(run_id, network(load(folder)).float(), example)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM (Slurm, Kubernetes) end the work the way Ctrl-C does: recorded, not abandoned."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _in_cluster(run: RunConfig) -> Iterator[bool]:
+def _cluster(run: RunConfig) -> Iterator[bool]:
     """A Ray cluster where the run needs one: several workers, or RAY_ADDRESS is set."""
     if run.workers == 1 and wanted_cluster() is None:
         yield False
@@ -218,11 +168,10 @@ def _in_cluster(run: RunConfig) -> Iterator[bool]:
 
 def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
     if not on_cluster:
-        yield from job_rows(job, here(run), job.resume)
+        yield from job_rows(job, here(run.device), job.resume)
         return
-    group = Group(
-        run.workers, worker_resources(run), "train", run.storage, failures=run.max_failures
-    )
+    resources = worker_resources(run)
+    group = Group(run.workers, resources, "train", run.storage, run.max_failures)
     try:
         group.submit(job)
         yield from group.rows()
@@ -230,118 +179,71 @@ def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
         group.close()
 
 
-def here(run: RunConfig) -> Place:
-    """This process as the only worker.
-
-    Raises:
-        RequestError: if device=cuda and there is none.
-    """
-    has_gpu = torch.cuda.is_available()
-    if run.device == "cuda" and not has_gpu:
-        raise RequestError("device: cuda was asked for and no CUDA device is visible")
-    return Place(torch.device("cuda" if has_gpu and run.device != "cpu" else "cpu"))
-
-
 def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
     """The MLflow run to write to, and the epochs it already has."""
     if folder is not None and _is_run_id(folder.name):
         return folder.name, tracker.reopen(folder.name)
-    run_id = tracker.open(
-        run.run_name or provenance.describe(run), provenance.parameters(run), provenance.tags(run)
-    )
+    name = run.run_name or provenance.describe(run)
+    run_id = tracker.open(name, provenance.parameters(run), provenance.tags(run))
     tracker.text(run_id, to_yaml(run), "run.yaml")
     return run_id, 0
 
 
-def _leave(
-    tracker: Tracker, run: RunConfig, run_id: str, folder: Path, example: np.ndarray
-) -> None:
-    """The artifacts of a finished run: its checkpoints, and the network in MLflow's own format."""
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            tracker.artifact(run_id, folder / name, "checkpoints")
-    saved = load(folder)
-    tracker.model(run_id, network(saved), example)
-
-
-def network(saved: Saved) -> torch.nn.Module:
-    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits."""
-    from raytrain.data.loader import open_splits
-
-    splits = open_splits(saved.run.data, Place())
-    model = build_model(saved.run, splits.source)
-    if saved.run.precision == "fp64":
-        model = model.double()
-    model.load_state_dict(saved.weights)
-    return model.eval()
-
-
-def _example(pixels: torch.Tensor) -> np.ndarray:
-    return (pixels[:2].cpu().float() / 255).numpy()
-
-
-def _storage(config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any]) -> Path:
+def _evaluation_changes(overrides: Overrides) -> dict[str, Any]:
     words = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    if "storage" in words:
-        return Path(words["storage"])
-    return RunConfig.model_fields["storage"].default if config is None else as_run(config).storage
-
-
-def _evaluation(
-    saved: Saved, overrides: Iterable[str] | Mapping[str, Any]
-) -> tuple[Evaluation, RunConfig]:
-    words = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    words = {
-        f"evaluation.{path}" if path in Evaluation.model_fields else path: value
-        for path, value in words.items()
-    }
-    for path in words:
+    own = Evaluation.model_fields
+    changes = {f"evaluation.{path}" if path in own else path: v for path, v in words.items()}
+    for path in changes:
         if path.split(".")[0] not in {"evaluation", "data", "tracking_uri", "device"}:
             raise RequestError(
-                f"{path}: expected a field of the evaluation ({', '.join(Evaluation.model_fields)}), "
-                "data.*, tracking_uri or device; the threat model and the network are the run's own"
+                f"{path}: expected a field of the evaluation ({', '.join(own)}), data.*, "
+                "tracking_uri or device; the threat model and the network are the run's own"
             )
-    values = override({"evaluation": {"steps": 20}}, words)
-    base = saved.run.model_dump(mode="json")
-    base["evaluation"] = {}
-    run = validated(RunConfig, override(base, _dotted(values)))
-    return run.evaluation, run
+    return changes
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _dotted(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _checkpoint(name: str, which: Literal["best", "last"], storage: Path, uri: str | None) -> Path:
+    """The checkpoint that was meant, fetched from MLflow if this machine does not have it."""
+    try:
+        folder = folder_of(name, storage)
+    except RequestError:
+        if not _is_run_id(name):
+            raise
+        return fetch(uri, name, f"checkpoints/{which}.pt", storage / "fetched" / name)
+    if folder.is_file():
+        return folder
+    return find(folder / f"{which}.pt" if (folder / f"{which}.pt").is_file() else folder)
 
 
-def _judged(
-    run: RunConfig, saved: Saved, evaluation: Evaluation
-) -> tuple[EvalReport, Flags, tuple[str, ...]]:
-    place = here(run)
+def _judged_somewhere(run: RunConfig, saved: Saved) -> tuple[EvalReport, Flags]:
+    if wanted_cluster() is None:
+        return _judged(run, saved)
+    with session(run):
+        import ray
+
+        slots(run.model_copy(update={"workers": 1}), 1)
+        needs = worker_resources(run)
+        remote = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_judged)
+        return ray.get(remote.remote(run, saved))
+
+
+def _judged(run: RunConfig, saved: Saved) -> tuple[EvalReport, Flags]:
+    place = here(run.device)
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
-    part, source = open_test(run.data, place, dtype)
+    part, _ = open_test(run.data, place, dtype)
     model = network(saved).to(place.device)
-    batches = sweep(part, evaluation.batch_size, mix(run.seed, "test"))
-    report, flags = judge(model, batches, run.threat, evaluation, place, run.precision)
-    return report, flags, source.classes
+    batches = sweep(part, run.evaluation.batch_size, mix(run.seed, "test"))
+    report, flags = judge(model, batches, run.threat, run.evaluation, place, run.precision)
+    return report, Flags(flags.index.cpu(), flags.clean.cpu(), flags.robust.cpu())
 
 
-def _write_flags(flags: Flags, classes: tuple[str, ...], file: Path) -> None:
+def _write_flags(flags: Flags, file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    del classes
-    columns = {
-        "index": flags.index.cpu().numpy(),
-        "clean": flags.clean.cpu().numpy(),
-        "robust": flags.robust.cpu().numpy(),
-    }
+    table = pa.table({name: value.numpy() for name, value in vars(flags).items()})
     try:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(table, file)
     except OSError as error:
         raise TrainingFailed(
             f"{file}: could not be written ({error.strerror or error})"
@@ -350,17 +252,10 @@ def _write_flags(flags: Flags, classes: tuple[str, ...], file: Path) -> None:
 
 def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path) -> None:
     tracker = Tracker(run.tracking_uri, run.experiment)
-    name = report.attack
+    accuracies = {"test/clean": report.clean, f"test/{report.attack}": report.robust}
+    counts = {"test/images": float(report.images), "test/fe": float(report.fe)}
     try:
-        tracker.log(
-            run_id,
-            {
-                "test/clean": report.clean,
-                f"test/{name}": report.robust,
-                "test/images": float(report.images),
-                "cost/test_fe": float(report.fe),
-            },
-        )
+        tracker.log(run_id, {**accuracies, **counts})
         tracker.artifact(run_id, table, "evaluation")
     finally:
         tracker.shut("FINISHED")

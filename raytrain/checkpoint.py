@@ -156,6 +156,23 @@ def find(path: Path) -> Path:
     raise RequestError(f"{path}: expected a checkpoint file, or a folder with {BEST} or {LAST}")
 
 
+def folder_of(name: str, storage: Path) -> Path:
+    """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
+
+    Raises:
+        RequestError: if there is none.
+    """
+    path = Path(name)
+    if path.exists():
+        return path.resolve()
+    found = [*storage.glob(f"*/{name}"), *storage.glob(f"*/*/trials/{name}")]
+    if found:
+        return found[0].resolve()
+    raise RequestError(
+        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
+    )
+
+
 def restore(state: TrainState, saved: Saved, place: Place) -> None:
     """Continue where `saved` stopped; the number of workers may have changed."""
     content = saved.content

@@ -91,9 +91,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="such as steps=50 restarts=10"),
     ] = None,
-    which: Annotated[
-        str | None, typer.Option(help="best or last checkpoint of the run; default best")
-    ] = None,
+    which: Annotated[str, typer.Option(help="best or last: which checkpoint")] = "best",
     storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
         "runs"
     ),
@@ -106,7 +104,7 @@ def evaluate(
         from raytrain.show import evaluate_summary
         from raytrain.types import RequestError
 
-        if which not in {None, "best", "last"}:
+        if which not in ("best", "last"):
             raise RequestError(f"--which: expected best or last, found {which}")
         result = api.evaluate(run, overrides or (), which=which, storage=storage)
         say(evaluate_summary(result), result.json(), as_json)

@@ -135,6 +135,16 @@ def build_model(run: RunConfig, source: Source) -> nn.Module:
     )
 
 
+def network(saved: Saved) -> torch.nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits."""
+    splits = open_splits(saved.run.data, Place())
+    model = build_model(saved.run, splits.source)
+    if saved.run.precision == "fp64":
+        model = model.double()
+    model.load_state_dict(saved.weights)
+    return model.eval()
+
+
 def _epoch(
     run: RunConfig,
     epoch: int,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from raytrain.types import RequestError
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,15 @@ class Place:
         """Wait until every worker is here."""
         if self.world > 1:
             dist.barrier()
+
+
+def here(device: Literal["auto", "cpu", "cuda"] = "auto") -> Place:
+    """This process as the only worker; `auto` takes a GPU where there is one.
+
+    Raises:
+        RequestError: if `cuda` was asked for and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise RequestError("device: cuda was asked for and no CUDA device is visible")
+    return Place(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))

@@ -15,6 +15,8 @@ from raytrain.config import RunConfig
 from raytrain.types import RequestError
 
 Model = TypeVar("Model", bound=BaseModel)
+Configuration = RunConfig | Mapping[str, Any] | str | Path
+"""A run as a record, a mapping, or the path of a YAML file."""
 
 # Records chosen by one of their own fields: naming another one begins the record anew.
 _CHOSEN_BY = {
@@ -30,14 +32,19 @@ _CHOSEN_BY = {
 _NAMED = {"data": "name", "model": "name"}
 
 
-def read_run(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """A run file with `dotted.path=value` words on top.
+def as_run(
+    config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> RunConfig:
+    """A validated RunConfig from any of the forms that the API takes.
 
     Raises:
         RequestError: naming the file or field, and what was expected.
     """
-    values = {} if file is None else read_yaml(file)
-    return validated(RunConfig, override(values, parse_overrides(overrides)))
+    changes = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    if isinstance(config, RunConfig):
+        config = config.model_dump(mode="json")
+    values = read_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
+    return validated(RunConfig, override(values, changes))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -145,12 +152,12 @@ def _wanted(one: Any) -> str:
         "string_type": "a string",
     }
     message = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return plain.get(one["type"], message[0].lower() + message[1:])
+    return plain.get(one["type"]) or message[0].lower() + message[1:]
 
 
 def _expected_tags(first: Any) -> str:
     context = first.get("ctx", {})
-    expected = context.get("expected_tags", context.get("discriminator", "")).replace("'", "")
+    expected = str(context.get("expected_tags", context.get("discriminator"))).replace("'", "")
     if first["type"] == "union_tag_not_found":
         return f"expected a record with the field {expected}"
     names = expected.split(", ")
@@ -163,16 +170,11 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
     """The user's path of an error, and pydantic's tags for the members of unions taken on the way."""
     path: list[str] = []
     tags: list[str] = []
-    here = values
+    here: Any = values
     for step, part in enumerate(loc):
         if isinstance(here, str):  # a bare name stands for its record
             here = {"name": here, "kind": here, "norm": here}
-        if (
-            isinstance(here, Mapping)
-            and part in here
-            or isinstance(here, list | tuple)
-            and isinstance(part, int)
-        ):
+        if _holds(here, part):
             here = here[part]
             path.append(str(part))
         elif step == len(loc) - 1 and isinstance(here, Mapping) and not _is_tag(part, here):
@@ -180,6 +182,12 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
         else:
             tags.append(str(part))
     return path, tags
+
+
+def _holds(here: Any, part: Any) -> bool:
+    if isinstance(here, Mapping):
+        return part in here
+    return isinstance(here, list | tuple) and isinstance(part, int)
 
 
 def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:

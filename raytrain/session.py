@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from raytrain.config import RunConfig
 from raytrain.types import RequestError
@@ -64,6 +67,24 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM (Slurm, Kubernetes) end the work the way Ctrl-C does: recorded, not abandoned."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def slots(run: RunConfig, wanted: int | None) -> int:

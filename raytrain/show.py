@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, a live line on terminals and plain ones elsewhere; results on stdout."""
+"""What a person sees: progress on stderr, a live line on a terminal; results on stdout."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class Tracker:
         `example` is a numpy batch of at least two images; other batch sizes work too.
         """
         import mlflow
-        import mlflow.pytorch
+        from mlflow import pytorch
         from mlflow.models import infer_signature
 
         noisy = [logging.getLogger(name) for name in ("mlflow", "torch.export", "torch._dynamo")]
@@ -143,15 +143,13 @@ class Tracker:
         mlflow.set_tracking_uri(self.uri)
         try:
             with mlflow.start_run(run_id):
-                mlflow.pytorch.log_model(
+                pytorch.log_model(
                     model.cpu().eval(),
                     name="model",
                     input_example=example,
                     signature=infer_signature(example, example[:, 0, 0, :1]),
                     pip_requirements=["torch", "numpy"],
                 )
-            # start_run as a context ends the run; whether it has ended is for `close` to say.
-            self._client.update_run(run_id, status="RUNNING")
         finally:
             mlflow.set_tracking_uri(before)
             for logger, level in zip(noisy, levels, strict=True):
@@ -239,6 +237,25 @@ class Tracker:
         self._complained = True
         first = problem.splitlines()[0] if problem else "no answer"
         sys.stderr.write(f"raytrain: MLflow at {self.uri}: {first[:200]}\n")
+
+
+def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
+    """An artifact of a run, copied into `folder`.
+
+    Raises:
+        RequestError: if MLflow has no such run, or the run no such artifact.
+    """
+    uri = tracking_uri(uri)
+    client = _connect(uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(run_id, artifact, str(folder)))
+    except Exception as error:
+        # A missing run and a missing file come as different kinds from different stores.
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(
+            f"{run_id}: MLflow at {uri} has no {artifact} of this run ({problem[:200]})"
+        ) from None
 
 
 def _connect(uri: str) -> Any:

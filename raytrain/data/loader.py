@@ -76,6 +76,16 @@ def open_test(
     """The test set, for `evaluate` alone."""
     source = _training_set(spec)[2]
     images = _read(spec, "test")
+    if images.pixels.shape[1:] != (source.channels, source.size, source.size):
+        raise RequestError(
+            f"{spec.test_path or spec.name}: the test images are {tuple(images.pixels.shape[1:])}; "
+            f"expected {(source.channels, source.size, source.size)} as in training"
+        )
+    if int(images.labels.max()) >= len(source.classes):
+        raise RequestError(
+            f"{spec.test_path or spec.name}: the test set has label {int(images.labels.max())}; "
+            f"expected 0 to {len(source.classes) - 1} as in training"
+        )
     everything = np.arange(len(images.labels))
     return _part(images.pixels, images.labels, everything, place, dtype), source
 

@@ -14,11 +14,12 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raytrain import provenance
-from raytrain.api import interruptible, network
-from raytrain.checkpoint import load, to_yaml
+from raytrain.api import leave_network
+from raytrain.checkpoint import to_yaml
 from raytrain.config import RunConfig
+from raytrain.data.loader import Splits
 from raytrain.loop import preflight
-from raytrain.session import session, slots, worker_resources
+from raytrain.session import interruptible, session, slots, worker_resources
 from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow, open_study
 from raytrain.sweep.slots import GroupSlot, SingleSlot
 from raytrain.sweep.space import SearchSpace, read_space
@@ -237,7 +238,7 @@ class _Pruning(FIFOScheduler):
 
 
 def _leave(
-    tracker: Tracker, ledger: Ledger, parent: str, folder: Path, splits: Any
+    tracker: Tracker, ledger: Ledger, parent: str, folder: Path, splits: Splits
 ) -> Path | None:
     """What a sweep leaves on its parent run and beside its study."""
     best = ledger.best()
@@ -254,10 +255,7 @@ def _leave(
     best_file = folder / "best.yaml"
     best_file.write_text(to_yaml(run))
     tracker.artifact(parent, best_file)
-    checkpoints = folder / "trials" / best.run_id
-    tracker.artifact(best.run_id, checkpoints / "best.pt", "checkpoints")
-    example = (splits.valid.pixels[:2].cpu().float() / 255).numpy()
-    tracker.model(best.run_id, network(load(checkpoints)), example)
+    leave_network(tracker, best.run_id, folder / "trials" / best.run_id, splits.valid)
     return best_file
 
 

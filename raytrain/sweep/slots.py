@@ -16,6 +16,7 @@ import torch
 from ray import tune
 
 from raytrain.config import RunConfig
+from raytrain.place import here
 from raytrain.record import Report
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.worker import Group, Job, job_rows
@@ -66,9 +67,7 @@ class SingleSlot(AbstractSlot):
     """Trials of one worker, in this process."""
 
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
-        from raytrain.api import here
-
-        return job_rows(job, here(run), job.resume)
+        return job_rows(job, here(run.device), job.resume)
 
     def cleanup(self) -> None:
         self._rows = iter(())
