@@ -1,0 +1,1 @@
+"""Data sets: reading them whole, holding back a validation split, visiting images in random order."""
