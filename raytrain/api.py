@@ -94,7 +94,7 @@ def train(
         try:
             run_id, done = _open(tracker, run, folder)
             folder = (run.storage / run.experiment / run_id).resolve()
-            job = Job(run.model_dump_json(), str(folder), resume=resume is not None)
+            job = Job.of(run, folder, resume=resume is not None)
             metrics: dict[str, float] = {}
             for report in _rows(run, job, on_cluster):
                 metrics = report.metrics()

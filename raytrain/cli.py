@@ -207,4 +207,5 @@ def _exit(status: int, debug: bool) -> None:
 
 def main() -> None:
     """The entry point."""
+    sys.path.insert(0, os.getcwd())  # for model=module:function; Ray hands the path to its workers
     app()

@@ -34,6 +34,12 @@ class Job:
     folder: str  # for checkpoints
     resume: bool  # from last.pt in `folder`, where there is one
 
+    @classmethod
+    def of(cls, run: RunConfig, folder: Path, resume: bool) -> Job:
+        """The job of a run, wherever its workers are started."""
+        located = run.model_copy(update={"data": run.data.located()})
+        return cls(located.model_dump_json(), str(folder.resolve()), resume)
+
 
 class _Bus:
     """Jobs one way (the newest wins), rows the other: an actor without CPUs, one per group."""

@@ -18,7 +18,7 @@ EPS = {"linf": 0.1, "l2": 0.7, "l1": 3.0}
 """A radius for each norm at which 8x8 images have saturated and free pixels in the ball."""
 
 # No time limit (torch's first call is slow), no data base beside the code, the same examples always.
-theorem = settings(deadline=None, database=None, derandomize=True, max_examples=60)
+theorem = settings(deadline=None, database=None, derandomize=True, max_examples=40)
 
 
 def ball_of(norm: str, eps: float | None = None) -> Linf | L2 | L1:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import assert_near
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from raytrain.algorithms import TrainState
 from raytrain.checkpoint import LAST, load, save
@@ -136,13 +136,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def together(alone: tuple[Path, dict[str, Any]]) -> list[dict[str, Any]]:
     """The findings of both workers."""
     folder, _ = alone
-    processes = mp.start_processes(work, (folder,), nprocs=2, join=False, start_method="spawn")
+    workers = spawn(work, (folder,), nprocs=2, join=False)
+    assert workers is not None
+    processes: list[Any] = workers.processes
     deadline = time.monotonic() + 2 * PATIENCE
     try:
-        while not processes.join(timeout=5):
+        while not workers.join(timeout=5):
             assert time.monotonic() < deadline, "the workers wait for each other"
     finally:
-        for process in processes.processes:
+        for process in processes:
             process.kill()
     return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
 

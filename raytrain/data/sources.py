@@ -10,12 +10,11 @@ import torch
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
 from raytrain.data.images import Images, Split
+from raytrain.data.spec import DEFAULT_FOLDER
 from raytrain.data.splits import is_parquet, parquet_files
 from raytrain.types import RequestError
 
 __all__ = ["SOURCES", "Images", "Source", "Split", "check_name", "describe", "read", "source_of"]
-
-DEFAULT_FOLDER = Path("data")
 
 
 def read(

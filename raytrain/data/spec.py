@@ -7,7 +7,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from raytrain.data.catalogue import SOURCES
 from raytrain.types import Spec
+
+DEFAULT_FOLDER = Path("data")
 
 
 class DataSpec(Spec):
@@ -52,3 +55,10 @@ class DataSpec(Spec):
         if value >= 1 and value != int(value):
             raise ValueError("expected a whole number of images, or a share below 1")
         return value
+
+    def located(self) -> DataSpec:
+        """The same with absolute paths: workers run in other folders than the command."""
+        name = self.name if self.name in SOURCES else str(Path(self.name).resolve())
+        root = (self.root or DEFAULT_FOLDER).resolve()
+        test_path = None if self.test_path is None else self.test_path.resolve()
+        return self.model_copy(update={"name": name, "root": root, "test_path": test_path})

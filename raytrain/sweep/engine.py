@@ -19,6 +19,7 @@ from raytrain.checkpoint import to_yaml
 from raytrain.config import RunConfig
 from raytrain.data.loader import Splits
 from raytrain.loop import preflight
+from raytrain.request import parse_overrides
 from raytrain.session import interruptible, session, slots, worker_resources
 from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow, open_study
 from raytrain.sweep.slots import GroupSlot, SingleSlot
@@ -112,9 +113,10 @@ def _space(
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
     if space is None:
-        found = sorted(Path("runs").glob(f"*/{resume}/space.yaml"))
+        storage = Path(parse_overrides(overrides).get("storage", "runs"))
+        found = sorted(storage.glob(f"*/{resume}/space.yaml"))
         if not found:
-            raise RequestError(f"--resume: there is no sweep {resume} below runs")
+            raise RequestError(f"--resume: there is no sweep {resume} below {storage}")
         space = found[0]
     if not isinstance(space, SearchSpace):
         space = read_space(Path(space), overrides)

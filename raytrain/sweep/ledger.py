@@ -112,7 +112,7 @@ class Ledger:
         trial.set_user_attr("run_id", live.run_id)
         self._live[tune_id] = live
         folder = self._folder / "trials" / live.run_id
-        return {"job": Job(run.model_dump_json(), str(folder), "resume_of" in attributes)}
+        return {"job": Job.of(run, folder, resume="resume_of" in attributes)}
 
     def row(self, tune_id: str, result: dict[str, Any]) -> Verdict:
         """Record a row; says whether the trial is to be stopped early."""
