@@ -22,6 +22,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _BATCH_SECONDS = 0.5  # rows are collected this long before they are written
 _RETRY_SECONDS = 5.0
+_SOURCE = {"mlflow.source.type": "JOB", "mlflow.source.name": "raytrain"}
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view the UI opens
 _DEFAULTS = {  # each may be overridden from outside
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -88,7 +90,7 @@ class Tracker:
         run = self._client.create_run(
             self.experiment_id,
             run_name=name,
-            tags={**tags, **nesting, "mlflow.source.type": "JOB"},
+            tags={**_SOURCE, **tags, **nesting},
         )
         run_id = run.info.run_id
         self._open[run_id] = None
@@ -293,6 +295,6 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
         # Beside the database, wherever the command was started.
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, location, tags=_EXPERIMENT_TAGS)
     except MlflowException:  # another process was faster
         return client.get_experiment_by_name(name).experiment_id

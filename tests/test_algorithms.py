@@ -47,9 +47,9 @@ def algorithm_of(recipe: AbstractRecipe, norm: str = "linf", eps: float | None =
 
 
 def trained(
-    algorithm: AbstractAlgorithm, steps: int = 3, *, batch_norm: bool = False
+    algorithm: AbstractAlgorithm, steps: int = 2, *, batch_norm: bool = False
 ) -> TrainState:
-    """The state after a few steps of momentum SGD on different batches."""
+    """The state after two steps of momentum SGD on different batches."""
     state = state_of(tiny_net(batch_norm=batch_norm))
     if algorithm.remembers:
         state.store = SampleStore(8, (1, 8, 8), Place())

@@ -170,8 +170,8 @@ def test_flip_alone_and_crop_alone_do_nothing_else() -> None:
 # --- a sweep ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("size", [1, 3, 8, 50, 103, 500])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [3, 8, 103, 500])
 def test_a_sweep_visits_every_image_once_for_any_world_and_batch_size(
     world: int, size: int
 ) -> None:
