@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
 class Group:
     """A living Ray Train worker group, from the driver's side.
 
-    `resources` are those of one worker; `name` must be unique, since Ray Train restores a run whose
+    `resources` are those of one worker. Its name is made unique, since Ray Train restores a run whose
     name it has seen.
     """
 
@@ -172,10 +173,12 @@ class Group:
 
         self._ray = ray
         self._bus = _bus_class().remote(failures)
+        name = f"{name}-{time.time_ns():x}"
+        self._folder = storage.resolve() / "ray" / name
         self._ended: str | None = None  # why the group is gone, if it is
         self._thread = threading.Thread(
             target=self._hold,
-            args=(workers, resources, name, storage, failures),
+            args=(workers, resources, failures),
             name="group",
             daemon=True,
         )
@@ -210,10 +213,9 @@ class Group:
             self._ray.get(self._bus.submit.remote(None), timeout=seconds)
         self._thread.join(seconds)
         self._ray.kill(self._bus)
+        shutil.rmtree(self._folder, ignore_errors=True)  # Ray Train's own notes: never read again
 
-    def _hold(
-        self, workers: int, resources: dict[str, float], name: str, storage: Path, failures: int
-    ) -> None:
+    def _hold(self, workers: int, resources: dict[str, float], failures: int) -> None:
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -226,8 +228,8 @@ class Group:
                 resources_per_worker={k: v for k, v in resources.items() if v},
             ),
             run_config=RunConfig(
-                name=f"{name}-{time.time_ns():x}",
-                storage_path=str(storage.resolve() / "ray"),
+                name=self._folder.name,
+                storage_path=str(self._folder.parent),
                 failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),

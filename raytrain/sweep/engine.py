@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -91,6 +92,7 @@ def tune(
             raise
         finally:
             tracker.shut(status)
+            shutil.rmtree(folder / "ray", ignore_errors=True)  # Tune's own notes: never read again
     return TuneResult(
         name=name,
         run_id=parent,
@@ -232,7 +234,7 @@ class _Pruning(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         del tune_controller
-        stop = self._ledger.row(trial.trial_id, dict(result)).stop
+        stop = self._ledger.row(trial.trial_id, dict(result))
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     def __getstate__(self) -> dict[str, Any]:

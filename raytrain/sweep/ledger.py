@@ -63,13 +63,6 @@ class _Live:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What Tune is told after a row."""
-
-    stop: bool
-
-
 class Ledger:
     """Trials on their way between Optuna, Tune and MLflow. Lives on the driver."""
 
@@ -85,7 +78,6 @@ class Ledger:
         self.study, self.space, self._tracker = study, space, tracker
         self._parent, self._folder, self._watch = parent, folder, watch
         self._live: dict[str, _Live] = {}
-        # A tune id's dead trials are counted by the run they retry.
         self._retries = space.base_run.max_failures
 
     # ---------------------------------------------------------------- what Tune asks
@@ -114,15 +106,12 @@ class Ledger:
         folder = self._folder / "trials" / live.run_id
         return {"job": Job.of(run, folder, resume="resume_of" in attributes)}
 
-    def row(self, tune_id: str, result: dict[str, Any]) -> Verdict:
-        """Record a row; says whether the trial is to be stopped early."""
+    def row(self, tune_id: str, result: dict[str, Any]) -> bool:
+        """Record a row; True if the trial is to be stopped early."""
         live = self._live.get(tune_id)
         if live is None:
-            return Verdict(stop=True)
-        value = self._record(live, result)
-        if value is None:
-            return Verdict(stop=False)
-        return Verdict(stop=live.trial.should_prune())
+            return True
+        return self._record(live, result) is not None and live.trial.should_prune()
 
     def end(self, tune_id: str, result: dict[str, Any] | None, lost: bool) -> None:
         """A trial has ended: it finished, was stopped, failed, or its process died (`lost`)."""
@@ -274,16 +263,11 @@ class Ledger:
         value = trial.value
         if value is None and trial.intermediate_values:
             value = trial.intermediate_values[max(trial.intermediate_values)]
-        eps = self.space.base_run.threat.eps
-        params = {
-            path: v * eps if getattr(self.space.space.get(path), "unit", None) == "eps" else v
-            for path, v in trial.params.items()
-        }
         return TrialRow(
             number=trial.number,
             state=attributes.get("outcome", "running"),
             value=value,
-            params=params,
+            params=self.space.in_pixels(trial.params),
             metrics=attributes.get("metrics", {}),
             epochs=attributes.get("epochs", 0),
             run_id=attributes["run_id"],

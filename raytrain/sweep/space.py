@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from raytrain.config import RunConfig
+from raytrain.config import RUNTIME, RunConfig
 from raytrain.record import METRICS
 from raytrain.request import override, parse_overrides, read_yaml, validated
 from raytrain.types import Number, RequestError, Spec
@@ -214,12 +214,15 @@ class SearchSpace(Spec):
         Raises:
             RequestError: if they do not make a valid one.
         """
-        eps = self.base_run.threat.eps
-        changes = {
-            path: value * eps if getattr(self.space[path], "unit", None) == "eps" else value
+        return validated(RunConfig, override(self.base, self.in_pixels(chosen)))
+
+    def in_pixels(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The chosen values in the units of the run: multiples of eps become pixels."""
+        eps = chosen.get("threat.eps", self.base_run.threat.eps)
+        return {
+            path: value * eps if getattr(self.space.get(path), "unit", None) == "eps" else value
             for path, value in chosen.items()
         }
-        return validated(RunConfig, override(self.base, changes))
 
     def check(self) -> None:
         """Try random configurations and the corners of the space.
@@ -239,9 +242,11 @@ class SearchSpace(Spec):
                 raise RequestError(f"space: {error}") from None
 
     def hash(self) -> str:
-        """Changes when trials of one sweep would no longer be comparable: all but name and budget."""
+        """Changes when trials would no longer be comparable: not with name, budget or place of work."""
         shown = self.model_dump(
-            mode="json", by_alias=True, exclude={"name", "description", "budget"}
+            mode="json",
+            by_alias=True,
+            exclude={"name": True, "description": True, "budget": True, "base": set(RUNTIME)},
         )
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
 
