@@ -38,6 +38,15 @@ def test_a_negative_threshold_is_never_raised_by_its_decay() -> None:
         assert [Gap(c_max=c_max).threshold(t) for t in (0.0, 0.5, 1.0)] == [c_max] * 3
 
 
+def test_a_threshold_is_always_a_number() -> None:
+    # inf * 0 is not one, and no FOSC compares with it: the attack would never stop again.
+    for decay in (Power(end=0.8), Cosine(), Constant()):
+        stop = Gap(c_max=math.inf, decay=decay)
+        assert not any(math.isnan(stop.threshold(t)) for t in (0.0, 0.5, 0.8, 1.0))
+    with pytest.raises(ValidationError):
+        Gap(c_max=math.nan)
+
+
 @pytest.mark.parametrize(
     ("shape", "start", "middle", "end"),
     [

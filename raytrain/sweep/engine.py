@@ -22,9 +22,10 @@ from raytrain.data.loader import Splits
 from raytrain.loop import preflight
 from raytrain.request import parse_overrides
 from raytrain.session import interruptible, session, slots, worker_resources
-from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow, open_study
+from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow
 from raytrain.sweep.slots import GroupSlot, SingleSlot
 from raytrain.sweep.space import SearchSpace, read_space
+from raytrain.sweep.study import open_study
 from raytrain.tracking import Status, Tracker
 from raytrain.types import RequestError
 
