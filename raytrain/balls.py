@@ -143,8 +143,10 @@ class L2(AbstractBall):
         return delta * over_pixels(scale)
 
     def steepest(self, grad: Delta) -> Delta:
-        length = over_pixels(self.norm_of(grad))
-        return torch.where(length > 0, grad / length.clamp_min(1e-30), torch.zeros_like(grad))
+        # Scaled first: the squares of a confident network's gradients vanish in float32.
+        largest = over_pixels(grad.flatten(1).abs().amax(1))
+        scaled = torch.where(largest > 0, grad / largest, torch.zeros_like(grad))
+        return scaled / over_pixels(self.norm_of(scaled)).clamp_min(1e-30)
 
     def dual_norm(self, grad: Delta) -> PerSample:
         return self.norm_of(grad)

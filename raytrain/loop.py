@@ -159,6 +159,8 @@ def _epoch(
     state.seconds += time.perf_counter() - began
     state.epoch = epoch + 1
     place.average_buffers(state.model)
+    if state.ema is not None:
+        place.average_buffers(state.ema.module)
     fosc, fosc_box = _probe(algorithm.ball, state, batch, outcome, place)
     clean, robust, improved = None, None, False
     if state.epoch % run.evaluation.every == 0 or state.epoch == run.epochs:

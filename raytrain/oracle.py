@@ -94,7 +94,7 @@ class Oracle:
         self._objective, self._meter = objective, meter
         self._attack_bn: BatchNorm = attack_bn
         self._precision: Precision = precision
-        self._walked = 0  # samples forwarded since the last backward
+        self._walked = 0  # samples forwarded into the present graph
         self._held = False
 
     @contextmanager
@@ -130,11 +130,11 @@ class Oracle:
             # The gradient of the SUM is the per-sample gradient, whatever the batch size.
             (grad,) = torch.autograd.grad(losses.sum(), delta)
         self._meter.input_backwards += self._walked
-        self._walked = 0
         return losses.detach(), grad
 
     def theta_grad(self, delta: Delta, weights: PerSample | None = None) -> PerSample:
         """The outer losses; their (weighted) mean's gradient, over all workers, is added to every p.grad."""
+        self._walked = 0
         with mode(self._model, "train"):
             losses = self._objective.outer(
                 self._predictor(self._wrapper), self.batch, delta.detach()
@@ -142,7 +142,6 @@ class Oracle:
             (losses if weights is None else losses * weights.detach()).mean().backward()
         self._meter.full_backwards += self._walked
         self._meter.samples += len(self.batch)
-        self._walked = 0
         return losses.detach()
 
     def _inner(self, batch: Batch, delta: Delta) -> PerSample:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -77,13 +79,16 @@ def fraction(value: Any) -> Any:
 
 def _step_size(value: float | str) -> float | str:
     if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
+            value = float(value)
+    if isinstance(value, str):
         if _OF_EPS.fullmatch(value) is None:
             raise ValueError(
                 "expected pixels in [0, 1] such as 2/255, or a multiple of the radius such as eps/4"
             )
         in_pixels(value, 1.0)
-    elif not value > 0:
-        raise ValueError("a step size is positive")
+    elif not 0 < value < math.inf:
+        raise ValueError("expected a positive number of pixels")
     return value
 
 
@@ -105,8 +110,8 @@ def in_pixels(step_size: float | str, eps: float) -> float:
         pixels = eps * factor / divisor
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{step_size!r} is not a multiple of eps such as eps/4") from None
-    if eps > 0 and not pixels > 0:
-        raise ValueError("a step size is positive")
+    if eps > 0 and not 0 < pixels < math.inf:
+        raise ValueError("expected a positive multiple of eps")
     return pixels
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 
 from raytrain.algorithms import TrainState
@@ -16,9 +15,6 @@ CPU = torch.device("cpu")
 
 EPS = {"linf": 0.1, "l2": 0.7, "l1": 3.0}
 """A radius for each norm at which 8x8 images have saturated and free pixels in the ball."""
-
-# No time limit (torch's first call is slow), no data base beside the code, the same examples always.
-theorem = settings(deadline=None, database=None, derandomize=True, max_examples=40)
 
 
 def ball_of(norm: str, eps: float | None = None) -> Linf | L2 | L1:
@@ -71,7 +67,7 @@ def views_of(num: int, pad: int, seed: int = 0, mirrored: bool | None = None) ->
 
 
 class TinyNet(nn.Module):
-    """Two convolutions and a linear layer for 8x8 images; BatchNorm and dropout where asked for."""
+    """Two convolutions and a linear layer for 8x8 images; BatchNorm and dropout if wanted."""
 
     def __init__(
         self, classes: int = 4, channels: int = 1, batch_norm: bool = False, dropout: float = 0.0

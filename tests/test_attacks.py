@@ -36,7 +36,7 @@ NORMS = ["linf", "l2", "l1"]
 
 
 class Score(AbstractObjective):
-    """<slope, x + delta> itself: a loss that is linear in delta, so that FOSC is its closed form."""
+    """<slope, x + delta> itself: a loss linear in delta, whose FOSC is a closed form."""
 
     def inner(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
         return predict(batch.images + delta)[:, 1]

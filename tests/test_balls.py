@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import EPS, assert_near, ball_of, dice_of, generator, pixels, row, theorem
-from hypothesis import given
+from helpers import EPS, assert_near, ball_of, dice_of, generator, pixels, row
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -151,6 +151,9 @@ def test_box_vertex_is_the_best_point_of_a_fine_grid(norm: str) -> None:
 
 
 # --- properties of random points --------------------------------------------------------------
+
+# No time limit (torch's first call is slow), no data base, and the same examples in every run.
+theorem = settings(deadline=None, database=None, derandomize=True, max_examples=40)
 
 SHAPE = (2, 1, 2, 3)
 NUM = math.prod(SHAPE)

@@ -57,7 +57,10 @@ class Gap(AbstractStop):
 
     def threshold(self, progress: float) -> float:
         """c_t, in nats."""
-        return self.c_max if self.c_max < 0 else self.c_max * self.decay.at(progress)
+        left = self.decay.at(progress)
+        if self.c_max < 0:
+            return self.c_max
+        return self.c_max * left if left else 0.0  # inf * 0 is not a number
 
     def reached(
         self, ball: AbstractBall, delta: Delta, grad: Delta, images: Images, progress: float
