@@ -77,6 +77,12 @@ def fraction(value: Any) -> Any:
         return value
 
 
+def _a_number(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("expected a number")
+    return value
+
+
 def _step_size(value: float | str) -> float | str:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
@@ -92,7 +98,7 @@ def _step_size(value: float | str) -> float | str:
     return value
 
 
-Number = Annotated[float, BeforeValidator(fraction)]
+Number = Annotated[float, BeforeValidator(fraction), AfterValidator(_a_number)]
 """A float that may be written as a fraction: `8/255`."""
 
 StepSize = Annotated[float | str, BeforeValidator(fraction), AfterValidator(_step_size)]
