@@ -207,6 +207,7 @@ def _random_states(place: Place) -> dict[str, torch.Tensor]:
 
 def _set_random_states(states: dict[str, torch.Tensor], place: Place) -> None:
     if place.rank < len(states["cpu"]):
-        torch.set_rng_state(states["cpu"][place.rank])
+        # Cloned: torch reads a state from the start of its storage, whatever the view's offset.
+        torch.set_rng_state(states["cpu"][place.rank].clone())
         if "cuda" in states and place.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][place.rank], place.device)
+            torch.cuda.set_rng_state(states["cuda"][place.rank].clone(), place.device)

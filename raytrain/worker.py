@@ -238,4 +238,5 @@ class Group:
             trainer.fit()
             self._ended = "it was told to end"
         except Exception as error:  # told to whoever waits for rows
-            self._ended = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self._ended = (said or [type(error).__name__])[-1][:300]  # the worker's own last words

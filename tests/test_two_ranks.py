@@ -90,6 +90,9 @@ def work(rank: int, folder: Path) -> None:
     found["resumed"] = trained(
         run_of("remembered"), place, folder / "unused" / LAST, folder / "remembered-1" / LAST
     )
+    found["back"] = trained(
+        run_of("remembered"), place, folder / "unused" / LAST, folder / "remembered-2" / LAST
+    )
     found["averaged"] = averages(place)
     found["failed"] = failure(place, folder / "full")
     torch.save(found, folder / f"found-{rank}.pt")
@@ -210,6 +213,14 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(
 
 
 @pytest.mark.parametrize("network", ["model", "ema"])
+def test_two_ranks_go_on_from_their_own_checkpoint(
+    together: list[dict[str, Any]],
+) -> None:
+    for found in together:
+        wanted = found["remembered"]
+        assert_same_run(found["back"], {**wanted, "metrics": wanted["metrics"][1:]})
+
+
 def test_networks_with_batch_statistics_are_the_same_on_all_ranks_after_an_epoch(
     network: str, together: list[dict[str, Any]]
 ) -> None:
