@@ -212,7 +212,6 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(
         assert_same_run(found["resumed"], {**wanted, "metrics": wanted["metrics"][1:]})
 
 
-@pytest.mark.parametrize("network", ["model", "ema"])
 def test_two_ranks_go_on_from_their_own_checkpoint(
     together: list[dict[str, Any]],
 ) -> None:
@@ -221,6 +220,7 @@ def test_two_ranks_go_on_from_their_own_checkpoint(
         assert_same_run(found["back"], {**wanted, "metrics": wanted["metrics"][1:]})
 
 
+@pytest.mark.parametrize("network", ["model", "ema"])
 def test_networks_with_batch_statistics_are_the_same_on_all_ranks_after_an_epoch(
     network: str, together: list[dict[str, Any]]
 ) -> None:
