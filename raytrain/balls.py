@@ -213,7 +213,8 @@ class L1(AbstractBall):
         lets move.
 
         The exact steepest step is one pixel, which the box stops at once; sharing the step among
-        several is what makes l1 attacks work (Tramer and Boneh 2019, arXiv 1904.13000).
+        several is what makes l1 attacks work (Tramer and Boneh 2019, arXiv 1904.13000). The price:
+        an attack ends on several pixels where the maximum is on few, so FOSC does not fall to 0.
         """
         moved = images + delta
         blocked = ((moved >= 1) & (grad > 0)) | ((moved <= 0) & (grad < 0))

@@ -95,8 +95,9 @@ def _content(
 def _write(path: Path, run: RunConfig, content: dict[str, Any]) -> str | None:
     """What went wrong, if anything."""
     try:
-        write_whole(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "run.yaml").write_text(to_yaml(run))
+        write_whole(path, content)
     except OSError as error:
         return error.strerror or str(error)
     return None

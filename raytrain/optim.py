@@ -17,9 +17,11 @@ class Sgd(Spec):
     """v <- momentum v + g + weight_decay theta;  theta <- theta - lr * schedule(t) * v."""
 
     name: Literal["sgd"] = "sgd"
-    lr: Annotated[PositiveFloat, Field(description="peak learning rate")] = 0.1
+    lr: Annotated[PositiveFloat, Field(allow_inf_nan=False, description="peak learning rate")] = (
+        0.1
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 5e-4
+    weight_decay: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5e-4
     nesterov: bool = False
     schedule: Annotated[
         Shape,

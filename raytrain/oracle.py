@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.objectives import AbstractObjective
 from raytrain.place import Place
@@ -55,7 +55,7 @@ def mode(model: nn.Module, wanted: BatchNorm) -> Iterator[None]:
     """BatchNorm and dropout in the `wanted` mode inside; every module as it was afterwards."""
     modules = list(model.modules())
     training = [m.training for m in modules]
-    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+    tracking = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
     model.train(wanted != "eval")
     if wanted == "batch_nostat":
         for norm in tracking:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain.types import RequestError
@@ -70,10 +71,12 @@ class Place:
         """Give all workers the mean of their BatchNorm statistics."""
         if self.world == 1:
             return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
+        for module in model.modules():
+            # Not every buffer: the normaliser's are constants, and a mean of equals may round.
+            for buffer in module.buffers(recurse=False) if isinstance(module, _NormBase) else ():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

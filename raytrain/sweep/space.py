@@ -8,7 +8,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, final
+from typing import Annotated, Any, Literal, Protocol, final, runtime_checkable
 
 from pydantic import (
     ConfigDict,
@@ -27,6 +27,7 @@ from raytrain.types import Number, RequestError, Spec
 _TRIES = 200  # random configurations that must all be valid before a sweep begins
 
 
+@runtime_checkable
 class Suggests(Protocol):
     """What a space asks of a trial: Optuna's own suggestion methods."""
 
