@@ -57,7 +57,7 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
     cost = asdict(state.meter.over(place))
     problem = None
     if place.leads:
-        problem = _write(path, run, _content(state, run, store, randomness, cost))
+        problem = _write(path, _content(state, run, store, randomness, cost))
     # All workers learn of a full disk, or the others would wait for the leading one for ever.
     failed = place.total(torch.tensor(problem is not None, dtype=torch.int64, device=place.device))
     if failed:
@@ -92,11 +92,9 @@ def _content(
     }
 
 
-def _write(path: Path, run: RunConfig, content: dict[str, Any]) -> str | None:
+def _write(path: Path, content: dict[str, Any]) -> str | None:
     """What went wrong, if anything."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "run.yaml").write_text(to_yaml(run))
         write_whole(path, content)
     except OSError as error:
         return error.strerror or str(error)

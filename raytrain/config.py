@@ -50,7 +50,9 @@ class RunConfig(Spec):
     data: Annotated[DataSpec, named("name"), Field(description="what to train on")] = DataSpec()
     model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()
     threat: Annotated[
-        Ball, Field(description="norm: linf, l2 or l1, and eps; default: customary for the data")
+        Ball,
+        named("norm", "linf"),
+        Field(description="norm: linf, l2 or l1, and eps; default: customary for the data"),
     ]
     algorithm: Annotated[
         Recipe, named("name", "pgd"), Field(description="see `raytrain algorithms`")
@@ -100,6 +102,8 @@ class RunConfig(Spec):
         if not isinstance(value, dict):
             return value
         threat = value.get("threat", {})
+        if threat == "linf":
+            threat = {"norm": "linf"}
         if isinstance(threat, dict) and threat.get("norm", "linf") == "linf":
             value = {**value, "threat": {"norm": "linf", "eps": _customary(value), **threat}}
         return value

@@ -18,18 +18,19 @@ Model = TypeVar("Model", bound=BaseModel)
 Configuration = RunConfig | Mapping[str, Any] | str | Path
 """A run as a record, a mapping, or the path of a YAML file."""
 
-# Records chosen by one of their own fields: naming another one begins the record anew.
+# Records chosen by one of their own fields, and the kind meant where it is not given: naming
+# another kind begins the record anew.
 _CHOSEN_BY = {
-    "algorithm": "name",
-    "objective": "name",
-    "outer": "name",
-    "threat": "norm",
-    "decay": "kind",
-    "schedule": "kind",
-    "start": "kind",
-    "stop": "kind",
+    "algorithm": ("name", "pgd"),
+    "objective": ("name", "cross_entropy"),
+    "outer": ("name", "sgd"),
+    "threat": ("norm", "linf"),
+    "decay": ("kind", "power"),
+    "schedule": ("kind", "onecycle"),
+    "start": ("kind", "uniform"),
+    "stop": ("kind", "never"),
 }
-_NAMED = {"data": "name", "model": "name"}
+_NAMED = {"data": "name", "model": "name"}  # one kind of record, whose name changes nothing else
 
 
 def as_run(
@@ -88,23 +89,36 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     the old kind: only what is given together with the new name belongs to it.
     """
     result = _copy(values)
-    # Choices first, so that the order of the words does not matter.
-    for path, value in sorted(changes.items(), key=lambda item: not _chooses(item[0])):
-        *parents, last = path.split(".")
-        record, above = result, ""
+    spelled = [(_spelled(path, value), value) for path, value in changes.items()]
+    # Choices first and from the outside in, so that the order of the words does not matter.
+    for path, value in sorted(spelled, key=lambda item: (not _chooses(item[0]), len(item[0]))):
+        *parents, last = path
+        record = result
         for parent in parents:
             inner = record.get(parent)
             if isinstance(inner, str):  # `start: uniform` stands for `start: {kind: uniform}`
-                inner = {(_CHOSEN_BY | _NAMED).get(parent, "name"): inner}
+                inner = {_key_of(parent): inner}
             record[parent] = inner if isinstance(inner, dict) else {}
-            record, above = record[parent], parent
-        if last == _CHOSEN_BY.get(above) and record.get(last, value) != value:
+            record = record[parent]
+        if _chooses(path) and record.get(last, _CHOSEN_BY[parents[-1]][1]) != value:
             record.clear()
-        if last in _NAMED and isinstance(value, str) and isinstance(record.get(last), dict):
-            record[last]["name"] = value
-        else:
-            record[last] = value
+        record[last] = value
     return result
+
+
+def _spelled(path: str, value: Any) -> tuple[str, ...]:
+    """The path in parts, a bare name given its key: `start=zero` is `start.kind=zero`."""
+    parts = tuple(path.split("."))
+    bare = isinstance(value, str) and (parts[-1] in _CHOSEN_BY or parts[-1] in _NAMED)
+    return (*parts, _key_of(parts[-1])) if bare else parts
+
+
+def _key_of(record: str) -> str:
+    return _CHOSEN_BY[record][0] if record in _CHOSEN_BY else _NAMED.get(record, "name")
+
+
+def _chooses(path: tuple[str, ...]) -> bool:
+    return len(path) > 1 and path[-2] in _CHOSEN_BY and path[-1] == _CHOSEN_BY[path[-2]][0]
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
@@ -150,6 +164,10 @@ def _wanted(one: Any) -> str:
         "bool_parsing": "true or false",
         "bool_type": "true or false",
         "string_type": "a string",
+        "path_type": "a path",
+        "model_type": "a record",
+        "model_attributes_type": "a record",
+        "dict_type": "a record",
     }
     message = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return plain.get(one["type"]) or message[0].lower() + message[1:]
@@ -177,7 +195,7 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
         if _holds(here, part):
             here = here[part]
             path.append(str(part))
-        elif step == len(loc) - 1 and isinstance(here, Mapping) and not _is_tag(part, here):
+        elif step == len(loc) - 1 and _lacks(here, part):
             path.append(str(part))  # a missing field
         else:
             tags.append(str(part))
@@ -187,6 +205,12 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
 def _holds(here: Any, part: Any) -> bool:
     if isinstance(here, Mapping):
         return part in here
+    return isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+
+
+def _lacks(here: Any, part: Any) -> bool:
+    if isinstance(here, Mapping):
+        return not _is_tag(part, here)
     return isinstance(here, list | tuple) and isinstance(part, int)
 
 
@@ -235,11 +259,6 @@ def _literals(record: type[BaseModel]) -> list[Any]:
         if get_origin(field.annotation) is Literal
         for value in get_args(field.annotation)
     ]
-
-
-def _chooses(path: str) -> bool:
-    *_, above, last = ["", *path.split(".")]
-    return last == _CHOSEN_BY.get(above) or last in _CHOSEN_BY or last in _NAMED
 
 
 def _copy(values: Any) -> Any:

@@ -50,9 +50,18 @@ class _Row:
 
 
 @dataclass(frozen=True)
+class _Tags:
+    run_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class _End:
     run_id: str
     status: Status
+
+
+_Record = _Row | _Tags | _End
 
 
 class Tracker:
@@ -69,7 +78,7 @@ class Tracker:
         self.experiment = experiment
         self._client = _connect(self.uri)
         self.experiment_id = _experiment_id(self._client, self.uri, experiment)
-        self._pending: list[_Row | _End] = []
+        self._pending: list[_Record] = []
         self._changed = threading.Condition()
         self._writing = self._hurry = self._stopping = self._complained = False
         self._open: dict[str, None] = {}
@@ -101,6 +110,7 @@ class Tracker:
 
     def reopen(self, run_id: str) -> int:
         """Continue a run of an earlier launch; returns the last epoch it has a row of (0: none)."""
+        self.flush()
         self._client.update_run(run_id, status="RUNNING")
         self._open[run_id] = None
         return max(
@@ -112,10 +122,8 @@ class Tracker:
         self._put(_Row(run_id, metrics, step, int(time.time() * 1000)))
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags now."""
-        from mlflow.entities import RunTag
-
-        self._client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+        """Queue tags; returns at once."""
+        self._put(_Tags(run_id, tags))
 
     def text(self, run_id: str, text: str, file: str) -> None:
         """A text artifact."""
@@ -144,7 +152,7 @@ class Tracker:
         before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(self.uri)
         try:
-            with mlflow.start_run(run_id):
+            with mlflow.start_run(run_id, nested=True):
                 pytorch.log_model(
                     model.cpu().eval(),
                     name="model",
@@ -183,7 +191,7 @@ class Tracker:
             self._changed.notify_all()
         self._thread.join(timeout=20)
 
-    def _put(self, record: _Row | _End) -> None:
+    def _put(self, record: _Record) -> None:
         with self._changed:
             self._pending.append(record)
             self._changed.notify_all()
@@ -204,12 +212,12 @@ class Tracker:
                 if refused:  # the store is away: wait before trying again
                     self._changed.wait_for(lambda: self._stopping, _RETRY_SECONDS)
 
-    def _write(self, records: list[_Row | _End]) -> list[_Row | _End]:
+    def _write(self, records: list[_Record]) -> list[_Record]:
         """Write what can be written, run by run and in order; returns the rest."""
-        by_run: dict[str, list[_Row | _End]] = {}
+        by_run: dict[str, list[_Record]] = {}
         for record in records:
             by_run.setdefault(record.run_id, []).append(record)
-        refused: list[_Row | _End] = []
+        refused: list[_Record] = []
         for run_id, mine in by_run.items():
             try:
                 self._write_run(run_id, mine)
@@ -218,8 +226,8 @@ class Tracker:
                 refused += mine
         return refused
 
-    def _write_run(self, run_id: str, records: list[_Row | _End]) -> None:
-        from mlflow.entities import Metric
+    def _write_run(self, run_id: str, records: list[_Record]) -> None:
+        from mlflow.entities import Metric, RunTag
 
         metrics = [
             Metric(name, float(value), row.milliseconds, row.step)
@@ -229,6 +237,9 @@ class Tracker:
         ]
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[first : first + 1000])
+        tags = {k: v for row in records if isinstance(row, _Tags) for k, v in row.tags.items()}
+        if tags:
+            self._client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
         for record in records:
             if isinstance(record, _End):
                 self._client.set_terminated(run_id, record.status)

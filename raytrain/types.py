@@ -7,11 +7,17 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    model_validator,
+)
 from torch import Tensor
 
 Images = Float[Tensor, "n c h w"]  # pixels in [0, 1]
@@ -44,6 +50,17 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                wanted = cls.model_fields[name].annotation
+                kinds = set(get_args(wanted)) or {wanted}
+                if kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name}: expected a number, found {value}")
+        return values
 
 
 def named(key: str, default: str | None = None) -> BeforeValidator:

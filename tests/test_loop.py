@@ -312,7 +312,6 @@ def test_kept_run_leaves_its_last_and_its_best_epoch(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {
         LAST,
         BEST,
-        "run.yaml",
     }
 
 

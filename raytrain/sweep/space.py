@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, final, runtime_checkable
 
@@ -55,6 +55,10 @@ class AbstractDimension(Spec):
     def suggest(self, trial: Suggests, path: str) -> Any:
         """Ask the trial for a value."""
 
+    @abstractmethod
+    def ends(self) -> Sequence[Any]:
+        """Its extreme values, or all of them where they have no order."""
+
     def applies(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the conditions hold among the values chosen so far."""
         return all(
@@ -79,6 +83,9 @@ class Real(AbstractDimension):
             raise ValueError("log and step cannot both be given")
         return self
 
+    def ends(self) -> Sequence[float]:
+        return self.bounds
+
     def suggest(self, trial: Suggests, path: str) -> float:
         return trial.suggest_float(path, *self.bounds, log=self.log, step=self.step)
 
@@ -98,6 +105,10 @@ class Whole(AbstractDimension):
             raise ValueError("log and step cannot both be given")
         return self
 
+    def ends(self) -> Sequence[int]:
+        low, high = self.bounds
+        return low, low + (high - low) // self.step * self.step
+
     def suggest(self, trial: Suggests, path: str) -> int:
         return trial.suggest_int(path, *self.bounds, log=self.log, step=self.step)
 
@@ -107,6 +118,9 @@ class Choice(AbstractDimension):
     """`{choice: [a, b, c]}`: names, numbers or booleans, in no order."""
 
     options: Annotated[list[str | bool | int | float], Field(alias="choice", min_length=1)]
+
+    def ends(self) -> Sequence[Any]:
+        return self.options
 
     def suggest(self, trial: Suggests, path: str) -> Any:
         return trial.suggest_categorical(path, self.options)
@@ -193,6 +207,7 @@ class SearchSpace(Spec):
             for needed in dimension.when:
                 if needed not in seen:
                     raise ValueError(f"space.{path}.when: {needed} is not a path listed before it")
+                _check_reachable(path, needed, dimension.when[needed], self.space[needed])
             seen.add(path)
         return self
 
@@ -235,12 +250,24 @@ class SearchSpace(Spec):
         for path, dimension in self.space.items():
             if path.split(".")[0] == "threat" and getattr(dimension, "unit", None) == "eps":
                 raise RequestError(f"space.{path}.unit: eps cannot be a multiple of itself")
-        for attempt in range(_TRIES):
-            trial = _Draw(random.Random(attempt), corner=attempt < 20)
+        ends = [
+            {**self._met(path), path: end}
+            for path, dimension in self.space.items()
+            for end in dimension.ends()
+        ]
+        for attempt, fixed in enumerate([*ends, *({} for _ in range(_TRIES))]):
             try:
-                self.run(self.sample(trial))
+                self.run(self.sample(_Draw(random.Random(attempt), fixed)))
             except RequestError as error:
                 raise RequestError(f"space: {error}") from None
+
+    def _met(self, path: str) -> dict[str, Any]:
+        """Values of earlier fields with which this one applies."""
+        fixed: dict[str, Any] = {}
+        for needed, wanted in self.space[path].when.items():
+            fixed |= self._met(needed)
+            fixed[needed] = wanted[0] if isinstance(wanted, list) else wanted
+        return fixed
 
     def hash(self) -> str:
         """Changes when trials would no longer be comparable: not with name, budget or place of work."""
@@ -259,8 +286,9 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
         RequestError: naming the file, the path and what was expected.
     """
     values = {"name": file.stem, **read_yaml(file)}
-    base = values.get("base")
-    values["base"] = override(base if isinstance(base, dict) else {}, parse_overrides(overrides))
+    base = values.get("base") or {}
+    if isinstance(base, dict):  # anything else is for the validation to refuse
+        values["base"] = override(base, parse_overrides(overrides))
     space = validated(SearchSpace, values, f"{file}: ")
     try:
         space.check()
@@ -270,36 +298,34 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
 
 
 class _Draw:
-    """A trial that draws at random, or only ends of ranges."""
+    """A trial that draws at random, but for the values that are `fixed`."""
 
-    def __init__(self, source: random.Random, corner: bool) -> None:
-        self._source, self._corner = source, corner
+    def __init__(self, source: random.Random, fixed: Mapping[str, Any]) -> None:
+        self._source, self._fixed = source, fixed
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        del name, step, log
-        return (
-            self._source.choice([low, high]) if self._corner else self._source.uniform(low, high)
-        )
+        del step, log
+        return self._fixed.get(name, self._source.uniform(low, high))
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        del name, log
-        last = low + (high - low) // step * step
-        return (
-            self._source.choice([low, last])
-            if self._corner
-            else self._source.randrange(low, last + 1, step)
-        )
+        del log
+        return self._fixed.get(name, self._source.randrange(low, high + 1, step))
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        del name
-        return self._source.choice(choices)
+        return self._fixed.get(name, self._source.choice(choices))
 
 
-def _check_bounds(low: float, high: float, log: bool) -> None:
+def _check_reachable(path: str, needed: str, wanted: Any, dimension: AbstractDimension) -> None:
+    for value in wanted if isinstance(wanted, list) else [wanted]:
+        if isinstance(dimension, Choice) and value not in dimension.options:
+            raise ValueError(f"space.{path}.when: {needed} is never {value!r}")
+
+
+def _check_bounds(low: float | int, high: float | int, log: bool) -> None:
     if low > high:
         raise ValueError(f"expected [low, high], found [{low:g}, {high:g}]")
     if log and low <= 0:

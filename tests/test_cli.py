@@ -1,0 +1,385 @@
+"""The command: its help, its exit status, one sentence on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from raytrain.algorithms import CATALOGUE
+from raytrain.cli import app, split
+from raytrain.request import as_run
+from raytrain.types import RequestError
+
+# MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+]
+
+COMMANDS = ("train", "tune", "evaluate", "ui", "algorithms")
+SMALL = (
+    "data.train_size=128",
+    "epochs=1",
+    "evaluation.steps=1",
+    "batch_size=64",
+    "algorithm.steps=1",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which one small run has been trained, by the real command."""
+    folder = tmp_path_factory.mktemp("home")
+    done = command("train", *SMALL, "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "train.json").write_text(done.stdout)
+    (folder / "train.err").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and no store or cluster from outside."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(
+    *words: str, folder: Path, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", "from raytrain.cli import main; main()", *words],
+        cwd=folder,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def answer(*words: str, status: int = 0) -> str:
+    """What the command prints on stdout, in this process."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def refusal(*words: str, status: int = 2) -> str:
+    """The one line on stderr with which the command refuses."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("raytrain: ") and "Traceback" not in line
+    return line.removeprefix("raytrain: ")
+
+
+def runs_in(folder: Path, experiment: str = "raytrain") -> list[Any]:
+    """The runs in the folder's own store; none if there is no store."""
+    if not (folder / "mlflow.db").is_file():
+        return []
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.get_experiment_by_name(experiment)
+    return [] if found is None else list(client.search_runs([found.experiment_id]))
+
+
+# --- help and imports -------------------------------------------------------------------------
+
+
+def test_the_root_help_names_every_command() -> None:
+    text = answer("--help")
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    text = answer(name, "--help")
+    assert "Usage" in text and "--debug" in text
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "evaluate", "algorithms"])
+def test_every_command_with_a_result_prints_it_as_json_on_request(name: str) -> None:
+    assert "--json" in answer(name, "--help")
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["train", "--nonsense"], ["evaluate"]])
+def test_a_wrong_command_line_has_exit_status_two(words: list[str]) -> None:
+    assert CliRunner().invoke(app, words).exit_code == 2
+
+
+def test_importing_the_package_and_asking_for_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "ray", "mlflow", "optuna", "torchvision", "pydantic", "numpy", "sklearn")
+    code = f"""
+import sys
+import raytrain
+from raytrain.cli import app
+from typer.testing import CliRunner
+for words in ([], ["train"], ["tune"], ["evaluate"], ["ui"], ["algorithms"]):
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+print([name for name in {heavy!r} if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_api_has_the_names_it_promises() -> None:
+    import raytrain
+
+    assert {"train", "evaluate", "tune", "RunConfig", "RequestError"} <= set(raytrain.__all__)
+    assert all(getattr(raytrain, name) is not None for name in raytrain.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        raytrain.__getattr__("trian")
+
+
+def test_the_first_word_is_a_file_unless_it_sets_a_field() -> None:
+    assert split(None) == (None, [])
+    assert split(["run.yaml"]) == (Path("run.yaml"), [])
+    assert split(["run.yaml", "epochs=3"]) == (Path("run.yaml"), ["epochs=3"])
+    assert split(["epochs=3", "seed=1"]) == (None, ["epochs=3", "seed=1"])
+
+
+# --- the catalogue ----------------------------------------------------------------------------
+
+
+def test_the_catalogue_lists_every_algorithm() -> None:
+    text = answer("algorithms")
+    assert all(name in text for name in CATALOGUE)
+    assert set(json.loads(answer("algorithms", "--json"))) == set(CATALOGUE)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_an_algorithm_tells_its_paper_its_cost_and_its_hyperparameters(name: str) -> None:
+    told = json.loads(answer("algorithms", name, "--json"))
+    assert told["name"] == name and told["paper"] and told["rule"] and told["cost"]
+    fields = set(CATALOGUE[name].model_fields) - {"name"}
+    assert fields <= {row["name"] for row in told["hyperparameters"]}
+    text = answer("algorithms", name)
+    assert all(field in text for field in fields)
+
+
+def test_dynamic_training_tells_the_ranges_to_search() -> None:
+    rows = json.loads(answer("algorithms", "dynamic", "--json"))["hyperparameters"]
+    ranges = {row["name"]: row["range"] for row in rows}
+    assert all(ranges[name] for name in ("c_max", "steps", "step_size", "decay.kind"))
+
+
+def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
+    said = refusal("algorithms", "nope")
+    assert said.startswith("nope: ") and all(name in said for name in CATALOGUE)
+
+
+# --- wrong requests ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("train", "epoch=3"), ("epoch: no such field", "epochs")),
+        (("train", "threat.eps=8"), ("threat.eps: ", "8/255")),
+        (("train", "algorithm=dynamc"), ("algorithm: ", "dynamic")),
+        (("train", "epochs=many"), ("epochs: ", "an integer")),
+        (("train", "epochs=3", "run.yaml"), ("run.yaml: expected key=value",)),
+        (("train", "nope.yaml"), ("nope.yaml: no such file",)),
+        (("train", "data=cifar11"), ("data.name: ", "cifar10")),
+        (("train", "data=nope.parquet"), ("data.name: ", "nope.parquet")),
+        (("train", "data=cifar10"), ("data.root: ", "cifar10")),
+        (("train", "model=resnet19"), ("model.name: ", "resnet18")),
+        (("train", "threat.eps=1"), ("threat.eps: ", "1/255")),
+        (("train", "batch_size=100000"), ("batch_size: ",)),
+        (("train", "data.validation=100000"), ("data.validation: ",)),
+        (("train", "batch_size=64", "workers=3"), ("workers: ", "batch_size")),
+        (("train", "--resume", "nope"), ("nope: neither a checkpoint nor",)),
+        (("tune",), ("SPACE.yaml: ", "--resume")),
+        (("tune", "nope.yaml"), ("nope.yaml: no such file",)),
+        (("tune", "--resume", "nope"), ("--resume: there is no sweep nope",)),
+        (("evaluate", "nonsense"), ("nonsense: neither a checkpoint nor",)),
+        (("evaluate", "nonsense", "--which", "worst"), ("--which: ", "best or last")),
+        (("evaluate", "nonsense", "threat.eps=0.3"), ("threat.eps: ", "steps")),
+        (("evaluate", "nonsense", "steps"), ("steps: expected key=value",)),
+        (("ui",), ("mlflow.db: no such MLflow database",)),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_on_stderr_and_leaves_nothing_behind(
+    words: tuple[str, ...], parts: tuple[str, ...], here: Path
+) -> None:
+    said = refusal(*words)
+    assert all(part in said for part in parts), said
+    assert list(here.iterdir()) == []
+
+
+def test_broken_yaml_is_answered_with_file_and_line(here: Path) -> None:
+    (here / "run.yaml").write_text("epochs: 3\noptimizer: {lr: [\n")
+    assert refusal("train", "run.yaml").startswith("run.yaml: not valid YAML in line 3")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(here: Path) -> None:
+    (here / "weights.pt").write_bytes(b"PK\x03\x04 truncated")
+    said = refusal("evaluate", "weights.pt")
+    assert "weights.pt: not a checkpoint" in said
+    (here / "folder").mkdir()
+    assert "best.pt" in refusal("evaluate", "folder")
+
+
+def test_a_truncated_parquet_file_is_refused_before_any_run_is_made(here: Path) -> None:
+    images = pa.FixedSizeListArray.from_arrays(pa.array(list(range(64)) * 20, pa.uint8()), 64)
+    table = pa.table({"image": images, "label": [i % 2 for i in range(20)]})
+    pq.write_table(table, here / "train.parquet")
+    whole = (here / "train.parquet").read_bytes()
+    (here / "train.parquet").write_bytes(whole[: len(whole) // 2])
+    said = refusal("train", "data=train.parquet")
+    assert "train.parquet" in said and "whole Parquet file" in said
+    assert runs_in(here) == [] and not (here / "runs").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_any_run_is_made(here: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    said = refusal("train", *SMALL, "device=cuda")
+    assert said.startswith("device: ") and "CUDA" in said
+    assert runs_in(here) == []
+
+
+def test_an_mlflow_server_that_does_not_answer_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    said = refusal("train", *SMALL, "tracking_uri=http://127.0.0.1:9")
+    assert said.startswith("tracking_uri: MLflow at http://127.0.0.1:9 does not answer")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [("train", "epoch=3"), ("algorithms", "nope")])
+def test_the_traceback_is_shown_on_request_and_the_exit_status_stays(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    plain = command(*words, folder=tmp_path)
+    told = command(*words, "--debug", folder=tmp_path)
+    assert plain.returncode == told.returncode == 2
+    assert "Traceback" not in plain.stderr and len(plain.stderr.splitlines()) == 1
+    assert "Traceback" in told.stderr and "RequestError" in told.stderr
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def last_object(text: str) -> dict[str, Any]:
+    return json.loads(text.splitlines()[-1])
+
+
+def test_training_prints_one_json_object_and_nothing_else_on_stdout(home: Path) -> None:
+    text = (home / "train.json").read_text()
+    assert len(text.splitlines()) == 1
+    told = json.loads(text)
+    assert told["status"] == "FINISHED" and len(told["run_id"]) == 32
+    assert {"valid/clean", "valid/robust", "train/fosc", "cost/fe"} <= set(told["metrics"])
+    assert Path(told["checkpoints"]).joinpath("last.pt").is_file()
+
+
+def test_training_tells_its_progress_in_plain_lines_where_there_is_no_terminal(
+    home: Path,
+) -> None:
+    lines = (home / "train.err").read_text().splitlines()
+    assert [line for line in lines if line.startswith("epoch 1/1")] == lines
+
+
+def test_a_finished_training_is_in_mlflow_with_all_that_was_decided(home: Path) -> None:
+    told = last_object((home / "train.json").read_text())
+    (run,) = runs_in(home)
+    assert (run.info.run_id, run.info.status) == (told["run_id"], "FINISHED")
+    assert run.data.params["algorithm.steps"] == "1"
+    assert run.data.metrics["valid/robust"] == told["metrics"]["valid/robust"]
+    assert run.data.tags["signature"] == told["signature"]
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    files = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"run.yaml", "checkpoints"} <= files
+
+
+def test_the_run_files_a_training_leaves_are_the_run_that_was_asked_for(home: Path) -> None:
+    told = last_object((home / "train.json").read_text())
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    artifact = Path(client.download_artifacts(told["run_id"], "run.yaml", str(home)))
+    asked = as_run(None, SMALL).signature()
+    for file in (artifact, Path(told["checkpoints"]) / "run.yaml"):
+        assert as_run(file).signature() == told["signature"] == asked, file
+
+
+def test_evaluating_prints_one_json_object_last_and_records_it_on_the_run(home: Path) -> None:
+    run_id = last_object((home / "train.json").read_text())["run_id"]
+    done = command("evaluate", run_id, "steps=1", "--json", folder=home)
+    assert done.returncode == 0, done.stderr
+    told = last_object(done.stdout)
+    assert 0 <= told["robust"] <= told["clean"] <= 1
+    assert (told["images"], told["attack"], told["run_id"]) == (360, "pgd1", run_id)
+    flags = pq.read_table(told["flags"])
+    assert flags.column_names == ["index", "clean", "robust"] and len(flags) == 360
+    assert sum(flags["robust"].to_pylist()) == round(told["robust"] * 360)
+    (run,) = runs_in(home)
+    assert run.data.metrics["test/pgd1"] == told["robust"]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_checkpoint_can_be_evaluated_where_its_run_is_unknown(home: Path, here: Path) -> None:
+    checkpoints = last_object((home / "train.json").read_text())["checkpoints"]
+    text = answer("evaluate", checkpoints, "steps=1", "--json", "--which", "last")
+    assert last_object(text)["checkpoint"].endswith("last.pt")
+
+
+def test_a_finished_training_is_not_resumed_but_may_be_lengthened(home: Path) -> None:
+    run_id = last_object((home / "train.json").read_text())["run_id"]
+    again = command("train", "--resume", run_id, folder=home)
+    assert again.returncode == 2 and again.stderr.startswith("raytrain: epochs: ")
+    more = command("train", "--resume", run_id, "epochs=2", "--json", folder=home)
+    assert more.returncode == 0, more.stderr
+    assert last_object(more.stdout)["run_id"] == run_id
+    (run,) = runs_in(home)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    rows = [p.step for p in client.get_metric_history(run_id, "train/loss")]
+    assert (run.info.status, rows) == ("FINISHED", [1, 2])
+
+
+def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(here: Path) -> None:
+    said = refusal("train", *SMALL, "epochs=2", "optimizer.lr=1e9", status=1).splitlines()[-1]
+    assert "diverged in epoch 1" in said and "optimizer.lr" in said
+    (run,) = runs_in(here)
+    assert run.info.status == "FAILED"
+
+
+def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:
+    text = answer("train", *SMALL, "run_name=mine")
+    (run,) = runs_in(here)
+    assert "mine" in text and f"raytrain evaluate {run.info.run_id}" in text
+    assert "raytrain ui" in text
+
+
+def test_the_api_and_the_command_train_the_same(home: Path, here: Path) -> None:
+    import raytrain
+
+    reports = []
+    result = raytrain.train({"algorithm": "pgd"}, SMALL, watch=lambda _, row: reports.append(row))
+    told = last_object((home / "train.json").read_text())
+    assert (result.signature, len(reports)) == (told["signature"], 1)
+    same = {"train/loss", "valid/clean", "valid/robust", "train/fosc"}
+    for name in same:
+        # Another number of threads may add up in another order.
+        assert result.metrics[name] == pytest.approx(told["metrics"][name], rel=1e-3)
+    with pytest.raises(RequestError, match=r"^epoch: "):
+        raytrain.train({"epoch": 3})
