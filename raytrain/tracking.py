@@ -117,6 +117,16 @@ class Tracker:
             (point.step for point in self._client.get_metric_history(run_id, "cost/fe")), default=0
         )
 
+    def unfinished(self, parent: str) -> list[str]:
+        """Children of a run that are still RUNNING, such as those of a driver that died."""
+        self.flush()
+        found = self._client.search_runs(
+            [self.experiment_id],
+            f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'",
+            max_results=50_000,
+        )
+        return [run.info.run_id for run in found]
+
     def log(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Queue a row of metrics; returns at once."""
         self._put(_Row(run_id, metrics, step, int(time.time() * 1000)))

@@ -95,10 +95,12 @@ class Ledger:
         run = self.space.run(chosen)
         attributes = trial.user_attrs
         live = _Live(trial, run, attributes.get("run_id") or self._open(trial, run))
+        trial.set_user_attr("run_id", live.run_id)
         if "run_id" in attributes:
             live.epoch = self._tracker.reopen(live.run_id)
             self._replay(trial, attributes["resume_of"])
-        trial.set_user_attr("run_id", live.run_id)
+        else:
+            self._tracker.text(live.run_id, to_yaml(run), "run.yaml")
         self._live[tune_id] = live
         folder = self._folder / "trials" / live.run_id
         return {"job": Job.of(run, folder, resume="resume_of" in attributes)}
@@ -121,6 +123,8 @@ class Ledger:
             self._failed(live, str((result or {}).get("failed", "it never reported")))
         else:
             value = self._record(live, result)
+            if result.get("final") and value is None:
+                value = self._reported(live)  # resumed after its last epoch
             if result.get("final") and value is not None:
                 live.trial.set_user_attr("outcome", "complete")
                 self.study.tell(live.trial, value)
@@ -181,9 +185,25 @@ class Ledger:
             self.study.tell(trial.number, state=TrialState.FAIL)
             if "run_id" in trial.user_attrs:
                 self._enqueue(trial.params, trial.user_attrs, trial.number, 0)
+        self._reconcile()
         return len(dead)
 
     # ---------------------------------------------------------------- within
+
+    def _reconcile(self) -> None:
+        """End the MLflow runs that a dead driver left RUNNING, as the study says they ended."""
+        known = {t.user_attrs.get("run_id"): t for t in self.study.get_trials(deepcopy=False)}
+        for run_id in self._tracker.unfinished(self._parent):
+            trial = known.get(run_id)
+            if trial is None or trial.state not in _OVER:
+                self._tracker.close(run_id, "KILLED")  # reopened if it is queued again
+                continue
+            attributes = trial.user_attrs
+            if "metrics" in attributes:  # the last row may have died with the driver
+                self._tracker.log(run_id, attributes["metrics"], attributes["epochs"])
+            self._tracker.tag(run_id, {"outcome": attributes["outcome"]})
+            diverged = attributes["outcome"] == "diverged"
+            self._tracker.close(run_id, "FAILED" if diverged else "FINISHED")
 
     def _open(self, trial: Trial, run: RunConfig) -> str:
         """A child run in MLflow; what varies is in its name and its parameters."""
@@ -192,14 +212,12 @@ class Ledger:
             f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in varied.items()
         )
-        run_id = self._tracker.open(
+        return self._tracker.open(
             f"t{trial.number:03d} {words}"[:250],
             provenance.parameters(run),
             {**provenance.tags(run), "sweep": self.study.study_name, "trial": str(trial.number)},
             parent=self._parent,
         )
-        self._tracker.text(run_id, to_yaml(run), "run.yaml")
-        return run_id
 
     def _record(self, live: _Live, result: dict[str, Any]) -> float | None:
         """Log a row once; returns the objective if this epoch has one."""
@@ -215,6 +233,12 @@ class Ledger:
                 live.trial.report(value, epoch)
             self._tell_watch()
         return None if value is None or not math.isfinite(value) else value
+
+    def _reported(self, live: _Live) -> float | None:
+        """The last objective that the trial reported."""
+        trial = self.study.get_trials(deepcopy=False)[live.trial.number]
+        values = trial.intermediate_values
+        return values[max(values)] if values else None
 
     def _replay(self, trial: Trial, number: int) -> None:
         """Give a resumed trial the intermediate values of its first attempt: pruners look at them."""
