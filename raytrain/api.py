@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raytrain import provenance
-from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, load, to_yaml
+from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, leave_run_file, load, to_yaml
 from raytrain.config import RunConfig
 from raytrain.data.loader import Part, open_test, sweep
 from raytrain.judge import Evaluation, Flags, judge
@@ -86,6 +86,8 @@ def train(
         config = load(folder / LAST).run if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)
+    if run.workers == 1 and wanted_cluster() is None:
+        here(run.device)
     if folder is not None and load(folder / LAST).epoch >= run.epochs:
         raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
     with _cluster(run) as on_cluster, interruptible():
@@ -94,6 +96,7 @@ def train(
         try:
             run_id, done = _open(tracker, run, folder)
             folder = (run.storage / run.experiment / run_id).resolve()
+            leave_run_file(run, folder)
             job = Job.of(run, folder, resume=resume is not None)
             metrics: dict[str, float] = {}
             for report in _rows(run, job, on_cluster):

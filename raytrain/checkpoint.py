@@ -189,6 +189,21 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
     _set_random_states(content["random"], place)
 
 
+def leave_run_file(run: RunConfig, folder: Path) -> None:
+    """`run.yaml` in the folder where the checkpoints are going to be.
+
+    Raises:
+        TrainingFailed: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.yaml").write_text(to_yaml(run))
+    except OSError as error:
+        raise TrainingFailed(
+            f"storage: {folder} could not be written ({error.strerror or error})"
+        ) from error
+
+
 def to_yaml(run: RunConfig) -> str:
     """The configuration as a run file that `raytrain train` takes."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)

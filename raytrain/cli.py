@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,7 +202,7 @@ def _sentence(error: Exception) -> str:
 
 def _exit(status: int, debug: bool) -> None:
     if debug:
-        raise
+        traceback.print_exc()
     raise typer.Exit(status)
 
 

@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raytrain import provenance
-from raytrain.checkpoint import to_yaml
+from raytrain.checkpoint import leave_run_file, to_yaml
 from raytrain.config import RunConfig
 from raytrain.sweep.space import SearchSpace
 from raytrain.tracking import Tracker
@@ -103,6 +103,7 @@ class Ledger:
             self._tracker.text(live.run_id, to_yaml(run), "run.yaml")
         self._live[tune_id] = live
         folder = self._folder / "trials" / live.run_id
+        leave_run_file(run, folder)
         return {"job": Job.of(run, folder, resume="resume_of" in attributes)}
 
     def row(self, tune_id: str, result: dict[str, Any]) -> bool:
