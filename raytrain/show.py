@@ -59,6 +59,7 @@ class Trials:
         self._began = time.monotonic()
 
     def __enter__(self) -> Trials:
+        sys.stderr.write("starting Ray, its workers and MLflow\n")
         self._bar.start()
         return self
 
@@ -117,7 +118,8 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
             again = f"raytrain train {result.best_file}"
             console.print(f"train it    {again}", soft_wrap=True, highlight=False)
             console.print(f"test set    raytrain evaluate {result.best.run_id}", highlight=False)
-        console.print(f"continue    raytrain tune {result.space_file} --resume {result.name}")
+        again = f"raytrain tune {result.space_file} --resume {result.name}"
+        console.print(f"continue    {again}", soft_wrap=True, highlight=False)
         console.print(_open_ui(result.tracking_uri), soft_wrap=True, highlight=False)
 
     return show
@@ -228,7 +230,7 @@ def _paragraph(recipe: type) -> str:
 
 
 def _trials_table(result: TuneResult) -> Table:
-    table = Table(title=f"sweep {result.name}", title_justify="left")
+    table = Table(title=f"sweep {result.name}", title_justify="left", min_width=72)
     for column in ("trial", "state", result.metric, "clean", "epochs", "FE/sample", "seconds"):
         table.add_column(column, justify="left" if column == "state" else "right")
     ranked = sorted(
