@@ -21,7 +21,7 @@ from raytrain.place import here
 from raytrain.record import EvalReport, Report
 from raytrain.request import Configuration, as_run, override, parse_overrides, validated
 from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
-from raytrain.tracking import Status, Tracker, fetch
+from raytrain.tracking import Tracker, fetch, tracked
 from raytrain.types import RequestError, TrainingFailed, mix
 from raytrain.worker import Group, Job, job_rows
 
@@ -90,10 +90,8 @@ def train(
         here(run.device)
     if folder is not None and load(folder / LAST).epoch >= run.epochs:
         raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
-    with _cluster(run) as on_cluster, interruptible():
-        tracker = Tracker(run.tracking_uri, run.experiment)
-        status: Status = "FAILED"
-        try:
+    with interruptible(), tracked(run.tracking_uri, run.experiment) as tracker:
+        with _cluster(run) as on_cluster:
             run_id, done = _open(tracker, run, folder)
             folder = (run.storage / run.experiment / run_id).resolve()
             leave_run_file(run, folder)
@@ -107,13 +105,7 @@ def train(
                 tracker.log(run_id, metrics, done)
                 if watch is not None:
                     watch(run, report)
-            leave_network(tracker, run_id, folder, splits.valid)
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
-            raise
-        finally:
-            tracker.shut(status)
+        leave_network(tracker, run_id, folder, splits.valid)
     name = run.run_name or provenance.describe(run)
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
 
@@ -254,14 +246,11 @@ def _write_flags(flags: Flags, file: Path) -> None:
 
 
 def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path) -> None:
-    tracker = Tracker(run.tracking_uri, run.experiment)
     accuracies = {"test/clean": report.clean, f"test/{report.attack}": report.robust}
     counts = {"test/images": float(report.images), "test/fe": float(report.fe)}
-    try:
+    with tracked(run.tracking_uri, run.experiment) as tracker:
         tracker.log(run_id, {**accuracies, **counts})
         tracker.artifact(run_id, table, "evaluation")
-    finally:
-        tracker.shut("FINISHED")
 
 
 def _is_run_id(name: str) -> bool:

@@ -62,7 +62,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
             ) from None
     else:
         cores = max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials)
-        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     _private_token()
     try:
         yield

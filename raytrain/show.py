@@ -59,8 +59,9 @@ class Trials:
         self._began = time.monotonic()
 
     def __enter__(self) -> Trials:
-        sys.stderr.write("starting Ray, its workers and MLflow\n")
         self._bar.start()
+        if _is_terminal():
+            self._task = self._bar.add_task("trials", total=None, note="starting Ray and MLflow")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,9 +73,9 @@ class Trials:
         )
         line = f"best {best}  stopped early {progress.pruned}  failed {progress.failed}"
         if _is_terminal():
-            if self._task is None:
-                self._task = self._bar.add_task("trials", total=progress.budget, note="")
-            self._bar.update(self._task, completed=progress.finished, note=line)
+            self._bar.update(
+                self._task, total=progress.budget, completed=progress.finished, note=line
+            )
         elif progress.finished > self._said:
             self._said = progress.finished
             seconds = time.monotonic() - self._began

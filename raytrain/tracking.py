@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -260,6 +261,25 @@ class Tracker:
         self._complained = True
         first = problem.splitlines()[0] if problem else "no answer"
         sys.stderr.write(f"raytrain: MLflow at {self.uri}: {first[:200]}\n")
+
+
+@contextmanager
+def tracked(uri: str | None, experiment: str) -> Iterator[Tracker]:
+    """A tracker for the time of a command: whatever is still open ends as the command does.
+
+    Raises:
+        RequestError: if the store does not answer.
+    """
+    tracker = Tracker(uri, experiment)
+    status: Status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.shut(status)
 
 
 def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 
 from raytrain.algorithms import CATALOGUE
 from raytrain.cli import app, split
+from raytrain.config import RunConfig
+from raytrain.record import Report
 from raytrain.request import as_run
 from raytrain.types import RequestError
 
@@ -343,8 +346,24 @@ def test_evaluating_prints_one_json_object_last_and_records_it_on_the_run(
 
 def test_a_checkpoint_can_be_evaluated_where_its_run_is_unknown(home: Path, here: Path) -> None:
     checkpoints = last_object((home / "train.json").read_text())["checkpoints"]
-    text = answer("evaluate", checkpoints, "steps=1", "--json", "--which", "last")
-    assert last_object(text)["checkpoint"].endswith("last.pt")
+    words = ["evaluate", checkpoints, "steps=1", "--json", "--which", "last"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert last_object(result.stdout)["checkpoint"].endswith("last.pt")
+    # A store without this run is seen at once, not after a minute of trying to write to it.
+    assert "could not be written" not in result.stderr
+
+
+def test_a_run_whose_checkpoints_are_not_here_is_fetched_from_mlflow_and_recorded_there(
+    home: Path, here: Path
+) -> None:
+    run_id = last_object((home / "train.json").read_text())["run_id"]
+    store = f"tracking_uri=sqlite:///{home / 'mlflow.db'}"
+    told = last_object(answer("evaluate", run_id, "steps=2", store, "--json"))
+    assert told["run_id"] == run_id
+    assert str(here) in told["checkpoint"]
+    (run,) = runs_in(home)
+    assert run.data.metrics["test/pgd2"] == told["robust"]
 
 
 def test_a_finished_training_is_not_resumed_but_may_be_lengthened(
@@ -366,6 +385,42 @@ def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(her
     assert "diverged in epoch 1" in said and "optimizer.lr" in said
     (run,) = runs_in(here)
     assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
+    how: str, here: Path
+) -> None:
+    import raytrain
+
+    def interrupt(run: RunConfig, report: Report) -> None:
+        del run, report
+        if how == "Ctrl-C":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        raytrain.train(None, (*SMALL, "epochs=3"), watch=interrupt)
+    (run,) = runs_in(here)
+    assert run.info.status == "KILLED"
+    again = raytrain.train(resume=run.info.run_id)
+    (run,) = runs_in(here)
+    assert (run.info.run_id, run.info.status) == (again.run_id, "FINISHED")
+    history = MlflowClient(again.tracking_uri).get_metric_history(again.run_id, "train/loss")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_storage_that_cannot_be_written_is_named_and_leaves_no_run_running(here: Path) -> None:
+    (here / "runs").write_text("a file where a folder is wanted")
+    result = CliRunner().invoke(app, ["train", *SMALL])
+    assert result.exit_code in (1, 2)
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("raytrain: storage: ") and "runs" in said
+    assert {run.info.status for run in runs_in(here)} <= {"FAILED"}
+
+
+def test_the_ui_of_a_server_is_its_own(here: Path) -> None:
+    assert "http://host:5000" in answer("ui", "--uri", "http://host:5000")
 
 
 def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:

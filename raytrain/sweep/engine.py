@@ -26,7 +26,7 @@ from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow
 from raytrain.sweep.slots import GroupSlot, SingleSlot
 from raytrain.sweep.space import SearchSpace, read_space
 from raytrain.sweep.study import open_study
-from raytrain.tracking import Status, Tracker
+from raytrain.tracking import Tracker, tracked
 from raytrain.types import RequestError
 
 Watch = Callable[[SweepProgress], None]
@@ -74,26 +74,20 @@ def tune(
     splits = preflight(base)
     name = resume or name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = (base.storage / base.experiment / name).resolve()
-    study = open_study(name, folder, space, resume=resume is not None)
     space_file = folder / "space.yaml"
-    space_file.write_text(_space_yaml(space))
-    with session(base, trials=space.budget.concurrent or 1), interruptible():
-        concurrent = slots(base, space.budget.concurrent)
-        tracker = Tracker(base.tracking_uri, base.experiment)
-        status: Status = "FAILED"
-        try:
+    with interruptible(), tracked(base.tracking_uri, base.experiment) as tracker:
+        with session(base, trials=space.budget.concurrent or 1):
+            concurrent = slots(base, space.budget.concurrent)
+            study = open_study(name, folder, space, resume=resume is not None)
+            space_file.write_text(_space_yaml(space))
             parent = _open_parent(tracker, study, name, space, space_file)
             ledger = Ledger(study, space, tracker, parent, folder, watch)
             ledger.recover()
-            _execute(ledger, base, folder, concurrent)
-            best_file = _leave(tracker, ledger, parent, folder, splits)
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
-            raise
-        finally:
-            tracker.shut(status)
-            shutil.rmtree(folder / "ray", ignore_errors=True)  # Tune's own notes: never read again
+            try:
+                _execute(ledger, base, folder, concurrent)
+            finally:
+                shutil.rmtree(folder / "ray", ignore_errors=True)  # Tune's notes: never read again
+        best_file = _leave(tracker, ledger, parent, folder, splits)
     return TuneResult(
         name=name,
         run_id=parent,
