@@ -354,6 +354,13 @@ def test_a_checkpoint_can_be_evaluated_where_its_run_is_unknown(home: Path, here
     assert "could not be written" not in result.stderr
 
 
+def test_a_run_that_this_store_does_not_know_is_not_resumed(home: Path, here: Path) -> None:
+    told = last_object((home / "train.json").read_text())
+    said = refusal("train", "--resume", told["checkpoints"], "epochs=5")
+    assert told["run_id"] in said and "MLflow" in said
+    assert runs_in(here) == []
+
+
 def test_a_run_whose_checkpoints_are_not_here_is_fetched_from_mlflow_and_recorded_there(
     home: Path, here: Path
 ) -> None:

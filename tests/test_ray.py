@@ -198,7 +198,7 @@ def test_the_best_trial_of_a_sweep_can_be_evaluated_by_the_id_of_its_run(
         told["best"]["run_id"], {"steps": 1, "tracking_uri": store}, storage=folder / "runs"
     )
     assert result.run_id == told["best"]["run_id"]
-    run = MlflowClient(store).get_run(result.run_id)
+    run = MlflowClient(store).get_run(told["best"]["run_id"])
     assert run.data.metrics["test/pgd1"] == result.report.robust
     assert run.info.status == "FINISHED"
 
