@@ -249,6 +249,8 @@ def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path) -> Non
     accuracies = {"test/clean": report.clean, f"test/{report.attack}": report.robust}
     counts = {"test/images": float(report.images), "test/fe": float(report.fe)}
     with tracked(run.tracking_uri, run.experiment) as tracker:
+        if not tracker.knows(run_id):
+            return  # a checkpoint that came without its run
         tracker.log(run_id, {**accuracies, **counts})
         tracker.artifact(run_id, table, "evaluation")
 

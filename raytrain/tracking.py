@@ -109,9 +109,25 @@ class Tracker:
             self._client.log_batch(run_id, params=logged[first : first + 100])
         return run_id
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the store has this run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_run(run_id)
+        except MlflowException:
+            return False
+        return True
+
     def reopen(self, run_id: str) -> int:
-        """Continue a run of an earlier launch; returns the last epoch it has a row of (0: none)."""
+        """Continue a run of an earlier launch; returns the last epoch it has a row of (0: none).
+
+        Raises:
+            RequestError: if the store does not have it.
+        """
         self.flush()
+        if not self.knows(run_id):
+            raise RequestError(f"{run_id}: MLflow at {self.uri} has no such run to continue")
         self._client.update_run(run_id, status="RUNNING")
         self._open[run_id] = None
         return max(

@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 
+OUTSIDE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
 COMMANDS = ("train", "tune", "evaluate", "ui", "algorithms")
 SMALL = (
     "data.train_size=128",
@@ -42,39 +43,26 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which one small run has been trained, by the real command."""
+    """A folder in which one small run has been trained."""
     folder = tmp_path_factory.mktemp("home")
-    done = command("train", *SMALL, "--json", folder=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "train.json").write_text(done.stdout)
-    (folder / "train.err").write_text(done.stderr)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OUTSIDE:
+            patch.delenv(name, raising=False)
+        patch.chdir(folder)
+        result = CliRunner().invoke(app, ["train", *SMALL, "--json"])
+    assert result.exit_code == 0, result.output
+    (folder / "train.json").write_text(result.stdout)
+    (folder / "train.err").write_text(result.stderr)
     return folder
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and no store or cluster from outside."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    for name in OUTSIDE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def command(
-    *words: str, folder: Path, timeout: float = 300, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """The real command, in a process of its own."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-    }
-    return subprocess.run(
-        [sys.executable, "-c", "from raytrain.cli import main; main()", *words],
-        cwd=folder,
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
 
 
 def answer(*words: str, status: int = 0) -> str:
@@ -104,6 +92,18 @@ def runs_in(folder: Path, experiment: str = "raytrain") -> list[Any]:
 
 
 # --- help and imports -------------------------------------------------------------------------
+
+
+def test_a_wrong_request_ends_the_process_with_status_two_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from raytrain.cli import main; main()", "train", "epoch=3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "raytrain: epoch: no such field; the nearest is epochs\n"
 
 
 def test_the_root_help_names_every_command() -> None:

@@ -142,7 +142,8 @@ def sweep(
     folder = tmp_path_factory.mktemp("sweep")
     done = ended(folder, ray_folder, "tune", space_in(folder, 3), "--name", "s", "--json")
     assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    (line,) = done.stdout.splitlines()
+    return folder, json.loads(line)
 
 
 def test_a_sweep_ends_with_one_parent_whose_children_have_all_finished(
@@ -285,7 +286,8 @@ def test_two_workers_train_what_one_worker_trains(tmp_path: Path, ray_folder: st
     for workers in (1, 2):
         done = ended(tmp_path, ray_folder, "train", *words, f"workers={workers}", "--json")
         assert done.returncode == 0, done.stderr
-        told.append(json.loads(done.stdout.splitlines()[-1]))
+        (line,) = done.stdout.splitlines()
+        told.append(json.loads(line))
     one, two = told
     assert one["signature"] == two["signature"]
     for name in set(one["metrics"]) - {"cost/seconds"}:
