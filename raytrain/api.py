@@ -88,8 +88,8 @@ def train(
     splits = preflight(run)
     if run.workers == 1 and wanted_cluster() is None:
         here(run.device)
-    if folder is not None and load(folder / LAST).epoch >= run.epochs:
-        raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
+    if folder is not None:
+        _must_go_on(folder, run)
     with interruptible(), tracked(run.tracking_uri, run.experiment) as tracker:
         with _cluster(run) as on_cluster:
             run_id, done = _open(tracker, run, folder)
@@ -148,6 +148,17 @@ def leave_network(tracker: Tracker, run_id: str, folder: Path, part: Part) -> No
             tracker.artifact(run_id, folder / name, "checkpoints")
     example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
     tracker.model(run_id, network(load(folder)).float(), example)
+
+
+def _must_go_on(folder: Path, run: RunConfig) -> None:
+    saved = load(folder / LAST)
+    if saved.epoch >= run.epochs:
+        raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
+    if run.out_of_patience(saved.waited):
+        raise RequestError(
+            f"early_stop: {folder.name} has stopped early after {saved.epoch} epochs; early_stop=null "
+            "goes on to the end"
+        )
 
 
 @contextmanager

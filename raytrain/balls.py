@@ -137,9 +137,9 @@ class L2(AbstractBall):
 
     def project(self, delta: Delta) -> Delta:
         length = self.norm_of(delta)
-        scale = torch.where(
-            length > self.eps, self.eps / length.clamp_min(1e-30), torch.ones_like(length)
-        )
+        outside, one = length > self.eps, torch.ones_like(length)
+        # The unused branch divides by one: its derivative must stay finite too.
+        scale = torch.where(outside, self.eps / torch.where(outside, length, one), one)
         return delta * over_pixels(scale)
 
     def steepest(self, grad: Delta) -> Delta:

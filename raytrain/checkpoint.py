@@ -11,14 +11,14 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from raytrain.algorithms import TrainState
 from raytrain.config import RunConfig
 from raytrain.oracle import Meter
 from raytrain.place import Place
+from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Saved:
     def epoch(self) -> int:
         """Epochs finished when it was written."""
         return self.content["counters"]["epoch"]
+
+    @property
+    def waited(self) -> int:
+        """Validations in a row without a gain when it was written."""
+        return self.content["counters"]["waited"]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -52,12 +57,12 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
     Raises:
         TrainingFailed: if the file cannot be written; what was there before is untouched.
     """
-    store = None if state.store is None else state.store.state_dict()
+    parts = {name: part.state_dict() for name, part in state.parts.items()}
     randomness = _random_states(place)
     cost = asdict(state.meter.over(place))
     problem = None
     if place.leads:
-        problem = _write(path, _content(state, run, store, randomness, cost))
+        problem = _write(path, _content(state, run, parts, randomness, cost))
     # All workers learn of a full disk, or the others would wait for the leading one for ever.
     failed = place.total(torch.tensor(problem is not None, dtype=torch.int64, device=place.device))
     if failed:
@@ -70,9 +75,9 @@ def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
 def _content(
     state: TrainState,
     run: RunConfig,
-    store: dict[str, Any] | None,
+    parts: dict[str, Any],
     randomness: dict[str, torch.Tensor],
-    cost: dict[str, int],
+    cost: dict[str, int | float],
 ) -> dict[str, Any]:
     return {
         "format": _FORMAT,
@@ -80,7 +85,7 @@ def _content(
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "ema": None if state.ema is None else state.ema.state_dict(),
-        "store": store,
+        "parts": parts,
         "random": randomness,
         "meter": cost,
         "counters": {
@@ -88,6 +93,7 @@ def _content(
             "step": state.step,
             "seconds": state.seconds,
             "best": state.best,
+            "waited": state.waited,
         },
     }
 
@@ -179,13 +185,14 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
     state.optimizer.load_state_dict(content["optimizer"])
     if state.ema is not None:
         state.ema.load_state_dict(content["ema"])
-    if state.store is not None:
-        state.store.load_state_dict(content["store"])
+    for name, part in state.parts.items():
+        part.load_state_dict(content["parts"][name])
     # The counters are totals over the workers: one of them carries on with the old sum.
     state.meter = Meter(**content["meter"]) if place.leads else Meter()
     counters = content["counters"]
     state.epoch, state.step = counters["epoch"], counters["step"]
     state.seconds, state.best = counters["seconds"], counters["best"]
+    state.waited = counters["waited"]
     _set_random_states(content["random"], place)
 
 

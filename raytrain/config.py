@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -44,6 +46,19 @@ RUNTIME = frozenset(
 """Fields that say where and how a run happens, not what it computes: not part of its signature."""
 
 
+class EarlyStop(Spec):
+    """End a run once validation robustness has not risen for `patience` validations in a row."""
+
+    patience: PositiveInt
+    min_gain: Annotated[
+        NonNegativeFloat, Field(description="a smaller rise than this does not count")
+    ] = 0.0
+
+
+def _patience(value: Any) -> Any:
+    return {"patience": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class RunConfig(Spec):
     """A training run. Every field can be set as `dotted.path=value` on the command line."""
 
@@ -66,6 +81,11 @@ class RunConfig(Spec):
     ema: Annotated[
         float | None,
         Field(gt=0, lt=1, description="decay of averaged weights, which are then evaluated"),
+    ] = None
+    early_stop: Annotated[
+        EarlyStop | None,
+        BeforeValidator(_patience),
+        Field(description="validations without a gain in valid/robust before the run ends"),
     ] = None
     precision: Annotated[
         Precision, Field(description="fp32, bf16 (autocast) or fp64; evaluation is never bf16")
@@ -122,7 +142,7 @@ class RunConfig(Spec):
             )
         try:
             self.algorithm.build(self.threat, self.outer)
-        except ValidationError as error:
+        except ValidationError as error:  # of a part that the recipe is made of
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"algorithm: {message}") from None
         return self
@@ -131,6 +151,10 @@ class RunConfig(Spec):
         """12 hexadecimal digits that change exactly when what is computed may change."""
         text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def out_of_patience(self, waited: int) -> bool:
+        """Whether a run ends after so many validations in a row without a gain."""
+        return self.early_stop is not None and waited >= self.early_stop.patience
 
     def check_radius(self, shape: tuple[int, ...]) -> None:
         """Refuse a radius that covers the whole pixel cube: it was meant in another unit.

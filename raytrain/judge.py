@@ -17,7 +17,7 @@ from raytrain.objectives import CrossEntropy
 from raytrain.oracle import Meter, Oracle, Precision
 from raytrain.place import Place
 from raytrain.record import EvalReport
-from raytrain.types import Batch, Dice, Spec, StepSize, mix
+from raytrain.types import Batch, Clock, Dice, Spec, StepSize, mix
 
 
 class Evaluation(Spec):
@@ -104,7 +104,7 @@ def _verdicts(
         standing = Oracle(
             model, CrossEntropy(), batch[rows], meter, attack_bn="eval", precision=wide
         )
-        found = attack.maximise(standing, ball, start, progress=1.0)
+        found = attack.maximise(standing, ball, start, Clock(1.0, 1.0))
         robust[rows] = standing.correct(found.delta)
     return clean, robust
 

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raytrain.algorithms import AbstractAlgorithm, Outcome, TrainState
+from raytrain.algorithms import AbstractAlgorithm
 from raytrain.balls import AbstractBall
 from raytrain.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import Splits, num_steps, open_splits, sweep, visit
 from raytrain.judge import judge
+from raytrain.memory import Setting
 from raytrain.objectives import CrossEntropy
 from raytrain.oracle import Meter, Oracle
 from raytrain.place import Place
-from raytrain.record import Report
-from raytrain.store import SampleStore
-from raytrain.types import Batch, TrainingFailed, mix
+from raytrain.record import FOSC_EDGES, Report
+from raytrain.state import Outcome, TrainState
+from raytrain.types import Batch, Clock, TrainingFailed, mix
 
 DIVERGED = 1e4
 """A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
@@ -71,8 +72,9 @@ def fit(
     state = start(run, splits, algorithm, place)
     if resume is not None:
         restore(state, resume, place)
-    for epoch in range(state.epoch, run.epochs):
-        yield _epoch(run, epoch, algorithm, state, splits, place), state
+        state.stopped = run.out_of_patience(state.waited)
+    while state.epoch < run.epochs and not state.stopped:
+        yield _epoch(run, state.epoch, algorithm, state, splits, place), state
 
 
 def kept(
@@ -86,7 +88,7 @@ def kept(
     for report, state in fit(run, place, resume):
         if report.improved:
             save(state, run, folder / BEST, place)
-        if state.epoch % run.checkpoint_every == 0 or state.epoch == run.epochs:
+        if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, place)
         yield report
 
@@ -100,7 +102,8 @@ def preflight(run: RunConfig) -> Splits:
     splits = open_splits(run.data, Place())
     run.check_radius(splits.train.shape)
     num_steps(splits.train, run.batch_size)
-    build_model(run, splits.source)
+    model = build_model(run, splits.source)
+    run.algorithm.build(run.threat, run.outer).memory(_setting(run, splits, model, Place()))
     return splits
 
 
@@ -115,16 +118,26 @@ def start(
     if run.ema is not None:
         average = get_ema_multi_avg_fn(run.ema)
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    store = None
-    if algorithm.remembers:
-        store = SampleStore(splits.train.num_images, splits.train.shape, place)
     return TrainState(
         model=model,
         wrapper=place.wrap(model),
         optimizer=run.optimizer.build(model),
         precision=run.precision,
+        place=place,
+        parts=algorithm.memory(_setting(run, splits, model, place)),
         ema=ema,
-        store=store,
+    )
+
+
+def _setting(run: RunConfig, splits: Splits, model: nn.Module, place: Place) -> Setting:
+    return Setting(
+        place=place,
+        model=model,
+        num_images=splits.train.num_images,
+        shape=splits.train.shape,
+        batch_size=run.batch_size,
+        dtype=splits.train.dtype,
+        seed=run.seed,
     )
 
 
@@ -162,12 +175,15 @@ def _epoch(
     if state.ema is not None:
         place.average_buffers(state.ema.module)
     fosc, fosc_box = _probe(algorithm.ball, state, batch, outcome, place)
+    own = algorithm.measures(state, batch)
     clean, robust, improved = None, None, False
     if state.epoch % run.evaluation.every == 0 or state.epoch == run.epochs:
         batches = sweep(splits.valid, run.evaluation.batch_size, mix(run.seed, "valid"))
         judged, _ = judge(state.judged, batches, run.threat, run.evaluation, place, run.precision)
         clean, robust = judged.clean, judged.robust
-        improved, state.best = robust > state.best, max(state.best, robust)
+        improved = robust > state.best
+        _be_patient(run, state, robust)
+        state.best = max(state.best, robust)
     meter = state.meter.over(place)
     return Report(
         epoch=state.epoch,
@@ -184,7 +200,18 @@ def _epoch(
         robust=robust,
         best=None if robust is None else state.best,
         improved=improved,
+        final=state.stopped or state.epoch == run.epochs,
+        stopped_early=state.stopped,
+        fosc_below=tuple(float((fosc <= edge).double().mean()) for edge in FOSC_EDGES),
+        own=own,
     )
+
+
+def _be_patient(run: RunConfig, state: TrainState, robust: float) -> None:
+    """Count validations without a gain; stop training at too many of them."""
+    gain = 0.0 if run.early_stop is None else run.early_stop.min_gain
+    state.waited = 0 if robust > state.best + gain else state.waited + 1
+    state.stopped = run.out_of_patience(state.waited)
 
 
 def _train(
@@ -200,7 +227,6 @@ def _train(
     source, spec = splits.source, run.data
     pad = source.pad if spec.pad is None else spec.pad
     flip = source.flip if spec.flip is None else spec.flip
-    state.progress = epoch / run.epochs
     state.model.train()
     zero = torch.zeros((), dtype=torch.float64, device=place.device)
     sums = _Sums(zero.clone(), zero.clone().long())
@@ -210,8 +236,10 @@ def _train(
         visit(splits.train, run.batch_size, run.seed, epoch, pad, flip), start=1
     ):
         rate = run.optimizer.set_rate(state.optimizer, (epoch + (step - 0.5) / steps) / run.epochs)
+        state.clock = Clock(epoch / run.epochs, (epoch + (step - 1) / steps) / run.epochs)
         outcome = algorithm.step(state, batch)
         state.step += 1
+        state.meter.samples += len(batch)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
         sums.add(outcome)

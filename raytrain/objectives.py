@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -12,36 +12,147 @@ from torch import Tensor
 
 from raytrain.types import Batch, Delta, PerSample, Predict, Spec, named
 
+Reference = tuple[Tensor, ...]
+"""What an objective computes once per batch and does not differentiate, one row per sample."""
+
 
 class AbstractObjective(Spec):
-    """f_i(theta, delta_i), in nats; higher is worse for the model."""
+    """f_i(theta, delta_i), in nats; higher is worse for the model.
+
+    `predict` maps pixels to logits. `rows` of `reference` belong to the rows of the batch.
+    """
+
+    nested_gradients: ClassVar[int] = 0
+    """Input gradients that one sample's `outer` takes inside itself, to be differentiated again."""
+
+    def reference(self, predict: Predict, batch: Batch) -> Reference:
+        """Whatever does not depend on delta, computed once per batch before the attack."""
+        del predict, batch
+        return ()
 
     @abstractmethod
-    def inner(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
         """What the attack maximises."""
 
     @abstractmethod
-    def outer(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
         """What training minimises."""
+
+
+Smoothing = Annotated[
+    float,
+    Field(ge=0, lt=1, description="share of the label spread over all classes, in training only"),
+]
 
 
 @final
 class CrossEntropy(AbstractObjective):
-    """-log p_y(x + delta), both for the attack and for training (Madry et al. 2018)."""
+    """-log p_y(x + delta), both for the attack and for training (Madry et al. 2018).
+
+    With label smoothing s, training minimises (1 - s) times it plus s times the mean over all
+    classes; the attack keeps the plain label (Pang et al. 2021, arXiv 2010.00467).
+    """
 
     name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: Smoothing = 0.0
 
-    def inner(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
         return cross_entropy(predict(batch.images + delta), batch.labels)
 
-    def outer(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
-        return self.inner(predict, batch, delta)
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        return cross_entropy(predict(batch.images + delta), batch.labels, self.label_smoothing)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> PerSample:
+@final
+class Trades(AbstractObjective):
+    """Training: CE(p(x), y) + beta KL(p(x) | p(x + delta)).  Attack: the KL, with p(x) held fixed.
+
+    Zhang et al. 2019 (TRADES, arXiv 1901.08573), equation 5. Both branches of the outer KL are
+    differentiated. Traps of the public code avoided: clean logits are computed once per batch for
+    the attack and not at every inner step, the KL is summed over classes for each sample, and the
+    network runs twice in train mode instead of three times.
+    """
+
+    name: Literal["trades"] = "trades"
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 6.0
+    label_smoothing: Smoothing = 0.0
+
+    def reference(self, predict: Predict, batch: Batch) -> Reference:
+        return (predict(batch.images),)
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        (clean,) = reference
+        return kl_divergence(clean, predict(batch.images + delta))
+
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        clean, moved = predict(batch.images), predict(batch.images + delta)
+        natural = cross_entropy(clean, batch.labels, self.label_smoothing)
+        return natural + self.beta * kl_divergence(clean, moved)
+
+
+@final
+class Mart(AbstractObjective):
+    """Training: BCE(p(x'), y) + beta KL(p(x) | p(x')) (1 - p_y(x)), x' = x + delta;
+    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x')).  Attack: cross-entropy.
+
+    Wang et al. 2020 (MART), equation 11. The constants that keep the logarithms finite are those of
+    the public code (1.0001, 1e-12, 1.0000001), which vanish in half precision: everything after the
+    logits is float32 or wider. The runner-up is a masked maximum instead of a sort; the weight is
+    differentiated, as in the public code; a batch of one works.
+    """
+
+    name: Literal["mart"] = "mart"
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 5.0
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        return cross_entropy(predict(batch.images + delta), batch.labels)
+
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        clean, moved = wide(predict(batch.images)), wide(predict(batch.images + delta))
+        own = F.one_hot(batch.labels, clean.shape[1]).bool()
+        runner_up = moved.softmax(1).masked_fill(own, 0).amax(1)
+        boosted = cross_entropy(moved, batch.labels) - torch.log(1.0001 - runner_up + 1e-12)
+        sure = clean.softmax(1).masked_fill(~own, 0).sum(1)
+        return boosted + self.beta * kl_divergence(clean, moved) * (1.0000001 - sure)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> PerSample:
     """Per-sample cross-entropy, in at least float32 whatever precision the network ran in."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, reduction="none")
+    return F.cross_entropy(wide(logits), labels, reduction="none", label_smoothing=smoothing)
 
 
-Objective = Annotated[CrossEntropy, Field(), named("name")]
+def kl_divergence(clean: Tensor, moved: Tensor) -> PerSample:
+    """KL(p | q) of two rows of logits, in nats, summed over the classes, in at least float32."""
+    log_p, log_q = wide(clean).log_softmax(1), wide(moved).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or float64 if the network ran in it: logarithms do not survive half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+Objective = Annotated[
+    CrossEntropy | Trades | Mart, Field(discriminator="name"), named("name", "cross_entropy")
+]

@@ -8,16 +8,16 @@ Weight gradients go through the wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from raytrain.objectives import AbstractObjective
+from raytrain.objectives import AbstractObjective, Reference
 from raytrain.place import Place
 from raytrain.types import Batch, BatchNorm, Delta, Mask, PerSample, Predict, Rows
 
@@ -30,24 +30,26 @@ class Meter:
 
     One forward-equivalent (FE) is the forward of one image. The gradient for the input costs one
     more, the gradient for input and weights two more: FE = forwards + input_backwards + 2
-    full_backwards.
+    full_backwards + stem. Differentiating an input gradient once more (GradAlign) counts as one
+    more full backward.
     """
 
     forwards: int = 0
     input_backwards: int = 0
     full_backwards: int = 0
-    samples: int = 0  # images trained on, counted once per step
+    stem: float = 0.0  # FE spent in the first layer alone (YOPO)
+    samples: int = 0  # images trained on, counted once per batch
 
     @property
     def fe(self) -> int:
         """Forward-equivalents in all."""
-        return self.forwards + self.input_backwards + 2 * self.full_backwards
+        return round(self.forwards + self.input_backwards + 2 * self.full_backwards + self.stem)
 
     def over(self, place: Place) -> Meter:
         """The sum over all workers: a collective."""
-        counts = asdict(self)
-        summed = place.total(torch.tensor(list(counts.values()), device=place.device))
-        return Meter(**dict(zip(counts, summed.tolist(), strict=True)))
+        counts = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
+        forwards, inputs, fulls, stem, samples = place.total(counts.to(place.device)).tolist()
+        return Meter(int(forwards), int(inputs), int(fulls), stem, int(samples))
 
 
 @contextmanager
@@ -69,9 +71,12 @@ def mode(model: nn.Module, wanted: BatchNorm) -> Iterator[None]:
             module.training = was
 
 
+Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
+"""Weights of a mean, made of the losses and, if it asks, their input gradients."""
+
+
 class Oracle:
-    """What the objective looks like around one batch at the present weights. Every call is
-    counted.
+    """What the objective looks like around one batch. Every call is counted.
 
     `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself);
     `attack_bn` is the BatchNorm mode of all passes that are not the weight update, which itself
@@ -90,12 +95,16 @@ class Oracle:
         precision: Precision = "fp32",
     ) -> None:
         self.batch = batch
+        self.latest: Delta | None = None  # the last input gradient taken of each sample
         self._model, self._wrapper = model, model if wrapper is None else wrapper
         self._objective, self._meter = objective, meter
         self._attack_bn: BatchNorm = attack_bn
         self._precision: Precision = precision
+        self._reference: Reference | None = None
         self._walked = 0  # samples forwarded into the present graph
         self._held = False
+
+    # ---------------------------------------------------------------- at fixed weights
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
@@ -110,10 +119,23 @@ class Oracle:
             finally:
                 self._held = False
 
+    @property
+    def reference(self) -> Reference:
+        """What the objective computes once per batch, in the attack's mode, at the first call."""
+        if self._reference is None:
+            with torch.no_grad(), self.attacking():
+                found = self._objective.reference(self._predictor(self._model), self.batch)
+            self._reference = tuple(part.detach() for part in found)
+        return self._reference
+
+    def refer(self, *reference: Tensor) -> None:
+        """Set the reference of this batch instead: what an algorithm has computed already."""
+        self._reference = reference
+
     def losses(self, delta: Delta) -> PerSample:
         """The inner objective at delta, without a graph."""
         with torch.no_grad():
-            return self._inner(self.batch, delta)
+            return self._inner(self.batch, delta, self.reference)
 
     def correct(self, delta: Delta) -> Mask:
         """Whether each sample is still classified as its label at delta."""
@@ -123,33 +145,250 @@ class Oracle:
 
     def delta_grad(self, delta: Delta, rows: Rows | None = None) -> tuple[PerSample, Delta]:
         """Inner losses and d loss_i / d delta_i, for the batch or for `rows` of it (delta has just those)."""
-        batch = self.batch if rows is None else self.batch[rows]
+        batch, reference = self.batch, self.reference
+        if rows is not None:
+            batch, reference = batch[rows], tuple(part[rows] for part in reference)
         delta = delta.detach().requires_grad_(True)
         with torch.enable_grad():
-            losses = self._inner(batch, delta)
+            losses = self._inner(batch, delta, reference)
             # The gradient of the SUM is the per-sample gradient, whatever the batch size.
+            (grad,) = torch.autograd.grad(losses.sum(), delta)
+        self._meter.input_backwards += self._walked
+        if rows is None:
+            self.latest = grad
+        else:
+            self.latest = (
+                torch.zeros_like(self.batch.images) if self.latest is None else self.latest
+            )
+            self.latest = self.latest.index_copy(0, rows, grad)
+        return losses.detach(), grad
+
+    def outer_grad(self, delta: Delta, bn: BatchNorm) -> tuple[PerSample, Delta]:
+        """Outer losses and their input gradients, on the bare module in the mode `bn`."""
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta, bn)
             (grad,) = torch.autograd.grad(losses.sum(), delta)
         self._meter.input_backwards += self._walked
         return losses.detach(), grad
 
-    def theta_grad(self, delta: Delta, weights: PerSample | None = None) -> PerSample:
+    # ---------------------------------------------------------------- weight gradients
+
+    def theta_grad(self, delta: Delta, weights: PerSample | Weigh | None = None) -> PerSample:
         """The outer losses; their (weighted) mean's gradient, over all workers, is added to every p.grad."""
-        self._walked = 0
-        with mode(self._model, "train"):
-            losses = self._objective.outer(
-                self._predictor(self._wrapper), self.batch, delta.detach()
-            )
-            (losses if weights is None else losses * weights.detach()).mean().backward()
-        self._meter.full_backwards += self._walked
-        self._meter.samples += len(self.batch)
+        delta = delta.detach()
+        if callable(weights):
+            delta.requires_grad_(True)
+        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        self._weighted(losses, delta, weights)[0].mean().backward()
+        self._meter.full_backwards += walked
         return losses.detach()
 
-    def _inner(self, batch: Batch, delta: Delta) -> PerSample:
+    def both_grads(
+        self, delta: Delta, weights: PerSample | Weigh | None = None
+    ) -> tuple[PerSample, Delta]:
+        """`theta_grad` and d loss_i / d delta_i from one pass, of the outer losses in train mode."""
+        delta = delta.detach().requires_grad_(True)
+        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        weighted, used = self._weighted(losses, delta, weights)
+        weighted.mean().backward()
+        self._meter.full_backwards += walked
+        # Local, also under DDP: of the mean over this worker's samples, not over all of them.
+        return losses.detach(), _per_sample(delta, used)
+
+    def local_grads(self, delta: Delta, factor: float) -> Delta:
+        """Add `factor` times this worker's mean outer gradient to every p.grad, without a collective.
+
+        The bare module with batch statistics, whose running ones are left alone; returns d loss_i /
+        d delta_i. A later pass through the wrapper averages what was added over the workers.
+        """
+        delta = delta.detach().requires_grad_(True)
+        losses = self._outer(self._model, delta, "batch_nostat")
+        (factor * losses.mean()).backward()
+        self._meter.full_backwards += self._walked
+        return _per_sample(delta, None) / factor
+
+    def mean_grads(self, delta: Delta) -> list[Tensor]:
+        """This worker's mean outer gradient for every trainable weight; no p.grad is touched.
+
+        The bare module with batch statistics, whose running ones are left alone.
+        """
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta.detach(), "batch_nostat")
+            grads = torch.autograd.grad(losses.mean(), trainable(self._model))
+        self._meter.full_backwards += self._walked
+        return list(grads)
+
+    def sample_grads(
+        self, delta: Delta, bn: BatchNorm, chunk: int, count: int | None = None
+    ) -> Iterator[list[Tensor]]:
+        """The own outer gradients of the first `count` samples, (k, *weight) for every trainable
+        weight, `chunk` samples at a time.
+
+        In eval mode samples do not meet, and a chunk is vectorised; the memory is `chunk` times that
+        of the weights. With batch statistics a sample's gradient is that of its loss through the
+        statistics of the whole batch: one backward of the whole batch for each sample.
+        """
+        if bn != "eval":
+            yield from self._grads_through_the_batch(delta, bn, count)
+            return
+        reference = self._outer_reference
+        for rows in torch.arange(len(self.batch), device=delta.device)[:count].split(chunk):
+            part = tuple(one[rows] for one in reference)
+            if chunk == 1 or self._objective.nested_gradients:
+                for row in rows:
+                    yield self._grads_of_one(delta, row.view(1))
+            else:
+                yield self._grads_of_many(self.batch[rows], delta[rows].detach(), part)
+
+    # ---------------------------------------------------------------- in two stages (YOPO)
+
+    def settled(self, weights: PerSample | Weigh | None, delta: Delta) -> PerSample | None:
+        """Weights as numbers, for a pass that does not reach the pixels: a forward and input backward."""
+        if not callable(weights):
+            return weights
+        losses, grads = self.outer_grad(delta, "batch_nostat")
+        return weights(losses, lambda: grads).detach()
+
+    def costate(
+        self, delta: Delta, weights: PerSample | None, stem_too: bool
+    ) -> tuple[PerSample, Tensor]:
+        """Outer losses and d loss_i / d stem_i; the later layers' mean gradient is added to their p.grad.
+
+        The model must have `stem` and `rest`. Without a collective. `stem_too` adds the first
+        layer's gradient at this delta as well.
+        """
+        seams: list[tuple[Tensor, Tensor]] = []
+
+        def staged(images: Tensor) -> Tensor:
+            after = self._model.stem(images)  # pyright: ignore[reportCallIssue]
+            seams.append((after, after.detach().requires_grad_(True)))
+            return self._model.rest(seams[0][1])  # pyright: ignore[reportCallIssue]
+
+        losses, walked = self._outer(staged, delta.detach(), "train"), self._walked
+        ((after, seam),) = seams
+        weighted, used = self._weighted(losses, seam, weights)
+        weighted.mean().backward()
+        self._meter.full_backwards += walked
+        if stem_too:
+            after.backward(seam.grad)
+        return losses.detach(), _per_sample(seam, used)
+
+    def stem_delta_grad(self, delta: Delta, costate: Tensor, share: float) -> Delta:
+        """d <stem(x + delta_i), costate_i> / d delta_i: all that a frozen costate leaves to compute.
+
+        `share` is the part of a forward that the stem is.
+        """
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            product = self._hamiltonian(delta, costate)
+            (grad,) = torch.autograd.grad(product, delta)
+        self._meter.stem += 2 * share * len(delta)
+        return grad
+
+    def stem_theta_grad(self, delta: Delta, costate: Tensor, share: float) -> None:
+        """Add the mean of d <stem(x + delta_i), costate_i> / d weights to the stem's p.grad."""
+        (self._hamiltonian(delta.detach(), costate) / len(delta)).backward()
+        self._meter.stem += 2 * share * len(delta)
+
+    # ---------------------------------------------------------------- within
+
+    @property
+    def _outer_reference(self) -> Reference:
+        """Only an objective with gradients inside looks at it when training: others save its cost."""
+        return self.reference if self._objective.nested_gradients else ()
+
+    def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
+        with mode(self._model, "train"), autocast(delta.device, self._precision):
+            after = self._model.stem(self.batch.images + delta)  # pyright: ignore[reportCallIssue]
+        return (after * costate).sum()
+
+    def _inner(self, batch: Batch, delta: Delta, reference: Reference) -> PerSample:
         self._walked = 0
         with self.attacking():
-            return self._objective.inner(self._predictor(self._model), batch, delta)
+            return self._objective.inner(self._predictor(self._model), batch, delta, reference)
 
-    def _predictor(self, module: nn.Module) -> Predict:
+    def _outer(self, module: Predict, delta: Delta, bn: BatchNorm) -> PerSample:
+        reference = self._outer_reference
+        self._walked = 0
+        with mode(self._model, bn):
+            losses = self._objective.outer(self._predictor(module), self.batch, delta, reference)
+        nested = self._objective.nested_gradients * len(self.batch)
+        self._meter.input_backwards += nested
+        self._meter.full_backwards += nested  # differentiating them again
+        return losses
+
+    def _weighted(
+        self, losses: PerSample, delta: Delta, weights: PerSample | Weigh | None
+    ) -> tuple[PerSample, PerSample | None]:
+        """The losses times their weights, and the weights."""
+        if weights is None:
+            return losses, None
+        walked = self._walked
+
+        def input_grads() -> Delta:
+            self._meter.input_backwards += walked
+            return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
+
+        found = weights(losses.detach(), input_grads) if callable(weights) else weights
+        return losses * found.detach(), found.detach()
+
+    def _grads_of_one(self, delta: Delta, row: Rows) -> list[Tensor]:
+        part = tuple(one[row] for one in self._outer_reference)
+        self._walked = 0
+        with torch.enable_grad(), mode(self._model, "eval"):
+            predict = self._predictor(self._model)
+            losses = self._objective.outer(predict, self.batch[row], delta[row].detach(), part)
+            grads = torch.autograd.grad(losses.sum(), trainable(self._model))
+        self._meter.full_backwards += self._walked + self._objective.nested_gradients
+        self._meter.input_backwards += self._objective.nested_gradients
+        return [grad[None] for grad in grads]
+
+    def _grads_of_many(self, batch: Batch, delta: Delta, reference: Reference) -> list[Tensor]:
+        names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        weights = dict(zip(names, trainable(self._model), strict=True))
+        self._walked = 0
+
+        def loss(
+            weights: dict[str, Tensor], image: Tensor, label: Tensor, delta: Tensor, *part: Tensor
+        ) -> Tensor:
+            one = Batch(image[None], label[None], batch.index[:1], batch.dice)
+
+            def module(images: Tensor) -> Tensor:
+                return func.functional_call(self._model, weights, (images,))
+
+            given = tuple(value[None] for value in part)
+            predict = self._predictor(module)
+            return self._objective.outer(predict, one, delta[None], given).sum()
+
+        with mode(self._model, "eval"):
+            per_sample = func.vmap(
+                func.grad(loss), in_dims=(None, 0, 0, 0, *(0 for _ in reference))
+            )
+            grads = per_sample(
+                {name: value.detach() for name, value in weights.items()},
+                batch.images,
+                batch.labels,
+                delta,
+                *reference,
+            )
+        # vmap traced one sample; all of the chunk were computed.
+        self._meter.forwards += self._walked * (len(batch) - 1)
+        self._meter.full_backwards += self._walked * len(batch)
+        return [grads[name] for name in names]
+
+    def _grads_through_the_batch(
+        self, delta: Delta, bn: BatchNorm, count: int | None
+    ) -> Iterator[list[Tensor]]:
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta.detach(), bn)
+            walked = self._walked
+            for loss in losses[:count]:
+                grads = torch.autograd.grad(loss, trainable(self._model), retain_graph=True)
+                self._meter.full_backwards += walked
+                yield [one[None] for one in grads]
+
+    def _predictor(self, module: Predict) -> Predict:
         def predict(images: Tensor) -> Tensor:
             self._meter.forwards += len(images)
             self._walked += len(images)
@@ -157,6 +396,37 @@ class Oracle:
                 return module(images)
 
         return predict
+
+
+def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:
+    """The gradient of each sample's own loss, from that of their (weighted) mean."""
+    assert leaf.grad is not None
+    grad = leaf.grad * len(leaf)
+    return grad if weights is None else grad / weights.view(-1, *[1] * (leaf.dim() - 1))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that are trained, in the model's own order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def shifted(model: nn.Module, offsets: Mapping[str, Tensor]) -> Iterator[None]:
+    """The named weights moved by `offsets` inside; afterwards bit for bit what they were.
+
+    Saved copies are put back: adding an offset and subtracting it changes float32 weights.
+    """
+    weights = {name: p for name, p in model.named_parameters() if name in offsets}
+    saved = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.add_(offsets[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(saved[name])
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,24 @@ class Place:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def average(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of each tensor over the workers, in one collective."""
+        if self.world == 1:
+            return list(values)
+        flat = torch.cat([value.flatten() for value in values])
+        dist.all_reduce(flat)
+        parts = (flat / self.world).split([value.numel() for value in values])
+        return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+
+    def average_grads(self, model: nn.Module) -> None:
+        """Give all workers the mean of the p.grad they have gathered without the wrapper."""
+        if self.world == 1:
+            return
+        weights = [p for p in model.parameters() if p.grad is not None]
+        means = self.average([p.grad for p in weights if p.grad is not None])
+        for weight, grad in zip(weights, means, strict=True):
+            weight.grad = grad
 
     def gather(self, values: Tensor) -> Tensor:
         """The rows of all workers, one rank after the other; ranks may hold different numbers of rows."""

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FOSC_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Where the histogram of FOSC is cut, in nats: each share is of the samples at or below the edge."""
+
+
+def _below(edge: float) -> str:
+    return f"fosc_histogram/below_{edge:g}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,10 @@ class Report:
     robust: float | None = None  # validation accuracy under the evaluation attack
     best: float | None = None  # highest `robust` so far
     improved: bool = False  # whether `best` is of this epoch
+    final: bool = False  # the last row of its run
+    stopped_early: bool = False  # final for lack of progress, before all epochs were done
+    fosc_below: tuple[float, ...] = ()  # shares of samples with FOSC at most FOSC_EDGES
+    own: Mapping[str, float] = field(default_factory=dict)  # what the algorithm measures itself
 
     def metrics(self) -> dict[str, float]:
         """Flat names for MLflow and Tune; what was not measured is left out."""
@@ -41,8 +53,22 @@ class Report:
             "cost/samples": float(self.samples),
             "cost/seconds": self.seconds,
         }
-        return {name: value for name, value in named.items() if value is not None}
+        measured = {name: value for name, value in named.items() if value is not None}
+        shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
+        return {**measured, **{_below(edge): share for edge, share in shares}, **self.own}
 
+
+OWN_METRICS = {
+    "engm/clipped": "share of samples whose weight is below one (outer engm)",
+    "engm/gamma1": "slope of weight-gradient norms over input-gradient norms",
+    "engm/gamma0": "intercept of that line",
+    "engm/alpha": "threshold on an example's norm, where it follows a quantile",
+    "ssds/lambda": "multiplier of the learning rate (ssds, budget full)",
+    "ssds/t": "epigraph variable of the loss (ssds, budget full)",
+    "l2l/attack_loss": "inner objective the learned attacker reaches, on the last batch",
+    "l2l/pgd_loss": "the same for PGD from the same start",
+}
+"""Metrics that some algorithms have beside the others."""
 
 METRICS = {
     "train/loss": "mean training loss of the epoch, nats",
@@ -58,6 +84,11 @@ METRICS = {
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",
     "cost/seconds": "seconds spent training",
+    **{
+        _below(edge): f"share of training perturbations with FOSC at most {edge:g} nats"
+        for edge in FOSC_EDGES
+    },
+    **OWN_METRICS,
 }
 """Every metric of a run and what it means; the objective of a sweep is one of them."""
 

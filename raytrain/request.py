@@ -29,6 +29,7 @@ _CHOSEN_BY = {
     "schedule": ("kind", "onecycle"),
     "start": ("kind", "uniform"),
     "stop": ("kind", "never"),
+    "then": ("name", "sgd"),
 }
 _NAMED = {"data": "name", "model": "name"}  # one kind of record, whose name changes nothing else
 
@@ -91,7 +92,7 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     result = _copy(values)
     spelled = [(_spelled(path, value), value) for path, value in changes.items()]
     # Choices first and from the outside in, so that the order of the words does not matter.
-    for path, value in sorted(spelled, key=lambda item: (not _chooses(item[0]), len(item[0]))):
+    for path, value in sorted(spelled, key=lambda item: (_rank(item[0]), len(item[0]))):
         *parents, last = path
         record = result
         for parent in parents:
@@ -102,6 +103,10 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             record = record[parent]
         if _chooses(path) and record.get(last, _CHOSEN_BY[parents[-1]][1]) != value:
             record.clear()
+        if last == "preset":  # a set of defaults: what was written for another set must not win
+            kept = _key_of(parents[-1]) if parents else ""
+            for field in [field for field in record if field != kept]:
+                del record[field]
         record[last] = value
     return result
 
@@ -115,6 +120,10 @@ def _spelled(path: str, value: Any) -> tuple[str, ...]:
 
 def _key_of(record: str) -> str:
     return _CHOSEN_BY[record][0] if record in _CHOSEN_BY else _NAMED.get(record, "name")
+
+
+def _rank(path: tuple[str, ...]) -> int:
+    return 0 if _chooses(path) else 1 if path[-1] == "preset" else 2
 
 
 def _chooses(path: tuple[str, ...]) -> bool:

@@ -13,12 +13,16 @@ from rich.table import Table
 
 from raytrain.algorithms import CATALOGUE
 from raytrain.config import RunConfig
+from raytrain.outer import OUTERS
 from raytrain.record import Report
 from raytrain.types import RequestError
 
 if TYPE_CHECKING:
     from raytrain.api import EvalResult, TrainResult
     from raytrain.sweep import SweepProgress, TuneResult
+
+
+_KINDS = {**CATALOGUE, **OUTERS}
 
 
 class Epochs:
@@ -144,22 +148,23 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
 
 
 def catalogue() -> Callable[[], None]:
-    """All algorithms, a line each."""
+    """All algorithms and outer updates, a line each."""
 
     def show() -> None:
-        table = Table(show_lines=False)
-        for column in ("name", "rule", "cost per image"):
-            table.add_column(column)
-        for name, recipe in CATALOGUE.items():
-            table.add_row(name, recipe.card.rule, recipe.card.cost)
-        Console().print(table)
+        for title, kinds in (("algorithm.name", CATALOGUE), ("outer.name", OUTERS)):
+            table = Table(title=title, title_justify="left")
+            for column in ("name", "rule", "cost per image"):
+                table.add_column(column)
+            for name, kind in kinds.items():
+                table.add_row(name, kind.card.rule, kind.card.cost)
+            Console().print(table)
 
     return show
 
 
 def catalogue_json() -> dict[str, Any]:
     """The same for scripts."""
-    return {name: algorithm_json(name) for name in CATALOGUE}
+    return {name: algorithm_json(name) for name in _KINDS}
 
 
 def algorithm(name: str) -> Callable[[], None]:
@@ -177,7 +182,7 @@ def algorithm(name: str) -> Callable[[], None]:
         for row in told["hyperparameters"]:
             table.add_row(*(str(row[key]) for key in ("name", "default", "range", "meaning")))
         console.print(table)
-        console.print(_paragraph(CATALOGUE[name]))
+        console.print(_paragraph(_KINDS[name]))
 
     return show
 
@@ -188,9 +193,9 @@ def algorithm_json(name: str) -> dict[str, Any]:
     Raises:
         RequestError: if there is no such algorithm.
     """
-    if name not in CATALOGUE:
-        raise RequestError(f"{name}: expected one of {', '.join(CATALOGUE)}")
-    recipe = CATALOGUE[name]
+    if name not in _KINDS:
+        raise RequestError(f"{name}: expected one of {', '.join(_KINDS)}")
+    recipe = _KINDS[name]
     card = recipe.card
     rows = []
     for field, info in recipe.model_fields.items():

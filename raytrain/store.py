@@ -1,5 +1,5 @@
-"""Tensors remembered per image between its visits, such as the last perturbation, kept by the
-worker that owns it.
+"""Tensors remembered between batches: per image, kept by the worker that owns it, or per slot of
+the batch.
 
 Rank r owns the images whose index is r modulo the number of workers; the row of image i is i //
 world. What is stored lives in the frame of the un-augmented image: reading applies the crop and
@@ -9,17 +9,28 @@ value.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from raytrain.memory import Setting
 from raytrain.place import Place
-from raytrain.types import Batch, Delta, View
+from raytrain.types import Batch, View
+
+Keep = Literal["fp32", "fp16", "int8"]
+"""How a perturbation is kept: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
+precision (float64 in an fp64 run). `int8` rounds to eps/127 of a pixel, `fp16` to about 1e-5 at
+eps 8/255: fine for steps of a fixed size, too coarse for small steps along the raw gradient."""
 
 
 class SampleStore:
-    """One perturbation per owned image, (owned, c, h, w), zero at first."""
+    """One tensor per owned image, (owned, *shape), zero at first.
+
+    Perturbations, of shape (c, h, w), follow the crop and flip of their image unless `aligned` is
+    false; anything else, such as one number per image, is kept as it is. `scale` is the unit of
+    `int8`, in pixels.
+    """
 
     def __init__(
         self,
@@ -27,22 +38,52 @@ class SampleStore:
         shape: tuple[int, ...],
         place: Place,
         dtype: torch.dtype = torch.float32,
+        *,
+        scale: float | None = None,
+        aligned: bool = True,
+        initial: float = 0.0,
     ) -> None:
-        self._place, self._num_images = place, num_images
+        self._place, self._num_images, self._aligned = place, num_images, aligned
+        self._scale = scale
         owned = len(range(place.rank, num_images, place.world))
-        self._values = torch.zeros(owned, *shape, dtype=dtype, device=place.device)
+        self._values = torch.full((owned, *shape), initial, dtype=dtype, device=place.device)
 
-    def read(self, batch: Batch) -> Delta:
-        """The stored perturbations of a batch, in its augmented frame."""
-        values = self._values[self._rows(batch)].to(batch.images.dtype)
-        return values if batch.view is None else cut(values, batch.view)
+    @classmethod
+    def of_perturbations(
+        cls,
+        setting: Setting,
+        eps: float,
+        keep: Keep = "fp32",
+        *,
+        aligned: bool = True,
+    ) -> SampleStore:
+        """A store for one perturbation of each training image."""
+        dtypes = {"fp32": setting.dtype, "fp16": torch.float16, "int8": torch.int8}
+        return cls(
+            setting.num_images,
+            setting.shape,
+            setting.place,
+            dtypes[keep],
+            scale=eps / 127 if keep == "int8" else None,
+            aligned=aligned,
+        )
 
-    def write(self, batch: Batch, delta: Delta) -> None:
-        """Remember `delta`, given in the augmented frame of the batch."""
+    def read(self, batch: Batch) -> Tensor:
+        """What is stored for a batch, in its augmented frame and its precision, (n, *shape)."""
+        values = self._wide(self._rows(batch), batch.images.dtype)
+        view = self._view(batch)
+        return values if view is None else cut(values, view)
+
+    def write(self, batch: Batch, values: Tensor) -> None:
+        """Remember `values`, (n, *shape), given in the augmented frame of the batch."""
         rows = self._rows(batch)
-        if batch.view is not None:
-            delta = paste(delta, batch.view, onto=self._values[rows].to(delta.dtype))
-        self._values[rows] = delta.to(self._values.dtype)
+        view = self._view(batch)
+        if view is not None:
+            values = paste(values, view, onto=self._wide(rows, values.dtype))
+        if self._scale is not None:
+            unit = self._scale or 1.0  # a ball of radius 0 holds zeros
+            values = (values / unit).round().clamp(-127, 127)
+        self._values[rows] = values.to(self._values.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """All rows by global index, gathered from every worker: a collective."""
@@ -57,8 +98,39 @@ class SampleStore:
         share = state["values"][self._place.rank :: self._place.world]
         self._values.copy_(share)
 
+    def _view(self, batch: Batch) -> View | None:
+        """How the images of a batch were cut, if what is stored has to follow them."""
+        return batch.view if self._aligned and self._values.dim() == 4 else None
+
+    def _wide(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        values = self._values[rows].to(dtype)
+        return values if self._scale is None else values * self._scale
+
     def _rows(self, batch: Batch) -> Tensor:
         return batch.index // self._place.world
+
+
+class SlotStore:
+    """One perturbation per *slot* of the batch, whatever image fills it next (Free), zero at first.
+
+    Slot s of the global batch belongs to worker s modulo the number of workers, as its images do.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._place = setting.place
+        local = setting.batch_size // setting.place.world
+        self.values = torch.zeros(
+            local, *setting.shape, dtype=setting.dtype, device=setting.place.device
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All slots in the order of the global batch: a collective."""
+        ranks = self._place.gather(self.values).unflatten(0, (self._place.world, -1))
+        return {"values": ranks.transpose(0, 1).flatten(0, 1).cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this worker's slots of `state`, which any number of workers may have written."""
+        self.values.copy_(state["values"][self._place.rank :: self._place.world])
 
 
 def cut(values: Tensor, view: View) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -29,8 +29,7 @@ Mask = Bool[Tensor, " n"]
 
 BatchNorm = Literal["eval", "train", "batch_nostat"]
 """How BatchNorm (and dropout) behave in a pass: `eval` running statistics; `train` batch
-statistics, running ones
-updated; `batch_nostat` batch statistics, running ones left alone."""
+statistics, running ones updated; `batch_nostat` batch statistics, running ones left alone."""
 
 
 class RequestError(ValueError):
@@ -220,6 +219,26 @@ class Batch:
             index=self.index[rows],
             view=view,
         )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far training has come, as a share in [0, 1]: in whole epochs, and at this very step."""
+
+    epoch: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `raytrain algorithms NAME` tells beside the hyperparameters."""
+
+    paper: str
+    rule: str
+    cost: str  # per image and weight update, in forward-equivalents
+    memory: str = "none"  # state per training image
+    norms: tuple[str, ...] = ("linf", "l2", "l1")
+    ranges: Mapping[str, str] = field(default_factory=dict)  # hyperparameter -> range to search
 
 
 Predict = Callable[[Tensor], Tensor]  # pixels (n, c, h, w) -> logits (n, classes)

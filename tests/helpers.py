@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytrain.algorithms import TrainState
+from raytrain.algorithms import AbstractAlgorithm
 from raytrain.balls import L1, L2, Linf
+from raytrain.memory import Setting
+from raytrain.place import Place
+from raytrain.state import TrainState
 from raytrain.types import Batch, Dice, View
 
 CPU = torch.device("cpu")
@@ -79,10 +83,16 @@ class TinyNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(8 * 4 * 4, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.norm(self.conv1(x)))
+    def stem(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+    def rest(self, h: Tensor) -> Tensor:
+        h = torch.relu(self.norm(h))
         h = torch.relu(self.conv2(h)).flatten(1)
         return self.linear(self.dropout(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.stem(x))
 
 
 def tiny_net(
@@ -115,16 +125,47 @@ class Affine(nn.Module):
         return torch.stack([torch.zeros_like(score), score], 1)
 
 
-def state_of(model: nn.Module, lr: float = 0.1, momentum: float = 0.9) -> TrainState:
-    """A fresh state on one worker, with plain momentum SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-    return TrainState(model=model, wrapper=model, optimizer=optimizer)
+def state_of(
+    model: nn.Module,
+    algorithm: AbstractAlgorithm | None = None,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    num_images: int = 8,
+    batch_size: int = 8,
+    shape: tuple[int, int, int] = (1, 8, 8),
+) -> TrainState:
+    """A fresh state on one worker, with plain momentum SGD and the memory that `algorithm` asks for."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    state = TrainState(model=model, wrapper=model, optimizer=optimizer)
+    if algorithm is not None:
+        dtype = next(model.parameters()).dtype
+        setting = Setting(Place(), model, num_images, shape, batch_size, dtype, seed=0)
+        state.parts = algorithm.memory(setting)
+    return state
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, as copies."""
     for name, value in model.state_dict().items():
         yield name, value.clone()
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside nested mappings, lists and numbers, by its path."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for key, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, int | float):
+        yield path, torch.tensor(value, dtype=torch.float64)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

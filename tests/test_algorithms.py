@@ -23,14 +23,13 @@ from raytrain.algorithms import (
     NestedRecipe,
     NFgsm,
     Pgd,
-    TrainState,
 )
 from raytrain.attacks import Gap, ProjectedAscent, Remembered, Uniform, Zero
 from raytrain.balls import in_box
 from raytrain.oracle import Meter
 from raytrain.outer import Plain
-from raytrain.place import Place
 from raytrain.schedules import Constant
+from raytrain.state import TrainState
 from raytrain.store import SampleStore
 from raytrain.types import Batch
 
@@ -41,6 +40,12 @@ RECIPES: dict[str, AbstractRecipe] = {
     name: OWN if kind is NestedRecipe else kind() for name, kind in CATALOGUE.items()
 }
 
+UNUSUAL = {"free", "yopo", "trades", "mart", "gradalign"}
+"""Their update is not one step of SGD on cross-entropy at the perturbation they end with."""
+
+AT_RADIUS_ZERO = {"free", "yopo", "trades", "mart", "gradalign"}
+"""At eps = 0 they replay batches, sum passes, or minimise a loss that is cross-entropy to rounding."""
+
 
 def algorithm_of(recipe: AbstractRecipe, norm: str = "linf", eps: float | None = None):
     return recipe.build(ball_of(norm, eps), Plain())
@@ -50,9 +55,7 @@ def trained(
     algorithm: AbstractAlgorithm, steps: int = 2, *, batch_norm: bool = False
 ) -> TrainState:
     """The state after two steps of momentum SGD on different batches."""
-    state = state_of(tiny_net(batch_norm=batch_norm))
-    if algorithm.remembers:
-        state.store = SampleStore(8, (1, 8, 8), Place())
+    state = state_of(tiny_net(batch_norm=batch_norm), algorithm)
     for seed in range(steps):
         algorithm.step(state, batch_of(8, seed=seed))
     return state
@@ -71,7 +74,10 @@ def equal(one: TrainState, other: TrainState) -> bool:
 class TestEveryAlgorithm:
     @pytest.mark.parametrize("norm", NORMS)
     def test_trains_on_a_feasible_perturbation(self, name: str, norm: str) -> None:
-        algorithm, state = algorithm_of(RECIPES[name], norm), state_of(tiny_net())
+        if norm not in RECIPES[name].card.norms:
+            pytest.skip("refused, with the reason: test_recipes.py")
+        algorithm = algorithm_of(RECIPES[name], norm)
+        state = state_of(tiny_net(), algorithm)
         before = copy.deepcopy(state.model)
         for seed in range(3):
             batch = batch_of(8, seed=seed)
@@ -87,17 +93,23 @@ class TestEveryAlgorithm:
 
     def test_reports_the_losses_before_the_update(self, name: str) -> None:
         batch, model = batch_of(8), tiny_net()
-        twin = copy.deepcopy(model)
-        outcome = algorithm_of(RECIPES[name]).step(state_of(model), batch)
+        algorithm = algorithm_of(RECIPES[name])
+        state, twin = state_of(model, algorithm), copy.deepcopy(model)
+        outcome = algorithm.step(state, batch)
+        assert outcome.losses.shape == (8,) and not outcome.losses.requires_grad
+        if name in UNUSUAL:
+            return
         logits = twin(batch.images + outcome.delta)
         wanted = F.cross_entropy(logits, batch.labels, reduction="none").detach()
         assert torch.equal(outcome.losses, wanted)
-        assert not outcome.losses.requires_grad
 
     def test_changes_the_weights_as_sgd_on_the_perturbed_batch_does(self, name: str) -> None:
+        if name in UNUSUAL:
+            pytest.skip("its own loss or passes: tested in its own file")
         batch, model = batch_of(8), tiny_net()
+        algorithm = algorithm_of(RECIPES[name])
         twin = copy.deepcopy(model)
-        outcome = algorithm_of(RECIPES[name]).step(state_of(model), batch)
+        outcome = algorithm.step(state_of(model, algorithm), batch)
         other = state_of(twin)
         F.cross_entropy(twin(batch.images + outcome.delta), batch.labels).backward()
         other.optimizer.step()
@@ -106,7 +118,8 @@ class TestEveryAlgorithm:
             assert float((ours - theirs).detach().abs().max()) <= 1e-14
 
     def test_step_touches_only_the_train_state(self, name: str) -> None:
-        recipe, batch, state = RECIPES[name], batch_of(8), state_of(tiny_net(batch_norm=True))
+        recipe, batch = RECIPES[name], batch_of(8)
+        state = state_of(tiny_net(batch_norm=True), algorithm_of(recipe))
         tensors = [batch.images, batch.labels, batch.index]
         copies, record = [t.clone() for t in tensors], recipe.model_dump_json()
         random, flags = torch.get_rng_state(), [m.training for m in state.model.modules()]
@@ -121,15 +134,18 @@ class TestEveryAlgorithm:
         assert equal(*states) and states[0].meter == states[1].meter
 
     def test_old_gradients_do_not_reach_the_update(self, name: str) -> None:
-        clean, dirty = state_of(tiny_net()), state_of(tiny_net())
+        algorithm = algorithm_of(RECIPES[name])
+        clean, dirty = (state_of(tiny_net(), algorithm) for _ in range(2))
         for parameter in dirty.model.parameters():
             parameter.grad = torch.full_like(parameter, 1e6)
         for state in (clean, dirty):
-            algorithm_of(RECIPES[name]).step(state, batch_of(8))
+            algorithm.step(state, batch_of(8))
         assert equal(clean, dirty)
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_radius_zero_is_natural_training_bit_for_bit(self, name: str, norm: str) -> None:
+        if name in AT_RADIUS_ZERO or norm not in RECIPES[name].card.norms:
+            pytest.skip("equal to rounding, or to another loss: tested in its own file")
         robust = trained(algorithm_of(RECIPES[name], norm, eps=0.0))
         natural = trained(algorithm_of(Natural(), norm, eps=0.0))
         assert equal(robust, natural)
@@ -144,8 +160,8 @@ class TestEveryAlgorithm:
         recipe = RECIPES[name]
         with pytest.raises(ValidationError, match="frozen"):
             recipe.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(ValidationError, match="beta"):
-            type(recipe).model_validate({**recipe.model_dump(), "beta": 6})
+        with pytest.raises(ValidationError, match="omega"):
+            type(recipe).model_validate({**recipe.model_dump(), "omega": 6})
 
     def test_survives_a_trip_through_its_own_record(self, name: str) -> None:
         recipe = RECIPES[name]
@@ -176,7 +192,7 @@ def test_step_costs_exactly_what_the_paper_says(recipe: AbstractRecipe, fe: int)
     state = trained(algorithm_of(recipe), steps=2)
     inner = (fe - 3) // 2
     assert state.meter == Meter(
-        forwards=16 * (inner + 1), input_backwards=16 * inner, full_backwards=16, samples=16
+        forwards=16 * (inner + 1), input_backwards=16 * inner, full_backwards=16
     )
     assert state.meter.fe == 16 * fe
 
@@ -269,20 +285,18 @@ def test_different_algorithms_train_differently() -> None:
 
 
 def test_only_a_remembered_start_asks_for_a_store() -> None:
-    asking = {name for name, recipe in RECIPES.items() if algorithm_of(recipe).remembers}
-    assert asking == set()
     recipes: list[AbstractRecipe] = [
         Pgd(start=Remembered()),
         Dynamic(start=Remembered()),
         FgsmRs(start=Remembered()),
     ]
     for recipe in recipes:
-        assert algorithm_of(recipe).remembers
+        plain = type(recipe)()
+        assert state_of(tiny_net(), algorithm_of(plain)).parts == {}
         state = trained(algorithm_of(recipe), steps=1)
         outcome = algorithm_of(recipe).step(state, batch_of(8))
-        assert state.store is not None
-        # Kept in float32, one rounding away.
-        assert torch.equal(state.store.read(batch_of(8)), outcome.delta.float().double())
+        store = state.part("delta", SampleStore)
+        assert torch.equal(store.read(batch_of(8)), outcome.delta)
 
 
 def test_neighbours_in_the_batch_do_not_change_an_attack_in_eval_mode() -> None:

@@ -22,15 +22,24 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raytrain.algorithms import Nested
-from raytrain.attacks import Found, Gap, ProjectedAscent, Remembered, Stop, Uniform, Zero
+from raytrain.attacks import (
+    Found,
+    Gap,
+    ProjectedAscent,
+    Remembered,
+    Start,
+    Stop,
+    Uniform,
+    Zero,
+)
 from raytrain.balls import L1, L2, AbstractBall, Linf, in_box
-from raytrain.objectives import AbstractObjective, CrossEntropy
+from raytrain.objectives import AbstractObjective, CrossEntropy, Reference
 from raytrain.oracle import Meter, Oracle
 from raytrain.outer import Plain
 from raytrain.place import Place
 from raytrain.schedules import Constant, Power
 from raytrain.store import SampleStore, cut, paste
-from raytrain.types import Batch, Delta, PerSample, Predict, per_sample_dot
+from raytrain.types import Batch, Clock, Delta, PerSample, Predict, per_sample_dot
 
 NORMS = ["linf", "l2", "l1"]
 
@@ -38,11 +47,15 @@ NORMS = ["linf", "l2", "l1"]
 class Score(AbstractObjective):
     """<slope, x + delta> itself: a loss linear in delta, whose FOSC is a closed form."""
 
-    def inner(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
         return predict(batch.images + delta)[:, 1]
 
-    def outer(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
-        return self.inner(predict, batch, delta)
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        return self.inner(predict, batch, delta, reference)
 
 
 def run(
@@ -60,7 +73,7 @@ def run(
         model, objective or CrossEntropy(), batch, meter or Meter(), attack_bn=attack.bn
     )
     first = attack.start.delta(ball, batch, None) if start is None else start
-    return attack.maximise(oracle, ball, first, progress)
+    return attack.maximise(oracle, ball, first, Clock(progress, progress))
 
 
 def pgd(steps: int, **fields: Any) -> ProjectedAscent:
@@ -324,7 +337,7 @@ def test_the_batchnorm_mode_of_an_attack_has_no_default() -> None:
 @pytest.mark.parametrize("stop", ["never", {"kind": "gap", "c_max": "1/2"}], ids=repr)
 def test_a_stop_may_be_named_or_written_out(stop: Any) -> None:
     attack = pgd(3, stop=stop, start="zero")
-    kinds: tuple[Stop, Zero | Uniform | Remembered] = (attack.stop, attack.start)
+    kinds: tuple[Stop, Start] = (attack.stop, attack.start)
     assert kinds[0].kind == (stop if isinstance(stop, str) else "gap") and kinds[1] == Zero()
 
 
@@ -372,7 +385,7 @@ def test_a_remembered_start_is_what_the_last_visit_ended_with_moved_with_crop_an
     ball, plain, pad = ball_of(norm), batch_of(6), 2
     store = SampleStore(6, (1, 8, 8), Place())
     state = state_of(tiny_net())
-    state.store = store
+    state.parts["delta"] = store
     # First visit: crops, the same flip for all. Memory is empty, so the attack starts at zero.
     first_view = views_of(6, pad, seed=1, mirrored=mirrored)
     first = Batch(cut(plain.images, first_view), plain.labels, plain.index, plain.dice, first_view)
@@ -397,7 +410,7 @@ def test_a_remembered_start_is_what_the_last_visit_ended_with_moved_with_crop_an
 def test_a_remembered_start_continues_the_ascent_of_the_visit_before() -> None:
     batch, ball, model = grey(4), ball_of("linf"), Affine(slope())
     state = state_of(model, lr=0.0)
-    state.store = SampleStore(4, (1, 8, 8), Place())
+    state.parts["delta"] = SampleStore(4, (1, 8, 8), Place())
     fosc = []
     for _ in range(5):
         delta = remembering(ball, 1).step(state, batch).delta

@@ -5,22 +5,21 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TinyNet, assert_near
+from helpers import TinyNet, assert_near, tensors
 from torch import Tensor, nn
 
-from raytrain.algorithms import TrainState
 from raytrain.checkpoint import BEST, LAST, Saved, find, load, save
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_splits
 from raytrain.loop import fit, kept, preflight
 from raytrain.place import Place
-from raytrain.record import METRICS, Report
+from raytrain.record import METRICS, OWN_METRICS, Report
+from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
 
@@ -54,29 +53,15 @@ def numbers(report: Report) -> dict[str, float]:
     return {name: v for name, v in report.metrics().items() if name != "cost/seconds"}
 
 
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside nested mappings, lists and numbers, by its path."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for key, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, int | float):
-        yield path, torch.tensor(value, dtype=torch.float64)
-
-
 def content(state: TrainState) -> dict[str, Tensor]:
     """All that a checkpoint must bring back."""
     parts = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "ema": None if state.ema is None else state.ema.state_dict(),
-        "store": None if state.store is None else state.store.state_dict(),
+        "parts": {name: part.state_dict() for name, part in state.parts.items()},
         "cost": vars(state.meter),
-        "counters": [state.epoch, state.step, state.best, state.progress],
+        "counters": [state.epoch, state.step, state.best, state.waited],
         "random": torch.get_rng_state(),
     }
     return {path: tensor.clone() for path, tensor in tensors(parts)}
@@ -192,7 +177,7 @@ def test_every_epoch_is_reported_with_all_metrics() -> None:
     assert [report.epoch for report in reports] == [1, 2, 3, 4] and state.epoch == 4
     for report in reports:
         metrics = report.metrics()
-        assert metrics.keys() == METRICS.keys()
+        assert metrics.keys() == METRICS.keys() - OWN_METRICS.keys()
         assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
         assert 0 <= metrics["valid/robust"] <= metrics["valid/clean"] <= 1
         assert 0 <= metrics["train/fosc_box"] <= metrics["train/fosc"] <= metrics["train/fosc_p90"]
@@ -220,7 +205,7 @@ def test_a_run_in_bfloat16_keeps_its_weights_in_float32_and_learns_nearly_the_sa
 def test_validation_is_left_out_between_its_epochs_and_never_at_the_last() -> None:
     reports, _ = to_the_end(run_of(evaluation={"steps": 1, "every": 3}))
     assert [report.robust is not None for report in reports] == [False, False, True, True]
-    absent = METRICS.keys() - reports[0].metrics().keys()
+    absent = METRICS.keys() - OWN_METRICS.keys() - reports[0].metrics().keys()
     assert absent == {"valid/clean", "valid/robust", "valid/robust_best"}
 
 
@@ -350,7 +335,7 @@ class Spy:
 
 
 @pytest.mark.parametrize(
-    "foreign", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format": 1}, Spy(), "text"], ids=str
+    "foreign", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format": 2}, Spy(), "text"], ids=str
 )
 def test_a_foreign_file_is_refused_without_running_it(
     foreign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from raytrain.objectives import AbstractObjective, CrossEntropy, cross_entropy
+from raytrain.objectives import AbstractObjective, CrossEntropy, Reference, cross_entropy
 from raytrain.oracle import Meter, Oracle, mode
 from raytrain.types import Batch, BatchNorm, Delta, PerSample, Predict
 
@@ -51,12 +51,16 @@ def delta_of(batch: Batch, seed: int = 5) -> Tensor:
 class TwoPasses(AbstractObjective):
     """Clean plus perturbed loss: two forwards under one backward."""
 
-    def inner(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
         return cross_entropy(predict(batch.images + delta), batch.labels)
 
-    def outer(self, predict: Predict, batch: Batch, delta: Delta) -> PerSample:
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
         clean = cross_entropy(predict(batch.images), batch.labels)
-        return clean + self.inner(predict, batch, delta)
+        return clean + self.inner(predict, batch, delta, reference)
 
 
 # --- cost -------------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ def test_each_call_costs_the_samples_it_walks() -> None:
     oracle.delta_grad(delta[rows], rows)
     assert meter == Meter(forwards=20, input_backwards=8)
     oracle.theta_grad(delta)
-    assert meter == Meter(forwards=26, input_backwards=8, full_backwards=6, samples=6)
+    assert meter == Meter(forwards=26, input_backwards=8, full_backwards=6)
     assert meter.fe == 26 + 8 + 2 * 6
 
 
@@ -86,13 +90,13 @@ def test_the_cost_of_a_call_does_not_depend_on_the_calls_before_it() -> None:
         oracle = oracle_of(tiny_net(), batch, meter)
         for call in order:
             getattr(oracle, call)(delta_of(batch))
-        assert meter == Meter(forwards=12, input_backwards=3, full_backwards=3, samples=3), order
+        assert meter == Meter(forwards=12, input_backwards=3, full_backwards=3), order
 
 
 def test_a_backward_through_two_forwards_costs_two() -> None:
     batch, meter = batch_of(4), Meter()
     oracle_of(tiny_net(), batch, meter, objective=TwoPasses()).theta_grad(delta_of(batch))
-    assert meter == Meter(forwards=8, full_backwards=8, samples=4)
+    assert meter == Meter(forwards=8, full_backwards=8)
 
 
 # --- input gradients --------------------------------------------------------------------------

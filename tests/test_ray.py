@@ -77,7 +77,6 @@ def started(folder: Path, ray_folder: str, *words: str) -> Iterator[subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         yield process

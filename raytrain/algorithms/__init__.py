@@ -4,45 +4,80 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raytrain.algorithms.base import (
-    AbstractAlgorithm,
-    AbstractRecipe,
-    Card,
-    Outcome,
-    TrainState,
-)
+from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
 from raytrain.algorithms.dynamic import Dynamic
 from raytrain.algorithms.fgsm_rs import FgsmRs
+from raytrain.algorithms.free import Free
+from raytrain.algorithms.gradalign import GradAlign
+from raytrain.algorithms.l2l import L2l
+from raytrain.algorithms.mart import MartRecipe
 from raytrain.algorithms.n_fgsm import NFgsm
 from raytrain.algorithms.natural import Natural
 from raytrain.algorithms.nested import Nested, NestedRecipe
 from raytrain.algorithms.pgd import Pgd
+from raytrain.algorithms.si_hg import SiHg
+from raytrain.algorithms.ssds import Ssds
+from raytrain.algorithms.trades import TradesRecipe
+from raytrain.algorithms.yopo import Yopo
 from raytrain.types import named
 
 Recipe = Annotated[
-    Natural | FgsmRs | NFgsm | Pgd | Dynamic | NestedRecipe,
+    Natural
+    | FgsmRs
+    | NFgsm
+    | Free
+    | Pgd
+    | Yopo
+    | TradesRecipe
+    | MartRecipe
+    | GradAlign
+    | Dynamic
+    | SiHg
+    | Ssds
+    | L2l
+    | NestedRecipe,
     Field(discriminator="name"),
     named("name"),
 ]
 
 CATALOGUE: dict[str, type[AbstractRecipe]] = {
     recipe.model_fields["name"].default: recipe
-    for recipe in (Natural, FgsmRs, NFgsm, Pgd, Dynamic, NestedRecipe)
+    for recipe in (
+        Natural,
+        FgsmRs,
+        NFgsm,
+        Free,
+        Pgd,
+        Yopo,
+        TradesRecipe,
+        MartRecipe,
+        GradAlign,
+        Dynamic,
+        SiHg,
+        Ssds,
+        L2l,
+        NestedRecipe,
+    )
 }
 
 __all__ = [
     "CATALOGUE",
     "AbstractAlgorithm",
     "AbstractRecipe",
-    "Card",
     "Dynamic",
     "FgsmRs",
+    "Free",
+    "GradAlign",
+    "L2l",
+    "MartRecipe",
     "NFgsm",
     "Natural",
     "Nested",
     "NestedRecipe",
-    "Outcome",
     "Pgd",
     "Recipe",
-    "TrainState",
+    "SiHg",
+    "Ssds",
+    "TradesRecipe",
+    "Yopo",
 ]

@@ -1,91 +1,107 @@
-"""The interface of an algorithm, the state it may touch, and the recipe a configuration names it by."""
+"""The interface of an algorithm, and the recipe a configuration names it by."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from pydantic import model_validator
 
 from raytrain.balls import AbstractBall
-from raytrain.oracle import Meter, Precision
+from raytrain.memory import Part, Setting
+from raytrain.objectives import CrossEntropy, Smoothing
 from raytrain.outer import AbstractOuter
-from raytrain.store import SampleStore
-from raytrain.types import Batch, Delta, PerSample, Spec
-
-
-@dataclass
-class TrainState:
-    """Everything that changes while training, and so everything a checkpoint holds.
-
-    The sampler and the noise are not here: they are functions of seed, epoch and step
-    (`types.Dice`).
-    """
-
-    model: nn.Module
-    wrapper: nn.Module  # the DDP wrapper, or the model itself
-    optimizer: Optimizer
-    precision: Precision = "fp32"
-    meter: Meter = field(default_factory=Meter)
-    ema: AveragedModel | None = None
-    store: SampleStore | None = None  # per image, sharded
-    epoch: int = 0  # epochs finished
-    step: int = 0  # weight updates made
-    progress: float = 0.0  # share of training done, in whole epochs
-    seconds: float = 0.0  # spent training, evaluation left out
-    best: float = float("-inf")  # best validation robust accuracy so far
-
-    @property
-    def judged(self) -> nn.Module:
-        """The network that is evaluated: the averaged weights where they are kept."""
-        return self.model if self.ema is None else self.ema.module
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one step leaves for the record."""
-
-    losses: PerSample  # outer losses before the update
-    delta: Delta  # the perturbation trained on
-    steps: Tensor  # inner steps taken by each sample, (n,)
+from raytrain.state import Outcome, TrainState
+from raytrain.types import Batch, Card, Spec
 
 
 class AbstractAlgorithm(ABC):
     """All that the loop knows. `step` changes the `TrainState` and nothing else."""
 
     ball: AbstractBall
+    outer: AbstractOuter
 
-    @property
-    def remembers(self) -> bool:
-        """Whether a `SampleStore` is to be kept for it."""
-        return False
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        """What it keeps between steps, by name, the outer update's memory included.
+
+        Raises:
+            RequestError: if it cannot run on this network or data.
+        """
+        return self.outer.memory(setting)
 
     @abstractmethod
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         """One mini-batch: find a perturbation, move the weights."""
 
-
-@dataclass(frozen=True)
-class Card:
-    """What `raytrain algorithms NAME` tells beside the hyperparameters."""
-
-    paper: str
-    rule: str
-    cost: str  # per image and weight update, in forward-equivalents
-    memory: str = "none"  # state per training image
-    norms: tuple[str, ...] = ("linf", "l2", "l1")
-    ranges: Mapping[str, str] = field(default_factory=dict)  # hyperparameter -> range to search
+    def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
+        """Numbers of its own for the record of an epoch, `batch` being its last: a collective."""
+        del batch
+        return self.outer.measures(state)
 
 
 class AbstractRecipe(Spec):
-    """A paper's hyperparameters, flat and in the paper's names; `build` turns them into parts that run."""
+    """A paper's hyperparameters, flat and in the paper's names; `build` turns them into parts that run.
+
+    `preset` (where a recipe has presets) names a set of defaults; fields that are given win over it.
+    """
 
     card: ClassVar[Card]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_the_rest(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**cls.presets.get(str(values.get("preset")), {}), **values}
+
+    def build(self, ball: AbstractBall, outer: AbstractOuter) -> AbstractAlgorithm:
+        """The algorithm for a threat model and an outer update.
+
+        Raises:
+            ValueError: with the reason, if it is not defined for them.
+        """
+        name = type(self).model_fields["name"].default
+        norm = type(ball).model_fields["norm"].default
+        if norm not in self.card.norms:
+            raise ValueError(
+                f"threat.norm: {name} is not defined in {norm}{self.why_not_in(norm)}; "
+                f"expected {' or '.join(self.card.norms)}"
+            )
+        if outer.leaves and (reason := self.why_not_elsewhere()) is not None:
+            raise ValueError(f"outer: awp does not go with {name}: {reason}")
+        if outer.weighs and (reason := self.why_not_weighted()) is not None:
+            raise ValueError(f"outer: engm does not go with {name}: {reason}")
+        return self.assemble(ball, outer)
 
     @abstractmethod
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> AbstractAlgorithm:
-        """The algorithm for a threat model and an outer update."""
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> AbstractAlgorithm:
+        """The parts, for a combination that makes sense."""
+
+    def why_not_in(self, norm: str) -> str:
+        """`, because ...` for a norm that the card leaves out."""
+        del norm
+        return ""
+
+    def why_not_elsewhere(self) -> str | None:
+        """Why its weight gradient cannot be measured at other weights, if so."""
+        return None
+
+    def why_not_weighted(self) -> str | None:
+        """Why its samples cannot be weighted one by one, if so."""
+        return None
+
+
+class Smoothed(AbstractRecipe):
+    """A recipe whose training loss has a cross-entropy that may be smoothed."""
+
+    label_smoothing: Smoothing = 0.0
+
+    def cross_entropy(self) -> CrossEntropy:
+        """The loss, smoothed as asked."""
+        return CrossEntropy(label_smoothing=self.label_smoothing)
+
+
+ONE_PASS = "it takes both gradients from one pass at the present weights; expected outer sgd, clip or engm"
+"""Why awp does not go with algorithms that move delta and theta at once."""

@@ -2,75 +2,128 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, final
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, PositiveInt
 
-from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import Gap, ProjectedAscent, Start, Uniform
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
 from raytrain.schedules import Power, Shape
-from raytrain.types import BatchNorm, Number, StepSize, named
+from raytrain.types import BatchNorm, Card, Number, StepSize, named
+
+_PAPER = {
+    "steps": 10,
+    "step_size": "eps/4",
+    "c_max": 0.5,
+    "decay": {"kind": "power", "end": 100 / 120, "exponent": 1.0},
+    "over": "ball",
+    "anchor": "natural",
+    "weighting": "none",
+    "per": "epoch",
+    "start": "uniform",
+    "attack_bn": "eval",
+    "compact": True,
+}
 
 
 @final
-class Dynamic(AbstractRecipe):
+class Dynamic(Smoothed):
     """PGD that leaves sample i alone once FOSC(delta_i) <= c_t;  c_t = c_max (1 - t/T')^+ falls to
     0.
 
     Wang et al. 2019 (arXiv 2112.08304), algorithm 1 and section 4. Every sample takes at least one
-    step. FOSC is anchored at the natural image, as in the paper (the released code anchors it at
-    the random start, which makes it a coin-flip near zero), and stopped samples leave the batch
-    (the released code computes them to the end, so that it costs more than PGD). Beyond the paper:
-    other shapes of the fall, FOSC over the legal pixels only, and l2 and l1 by Hoelder's
-    inequality.
+    step. Cost: a sample that stops after s of K steps needs min(s + 1, K) gradients, because the one
+    that tells its FOSC is the one its next step would use. No per-sample state.
+
+    Two presets, each a set of defaults for 120 epochs with T' = 100. `paper` is the algorithm as
+    printed: FOSC anchored at the natural image, stopped samples leave the batch, mean cross-entropy.
+    `official` is what the released code computes: FOSC anchored at the random start (a coin-flip near
+    zero), and from the second epoch on every sample weighted by its own adversarial loss, which makes
+    the gradient that of half the mean squared loss. The released code also computes stopped samples
+    to the end and never leaves its loop, so that it costs more than PGD; compact=false does the
+    former, the latter changes nothing but the bill. Its weight decay on kernels only and its
+    per-iteration rate decay belong to the optimiser and are not part of the preset.
+
+    Beyond the paper: other shapes of the fall, a threshold that falls with every step (`per`), FOSC
+    over the legal pixels only (needed where images have saturated pixels, whose share of FOSC no
+    attack can remove), and l2 and l1 by Hoelder's inequality.
     """
 
     card: ClassVar[Card] = Card(
         paper="On the convergence and robustness of adversarial training, Wang et al. 2019, "
         "arXiv 2112.08304",
         rule="PGD; sample i stops once FOSC(delta_i) <= c_max decay(t)",
-        cost="2 min(s + 1, K) + 3 FE for a sample that stops after s of K steps (K=10: 7 to 23)",
+        cost="2 min(s + 1, K) + 3 FE for a sample that stops after s of K steps (K=10: 7 to 23); "
+        "weighting=own_ce: 1 more",
         ranges={
             "c_max": "[0.05, 2] nats, log",
             "decay.kind": "constant | power | cosine",
             "decay.end": "[0.5, 1] of training",
             "decay.exponent": "[0.5, 2], log (kind=power; 1 is the paper's)",
             "steps": "5..20",
-            "step_size": "eps * [1/8, 1/2], log",
+            "step_size": "eps * [1/8, 1/2], log, steps * step_size >= eps",
+            "start": "uniform | zero",
+            "over": "ball | ball_box",
+            "weighting": "none | own_ce",
         },
     )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": _PAPER,
+        "official": {**_PAPER, "anchor": "start", "weighting": "own_ce", "compact": False},
+    }
 
     name: Literal["dynamic"] = "dynamic"
+    preset: Annotated[
+        Literal["paper", "official"] | None, Field(description="defaults for all other fields")
+    ] = None
     steps: Annotated[PositiveInt, Field(description="K, the most inner steps")] = 10
     step_size: StepSize = "eps/4"
     c_max: Annotated[
         Number, Field(description="FOSC threshold at the start, in nats; negative: PGD")
     ] = 0.5
     decay: Annotated[
-        Shape, named("kind", "power"), Field(description="how the threshold falls, by epoch")
+        Shape, named("kind", "power"), Field(description="how the threshold falls")
     ] = Power(end=0.8)
+    per: Annotated[
+        Literal["epoch", "step"],
+        Field(description="the threshold falls every epoch, or every step"),
+    ] = "epoch"
     over: Annotated[
         Literal["ball", "ball_box"],
         Field(
             description="FOSC over the ball (paper) or its legal pixels (for MNIST-like images)"
         ),
     ] = "ball"
+    anchor: Annotated[
+        Literal["natural", "start"],
+        Field(description="FOSC of the displacement from the image, or from the random start"),
+    ] = "natural"
+    weighting: Annotated[
+        Literal["none", "own_ce"],
+        Field(description="own_ce: samples count with their own loss, from the second epoch on"),
+    ] = "none"
     start: Start = Uniform()
     attack_bn: BatchNorm = "eval"
     compact: Annotated[
         bool, Field(description="stopped samples leave the batch; needs attack_bn=eval")
     ] = True
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        stop = Gap(
+            c_max=self.c_max, decay=self.decay, over=self.over, anchor=self.anchor, per=self.per
+        )
         attack = ProjectedAscent(
             start=self.start,
             steps=self.steps,
             step_size=self.step_size,
-            stop=Gap(c_max=self.c_max, decay=self.decay, over=self.over),
+            stop=stop,
             bn=self.attack_bn,
             compact=self.compact,
         )
-        return Nested(ball, attack, outer)
+        return Nested(
+            ball, attack, outer, self.cross_entropy(), own_loss=self.weighting == "own_ce"
+        )

@@ -6,16 +6,16 @@ from typing import Annotated, ClassVar, Literal, final
 
 from pydantic import Field
 
-from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Start, Uniform
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, StepSize
+from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
-class FgsmRs(AbstractRecipe):
+class FgsmRs(Smoothed):
     """delta <- P(u + step_size * sign g(u)), u ~ U(-eps, eps);  theta <- theta - lr grad(delta).
 
     Wong et al. 2020 (arXiv 2001.03994), algorithm 3. The public code draws its start and attacks
@@ -37,8 +37,8 @@ class FgsmRs(AbstractRecipe):
     start: Start = Uniform()
     attack_bn: BatchNorm = "train"
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=self.start, steps=1, step_size=self.step_size, bn=self.attack_bn
         )
-        return Nested(ball, attack, outer)
+        return Nested(ball, attack, outer, self.cross_entropy())

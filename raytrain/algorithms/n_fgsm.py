@@ -6,16 +6,16 @@ from typing import Annotated, ClassVar, Literal, final
 
 from pydantic import Field, PositiveFloat
 
-from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Uniform
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, StepSize
+from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
-class NFgsm(AbstractRecipe):
+class NFgsm(Smoothed):
     """delta <- box(u + step_size * sign g(u)), u ~ U(-k eps, k eps);  theta <- theta - lr
     grad(delta).
 
@@ -36,7 +36,7 @@ class NFgsm(AbstractRecipe):
     step_size: StepSize = "eps"
     attack_bn: BatchNorm = "train"
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=Uniform(radius=self.k),
             steps=1,
@@ -44,4 +44,4 @@ class NFgsm(AbstractRecipe):
             bn=self.attack_bn,
             confined=False,
         )
-        return Nested(ball, attack, outer)
+        return Nested(ball, attack, outer, self.cross_entropy())

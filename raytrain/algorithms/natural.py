@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
-from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
+from raytrain.types import Card
 
 
 @final
-class Natural(AbstractRecipe):
+class Natural(Smoothed):
     """theta <- theta - lr mean_i grad loss_i(theta, 0)."""
 
     card: ClassVar[Card] = Card(
@@ -23,7 +24,6 @@ class Natural(AbstractRecipe):
 
     name: Literal["natural"] = "natural"
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
-        return Nested(
-            ball, ProjectedAscent(start=Zero(), steps=0, step_size="eps", bn="eval"), outer
-        )
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        attack = ProjectedAscent(start=Zero(), steps=0, step_size="eps", bn="eval")
+        return Nested(ball, attack, outer, self.cross_entropy())

@@ -1,48 +1,51 @@
-"""Attack to the end, then update: the composition behind natural, FGSM, PGD and dynamic training."""
+"""Attack to the end, then update: the composition behind natural, FGSM, PGD, TRADES, MART and Dynamic AT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe, Card, Outcome, TrainState
+from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
 from raytrain.attacks import ProjectedAscent
 from raytrain.balls import AbstractBall
+from raytrain.memory import Part, Setting
 from raytrain.objectives import AbstractObjective, CrossEntropy, Objective
-from raytrain.oracle import Oracle
 from raytrain.outer import AbstractOuter
-from raytrain.types import Batch
+from raytrain.state import Outcome, TrainState
+from raytrain.store import SampleStore
+from raytrain.types import Batch, Card
 
 
 @final
 @dataclass(frozen=True)
 class Nested(AbstractAlgorithm):
-    """delta <- attack(theta);  theta <- outer(theta, delta)."""
+    """delta <- attack(theta);  theta <- outer(theta, delta).
+
+    With `own_loss`, sample i counts with its own loss at delta, from the second epoch on.
+    """
 
     ball: AbstractBall
     attack: ProjectedAscent
     outer: AbstractOuter
     objective: AbstractObjective = CrossEntropy()
+    own_loss: bool = False
 
-    @property
-    def remembers(self) -> bool:
-        return self.attack.start.remembers
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        parts = self.outer.memory(setting)
+        if self.attack.start.remembers:
+            parts["delta"] = SampleStore.of_perturbations(setting, self.ball.eps)
+        return parts
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
-        oracle = Oracle(
-            state.model,
-            self.objective,
-            batch,
-            state.meter,
-            wrapper=state.wrapper,
-            attack_bn=self.attack.bn,
-            precision=state.precision,
-        )
-        start = self.attack.start.delta(self.ball, batch, state.store)
-        found = self.attack.maximise(oracle, self.ball, start, state.progress)
-        losses = self.outer.update(oracle, found.delta, state.optimizer)
-        if state.store is not None:
-            state.store.write(batch, found.delta)
+        oracle = state.oracle(batch, self.objective, self.attack.bn)
+        store = state.part("delta", SampleStore) if self.attack.start.remembers else None
+        start = self.attack.start.delta(self.ball, batch, store)
+        found = self.attack.maximise(oracle, self.ball, start, state.clock)
+        weighted = self.own_loss and state.epoch > 0
+        given = oracle.losses(found.delta) if weighted else None
+        losses = self.outer.update(state, oracle, found.delta, given)
+        if store is not None:
+            store.write(batch, found.delta)
         return Outcome(losses, found.delta, found.steps)
 
 
@@ -53,7 +56,7 @@ class NestedRecipe(AbstractRecipe):
     card: ClassVar[Card] = Card(
         paper="none: for combinations that no paper names",
         rule="delta <- attack(theta);  theta <- outer(theta, delta)",
-        cost="2 FE per inner step and 3 for the update",
+        cost="2 FE per inner step and 3 for the update; with trades 1 and 3 more, with mart 3 more",
         memory="4 bytes per pixel and channel with start=remembered, otherwise none",
     )
 
@@ -61,5 +64,5 @@ class NestedRecipe(AbstractRecipe):
     attack: ProjectedAscent
     objective: Objective = CrossEntropy()
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
         return Nested(ball, self.attack, outer, self.objective)

@@ -6,16 +6,16 @@ from typing import Annotated, ClassVar, Literal, final
 
 from pydantic import Field, NonNegativeInt
 
-from raytrain.algorithms.base import AbstractRecipe, Card
+from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Start, Uniform
 from raytrain.balls import AbstractBall
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, StepSize
+from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
-class Pgd(AbstractRecipe):
+class Pgd(Smoothed):
     """delta <- P(delta + step_size * sign g(delta)), `steps` times;  theta <- theta - lr
     grad(delta).
 
@@ -40,8 +40,8 @@ class Pgd(AbstractRecipe):
     start: Start = Uniform()
     attack_bn: BatchNorm = "eval"
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
         )
-        return Nested(ball, attack, outer)
+        return Nested(ball, attack, outer, self.cross_entropy())

@@ -1,12 +1,18 @@
 """How a perturbation is moved at fixed weights: a start, a step, a projection and a rule to stop."""
 
 from raytrain.attacks.ascent import Found, ProjectedAscent
-from raytrain.attacks.starts import Remembered, Start, Uniform, Zero
+from raytrain.attacks.learned import AttackerSpec, LearnedAscent
+from raytrain.attacks.moves import Ascent, ascend
+from raytrain.attacks.starts import Gaussian, Remembered, Start, Uniform, Zero
 from raytrain.attacks.stops import Gap, Never, Stop
 
 __all__ = [
+    "Ascent",
+    "AttackerSpec",
     "Found",
     "Gap",
+    "Gaussian",
+    "LearnedAscent",
     "Never",
     "ProjectedAscent",
     "Remembered",
@@ -14,4 +20,5 @@ __all__ = [
     "Stop",
     "Uniform",
     "Zero",
+    "ascend",
 ]

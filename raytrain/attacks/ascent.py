@@ -10,11 +10,12 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 
+from raytrain.attacks.moves import ascend
 from raytrain.attacks.starts import Start, Uniform
 from raytrain.attacks.stops import Gap, Never, Stop
 from raytrain.balls import AbstractBall, in_box
 from raytrain.oracle import Oracle
-from raytrain.types import Batch, BatchNorm, Delta, Spec, StepSize, in_pixels
+from raytrain.types import Batch, BatchNorm, Clock, Delta, Spec, StepSize, in_pixels
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class ProjectedAscent(Spec):
             )
         return self
 
-    def maximise(self, oracle: Oracle, ball: AbstractBall, delta: Delta, progress: float) -> Found:
+    def maximise(self, oracle: Oracle, ball: AbstractBall, delta: Delta, clock: Clock) -> Found:
         """Ascend from `delta` at the weights of `oracle`. Reads no host value unless samples may stop."""
         batch, step_size = oracle.batch, in_pixels(self.step_size, ball.eps)
         rows = torch.arange(len(batch), device=delta.device)
         taken = torch.zeros_like(rows)
-        delta = delta.clone()
+        start, delta = delta, delta.clone()
         with oracle.attacking():
             for step in range(self.steps):
                 everything = len(rows) == len(batch)
@@ -69,7 +70,9 @@ class ProjectedAscent(Spec):
                 _, grad = oracle.delta_grad(here, None if everything else rows)
                 moved = self._moved(ball, here, grad, active, step_size)
                 stopped = (
-                    self.stop.reached(ball, here, grad, active.images, progress) if step else None
+                    self.stop.reached(ball, here, start[rows], grad, active.images, clock)
+                    if step
+                    else None
                 )
                 if stopped is None:
                     delta[rows], taken[rows] = moved, taken[rows] + 1
@@ -89,5 +92,5 @@ class ProjectedAscent(Spec):
     def _moved(
         self, ball: AbstractBall, delta: Delta, grad: Delta, batch: Batch, step_size: float
     ) -> Delta:
-        there = delta + step_size * ball.direction(grad, delta, batch.images)
+        there = ascend(ball, delta, grad, batch.images, step_size, "steepest")
         return ball.feasible(there, batch.images) if self.confined else in_box(there, batch.images)

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 
 from raytrain.balls import AbstractBall, in_box
 from raytrain.store import SampleStore
-from raytrain.types import Batch, Delta, Spec, named
+from raytrain.types import Batch, Delta, Number, Spec, named
 
 
 class AbstractStart(Spec):
@@ -55,11 +55,28 @@ class Uniform(AbstractStart):
 
 
 @final
+class Gaussian(AbstractStart):
+    """delta = std * N(0, 1), clipped to ball and pixel box.
+
+    The start of TRADES and MART (std 0.001), whose public codes do not clip it before the first
+    gradient. The KL that TRADES maximises has no gradient at delta = 0.
+    """
+
+    kind: Literal["gaussian"] = "gaussian"
+    std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
+
+    def delta(self, ball: AbstractBall, batch: Batch, store: SampleStore | None) -> Delta:
+        del store
+        noise = batch.dice.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
+        return ball.feasible(self.std * noise, batch.images)
+
+
+@final
 class Remembered(AbstractStart):
     """delta = what the last visit of the same image ended with (ATTA, Zheng et al. 2020), moved
     with its crop and flip.
 
-    Kept in float32: 4 bytes per pixel and channel of every training image.
+    Kept in the run's precision: 4 bytes per pixel and channel of every training image.
     """
 
     kind: Literal["remembered"] = "remembered"
@@ -74,5 +91,5 @@ class Remembered(AbstractStart):
 
 
 Start = Annotated[
-    Zero | Uniform | Remembered, Field(discriminator="kind"), named("kind", "uniform")
+    Zero | Uniform | Gaussian | Remembered, Field(discriminator="kind"), named("kind", "uniform")
 ]

@@ -26,7 +26,6 @@ class AbstractSlot(tune.Trainable):
     """One row per `step`; a configuration that fails ends its trial, not the process."""
 
     _rows: Iterator[Report]
-    _epochs: int
 
     @abstractmethod
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
@@ -38,7 +37,6 @@ class AbstractSlot(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         job = new_config["job"]
         run = RunConfig.model_validate_json(job.run)
-        self._epochs = run.epochs
         self._rows = self.begin(job, run)
         return True
 
@@ -49,7 +47,7 @@ class AbstractSlot(tune.Trainable):
             return _row({}, 0, final=True)
         except (TrainingFailed, RequestError, torch.OutOfMemoryError) as error:
             return {**_row({}, 0, final=False), "failed": str(error), "done": True}
-        return _row(report.metrics(), report.epoch, final=report.epoch == self._epochs)
+        return _row(report.metrics(), report.epoch, final=report.final)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""

@@ -1,0 +1,145 @@
+"""GradAlign: FGSM with a penalty on gradients that turn within the ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+
+from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
+from raytrain.attacks import Start, Zero, ascend
+from raytrain.balls import AbstractBall
+from raytrain.objectives import AbstractObjective, Reference, Smoothing, cross_entropy
+from raytrain.outer import AbstractOuter
+from raytrain.state import Outcome, TrainState
+from raytrain.types import (
+    Batch,
+    BatchNorm,
+    Card,
+    Delta,
+    PerSample,
+    Predict,
+    StepSize,
+    in_pixels,
+    per_sample_dot,
+)
+
+
+@final
+class Aligned(AbstractObjective):
+    """CE(x + delta) + lambda (1 - cos(g, grad CE(x + eta))), the reference being (g, eta).
+
+    g is held fixed, the other gradient is differentiated once more. A sample with a zero gradient
+    has no penalty.
+    """
+
+    nested_gradients: ClassVar[int] = 1
+
+    lam: float
+    label_smoothing: Smoothing = 0.0
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        return cross_entropy(predict(batch.images + delta), batch.labels)
+
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        fixed, eta = reference
+        loss = cross_entropy(predict(batch.images + delta), batch.labels, self.label_smoothing)
+        point = (batch.images + eta).detach().requires_grad_(True)
+        with torch.enable_grad():
+            there = cross_entropy(predict(point), batch.labels)
+            (turned,) = torch.autograd.grad(there.sum(), point, create_graph=True)
+        return loss + self.lam * (1 - _cosine(fixed, turned))
+
+
+@final
+@dataclass(frozen=True)
+class GradAlignTraining(AbstractAlgorithm):
+    """delta <- P(delta0 + s sign g), g = grad CE(x + delta0);  theta <- outer(theta, delta) on `Aligned`."""
+
+    ball: AbstractBall
+    outer: AbstractOuter
+    objective: Aligned
+    start: Start
+    step_size: StepSize
+    bn: BatchNorm
+
+    def step(self, state: TrainState, batch: Batch) -> Outcome:
+        oracle = state.oracle(batch, self.objective, self.bn)
+        oracle.refer()
+        delta = self.start.delta(self.ball, batch, None)
+        _, grad = oracle.delta_grad(delta)
+        eta = self.ball.noise(batch.images, batch.dice, "align")
+        oracle.refer(grad, eta)
+        size = in_pixels(self.step_size, self.ball.eps)
+        moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
+        delta = self.ball.feasible(moved, batch.images)
+        losses = self.outer.update(state, oracle, delta)
+        return Outcome(losses, delta, torch.ones_like(batch.labels))
+
+
+@final
+class GradAlign(Smoothed):
+    """delta <- P(delta0 + step_size * sign g), g = grad_x CE(x + delta0);
+    theta <- theta - lr grad [CE(x + delta) + lam (1 - mean cos(g, grad_x CE(x + eta)))],
+    eta ~ U(-eps, eps).
+
+    Andriushchenko and Flammarion 2020 (arXiv 2007.02617), equation 6 and algorithm 1. Cost: the FGSM
+    gradient g, which the penalty uses again, 2 FE; the training pass 3; a second input gradient with
+    its graph and a pass through both directions of it, counted 6: 11 FE. No per-sample state. As in
+    the public code, the first gradient is held fixed, the noise is not clipped to the pixel box, and
+    both passes are in train mode. Samples with a zero gradient have no penalty. lam = 0 is FGSM in its
+    weights (not in its running statistics, which see the noise too). Differentiating twice needs a
+    network that allows it: torch's SyncBatchNorm does not. The penalty is the same in every norm: it
+    is an angle; the paper has l-inf only.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Understanding and improving fast adversarial training, Andriushchenko and Flammarion "
+        "2020, arXiv 2007.02617",
+        rule="FGSM + lam (1 - cos(grad at x, grad at x + noise))",
+        cost="11 FE",
+        ranges={"lam": "[0.02, 5], log, larger for larger eps", "step_size": "eps * [0.5, 1.5]"},
+    )
+
+    name: Literal["gradalign"] = "gradalign"
+    lam: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the penalty")
+    ] = 0.2
+    step_size: StepSize = "1.25*eps"
+    start: Start = Zero()
+    attack_bn: BatchNorm = "train"
+
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> GradAlignTraining:
+        if self.start.remembers:
+            raise ValueError(
+                "start: gradalign keeps no perturbation per image; expected zero or uniform"
+            )
+        objective = Aligned(lam=self.lam, label_smoothing=self.label_smoothing)
+        return GradAlignTraining(
+            ball, outer, objective, self.start, self.step_size, self.attack_bn
+        )
+
+    def why_not_elsewhere(self) -> str | None:
+        return "the gradient it aligns with belongs to the present weights; expected sgd, clip or engm"
+
+
+def _cosine(a: Delta, b: Delta) -> PerSample:
+    """cos(a_i, b_i); 1 where one of them is zero."""
+    lengths = a.flatten(1).norm(dim=1) * _length(b)
+    there = lengths > 0
+    cosine = per_sample_dot(a, b) / torch.where(there, lengths, torch.ones_like(lengths))
+    return torch.where(there, cosine, torch.ones_like(cosine))
+
+
+def _length(values: Delta) -> PerSample:
+    """The l2 length of each sample, with a finite derivative at zero."""
+    squares = values.flatten(1).square().sum(1)
+    there = squares > 0
+    return torch.where(there, squares, torch.ones_like(squares)).sqrt() * there

@@ -1,0 +1,385 @@
+"""SI-HG: weights and perturbations descend and ascend in turn, one of them looking ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor
+
+from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
+from raytrain.attacks import Ascent, ascend
+from raytrain.balls import AbstractBall, in_box
+from raytrain.memory import Part, Setting, Weights
+from raytrain.objectives import CrossEntropy
+from raytrain.oracle import Oracle, shifted, trainable
+from raytrain.outer import AbstractOuter
+from raytrain.state import Outcome, TrainState
+from raytrain.store import Keep, SampleStore, SlotStore
+from raytrain.types import (
+    Batch,
+    BatchNorm,
+    Card,
+    Delta,
+    PerSample,
+    RequestError,
+    StepSize,
+    in_pixels,
+)
+
+_TABLE_LIMIT = 2 * 2**30  # bytes
+
+
+@final
+@dataclass(frozen=True)
+class SemiImplicit(AbstractAlgorithm):
+    """One ascent on delta and one descent on theta per batch, in the order of `recipe.mode`."""
+
+    ball: AbstractBall
+    outer: AbstractOuter
+    objective: CrossEntropy
+    recipe: SiHg
+
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        parts, recipe = self.outer.memory(setting), self.recipe
+        if recipe.store == "per_sample":
+            parts["delta"] = self._bank(setting)
+        if recipe.store == "batch_slot":
+            parts["slots"] = SlotStore(setting)
+        if recipe.mode == "A":
+            parts["before"] = Weights(setting.model)
+        if recipe.mode == "B":
+            parts["delta_before"] = self._bank(setting)
+        if recipe.mode == "T":
+            parts["table"] = GradientTable(setting)
+        return parts
+
+    def step(self, state: TrainState, batch: Batch) -> Outcome:
+        recipe = self.recipe
+        theta = recipe.theta * min(1.0, (state.epoch + 1) / max(1, recipe.theta_warmup))
+        move = {
+            "A": self._look_ahead,
+            "B": self._extrapolate_delta,
+            "C": self._extrapolate_gradient,
+            "N": self._alternate,
+            "J": self._together,
+            "T": self._with_table,
+        }[recipe.mode]
+        first = delta = None
+        for replay in range(recipe.replays):
+            delta = self._read(state, batch, replay)
+            losses, delta = move(state, batch, delta, theta)
+            first = losses if first is None else first
+            self._write(state, batch, delta)
+        assert first is not None and delta is not None
+        steps = torch.full_like(batch.labels, recipe.m * recipe.replays)
+        return Outcome(first, delta, steps)
+
+    # ---------------------------------------------------------------- the modes
+
+    def _look_ahead(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """A: ascend at w + theta (w - w_prev), descend at the new delta."""
+        oracle, before = self._oracle(state, batch), state.part("before", Weights)
+        now = dict(state.model.named_parameters())
+        with torch.no_grad():
+            ahead = {
+                name: theta * (now[name].detach() - old) for name, old in before.values.items()
+            }
+        # At theta = 0 the weights are the present ones: not even a rounding apart.
+        with shifted(state.model, ahead if theta else {}):
+            delta = self._ascent(oracle, batch, delta, self.recipe.m)
+        before.values = {name: now[name].detach().clone() for name in before.values}
+        return self.outer.update(state, oracle, delta), delta
+
+    def _alternate(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """N: ascend, then descend at the new delta."""
+        del theta
+        oracle = self._oracle(state, batch)
+        delta = self._ascent(oracle, batch, delta, self.recipe.m)
+        return self.outer.update(state, oracle, delta), delta
+
+    def _extrapolate_delta(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """B: descend at delta + theta (delta - delta_prev), ascend at the new weights."""
+        store = state.part("delta_before", SampleStore)
+        ahead = delta + theta * (delta - store.read(batch)) if theta else delta
+        if self.recipe.project_bar:
+            ahead = self.ball.feasible(ahead, batch.images)
+        losses = self.outer.update(state, self._oracle(state, batch), ahead)
+        store.write(batch, delta)
+        return losses, self._ascent(self._oracle(state, batch), batch, delta, self.recipe.m)
+
+    def _extrapolate_gradient(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """C: descend along (1 + theta) g_w(delta') - theta g_w(delta)."""
+        oracle = self._oracle(state, batch)
+        state.optimizer.zero_grad(set_to_none=True)
+        if theta:
+            grad = oracle.local_grads(delta, -theta)
+        else:
+            _, grad = oracle.delta_grad(delta)
+        delta = self._moved(batch, delta, grad)
+        delta = self._ascent(oracle, batch, delta, self.recipe.m - 1)
+        ahead = delta.new_full((len(delta),), 1 + theta) if theta else None
+        losses = oracle.theta_grad(delta, ahead)
+        self.outer.step(state)
+        return losses, delta
+
+    def _together(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """J: both gradients at the old point, from one pass."""
+        del theta
+        oracle = self._oracle(state, batch)
+        state.optimizer.zero_grad(set_to_none=True)
+        losses, grad = oracle.both_grads(delta, self.outer.weights(state, oracle, delta))
+        self.outer.step(state)
+        return losses, self._moved(batch, delta, grad)
+
+    def _with_table(
+        self, state: TrainState, batch: Batch, delta: Delta, theta: float
+    ) -> tuple[PerSample, Delta]:
+        """T: descend along z_bar, ascend at the new weights, put the new gradients into the table."""
+        table = state.part("table", GradientTable)
+        for parameter, grad in zip(trainable(state.model), table.direction(), strict=True):
+            parameter.grad = grad.to(parameter.dtype)
+        self.outer.step(state)
+        oracle = self._oracle(state, batch)
+        delta = self._ascent(oracle, batch, delta, self.recipe.m)
+        grads = [
+            torch.cat([grad.flatten(1) for grad in chunk], dim=1)
+            for chunk in oracle.sample_grads(delta, "eval", self.recipe.chunk)
+        ]
+        table.learn(batch, torch.cat(grads), theta)
+        return oracle.losses(delta), delta
+
+    # ---------------------------------------------------------------- delta
+
+    def _oracle(self, state: TrainState, batch: Batch) -> Oracle:
+        return state.oracle(batch, self.objective, self.recipe.attack_bn)
+
+    def _ascent(self, oracle: Oracle, batch: Batch, delta: Delta, steps: int) -> Delta:
+        for _ in range(steps):
+            _, grad = oracle.delta_grad(delta)
+            delta = self._moved(batch, delta, grad)
+        return delta
+
+    def _moved(self, batch: Batch, delta: Delta, grad: Delta) -> Delta:
+        size = in_pixels(self.recipe.step_size, self.ball.eps)
+        moved = ascend(self.ball, delta, grad, batch.images, size, self.recipe.ascent)
+        return self.ball.feasible(moved, batch.images)
+
+    def _read(self, state: TrainState, batch: Batch, replay: int) -> Delta:
+        recipe = self.recipe
+        if recipe.store == "per_sample":
+            remembered = state.part("delta", SampleStore).read(batch)
+            return self.ball.feasible(recipe.shrink * remembered, batch.images)
+        if recipe.store == "batch_slot":
+            return self.ball.feasible(state.part("slots", SlotStore).values, batch.images)
+        if recipe.init == "zero":
+            return torch.zeros_like(batch.images)
+        purpose = "start" if replay == 0 else f"start/{replay}"
+        return in_box(self.ball.noise(batch.images, batch.dice, purpose), batch.images)
+
+    def _write(self, state: TrainState, batch: Batch, delta: Delta) -> None:
+        if self.recipe.store == "per_sample":
+            state.part("delta", SampleStore).write(batch, delta)
+        elif self.recipe.store == "batch_slot":
+            state.part("slots", SlotStore).values = delta
+
+    def _bank(self, setting: Setting) -> SampleStore:
+        recipe = self.recipe
+        aligned = recipe.bank_align == "canonical"
+        return SampleStore.of_perturbations(
+            setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
+        )
+
+
+class GradientTable:
+    """The last weight gradient of every image and their running mean z: n * P numbers.
+
+    z_bar = z + (theta / p) dz, with p the share of the images in a batch.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        weights = trainable(setting.model)
+        num_weights = sum(p.numel() for p in weights)
+        size = setting.num_images * num_weights * setting.dtype.itemsize
+        if size > _TABLE_LIMIT:
+            raise RequestError(
+                f"algorithm.mode: T keeps a gradient of {num_weights:,} weights for each of "
+                f"{setting.num_images:,} images ({size / 2**30:,.0f} GiB): it is a reference for exact "
+                "problems; expected A, B, C, N or J"
+            )
+        self._shapes = [p.shape for p in weights]
+        self._place, self._num_images = setting.place, setting.num_images
+        owned = len(range(setting.place.rank, setting.num_images, setting.place.world))
+        like = {"dtype": setting.dtype, "device": setting.place.device}
+        self._rows = torch.zeros(owned, num_weights, **like)
+        self._mean = torch.zeros(num_weights, **like)
+        self._ahead = torch.zeros(num_weights, **like)
+
+    def direction(self) -> list[Tensor]:
+        """z_bar, in the shapes of the weights."""
+        parts = self._ahead.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape).clone() for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def learn(self, batch: Batch, grads: Tensor, theta: float) -> None:
+        """Replace the rows of a batch and move z: a collective."""
+        rows = batch.index // self._place.world
+        change = (grads - self._rows[rows]).sum(0)
+        self._rows[rows] = grads
+        count = self._place.total(torch.tensor(len(rows), device=change.device))
+        change = self._place.total(change) / self._num_images
+        self._mean = self._mean + change
+        self._ahead = self._mean + theta * self._num_images / count * change
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table by global index, gathered from every worker: a collective."""
+        place = self._place
+        index = torch.arange(place.rank, self._num_images, place.world, device=self._rows.device)
+        order = place.gather(index).argsort()
+        rows = place.gather(self._rows)[order].cpu()
+        return {"rows": rows, "mean": self._mean, "ahead": self._ahead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rows.copy_(state["rows"][self._place.rank :: self._place.world])
+        self._mean.copy_(state["mean"])
+        self._ahead.copy_(state["ahead"])
+
+
+@final
+class SiHg(Smoothed):
+    """A (default):  w_bar = w + theta (w - w_prev);  delta_i <- P(delta_i + sigma dir grad_delta
+    f_i(w_bar, delta_i)), m times;  w <- w - lr mean_i grad_w f_i(w, delta_i).
+
+    Semi-implicit hybrid gradients, Kim and Seo, arXiv 2202.10523 (AISTATS 2022). **A reconstruction**:
+    of the paper only the abstract and the first page were at hand, and no public code exists. Known
+    from there: a minimax over one vector of perturbations for the whole data set, a generalisation of
+    SPDHG (stochastic primal-dual hybrid gradients), a rate of O(1/K) where dynamic training and YOPO
+    have O(1/K^(1/2)), and a practical variant for networks. Passes, what is carried over, and every
+    default are chosen here. Other modes, theta = 1 being the value of PDHG:
+
+    - B: w descends at P(delta + theta (delta - delta_prev)), then delta ascends at the new w; two
+      perturbations per image.
+    - C: w descends along (1 + theta) g_w(delta') - theta g_w(delta), delta' the ascended one. With
+      store=none and a zero start the loss is (1 + theta) f(x + delta') - theta f(x): a *negative*
+      weight on the clean loss.
+    - N (theta = 0): plain alternation. J: both gradients at the old point, from one pass.
+    - T: SPDHG itself, with a table of every image's last weight gradient: n P numbers, a reference for
+      exact problems. Only its variance reduction removes the noise of sampling; do not expect O(1/K)
+      of the others.
+
+    On L = w delta with lr sigma = p, the modes A, B and C have the eigenvalues of
+    x^2 - (2 - p (1 + theta)) x + (1 - p theta): contraction by sqrt(1 - p) at theta = 1, cycles at
+    theta = 0, growth by sqrt(1 + p) in J.
+
+    Cost per image: A, B, N: 2 m + 3 FE; C: 2 m + 4; J: 3; T: 2 m + 4. Memory per image (store=per_sample):
+    a perturbation (CIFAR-10: 12,288 bytes in fp32, 6,144 in fp16, 3,072 in int8), in B two; A keeps
+    one more copy of the weights, and a second while it looks ahead. Perturbations are kept in the frame
+    of the un-augmented image (bank_align=none leaves them where they were). sigma is in pixels for
+    ascent=steepest and in pixel^2 per nat, of the per-sample gradient, for raw. Its default is eps/2 for
+    m = 1 and eps/4 for more with a memory; 1.25 eps and 2.5 eps / m without one.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Semi-implicit hybrid gradient methods with application to adversarial robustness, Kim and "
+        "Seo 2022, arXiv 2202.10523 (a reconstruction: the full text was not at hand)",
+        rule="delta_i ascends at w + theta (w - w_prev), remembered per image;  w descends at the new delta",
+        cost="A, B, N: 2 m + 3 FE (m=1: 5); C: 2 m + 4; J: 3; T: 2 m + 4",
+        memory="a perturbation per image (fp32 4, fp16 2, int8 1 byte per pixel and channel), in B two",
+        ranges={
+            "mode": "A | C | N (B, J as ablations)",
+            "theta": "[0, 1.5]",
+            "m": "1 | 2 | 3 | 5",
+            "store": "none | per_sample",
+            "sigma": "eps * [1/8, 1.5], log (steepest); [0.001, 10] pixel^2/nat, log (raw)",
+            "init": "zero | uniform (store=none)",
+            "shrink": "[0.5, 1] (store=per_sample)",
+            "theta_warmup": "0 | 1 | 3 epochs",
+            "attack_bn": "batch_nostat | eval",
+        },
+    )
+
+    name: Literal["si_hg"] = "si_hg"
+    mode: Annotated[
+        Literal["A", "B", "C", "N", "J", "T"], Field(description="who looks ahead; see the rule")
+    ] = "A"
+    theta: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="extrapolation; 1 is PDHG's, 0 is N")
+    ] = 1.0
+    theta_warmup: Annotated[
+        NonNegativeInt, Field(description="epochs over which theta grows to its value")
+    ] = 1
+    m: Annotated[PositiveInt, Field(description="ascent steps per batch")] = 1
+    sigma: Annotated[
+        StepSize | None, Field(description="ascent step; default: by m and store, see the rule")
+    ] = None
+    ascent: Ascent = "steepest"
+    store: Annotated[
+        Literal["per_sample", "batch_slot", "none"],
+        Field(description="what delta is carried over: each image's, each slot's, nothing"),
+    ] = "per_sample"
+    init: Annotated[
+        Literal["zero", "uniform"], Field(description="delta without a store; zero with one")
+    ] = "uniform"
+    shrink: Annotated[
+        float, Field(gt=0, le=1, description="factor on a remembered perturbation when it is read")
+    ] = 1.0
+    bank_dtype: Annotated[Keep, Field(description="how perturbations are kept")] = "fp16"
+    bank_align: Annotated[
+        Literal["canonical", "none"],
+        Field(description="canonical: perturbations follow crop and flip of their image"),
+    ] = "canonical"
+    project_bar: Annotated[bool, Field(description="project the extrapolated delta (B)")] = True
+    replays: Annotated[PositiveInt, Field(description="updates per batch")] = 1
+    attack_bn: BatchNorm = "batch_nostat"
+    chunk: Annotated[PositiveInt, Field(description="per-sample gradients at a time (T)")] = 16
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SiHg:
+        if self.mode == "B" and self.store != "per_sample":
+            raise ValueError(
+                "mode=B extrapolates remembered perturbations: it needs store=per_sample"
+            )
+        if self.mode == "J" and self.m != 1:
+            raise ValueError("mode=J moves delta once per pass: it needs m=1")
+        if self.ascent == "raw" and isinstance(self.sigma, str):
+            raise ValueError("sigma is in pixel^2 per nat with ascent=raw: expected a number")
+        return self
+
+    @property
+    def step_size(self) -> StepSize:
+        """sigma, or its default."""
+        if self.sigma is not None:
+            return self.sigma
+        if self.ascent == "raw":
+            return 0.1
+        if self.store == "none":
+            return "1.25*eps" if self.m == 1 else f"2.5*eps/{self.m}"
+        return "eps/2" if self.m == 1 else "eps/4"
+
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> SemiImplicit:
+        return SemiImplicit(ball, outer, self.cross_entropy(), self)
+
+    def why_not_elsewhere(self) -> str | None:
+        if self.mode in "CJ":
+            return ONE_PASS
+        return "its table holds gradients of the weights themselves" if self.mode == "T" else None
+
+    def why_not_weighted(self) -> str | None:
+        if self.mode == "C":
+            return "an extrapolated gradient is not a mean over samples; expected sgd or clip"
+        return (
+            "its table holds the samples' own gradients; expected sgd"
+            if self.mode == "T"
+            else None
+        )

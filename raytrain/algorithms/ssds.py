@@ -1,0 +1,309 @@
+"""SSDS: the fast saddle-point dynamics, one ascent on each image's perturbation per visit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
+from raytrain.attacks import Ascent, ascend
+from raytrain.balls import L2, AbstractBall, in_box
+from raytrain.memory import Numbers, Part, Setting
+from raytrain.objectives import CrossEntropy
+from raytrain.outer import AbstractOuter
+from raytrain.state import Outcome, TrainState
+from raytrain.store import Keep, SampleStore
+from raytrain.types import (
+    Batch,
+    BatchNorm,
+    Card,
+    Delta,
+    PerSample,
+    StepSize,
+    in_pixels,
+    over_pixels,
+)
+
+
+@final
+@dataclass(frozen=True)
+class SaddlePoint(AbstractAlgorithm):
+    """Descent in theta, ascent in the remembered delta, growth of the budget's multipliers."""
+
+    ball: AbstractBall
+    outer: AbstractOuter
+    objective: CrossEntropy
+    recipe: Ssds
+
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        recipe = self.recipe
+        parts = self.outer.memory(setting)
+        aligned = recipe.bank_align == "canonical"
+        parts["delta"] = SampleStore.of_perturbations(
+            setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
+        )
+        if recipe.budget != "project":
+            parts["v"] = SampleStore(
+                setting.num_images, (), setting.place, setting.dtype, initial=recipe.v0
+            )
+        if recipe.budget == "full":
+            parts["epigraph"] = Numbers(lam=recipe.lam0, lam_before=recipe.lam0, t=recipe.t0)
+        return parts
+
+    def step(self, state: TrainState, batch: Batch) -> Outcome:
+        first = delta = None
+        for replay in range(self.recipe.replays):
+            losses, delta = self._visit(state, batch, replay)
+            first = losses if first is None else first
+        assert first is not None and delta is not None
+        return Outcome(first, delta, torch.full_like(batch.labels, self.recipe.replays))
+
+    def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
+        found = super().measures(state, batch)
+        if self.recipe.budget == "full":
+            numbers = state.part("epigraph", Numbers)
+            found |= {"ssds/lambda": numbers["lam"], "ssds/t": numbers["t"]}
+        return found
+
+    def _visit(self, state: TrainState, batch: Batch, replay: int) -> tuple[PerSample, Delta]:
+        recipe, store = self.recipe, state.part("delta", SampleStore)
+        oracle = state.oracle(batch, self.objective, recipe.attack_bn)
+        delta = self._contained(store.read(batch), batch)
+        point = self._with_noise(delta, batch, replay)
+        v = None if recipe.budget == "project" else state.part("v", SampleStore).read(batch)
+        decay = recipe.decay(state.epoch)
+        if recipe.order == "jacobi":
+            state.optimizer.zero_grad(set_to_none=True)
+            losses, grad = oracle.both_grads(point, self.outer.weights(state, oracle, point))
+            rate = self._multipliers(state, batch, delta, v, losses, decay)
+            self.outer.step(state, rate)
+            moved = self._moved(batch, delta, grad, v, decay)
+        elif recipe.order == "delta_first":
+            before, grad = oracle.delta_grad(point)
+            moved = self._moved(batch, delta, grad, v, decay)
+            rate = self._multipliers(state, batch, delta, v, before, decay)
+            point = self._with_noise(moved, batch, replay)
+            losses = self.outer.update(state, oracle, point, rate=rate)
+        else:
+            rate = self._lam(state)
+            losses = self.outer.update(state, oracle, point, rate=rate)
+            _, grad = oracle.delta_grad(point)
+            moved = self._moved(batch, delta, grad, v, decay)
+            self._multipliers(state, batch, delta, v, losses, decay)
+        store.write(batch, moved)
+        return losses, point
+
+    # ---------------------------------------------------------------- delta
+
+    def _moved(
+        self, batch: Batch, delta: Delta, grad: Delta, v: Tensor | None, decay: float
+    ) -> Delta:
+        """delta + sigma dir(g - (v / c1) d|delta|), in the ball and the pixel box."""
+        recipe = self.recipe
+        if v is not None:
+            grad = grad - over_pixels(v / recipe.c1) * self._outwards(delta)
+        size = decay * in_pixels(recipe.step_size, self.ball.eps)
+        return self._contained(
+            ascend(self.ball, delta, grad, batch.images, size, recipe.ascent), batch
+        )
+
+    def _outwards(self, delta: Delta) -> Delta:
+        """A subgradient of the norm: delta / |delta| in l2; in l-inf that of every pixel's own bound."""
+        if isinstance(self.ball, L2):
+            return delta / (over_pixels(self.ball.norm_of(delta)) + 1e-12)
+        return delta.sign()
+
+    def _contained(self, delta: Delta, batch: Batch) -> Delta:
+        if self.recipe.clamp_delta:
+            return self.ball.feasible(delta, batch.images)
+        return in_box(delta, batch.images)
+
+    def _with_noise(self, delta: Delta, batch: Batch, replay: int) -> Delta:
+        if not self.recipe.noise:
+            return delta
+        noise = self.ball.noise(batch.images, batch.dice, f"noise/{replay}")
+        return self._contained(delta + noise, batch)
+
+    # ---------------------------------------------------------------- multipliers
+
+    def _lam(self, state: TrainState) -> float:
+        return state.part("epigraph", Numbers)["lam"] if self.recipe.budget == "full" else 1.0
+
+    def _multipliers(
+        self,
+        state: TrainState,
+        batch: Batch,
+        delta: Delta,
+        v: Tensor | None,
+        losses: PerSample,
+        decay: float,
+    ) -> float:
+        """Move v, t and lambda at the old delta; returns lambda, the factor on the learning rate."""
+        if v is None:
+            return 1.0
+        recipe = self.recipe
+        excess = self.ball.norm_of(delta) - self.ball.eps
+        grown = (v + decay * recipe.alpha * excess).clamp_min(0)
+        state.part("v", SampleStore).write(batch, grown)
+        if recipe.budget != "full":
+            return 1.0
+        sums = torch.stack([losses.sum(), (grown * excess).sum(), losses.new_tensor(len(losses))])
+        total, slack, count = state.place.total(sums.double()).tolist()
+        numbers = state.part("epigraph", Numbers)
+        numbers.update(recipe.epigraph(numbers, total / count, slack, count, decay))
+        return numbers["lam"]
+
+
+@final
+class Ssds(Smoothed):
+    """delta_i <- P(delta_i + sigma dir grad_delta f_i(w, delta_i));
+    w <- w - lr mean_i grad_w f_i(w, delta_i): one against one, delta_i remembered for every image.
+
+    Esfandiari et al., a fast saddle-point dynamical system approach to robust deep learning, arXiv
+    1910.08623: of the paper its abstracts and the released code with its history were at hand, not the
+    tables. The saddle point is that of t + lambda (f - t - sum_i v_i (|delta_i| - eps)).
+
+    Orders: `delta_first` alternates (5 FE per image); `w_first` likewise, the ascent at the new
+    weights; `jacobi` takes both gradients at the old point. The released code is simultaneous although
+    the paper stresses alternation, and computes the same point twice (6 FE); one fused pass is enough
+    (3 FE, the cost of natural training).
+    Budgets: `project` (the code's NOLAG) only projects. `multiplier` (NOLAM) adds v_i <- [v_i + alpha
+    (|delta_i| - eps)]^+ and the drag -(v_i / c1) d|delta_i| on the gradient; with clamp_delta the norm
+    never exceeds eps, so v only falls and the drag dies out. `full` adds t <- t + alpha (lambda - 1) and
+    lambda <- [lambda + (alpha / c2)(f - t - S)]^+, S = sum_i v_i (|delta_i| - eps) over the batch; lambda
+    multiplies the learning rate. `lam_mode=released` is lambda + (alpha / c2) f - t - S, as the code's
+    operator precedence has it, which cycles for ever with mean 1; `plain` is the line above, which
+    cycles more slowly; `extrapolated` uses 2 lambda - lambda_before in t's place and settles.
+
+    sigma belongs to the gradient of each sample's own loss (the released code moves by alpha / B along
+    the gradient of the batch's mean, so that its step depends on the batch size). In pixels for
+    ascent=steepest, in pixel^2 per nat for raw. Memory per image: a perturbation (CIFAR-10 fp32: 12,288
+    bytes; raw steps need fp32) and 4 bytes for v.
+
+    The preset `released` has the code's numbers in pixel space: simultaneous, raw, sigma 2/128, all
+    multipliers, its decay of sigma and alpha. Not taken over: the code's normalised images, to which it
+    applies eps and the clipping as if they were pixels; fixed minibatches whose last 80 images are never
+    seen; perturbations that do not follow the crop of their image (bank_align=none does that).
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="A fast saddle-point dynamical system approach to robust deep learning, Esfandiari et al. "
+        "2021, arXiv 1910.08623",
+        rule="one ascent on the remembered delta_i against one descent on w, per visit",
+        cost="delta_first, w_first: 5 FE; jacobi: 3",
+        memory="a perturbation per image (fp32: 4 bytes per pixel and channel), 4 bytes for v",
+        ranges={
+            "order": "delta_first | jacobi",
+            "ascent": "steepest | raw",
+            "sigma": "eps * [1/32, 1], log (steepest); [0.001, 10] pixel^2/nat, log (raw)",
+            "sigma_decay": "[0.3, 1] per 100 epochs",
+            "budget": "project | multiplier",
+            "v0": "[0.01, 10], log (multiplier)",
+            "c1": "[1, 1000], log (multiplier)",
+            "clamp_delta": "true | false (multiplier)",
+            "replays": "1 | 2 | 4",
+            "bank_align": "canonical | none",
+        },
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "released": {
+            "order": "jacobi",
+            "ascent": "raw",
+            "sigma": 2 / 128,
+            "sigma_decay": "released",
+            "budget": "full",
+            "lam_mode": "released",
+            "alpha": 2.0,
+            "v0": 1.0,
+            "lam0": 4.0,
+            "t0": 1.0,
+            "c1": 100 / 128,  # beside the mean gradient of 128 samples it is 100
+            "c2": 100.0,
+            "clamp_delta": True,
+            "bank_align": "none",
+            "attack_bn": "train",
+        }
+    }
+
+    name: Literal["ssds"] = "ssds"
+    preset: Annotated[
+        Literal["released"] | None, Field(description="the released code's numbers, in pixels")
+    ] = None
+    order: Annotated[
+        Literal["delta_first", "w_first", "jacobi"], Field(description="who moves first, or both")
+    ] = "delta_first"
+    sigma: Annotated[
+        StepSize | None, Field(description="ascent step; default: eps/4, with raw 0.1 pixel^2/nat")
+    ] = None
+    ascent: Ascent = "steepest"
+    sigma_decay: Annotated[
+        Literal["released"] | float,
+        Field(
+            description="factor on sigma and alpha per 100 epochs; released: exp(-e/1000) at each"
+        ),
+    ] = 1.0
+    budget: Annotated[
+        Literal["project", "multiplier", "full"], Field(description="what keeps delta in the ball")
+    ] = "project"
+    clamp_delta: Annotated[
+        bool, Field(description="project on the ball beside the multipliers too")
+    ] = True
+    v0: Annotated[NonNegativeFloat, Field(description="first multiplier of each image")] = 1.0
+    alpha: Annotated[PositiveFloat, Field(description="step of v, t and lambda")] = 2.0
+    c1: Annotated[PositiveFloat, Field(description="scale of the drag v / c1")] = 100.0
+    c2: Annotated[PositiveFloat, Field(description="scale of lambda's step")] = 100.0
+    lam_mode: Annotated[
+        Literal["released", "plain", "extrapolated"], Field(description="how lambda and t move")
+    ] = "extrapolated"
+    lam0: NonNegativeFloat = 1.0
+    t0: float = 0.0
+    noise: Annotated[
+        bool, Field(description="fresh noise of the ball at every visit, on top of delta (MNIST)")
+    ] = False
+    replays: Annotated[PositiveInt, Field(description="visits of each batch in a row")] = 1
+    bank_dtype: Annotated[Keep, Field(description="how perturbations are kept")] = "fp32"
+    bank_align: Annotated[
+        Literal["canonical", "none"],
+        Field(description="canonical: perturbations follow crop and flip of their image"),
+    ] = "canonical"
+    attack_bn: BatchNorm = "batch_nostat"
+
+    def decay(self, epoch: int) -> float:
+        """The factor on sigma and alpha in this epoch, from 0."""
+        if self.sigma_decay == "released":
+            passed = range(100, epoch + 1, 100)
+            return math.exp(-0.001 * sum(passed))
+        return self.sigma_decay ** (epoch / 100)
+
+    @property
+    def step_size(self) -> StepSize:
+        """sigma, or its default."""
+        if self.sigma is not None:
+            return self.sigma
+        return 0.1 if self.ascent == "raw" else "eps/4"
+
+    def epigraph(
+        self, now: Mapping[str, float], loss: float, slack: float, count: float, decay: float
+    ) -> dict[str, float]:
+        """lambda and t after one step: `loss` is f, `slack` S over the batch of `count` samples."""
+        alpha, lam, t = decay * self.alpha, now["lam"], now["t"]
+        if self.lam_mode == "released":
+            t = t + alpha * (lam - 1)
+            new = lam + alpha / self.c2 * loss - t - slack
+        else:
+            towards = 2 * lam - now["lam_before"] if self.lam_mode == "extrapolated" else lam
+            t = t + alpha * (towards - 1)
+            new = lam + alpha / self.c2 * (loss - t - slack / count)
+        return {"lam": max(0.0, new), "lam_before": lam, "t": t}
+
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> SaddlePoint:
+        return SaddlePoint(ball, outer, self.cross_entropy(), self)
+
+    def why_not_elsewhere(self) -> str | None:
+        return ONE_PASS if self.order == "jacobi" else None

@@ -1,0 +1,53 @@
+"""TRADES: natural loss plus the distance between clean and perturbed predictions (Zhang et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field, NonNegativeInt
+
+from raytrain.algorithms.base import Smoothed
+from raytrain.algorithms.nested import Nested
+from raytrain.attacks import Gaussian, ProjectedAscent, Start
+from raytrain.balls import AbstractBall
+from raytrain.objectives import Trades
+from raytrain.outer import AbstractOuter
+from raytrain.types import BatchNorm, Card, StepSize
+
+
+@final
+class TradesRecipe(Smoothed):
+    """delta <- argmax KL(p(x) | p(x + delta)) by PGD;
+    theta <- theta - lr grad [CE(p(x), y) + beta KL(p(x) | p(x + delta))].
+
+    Zhang et al. 2019 (arXiv 1901.08573), equation 5 and algorithm 1. Cost per image: clean logits for
+    the attack 1, K inner steps 2 each, two forwards and a backward through both 6: 2 K + 7 FE. No
+    per-sample state. See `objectives.Trades` for the loss and the traps of the public code that it
+    avoids. Chosen here: the start is clipped to the pixel box before the first gradient (the public
+    code does not), the clean pass comes first and the perturbed one second in train mode, so that
+    BatchNorm sees both once. beta = 0 gives the gradient of natural training, though not its running
+    statistics. l2 and l1 take the norm's own steps; the public code's l2 branch divides by a gradient
+    that may be zero.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Theoretically principled trade-off between robustness and accuracy, Zhang et al. 2019, "
+        "arXiv 1901.08573",
+        rule="min CE(p(x), y) + beta max KL(p(x) | p(x + delta))",
+        cost="2 steps + 7 FE (10 steps: 27)",
+        ranges={"beta": "[0.5, 15], log", "steps": "5..10", "step_size": "eps * [0.05, 1.5], log"},
+    )
+
+    name: Literal["trades"] = "trades"
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 6.0
+    steps: Annotated[NonNegativeInt, Field(description="K, inner steps")] = 10
+    step_size: StepSize = "eps/4"
+    start: Start = Gaussian()
+    attack_bn: BatchNorm = "eval"
+
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+        attack = ProjectedAscent(
+            start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
+        )
+        objective = Trades(beta=self.beta, label_smoothing=self.label_smoothing)
+        return Nested(ball, attack, outer, objective)

@@ -1,0 +1,142 @@
+"""YOPO: most inner steps go through the first layer only (Zhang et al. 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, final
+
+import torch
+from pydantic import Field, PositiveInt
+
+from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
+from raytrain.attacks import Start, Uniform, ascend
+from raytrain.balls import AbstractBall
+from raytrain.memory import Numbers, Part, Setting
+from raytrain.objectives import CrossEntropy
+from raytrain.oracle import mode, trainable
+from raytrain.outer import AbstractOuter
+from raytrain.state import Outcome, TrainState
+from raytrain.types import Batch, Card, RequestError, StepSize, in_pixels
+
+
+@final
+@dataclass(frozen=True)
+class YopoTraining(AbstractAlgorithm):
+    """m full passes, each giving the costate p;  n steps after each along grad <p, stem(x + delta)>."""
+
+    ball: AbstractBall
+    outer: AbstractOuter
+    objective: CrossEntropy
+    recipe: Yopo
+
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        share = Numbers({"share": stem_share(setting)})
+        return {**self.outer.memory(setting), "stem": share}
+
+    def step(self, state: TrainState, batch: Batch) -> Outcome:
+        recipe, ball = self.recipe, self.ball
+        share = state.part("stem", Numbers)["share"]
+        size = in_pixels(recipe.step_size, ball.eps)
+        hamiltonian = recipe.stem_grad == "hamiltonian"
+        oracle = state.oracle(batch, self.objective, "train")
+        delta = recipe.start.delta(ball, batch, None)
+        state.optimizer.zero_grad(set_to_none=True)
+        first = None
+        for _ in range(recipe.m):
+            weights = oracle.settled(self.outer.weights(state, oracle, delta), delta)
+            losses, costate = oracle.costate(delta, weights, stem_too=not hamiltonian)
+            first = losses if first is None else first
+            for _ in range(recipe.n):
+                grad = oracle.stem_delta_grad(delta, costate, share)
+                moved = ascend(ball, delta, grad, batch.images, size, "steepest")
+                delta = ball.feasible(moved, batch.images)
+            oracle.stem_theta_grad(delta, _weighted(costate, weights), share)
+        for parameter in trainable(state.model):
+            if parameter.grad is not None:
+                parameter.grad /= recipe.m
+        state.place.average_grads(state.model)
+        self.outer.step(state)
+        assert first is not None
+        return Outcome(first, delta, torch.full_like(batch.labels, recipe.m * recipe.n))
+
+
+@final
+class Yopo(Smoothed):
+    """m times: p = grad_h f(theta, delta) at h = stem(x + delta);  n times:
+    delta <- P(delta + step_size * sign grad_delta <p, stem(x + delta)>);
+    theta <- theta - lr mean of the m gradients.
+
+    Zhang et al. 2019 (You only propagate once, arXiv 1905.00877), algorithm 1, YOPO-m-n. Images enter
+    a network only through its first layer, so a frozen costate p gives input gradients without the
+    later layers. The stem's own weight gradient is that of <p, stem(x + delta)> at the *new* delta
+    (the Hamiltonian's). Cost: 3 m FE, and 2 m (n + 1) times the first layer's share of a forward; no
+    per-sample state. BatchNorm is in train mode, as every full pass is part of the weight update.
+
+    Traps of the public code: there the stem's gradient is counted twice, by the full backward and by
+    the Hamiltonian (`stem_grad=both` reproduces it; the author called the code that should prevent
+    it ineffective). The m gradients are summed there and the rate divided by m: here they are
+    averaged, so that `lr` means the same as elsewhere and weight decay is not divided too. With a
+    first layer that is linear, as in all of raytrain's own networks and all public ones, the gradient
+    of <p, stem(x + delta)> does not depend on delta: n steps of size s are one step of size n s, and
+    searching both is searching one number. With m = 1 all layers but the first train on the random
+    start alone. Needs a network that tells its first layer from the rest: raytrain's own.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="You only propagate once, Zhang et al. 2019, arXiv 1905.00877",
+        rule="m full passes give the costate p, n steps each along grad <p, stem(x + delta)>",
+        cost="3 m FE, and 2 m (n + 1) passes of the first layer (m=5, n=3: 15 and a little)",
+        ranges={"m": "2..8", "n": "1..6", "step_size": "n step_size = eps * [0.3, 1.5]"},
+    )
+
+    name: Literal["yopo"] = "yopo"
+    m: Annotated[PositiveInt, Field(description="full passes")] = 5
+    n: Annotated[PositiveInt, Field(description="steps through the first layer per full pass")] = 3
+    step_size: StepSize = "eps/4"
+    start: Start = Uniform()
+    stem_grad: Annotated[
+        Literal["hamiltonian", "both"],
+        Field(
+            description="the first layer's gradient; both: counted twice, as in the public code"
+        ),
+    ] = "hamiltonian"
+
+    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> YopoTraining:
+        if self.start.remembers:
+            raise ValueError(
+                "start: yopo keeps no perturbation per image; expected uniform or zero"
+            )
+        return YopoTraining(ball, outer, self.cross_entropy(), self)
+
+    def why_not_elsewhere(self) -> str | None:
+        return "its costate and weight gradients belong to the present weights; expected sgd, clip or engm"
+
+
+def stem_share(setting: Setting) -> float:
+    """The first layer's part of a forward pass, in floating-point operations.
+
+    Raises:
+        RequestError: if the network does not tell its first layer from the rest.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = setting.model
+    image = torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.place.device)
+    if not (hasattr(model, "stem") and hasattr(model, "rest")):
+        raise RequestError(
+            f"model.name: yopo needs a network that tells its first layer (stem) from the rest, and "
+            f"{type(model).__name__} does not"
+        )
+    with torch.no_grad(), mode(model, "eval"):
+        with FlopCounterMode(display=False) as stem:
+            model.stem(image)  # pyright: ignore[reportCallIssue]
+        with FlopCounterMode(display=False) as whole:
+            model(image)
+    return stem.get_total_flops() / max(1, whole.get_total_flops())
+
+
+def _weighted(costate: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The costate of the weighted mean, per sample."""
+    if weights is None:
+        return costate
+    return costate * weights.view(-1, *[1] * (costate.dim() - 1))

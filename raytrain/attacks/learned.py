@@ -1,0 +1,195 @@
+"""A learned attacker: a small recurrent network that turns input gradients into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from raytrain.attacks.ascent import Found
+from raytrain.balls import AbstractBall, Linf
+from raytrain.oracle import Oracle
+from raytrain.types import (
+    BatchNorm,
+    Delta,
+    Spec,
+    StepSize,
+    in_pixels,
+    per_sample_dot,
+)
+
+_CELLS: dict[str, Callable[[int, int], nn.Module]] = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "rnn": nn.RNNCell,
+}
+_TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are told by their size
+
+Memory = list[Any]  # of one attack: each layer's hidden state
+
+
+class AttackerSpec(Spec):
+    """o = readout(cell(features(g))) + direct * features(g);  step = scale * squash(o).
+
+    One network for all coordinates: what moves a pixel is its own gradient and the memory of its own
+    gradients (Andrychowicz et al. 2016, arXiv 1606.04474). `cell=linear` has no memory. init=pgd
+    makes the step scale * sign(g) exactly, whatever the cell.
+    """
+
+    cell: Literal["lstm", "gru", "rnn", "linear"] = "lstm"
+    hidden: Annotated[PositiveInt, Field(description="units per layer and coordinate")] = 10
+    layers: PositiveInt = 1
+    features: Annotated[
+        Literal["rms", "linf", "sign", "logsign", "raw"],
+        Field(description="how a sample's gradient is presented; raw depends on its scale"),
+    ] = "rms"
+    squash: Annotated[
+        Literal["tanh", "hardtanh", "linear"],
+        Field(description="linear leaves steps unbounded"),
+    ] = "tanh"
+    scale: Annotated[StepSize, Field(description="largest move of a pixel in one step")] = "eps/4"
+    init: Annotated[
+        Literal["random", "pgd"], Field(description="pgd: begins as PGD with step size `scale`")
+    ] = "random"
+    readout_scale: Annotated[
+        PositiveFloat, Field(description="factor on the random readout weights")
+    ] = 0.1
+
+    @model_validator(mode="after")
+    def _pgd_sees_signs(self) -> AttackerSpec:
+        if self.init == "pgd" and self.features != "sign":
+            raise ValueError("init=pgd needs features=sign")
+        return self
+
+    def build(self, seed: int) -> Attacker:
+        """A fresh attacker: the same for the same seed, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Attacker(self)
+
+
+class Attacker(nn.Module):
+    """The network of an `AttackerSpec`; 531 weights and the direct one by default."""
+
+    def __init__(self, spec: AttackerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = 2 if spec.features == "logsign" else 1
+        layers = spec.layers if spec.cell in _CELLS else 0
+        self.cells = nn.ModuleList(
+            _CELLS[spec.cell](width if layer == 0 else spec.hidden, spec.hidden)
+            for layer in range(layers)
+        )
+        self.readout = nn.Linear(spec.hidden if layers else width, 1)
+        self.direct = nn.Parameter(torch.zeros(width))
+        with torch.no_grad():
+            self.readout.weight.mul_(spec.readout_scale)
+            self.readout.bias.zero_()
+            if spec.init == "pgd":
+                # tanh(20) is 1 to the last bit, and flat: such an attacker does not learn.
+                self.readout.weight.zero_()
+                self.direct.fill_(20.0 if spec.squash == "tanh" else 1.0)
+
+    def forward(self, grad: Delta, memory: Memory) -> tuple[Delta, Memory]:
+        """Steps in [-1, 1] (unbounded if linear) for input gradients, and the memory after them."""
+        seen = self._features(grad)
+        hidden, after = seen, []
+        for cell, before in zip(self.cells, memory or [None] * len(self.cells), strict=True):
+            after.append(cell(hidden, before))
+            hidden = after[-1][0] if isinstance(cell, nn.LSTMCell) else after[-1]
+        out = self.readout(hidden).squeeze(1) + seen @ self.direct
+        if self.spec.squash == "tanh":
+            out = out.tanh()
+        elif self.spec.squash == "hardtanh":
+            out = out.clamp(-1, 1)
+        return out.view_as(grad), after
+
+    def _features(self, grad: Delta) -> Float[Tensor, "coordinates width"]:
+        kind, flat = self.spec.features, grad.flatten(1)
+        if kind == "raw":
+            return flat.reshape(-1, 1)
+        if kind == "sign":
+            return flat.sign().reshape(-1, 1)
+        if kind == "logsign":
+            size = flat.abs().clamp_min(1e-30).log() / _TINY_LOG
+            tiny = size < -1
+            first = torch.where(tiny, -torch.ones_like(size), size)
+            second = torch.where(tiny, flat * torch.e**_TINY_LOG, flat.sign())
+            return torch.stack([first, second], dim=-1).reshape(-1, 2)
+        largest = flat.abs().amax(1, keepdim=True)
+        scaled = flat / torch.where(largest > 0, largest, torch.ones_like(largest))
+        if kind == "rms":
+            rms = scaled.square().mean(1, keepdim=True).sqrt()
+            scaled = scaled / torch.where(rms > 0, rms, torch.ones_like(rms))
+        return scaled.reshape(-1, 1)
+
+
+class LearnedAscent(Spec):
+    """delta <- P(delta + scale * m(g(delta), memory)), `steps` times, m the attacker.
+
+    While learning, the attacker climbs sum_t w_t f(delta_t). With its inputs held fixed, the gradient
+    of that sum is the one of sum_t w_t <g(delta_t), delta_t>, and g(delta_t) is what the next step
+    needs anyway: the meta-gradient costs no pass through the classifier.
+    """
+
+    steps: PositiveInt
+    bn: BatchNorm
+    weighting: Literal["t", "uniform", "last"]
+    projection: Literal["hard", "straight_through"]
+    truncate: PositiveInt | None
+
+    def maximise(
+        self, oracle: Oracle, ball: AbstractBall, delta: Delta, attacker: Attacker, learn: bool
+    ) -> Found:
+        """Ascend from `delta`; with `learn`, add the descent direction of the attacker to its p.grad."""
+        size = self._size(ball, delta, attacker)
+        weights = self._weights()
+        memory: Memory = []
+        images, count = oracle.batch.images, len(delta)
+        with oracle.attacking(), torch.set_grad_enabled(learn):
+            _, grad = oracle.delta_grad(delta)
+            gain: Tensor | None = None
+            for step in range(1, self.steps + 1):
+                move, memory = attacker(grad, memory)
+                delta = self._projected(ball, delta + size * move, images)
+                _, grad = oracle.delta_grad(delta.detach())
+                if not learn:
+                    continue
+                term = weights[step - 1] * per_sample_dot(delta, grad).sum() / count
+                gain = term if gain is None else gain + term
+                if step == self.steps or (self.truncate and step % self.truncate == 0):
+                    if gain.requires_grad:
+                        (-gain).backward()
+                    gain, delta = None, delta.detach()
+                    memory = [_detached(state) for state in memory]
+        taken = torch.full((count,), self.steps, device=delta.device)
+        return Found(delta.detach(), taken)
+
+    def _size(self, ball: AbstractBall, delta: Delta, attacker: Attacker) -> float:
+        """A pixel's largest move; in l2 such that a step of all pixels together is `scale` long."""
+        size = in_pixels(attacker.spec.scale, ball.eps)
+        return size if isinstance(ball, Linf) else size / delta[0].numel() ** 0.5
+
+    def _weights(self) -> list[float]:
+        raw = {
+            "t": [float(t) for t in range(1, self.steps + 1)],
+            "uniform": [1.0] * self.steps,
+            "last": [0.0] * (self.steps - 1) + [1.0],
+        }[self.weighting]
+        return [weight / sum(raw) for weight in raw]
+
+    def _projected(self, ball: AbstractBall, delta: Delta, images: Tensor) -> Delta:
+        inside = ball.feasible(delta, images)
+        if self.projection == "hard":
+            return inside
+        return inside.detach() + (
+            delta - delta.detach()
+        )  # the value of one, the slope of the other
+
+
+def _detached(state: Any) -> Any:
+    return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()

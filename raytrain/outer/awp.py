@@ -1,0 +1,119 @@
+"""Adversarial weight perturbation: the gradient is measured where the weights are at their worst."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from raytrain.memory import Part, Setting
+from raytrain.oracle import Oracle, Weigh, shifted, trainable
+from raytrain.outer.base import AbstractOuter
+from raytrain.outer.clip import Clip
+from raytrain.outer.engm import Engm
+from raytrain.outer.plain import Plain
+from raytrain.state import TrainState
+from raytrain.types import Card, Delta, PerSample, named
+
+Then = Annotated[Plain | Clip | Engm, Field(discriminator="name"), named("name", "sgd")]
+
+
+@final
+class Awp(AbstractOuter):
+    """v_l = gamma |w_l| d_l / |d_l|, d = grad_w mean_i f_i(w, delta_i);
+    w <- w + [optimizer(w + v) - (w + v)].
+
+    Wu, Xia and Wang 2020 (AWP, arXiv 2004.05884), algorithm 1. Only tensors of more than one
+    dimension move: no biases, no BatchNorm. As in the public code, the ascent pass uses batch
+    statistics and leaves the running ones alone, the whole update (momentum and weight decay too)
+    is taken at w + v, and nothing moves in the first `warmup` epochs. Traps avoided: d is averaged
+    over the workers before it is used, or the replicas would drift apart; the step is added to a
+    saved copy of w, because subtracting v again rounds. The public proxy's own learning rate drops
+    out of the formula and is not a parameter. `then` is the update made at w + v: sgd, clip or engm.
+    With several ascent `steps`, each starts from where the one before ended, as long as gamma.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Adversarial weight perturbation helps robust generalization, Wu et al. 2020, "
+        "arXiv 2004.05884",
+        rule="v_l = gamma |w_l| d_l / |d_l|, d the mean gradient;  step at w + v;  then subtract v",
+        cost="one training pass more per ascent step: 3 FE, with trades and mart 6",
+        memory="none per image; two copies of the weights",
+        ranges={"gamma": "[0.001, 0.02], log", "warmup": "0 | 5 | 10", "steps": "1 | 2"},
+    )
+
+    name: Literal["awp"] = "awp"
+    gamma: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description="size of v relative to each weight tensor"),
+    ] = 0.005
+    warmup: Annotated[NonNegativeInt, Field(description="epochs before it begins")] = 0
+    steps: Annotated[PositiveInt, Field(description="ascent steps on the weights")] = 1
+    then: Annotated[Then, Field(description="the update at w + v")] = Plain()
+
+    @property
+    def weighs(self) -> bool:
+        return self.then.weighs
+
+    @property
+    def leaves(self) -> bool:
+        return True
+
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        return self.then.memory(setting)
+
+    def weights(
+        self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
+    ) -> PerSample | Weigh | None:
+        return self.then.weights(state, oracle, delta, given)
+
+    def step(self, state: TrainState, rate: float = 1.0) -> None:
+        self.then.step(state, rate)
+
+    def update(
+        self,
+        state: TrainState,
+        oracle: Oracle,
+        delta: Delta,
+        given: PerSample | None = None,
+        rate: float = 1.0,
+    ) -> PerSample:
+        if self.gamma == 0 or state.epoch < self.warmup:
+            return self.then.update(state, oracle, delta, given, rate)
+        weights = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
+        offsets = self.offsets(state, oracle, delta)
+        before = [p.detach().clone() for _, p in weights]
+        with torch.no_grad():
+            for name, p in weights:
+                if name in offsets:
+                    p.add_(offsets[name])
+        away = [p.detach().clone() for _, p in weights]
+        losses = self.then.update(state, oracle, delta, given, rate)
+        with torch.no_grad():
+            for (name, p), here, there in zip(weights, before, away, strict=True):
+                if name in offsets:
+                    p.copy_(here + (p - there))
+        return losses
+
+    def measures(self, state: TrainState) -> dict[str, float]:
+        return self.then.measures(state)
+
+    def offsets(self, state: TrainState, oracle: Oracle, delta: Delta) -> dict[str, Tensor]:
+        """v, by the names of the tensors that move: a collective."""
+        named_weights = [(n, p) for n, p in state.model.named_parameters() if p.requires_grad]
+        found: dict[str, Tensor] = {}
+        for _ in range(self.steps):
+            with shifted(state.model, found):
+                grads = state.place.average(oracle.mean_grads(delta))
+            assert len(grads) == len(trainable(state.model))
+            found = {
+                name: found.get(name, torch.zeros_like(p)) + self._scaled(p.detach(), grad)
+                for (name, p), grad in zip(named_weights, grads, strict=True)
+                if p.dim() > 1
+            }
+        return found
+
+    def _scaled(self, weight: Tensor, grad: Tensor) -> Tensor:
+        return self.gamma * weight.norm() * grad / (grad.norm() + 1e-20)

@@ -1,0 +1,48 @@
+"""Clipping of the mean gradient: the control that per-example normalisation has to beat."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, final
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from raytrain.oracle import trainable
+from raytrain.outer.base import AbstractOuter
+from raytrain.state import TrainState
+from raytrain.types import Card
+
+
+@final
+class Clip(AbstractOuter):
+    """g <- g min(1, max_norm / |g|), g = mean_i grad f_i;  theta <- optimizer(theta, g).
+
+    Pascanu et al. 2013 (arXiv 1211.5063). One global l2 norm over all weights, of the gradient that
+    is already averaged over the workers, before weight decay and momentum. With one sample per
+    batch it is ENGM; with more it is not.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="On the difficulty of training recurrent neural networks, Pascanu et al. 2013, "
+        "arXiv 1211.5063",
+        rule="g <- g min(1, max_norm / |g|), g the mean gradient",
+        cost="none beyond sgd",
+        ranges={"max_norm": "[0.1, 10], log"},
+    )
+
+    name: Literal["clip"] = "clip"
+    max_norm: Annotated[
+        PositiveFloat, Field(description="largest l2 norm of the mean gradient")
+    ] = 1.0
+
+    @property
+    def weighs(self) -> bool:
+        return False
+
+    @property
+    def leaves(self) -> bool:
+        return False
+
+    def step(self, state: TrainState, rate: float = 1.0) -> None:
+        torch.nn.utils.clip_grad_norm_(trainable(state.model), self.max_norm)
+        super().step(state, rate)

@@ -1,0 +1,263 @@
+"""ENGM: no example of a batch pulls harder on the weights than the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from raytrain.memory import Part, Setting
+from raytrain.oracle import Oracle, Weigh
+from raytrain.outer.base import AbstractOuter
+from raytrain.state import TrainState
+from raytrain.types import Card, Delta, Number, PerSample
+
+_FLOOR = 1e-6  # a fitted line with a negative intercept would promise negative norms
+_KEEP = 0.9  # of the running quantile, from one batch to the next
+
+Scalar = Float[Tensor, ""]
+
+
+class EngmMemory:
+    """The fit of weight-gradient norms and the running threshold: the same on every worker."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.updates = 0
+        self.values: dict[str, Scalar] = {}  # gamma1, gamma0, alpha, once they are known
+        self.clipped = torch.zeros((), dtype=torch.float64, device=device)  # samples, this epoch
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, **self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        device = self.clipped.device
+        self.values = {k: v.to(device) for k, v in state.items() if k != "updates"}
+
+    def blend(self, name: str, new: Scalar, keep: float) -> Scalar:
+        """Move a running average towards `new`; the first value is taken whole."""
+        old = self.values.get(name)
+        self.values[name] = new if old is None else keep * old + (1 - keep) * new
+        return self.values[name]
+
+
+@final
+class Engm(AbstractOuter):
+    """w_i = min(1, alpha / s_i), s_i = |grad_theta f_i|;
+    theta <- optimizer(theta, mean_i w_i grad f_i).
+
+    Example-normalised gradient descent with momentum, Dabouei et al. 2022, arXiv 2209.01199. **A
+    reconstruction**: the full text was not at hand. The abstract fixes that every example's
+    contribution to the mean gradient is regularised and that the correlation of weight-gradient and
+    input-gradient norms saves the cost. The clipped form above, the affine estimate and all defaults
+    are chosen here; `mode=normalise` is the other reading, w_i = alpha / s_i.
+
+    f_i is the whole per-sample training loss, without weight decay; the norm is one l2 norm over all
+    weights. sum_i w_i grad f_i is the gradient of sum_i w_i f_i with w_i held fixed, so no
+    per-sample gradient has to be kept: `chunk` of them exist at a time, and only while norms are
+    measured. How s_i is found (`estimator`):
+
+    - exact: every sample's gradient, one forward and backward more, 3 FE;
+    - affine (A-ENGM): s_i = gamma1 r_i + gamma0 from the input-gradient norm r_i, the line fitted to
+      exact norms every `tau` updates and blended with the one before by `mu`. The least squares are
+      over all workers' samples. A negative slope falls back to a line through the origin;
+    - input (N-ENGM): s_i = kappa r_i, nothing fitted;
+    - loss: as affine, with the loss itself for r_i: it costs nothing between fits.
+
+    r_i is taken where the weight gradient is (`gradient=fresh`), or is the attack's last input
+    gradient (`reuse`): free, one step stale, and of the attack's objective. Norms are measured in
+    eval mode, where samples do not meet; probe_bn=train measures both norms through the batch's own
+    statistics, where the exact one costs a whole backward per sample and the input gradient only its
+    backward. A small alpha at an unchanged learning rate mostly lowers the learning rate: search
+    both, or set `renorm`, which brings the mean weight back to one.
+    """
+
+    card: ClassVar[Card] = Card(
+        paper="Revisiting outer optimization in adversarial training, Dabouei et al. 2022, "
+        "arXiv 2209.01199 (a reconstruction from its abstract)",
+        rule="w_i = min(1, alpha / s_i), s_i = |grad f_i|;  theta <- optimizer(theta, mean w_i grad f_i)",
+        cost="exact: +3 FE; affine: +2 FE and 3 / tau (reuse or loss: 3 / tau); input: +2 FE (reuse: 0); "
+        "with trades and mart twice that",
+        memory="none per image; six numbers",
+        ranges={
+            "alpha": "[0.3, 50], log, together with optimizer.lr",
+            "quantile": "[0.3, 0.95] (instead of alpha)",
+            "mode": "clip | normalise",
+            "renorm": "true | false",
+            "estimator": "exact | affine | input | loss",
+            "tau": "1..500, log (affine, loss)",
+            "mu": "[0, 0.95] (affine, loss)",
+            "fit": "affine | loglog (affine, loss)",
+        },
+    )
+
+    name: Literal["engm"] = "engm"
+    alpha: Annotated[
+        Number, Field(gt=0, description="largest norm an example may have; inf: plain sgd")
+    ] = 5.0
+    quantile: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="alpha follows this quantile of the norms instead"),
+    ] = None
+    mode: Annotated[
+        Literal["clip", "normalise"], Field(description="min(1, alpha / s), or alpha / s for all")
+    ] = "clip"
+    renorm: Annotated[bool, Field(description="scale the weights to mean one")] = False
+    estimator: Annotated[
+        Literal["exact", "affine", "input", "loss"], Field(description="how norms are found")
+    ] = "affine"
+    fit: Annotated[
+        Literal["affine", "loglog"],
+        Field(description="a line for the norms, or for their logarithms (better at small alpha)"),
+    ] = "affine"
+    tau: Annotated[PositiveInt, Field(description="updates between exact measurements")] = 50
+    mu: Annotated[
+        float, Field(ge=0, lt=1, description="share of the old fit that is kept at a new one")
+    ] = 0.7
+    kappa: Annotated[PositiveFloat, Field(description="norm per input norm (estimator=input)")] = (
+        1.0
+    )
+    gradient: Annotated[
+        Literal["fresh", "reuse"],
+        Field(description="the input gradient: where training is, or the attack's last"),
+    ] = "fresh"
+    probes: Annotated[
+        PositiveInt | None,
+        Field(description="samples of the global batch measured exactly; default: all"),
+    ] = None
+    chunk: Annotated[
+        PositiveInt, Field(description="per-sample gradients held at a time; 1: no vmap")
+    ] = 16
+    probe_bn: Annotated[
+        Literal["eval", "train"], Field(description="BatchNorm while norms are measured")
+    ] = "eval"
+
+    @model_validator(mode="after")
+    def _has_a_threshold(self) -> Engm:
+        if self.mode == "normalise" and self.alpha == float("inf"):
+            raise ValueError("mode=normalise needs a finite alpha")
+        return self
+
+    @property
+    def weighs(self) -> bool:
+        return True
+
+    @property
+    def leaves(self) -> bool:
+        return False
+
+    def memory(self, setting: Setting) -> dict[str, Part]:
+        return {"engm": EngmMemory(setting.place.device)}
+
+    def weights(
+        self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
+    ) -> PerSample | Weigh | None:
+        bn = "eval" if self.probe_bn == "eval" else "batch_nostat"
+
+        def from_norms(predictor: PerSample) -> PerSample:
+            norms = self._fitted(state, oracle, delta, predictor)
+            return self._of(norms, state, given)
+
+        if self.estimator == "exact":
+            return self._of(self._exact(oracle, delta, len(delta)), state, given)
+        if self.estimator == "loss":
+            return lambda losses, input_grads: from_norms(losses)
+        if self.gradient == "reuse" and oracle.latest is not None:
+            return from_norms(_norms(oracle.latest))
+        if bn == "eval":
+            return from_norms(_norms(oracle.outer_grad(delta, bn)[1]))
+        # The training pass has the input gradient on its way: no forward more.
+        return lambda losses, input_grads: from_norms(_norms(input_grads()))
+
+    def measures(self, state: TrainState) -> dict[str, float]:
+        memory = state.part("engm", EngmMemory)
+        seen = torch.tensor(memory.seen, dtype=torch.float64, device=memory.clipped.device)
+        clipped, seen = state.place.total(torch.stack([memory.clipped, seen])).tolist()
+        memory.clipped.zero_()
+        memory.seen = 0
+        found = {f"engm/{name}": float(value) for name, value in memory.values.items()}
+        return {"engm/clipped": clipped / max(1.0, seen), **found}
+
+    def _of(self, norms: PerSample, state: TrainState, given: PerSample | None) -> PerSample:
+        """The weights for these norms of the unweighted losses."""
+        memory, place = state.part("engm", EngmMemory), state.place
+        norms = norms if given is None else norms * given
+        alpha: Tensor = norms.new_tensor(self.alpha)
+        if self.quantile is not None:
+            now = place.gather(norms).double().quantile(self.quantile)
+            alpha = memory.blend("alpha", now, _KEEP).to(norms.dtype)
+        if self.mode == "clip":
+            weights = (alpha / norms).clamp(max=1)
+            weights = torch.where(norms > 0, weights, torch.ones_like(weights))
+            memory.clipped += (weights < 1).sum()
+        else:
+            weights = alpha / (norms + 1e-12)
+        memory.seen += len(norms)
+        if self.renorm:
+            sums = place.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
+            weights = weights * sums[1] / sums[0]
+        return weights if given is None else weights * given
+
+    def _fitted(
+        self, state: TrainState, oracle: Oracle, delta: Delta, predictor: PerSample
+    ) -> PerSample:
+        """Norms of the weight gradients, told from a number per sample."""
+        if self.estimator == "input":
+            return self.kappa * predictor
+        memory = state.part("engm", EngmMemory)
+        if memory.updates % self.tau == 0:
+            self._refit(memory, state, oracle, delta, predictor)
+        memory.updates += 1
+        slope, intercept = memory.values["gamma1"], memory.values["gamma0"]
+        told = slope * self._scale(predictor) + intercept
+        norms = told.exp() if self.fit == "loglog" else told
+        return norms.clamp_min(_FLOOR).to(predictor.dtype)
+
+    def _refit(
+        self,
+        memory: EngmMemory,
+        state: TrainState,
+        oracle: Oracle,
+        delta: Delta,
+        predictor: PerSample,
+    ) -> None:
+        """Least squares of exact norms on the predictor, over all workers' probes: a collective."""
+        wanted = len(delta) if self.probes is None else -(-self.probes // state.place.world)
+        s = self._scale(self._exact(oracle, delta, min(wanted, len(delta))))
+        r = self._scale(predictor[: len(s)])
+        ones = torch.ones_like(r)
+        sums = torch.stack([one.sum() for one in (ones, r, s, r * s, r * r)])
+        count, sum_r, sum_s, sum_rs, sum_rr = state.place.total(sums).unbind()
+        spread = count * sum_rr - sum_r**2
+        slope = (count * sum_rs - sum_r * sum_s) / spread
+        good = (spread > 1e-12 * count * sum_rr) & (slope > 0)
+        if self.fit == "affine":
+            fallback, through = sum_rs / sum_rr.clamp_min(1e-30), torch.zeros_like(slope)
+        else:
+            fallback, through = torch.ones_like(slope), (sum_s - sum_r) / count
+        gamma1 = torch.where(good, slope, fallback)
+        gamma0 = torch.where(good, (sum_s - gamma1 * sum_r) / count, through)
+        memory.blend("gamma1", gamma1, self.mu)
+        memory.blend("gamma0", gamma0, self.mu)
+
+    def _scale(self, values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        exact = values.double()
+        return exact.clamp_min(1e-12).log() if self.fit == "loglog" else exact
+
+    def _exact(self, oracle: Oracle, delta: Delta, count: int) -> Float[Tensor, " k"]:
+        bn = "eval" if self.probe_bn == "eval" else "batch_nostat"
+        chunks = oracle.sample_grads(delta, bn, self.chunk, count)
+        return torch.cat([_joint_norms(grads) for grads in chunks])
+
+
+def _joint_norms(grads: list[Tensor]) -> PerSample:
+    """The l2 norm over all weights of each sample's gradient."""
+    return torch.stack([_norms(grad) for grad in grads], dim=1).norm(dim=1)
+
+
+def _norms(values: Tensor) -> PerSample:
+    return values.flatten(1).norm(dim=1)
