@@ -130,7 +130,7 @@ class Mart(AbstractObjective):
     ) -> PerSample:
         del reference
         clean, moved = wide(predict(batch.images)), wide(predict(batch.images + delta))
-        own = F.one_hot(batch.labels, clean.shape[1]).bool()
+        own = torch.arange(clean.shape[1], device=clean.device) == batch.labels[:, None]
         runner_up = moved.softmax(1).masked_fill(own, 0).amax(1)
         boosted = cross_entropy(moved, batch.labels) - torch.log(1.0001 - runner_up + 1e-12)
         sure = clean.softmax(1).masked_fill(~own, 0).sum(1)

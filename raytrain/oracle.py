@@ -19,7 +19,16 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.objectives import AbstractObjective, Reference
 from raytrain.place import Place
-from raytrain.types import Batch, BatchNorm, Delta, Mask, PerSample, Predict, Rows
+from raytrain.types import (
+    Batch,
+    BatchNorm,
+    Delta,
+    Mask,
+    PerSample,
+    Predict,
+    Rows,
+    TrainingFailed,
+)
 
 Precision = Literal["fp32", "bf16", "fp64"]
 
@@ -365,13 +374,16 @@ class Oracle:
             per_sample = func.vmap(
                 func.grad(loss), in_dims=(None, 0, 0, 0, *(0 for _ in reference))
             )
-            grads = per_sample(
-                {name: value.detach() for name, value in weights.items()},
-                batch.images,
-                batch.labels,
-                delta,
-                *reference,
-            )
+            fixed = {name: value.detach() for name, value in weights.items()}
+            try:
+                grads = per_sample(fixed, batch.images, batch.labels, delta, *reference)
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                raise TrainingFailed(
+                    "per-sample gradients of this network cannot be vectorised "
+                    f"({str(error).splitlines()[0][:150]}); chunk=1 takes them one by one"
+                ) from error
         # vmap traced one sample; all of the chunk were computed.
         self._meter.forwards += self._walked * (len(batch) - 1)
         self._meter.full_backwards += self._walked * len(batch)

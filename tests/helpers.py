@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from raytrain.algorithms import AbstractAlgorithm
 from raytrain.balls import L1, L2, Linf
 from raytrain.memory import Setting
+from raytrain.objectives import AbstractObjective, Reference
+from raytrain.oracle import trainable
 from raytrain.place import Place
 from raytrain.state import TrainState
 from raytrain.types import Batch, Dice, View
@@ -182,3 +185,72 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert found.shape == wanted.shape
     excess = (found - wanted).abs() / (1 + wanted.abs())
     assert float(excess.max()) <= tolerance, f"off by {float(excess.max()):g}"
+
+
+def moved(batch: Batch, radius: float = 0.1, seed: int = 5) -> Tensor:
+    """A perturbation of every pixel, in the pixel box."""
+    noise = torch.rand(batch.images.shape, generator=generator(seed), dtype=torch.float64)
+    there = batch.images + radius * (2 * noise - 1).to(batch.images.dtype)
+    return there.clamp(0, 1) - batch.images
+
+
+def applied(model: nn.Module) -> Tensor:
+    """The gradient that the last update has left in the trained weights, as one row of numbers."""
+    grads = [p.grad for p in trainable(model)]
+    return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    """All parameters, as one row of numbers."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def one_by_one(
+    model: nn.Module,
+    objective: AbstractObjective,
+    batch: Batch,
+    delta: Tensor,
+    reference: Reference = (),
+) -> Tensor:
+    """d f_i / d weights in eval mode, a row per sample, each from a pass of that sample alone."""
+    twin, rows = copy.deepcopy(model), []
+    twin.eval()
+    for i in torch.arange(len(batch)).split(1):
+        twin.zero_grad(set_to_none=True)
+        part = tuple(one[i] for one in reference)
+        objective.outer(twin, batch[i], delta[i], part).sum().backward()
+        rows.append(applied(twin))
+    return torch.stack(rows)
+
+
+def through_the_batch(
+    model: nn.Module,
+    objective: AbstractObjective,
+    batch: Batch,
+    delta: Tensor,
+    reference: Reference = (),
+) -> Tensor:
+    """d f_i / d weights through the statistics of the batch, a row per sample."""
+    rows = []
+    for i in range(len(batch)):
+        twin = copy.deepcopy(model)
+        twin.train()
+        objective.outer(twin, batch, delta, reference)[i].backward()
+        rows.append(applied(twin))
+    return torch.stack(rows)
+
+
+def input_norms(
+    model: nn.Module,
+    objective: AbstractObjective,
+    batch: Batch,
+    delta: Tensor,
+    train: bool = False,
+    reference: Reference = (),
+) -> Tensor:
+    """|d sum_j f_j / d delta_i| of the training loss, in eval or in train mode."""
+    twin, point = copy.deepcopy(model), delta.clone().requires_grad_(True)
+    twin.train(train)
+    losses = objective.outer(twin, batch, point, reference)
+    (grad,) = torch.autograd.grad(losses.sum(), point)
+    return grad.flatten(1).norm(dim=1)

@@ -18,7 +18,7 @@ from raytrain.config import RunConfig
 from raytrain.data.loader import open_splits
 from raytrain.loop import fit, kept, preflight
 from raytrain.place import Place
-from raytrain.record import METRICS, OWN_METRICS, Report
+from raytrain.record import FOSC_EDGES, METRICS, OWN_METRICS, Report
 from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
@@ -26,6 +26,11 @@ from raytrain.types import RequestError, TrainingFailed
 def dropout_net(num_classes: int) -> nn.Module:
     """A network that draws random numbers in training mode."""
     return TinyNet(classes=num_classes, dropout=0.3)
+
+
+def pocket_net(num_classes: int) -> nn.Module:
+    """Few enough weights for a table of every image's gradient."""
+    return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes))
 
 
 def run_of(**changes: Any) -> RunConfig:
@@ -97,6 +102,35 @@ KINDS: dict[str, dict[str, Any]] = {
         "optimizer": {"lr": 0.05, "nesterov": True, "schedule": "cosine"},
         "evaluation": {"steps": 1},
     },
+    "by_the_step": {"algorithm": {"name": "dynamic", "steps": 3, "c_max": 0.02, "per": "step"}},
+    "official": {"algorithm": {"name": "dynamic", "preset": "official", "steps": 2}},
+    "free": {"algorithm": {"name": "free", "m": 2}, "model": "small_cnn"},
+    "yopo": {"algorithm": {"name": "yopo", "m": 2}, "model": "small_cnn"},
+    "trades": {"algorithm": {"name": "trades", "steps": 2}, "model": "small_cnn"},
+    "mart": {"algorithm": {"name": "mart", "steps": 2}},
+    "gradalign": {"algorithm": "gradalign", "model": "small_cnn"},
+    "si_hg": {"algorithm": "si_hg", "model": "small_cnn"},
+    "si_hg_b": {"algorithm": {"name": "si_hg", "mode": "B", "bank_dtype": "int8"}},
+    "si_hg_slots": {"algorithm": {"name": "si_hg", "mode": "J", "store": "batch_slot"}},
+    "si_hg_table": {
+        "algorithm": {"name": "si_hg", "mode": "T"},
+        "model": f"{__name__}:pocket_net",
+        "precision": "fp64",
+    },
+    "ssds": {"algorithm": {"name": "ssds", "budget": "multiplier"}, "model": "small_cnn"},
+    "released": {"algorithm": {"name": "ssds", "preset": "released"}},
+    "l2l": {"algorithm": {"name": "l2l", "steps": 3, "phi_every": 3, "warm": 1}},
+    "engm": {"algorithm": {"name": "pgd", "steps": 1}, "outer": {"name": "engm", "tau": 3}},
+    "engm_quantile": {
+        "algorithm": "fgsm_rs",
+        "outer": {"name": "engm", "estimator": "loss", "quantile": 0.6, "tau": 3},
+    },
+    "awp": {
+        "algorithm": {"name": "trades", "steps": 1},
+        "outer": {"name": "awp", "warmup": 1},
+        "model": "small_cnn",
+    },
+    "smoothed": {"algorithm": {"name": "pgd", "steps": 1, "label_smoothing": 0.2}},
 }
 
 
@@ -114,6 +148,59 @@ def test_resumed_run_is_bit_identical(kind: str, tmp_path: Path) -> None:
     found = content(state)
     assert found.keys() == wanted.keys()
     assert [path for path in wanted if not torch.equal(found[path], wanted[path])] == []
+
+
+def halted(run: RunConfig) -> list[Report]:
+    return [report for report, _ in fit(run, Place())]
+
+
+def test_a_run_without_gains_ends_early_and_says_so(tmp_path: Path) -> None:
+    # At a vanishing learning rate no validation is better than the first.
+    still = {"optimizer": {"lr": 1e-12}, "epochs": 9}
+    reports = list(kept(run_of(early_stop=3, **still), Place(), tmp_path))
+    assert [report.epoch for report in reports] == [1, 2, 3, 4]
+    assert [report.final for report in reports] == [False, False, False, True]
+    assert reports[-1].stopped_early
+    assert load(tmp_path / LAST).epoch == 4
+    assert len(halted(run_of(**still))) == 9
+
+
+def test_patience_counts_validations_and_starts_anew_with_every_gain() -> None:
+    run = run_of(early_stop={"patience": 2}, epochs=12, evaluation={"steps": 1, "every": 2})
+    reports = halted(run)
+    waited = 0
+    best = float("-inf")
+    for report in reports:
+        if report.robust is not None:
+            waited = 0 if report.robust > best else waited + 1
+            best = max(best, report.robust)
+        assert report.stopped_early == (waited >= 2)
+    assert reports[-1].final
+
+
+def test_a_gain_below_the_least_one_is_none() -> None:
+    reports = halted(run_of(early_stop={"patience": 1, "min_gain": 1.0}))
+    assert [report.epoch for report in reports] == [1, 2]
+
+
+def test_patience_survives_a_checkpoint_and_may_be_changed(tmp_path: Path) -> None:
+    still = {"optimizer": {"lr": 1e-12}, "epochs": 6}
+    run = run_of(early_stop=3, **still)
+    halfway(run, tmp_path / LAST)
+    rest, _ = to_the_end(run, load(tmp_path / LAST))
+    assert [report.epoch for report in rest] == [3, 4]
+    list(kept(run, Place(), tmp_path))
+    assert list(fit(run, Place(), load(tmp_path / LAST))) == []
+    rest, _ = to_the_end(run_of(**still), load(tmp_path / LAST))
+    assert [report.epoch for report in rest] == [5, 6]
+
+
+def test_the_histogram_of_fosc_is_a_distribution_function() -> None:
+    for report in halted(run_of(epochs=2)):
+        shares = report.fosc_below
+        assert len(shares) == len(FOSC_EDGES) and list(shares) == sorted(shares)
+        assert shares[0] >= 0 and shares[-1] <= 1
+        assert report.metrics()["fosc_histogram/below_0.01"] == shares[FOSC_EDGES.index(0.01)]
 
 
 def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:

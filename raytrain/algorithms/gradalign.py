@@ -119,7 +119,7 @@ class GradAlign(Smoothed):
     def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> GradAlignTraining:
         if self.start.remembers:
             raise ValueError(
-                "start: gradalign keeps no perturbation per image; expected zero or uniform"
+                "algorithm.start: gradalign keeps no perturbation per image; expected zero or uniform"
             )
         objective = Aligned(lam=self.lam, label_smoothing=self.label_smoothing)
         return GradAlignTraining(

@@ -189,7 +189,7 @@ class L2l(Smoothed):
     def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Learned:
         if self.start is not None and self.start.remembers:
             raise ValueError(
-                "start: l2l keeps no perturbation per image; expected uniform, gaussian or zero"
+                "algorithm.start: l2l keeps no perturbation per image; expected uniform, gaussian or zero"
             )
         trades = self.loss == "trades"
         return Learned(

@@ -104,7 +104,7 @@ class Yopo(Smoothed):
     def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> YopoTraining:
         if self.start.remembers:
             raise ValueError(
-                "start: yopo keeps no perturbation per image; expected uniform or zero"
+                "algorithm.start: yopo keeps no perturbation per image; expected uniform or zero"
             )
         return YopoTraining(ball, outer, self.cross_entropy(), self)
 

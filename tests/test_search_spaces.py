@@ -1,0 +1,276 @@
+"""One search space per algorithm and outer update: valid everywhere, and within what its card announces."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.algorithms import CATALOGUE
+from raytrain.config import RunConfig
+from raytrain.loop import preflight
+from raytrain.outer import OUTERS
+from raytrain.sweep.space import Choice, Real, SearchSpace, read_space
+from raytrain.types import Card, fraction, in_pixels
+
+FOLDER = Path(__file__).parents[1] / "search_spaces"
+FILES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+ALGORITHMS = [name for name in CATALOGUE if name != "nested"]
+OUTER_UPDATES = [name for name in OUTERS if name != "sgd"]
+CARDS: dict[str, Card] = {
+    **{f"algorithm.{name}": CATALOGUE[name].card for name in ALGORITHMS},
+    **{f"outer.{name}": OUTERS[name].card for name in OUTER_UPDATES},
+}
+OWN = [*ALGORITHMS, *OUTER_UPDATES, "nested"]
+
+TO_CIFAR10 = "data=cifar10 model=resnet18 threat.eps=8/255"
+
+# What a card announces and its file leaves out.
+NOT_SEARCHED = {
+    "yopo": {"n": "with a linear first layer n steps of s are one of n s, and that is searched"},
+    "engm": {"quantile": "it replaces alpha: no dimension can say that one of them is not set"},
+}
+
+# file -> field -> the other field, and with which of its values there is such a field at all
+ESTIMATED = ("outer.estimator", ("affine", "loss"))
+AHEAD = ("algorithm.mode", ("A", "C"))
+MULTIPLIED = ("algorithm.budget", ("multiplier",))
+STOP, START = "algorithm.attack.stop", "algorithm.attack.start"
+ONLY_WITH: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "natural": {"optimizer.schedule.peak": ("optimizer.schedule.kind", ("onecycle",))},
+    "dynamic": {
+        "algorithm.decay.end": ("algorithm.decay.kind", ("power", "cosine")),
+        "algorithm.decay.exponent": ("algorithm.decay.kind", ("power",)),
+    },
+    "si_hg": {
+        "algorithm.theta": AHEAD,
+        "algorithm.theta_warmup": AHEAD,
+        "algorithm.init": ("algorithm.store", ("none",)),
+        "algorithm.shrink": ("algorithm.store", ("per_sample",)),
+    },
+    "ssds": {
+        "algorithm.sigma": ("algorithm.ascent", ("steepest",)),
+        "algorithm.v0": MULTIPLIED,
+        "algorithm.c1": MULTIPLIED,
+        "algorithm.clamp_delta": MULTIPLIED,
+    },
+    "l2l": {
+        "algorithm.beta": ("algorithm.loss", ("trades",)),
+        "algorithm.hidden": ("algorithm.cell", ("lstm", "gru", "rnn")),
+    },
+    "engm": dict.fromkeys(("outer.tau", "outer.mu", "outer.fit", "outer.probes"), ESTIMATED),
+    "awp": {"algorithm.beta": ("algorithm", ("trades",))},
+    "nested": {
+        f"{START}.radius": (START, ("uniform",)),
+        f"{STOP}.c_max": (STOP, ("gap",)),
+        f"{STOP}.over": (STOP, ("gap",)),
+        f"{STOP}.decay": (STOP, ("gap",)),
+        f"{STOP}.decay.end": (f"{STOP}.decay", ("power",)),
+        "algorithm.objective.beta": ("algorithm.objective", ("mart",)),
+    },
+}
+
+
+class Draws:
+    """A trial that draws as Optuna's random sampler does, and remembers what it was asked for."""
+
+    def __init__(self, seed: str) -> None:
+        self._source = random.Random(seed)
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        if step is not None:
+            return low + step * self._source.randint(0, math.floor((high - low) / step + 1e-9))
+        if log:
+            drawn = math.exp(self._source.uniform(math.log(low), math.log(high)))
+            return min(high, max(low, drawn))
+        return self._source.uniform(low, high)
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        if log:
+            return round(self.suggest_float(name, low, high, log=True))
+        return self._source.randrange(low, high + 1, step)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._source.choice(choices)
+
+
+@functools.cache
+def space_of(name: str, words: str = "") -> SearchSpace:
+    return read_space(FOLDER / f"{name}.yaml", words.split())
+
+
+@functools.cache
+def drawn_from(name: str) -> list[tuple[dict[str, Any], RunConfig]]:
+    """200 points of a space and their runs."""
+    space = space_of(name)
+    chosen = [space.sample(Draws(f"{name} {number}")) for number in range(200)]
+    return [(values, space.run(values)) for values in chosen]
+
+
+def field_at(run: RunConfig, path: str) -> Any:
+    """The field of a run; the name or kind of a record, which is what is chosen of it."""
+    here: Any = run.model_dump()
+    for part in path.split("."):
+        here = here[part]
+    return here.get("name", here.get("kind")) if isinstance(here, Mapping) else here
+
+
+# --- every file -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_point_is_a_run_whose_algorithm_builds(name: str) -> None:
+    for _, run in drawn_from(name):
+        run.algorithm.build(run.threat, run.outer)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_drawn_arrives_in_the_run(name: str) -> None:
+    space = space_of(name)
+    for values, run in drawn_from(name):
+        told = space.in_pixels(values)
+        assert {path: field_at(run, path) for path in told} == told
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_conditional_fields_are_drawn_exactly_where_their_conditions_hold(name: str) -> None:
+    for path, dimension in space_of(name).space.items():
+        met = [
+            all(
+                values.get(other) in (wanted if isinstance(wanted, list) else [wanted])
+                for other, wanted in dimension.when.items()
+            )
+            for values, _ in drawn_from(name)
+        ]
+        assert met == [path in values for values, _ in drawn_from(name)]
+        assert any(met) and all(met) == (not dimension.when), path
+
+
+# --- one for each algorithm and outer update --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_base_runs_as_it_is_on_the_embedded_digits(name: str) -> None:
+    run = space_of(name).base_run
+    assert (run.data.name, run.threat.norm, run.threat.eps) == ("digits", "linf", 0.1)
+    assert run.model == RunConfig.model_validate({}).model
+    assert run.epochs <= 12 and run.batch_size == 64
+    assert in_pixels(run.evaluation.step_size, run.threat.eps) == 0.1 / 4
+    preflight(run)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_it_moves_to_cifar10_as_its_description_says(name: str) -> None:
+    told = " ".join(space_of(name).description.split())
+    (words,) = re.findall(re.escape(TO_CIFAR10) + r" epochs=\d+ batch_size=128", told)
+    for change in (TO_CIFAR10, words):
+        space = space_of(name, change)
+        run = space.base_run
+        assert (run.data.name, run.model.name, run.threat.eps) == ("cifar10", "resnet18", 8 / 255)
+        for number in range(20):
+            space.run(space.sample(Draws(f"cifar10 {number}")))
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "nested"])
+def test_every_algorithm_has_a_space_of_its_own(name: str) -> None:
+    assert {run.algorithm.name for _, run in drawn_from(name)} == {name}
+    assert {run.outer.name for _, run in drawn_from(name)} == {"sgd"}
+
+
+@pytest.mark.parametrize("name", OUTER_UPDATES)
+def test_every_outer_update_has_a_space_of_its_own(name: str) -> None:
+    assert {run.outer.name for _, run in drawn_from(name)} == {name}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_rate_and_weight_decay_are_searched_on_a_log_scale(name: str) -> None:
+    for path in ("optimizer.lr", "optimizer.weight_decay"):
+        dimension = space_of(name).space[path]
+        assert isinstance(dimension, Real) and dimension.log and not dimension.when
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_fields_that_exist_only_with_others_are_searched_only_with_them(name: str) -> None:
+    table = ONLY_WITH.get(name, {})
+    conditional = {path for path, dimension in space_of(name).space.items() if dimension.when}
+    assert conditional == set(table)
+    for path, (other, wanted) in table.items():
+        for values, _ in drawn_from(name):
+            assert (path in values) == (values.get(other) in wanted), (path, values)
+
+
+# --- what the cards announce ------------------------------------------------------------------
+
+
+def announced(text: str) -> tuple[float, float] | set[str]:
+    """`[low, high]`, `low..high` or `a | b`, with words around them, as a range or as a set."""
+    found = re.search(r"\[([^],]+), ([^],]+)\]", text) or re.match(r"(\d+)\.\.(\d+)", text)
+    if found:
+        return float(fraction(found[1])), float(fraction(found[2]))
+    words = [re.match(r"\w+", one.strip()) for one in text.split("|")]
+    return {word[0] for word in words if word}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[0.05, 2] nats, log", (0.05, 2.0)),
+        ("eps * [1/8, 1.5], log (steepest); [0.001, 10] pixel^2/nat, log (raw)", (0.125, 1.5)),
+        ("n step_size = eps * [0.3, 1.5]", (0.3, 1.5)),
+        ("0..5 epochs", (0.0, 5.0)),
+        ("A | C | N (B, J as ablations)", {"A", "C", "N"}),
+        ("0 | 1 | 3 epochs", {"0", "1", "3"}),
+    ],
+)
+def test_ranges_are_read_as_they_are_written(text: str, expected: Any) -> None:
+    assert announced(text) == expected
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_what_a_card_announces_is_searched_or_excused(key: str) -> None:
+    record, name = key.split(".")
+    left_out = NOT_SEARCHED.get(name, {})
+    searched = {path.removeprefix(f"{record}.") for path in space_of(name).space}
+    assert set(CARDS[key].ranges) - searched == set(left_out)
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        (key, field)
+        for key, card in CARDS.items()
+        for field in card.ranges
+        if field not in NOT_SEARCHED.get(key.split(".")[1], {})
+    ],
+)
+def test_what_is_searched_lies_within_what_the_card_announces(key: str, field: str) -> None:
+    record, name = key.split(".")
+    text = CARDS[key].ranges[field].split(";")[0]
+    dimension, told = space_of(name).space[f"{record}.{field}"], announced(text)
+    assert (getattr(dimension, "unit", None) == "eps") == ("eps *" in text)
+    if isinstance(told, set):
+        assert isinstance(dimension, Choice)
+        assert {str(option).lower() for option in dimension.options} <= {
+            one.lower() for one in told
+        }
+        return
+    low, high = told
+    assert all(low <= end <= high for end in dimension.ends())
+    assert getattr(dimension, "log", False) == (", log" in text)
+
+
+def test_dynamic_attacks_can_always_cross_the_ball() -> None:
+    for _, run in drawn_from("dynamic"):
+        recipe = run.algorithm.model_dump()
+        assert recipe["steps"] * recipe["step_size"] >= run.threat.eps
