@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -15,6 +17,7 @@ from raytrain.algorithms import CATALOGUE
 from raytrain.config import RunConfig
 from raytrain.outer import OUTERS
 from raytrain.record import Report
+from raytrain.say import say
 from raytrain.types import RequestError
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ class Epochs:
                 self._task = self._bar.add_task(run.algorithm.name, total=run.epochs, note="")
             self._bar.update(self._task, completed=report.epoch, note=line)
         else:
-            sys.stderr.write(f"epoch {report.epoch}/{run.epochs}  {line}\n")
+            say(f"epoch {report.epoch}/{run.epochs}  {line}")
 
 
 class Trials:
@@ -83,9 +86,7 @@ class Trials:
         elif progress.finished > self._said:
             self._said = progress.finished
             seconds = time.monotonic() - self._began
-            sys.stderr.write(
-                f"trial {progress.finished}/{progress.budget}  {line}  {seconds:.0f} s\n"
-            )
+            say(f"trial {progress.finished}/{progress.budget}  {line}  {seconds:.0f} s")
 
 
 def train_summary(result: TrainResult) -> Callable[[], None]:
@@ -156,7 +157,7 @@ def catalogue() -> Callable[[], None]:
             for column in ("name", "rule", "cost per image"):
                 table.add_column(column)
             for name, kind in kinds.items():
-                table.add_row(name, kind.card.rule, kind.card.cost)
+                table.add_row(name, escape(kind.card.rule), escape(kind.card.cost))
             Console().print(table)
 
     return show
@@ -175,14 +176,14 @@ def algorithm(name: str) -> Callable[[], None]:
         console = Console()
         for key in ("name", "paper", "rule", "cost", "memory", "norms"):
             value = ", ".join(told[key]) if isinstance(told[key], list) else told[key]
-            console.print(f"[bold]{key:8}[/bold] {value}", highlight=False)
+            console.print(f"[bold]{key:8}[/bold] {escape(value)}", highlight=False)
         table = Table()
         for column in ("hyperparameter", "default", "range to search", "meaning"):
             table.add_column(column)
         for row in told["hyperparameters"]:
-            table.add_row(*(str(row[key]) for key in ("name", "default", "range", "meaning")))
+            table.add_row(*(escape(str(row[k])) for k in ("name", "default", "range", "meaning")))
         console.print(table)
-        console.print(_paragraph(_KINDS[name]))
+        console.print(_paragraph(_KINDS[name]), markup=False, highlight=False)
 
     return show
 
@@ -232,7 +233,9 @@ def _default(value: Any) -> str:
 
 
 def _paragraph(recipe: type) -> str:
-    return "\n".join(line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
+    """Its docstring, each paragraph and each list item on one line for the terminal to wrap."""
+    text = "\n".join(line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
+    return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text).replace("**", "")
 
 
 def _trials_table(result: TuneResult) -> Table:

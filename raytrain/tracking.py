@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from raytrain.say import say
 from raytrain.types import RequestError
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -276,7 +276,7 @@ class Tracker:
             return
         self._complained = True
         first = problem.splitlines()[0] if problem else "no answer"
-        sys.stderr.write(f"raytrain: MLflow at {self.uri}: {first[:200]}\n")
+        say(f"raytrain: MLflow at {self.uri}: {first[:200]}")
 
 
 @contextmanager

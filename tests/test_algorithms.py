@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EPS, TinyNet, ball_of, batch_of, same, state_of, tiny_net
+from helpers import EPS, TinyNet, ball_of, batch_of, same, state_of, tensors, tiny_net
 from pydantic import ValidationError
 
 import raytrain.algorithms
@@ -132,6 +132,20 @@ class TestEveryAlgorithm:
     def test_the_same_step_twice_gives_the_same_bits(self, name: str) -> None:
         states = [trained(algorithm_of(RECIPES[name]), batch_norm=True) for _ in range(2)]
         assert equal(*states) and states[0].meter == states[1].meter
+
+    def test_in_bfloat16_it_keeps_everything_in_float32(self, name: str) -> None:
+        algorithm = algorithm_of(RECIPES[name])
+        state = state_of(tiny_net(torch.float32, batch_norm=True), algorithm)
+        state.precision = "bf16"
+        for seed in range(2):
+            outcome = algorithm.step(state, batch_of(8, dtype=torch.float32, seed=seed))
+            assert outcome.losses.dtype == outcome.delta.dtype == torch.float32
+        for path, value in tensors([state.model.state_dict(), outcome.delta]):
+            assert value.isfinite().all(), path
+            assert value.dtype in (torch.float32, torch.int64), path
+        # Pixels and memories are exact: bfloat16 is for the network's own arithmetic.
+        radius = float(ball_of("linf").norm_of(outcome.delta).max())
+        assert radius <= ball_of("linf").eps * (3 if name == "n_fgsm" else 1) + 1e-6
 
     def test_old_gradients_do_not_reach_the_update(self, name: str) -> None:
         algorithm = algorithm_of(RECIPES[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from raytrain.algorithms import CATALOGUE
 from raytrain.cli import app, split
 from raytrain.config import RunConfig
+from raytrain.outer import OUTERS
 from raytrain.record import Report
 from raytrain.request import as_run
 from raytrain.types import RequestError
@@ -167,15 +169,15 @@ def test_the_first_word_is_a_file_unless_it_sets_a_field() -> None:
 
 def test_the_catalogue_lists_every_algorithm() -> None:
     text = answer("algorithms")
-    assert all(name in text for name in CATALOGUE)
-    assert set(json.loads(answer("algorithms", "--json"))) == set(CATALOGUE)
+    assert all(name in text for name in (*CATALOGUE, *OUTERS))
+    assert set(json.loads(answer("algorithms", "--json"))) == {*CATALOGUE, *OUTERS}
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", [*CATALOGUE, *OUTERS])
 def test_an_algorithm_tells_its_paper_its_cost_and_its_hyperparameters(name: str) -> None:
     told = json.loads(answer("algorithms", name, "--json"))
     assert told["name"] == name and told["paper"] and told["rule"] and told["cost"]
-    fields = set(CATALOGUE[name].model_fields) - {"name"}
+    fields = set({**CATALOGUE, **OUTERS}[name].model_fields) - {"name"}
     assert fields <= {row["name"] for row in told["hyperparameters"]}
     text = answer("algorithms", name)
     assert all(field in text for field in fields)
@@ -415,6 +417,21 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
     assert (run.info.run_id, run.info.status) == (again.run_id, "FINISHED")
     history = MlflowClient(again.tracking_uri).get_metric_history(again.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_progress_that_nobody_reads_any_more_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytrain.show import Epochs, Trials
+    from raytrain.sweep import SweepProgress
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(text)
+
+    row = Report(1, 2.3, 1.0, 0.1, 0.1, 0.2, 0.1, 640, 128, 0.5, 0.2, 0.1, 0.1, True)
+    with Epochs() as epochs, Trials() as trials:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        epochs(as_run(None), row)
+        trials(SweepProgress(1, 3, 0, 0, 0.1, 0))
 
 
 def test_a_storage_that_cannot_be_written_is_named_and_leaves_no_run_running(here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Iterator
@@ -254,11 +255,11 @@ def test_1_an_infinite_alpha_is_momentum_sgd_bit_for_bit(found: str, batch_norm:
 
 @pytest.mark.parametrize("found", EXACT)
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("alpha", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.01, 3.0])
 def test_2_the_mean_gradient_is_no_longer_than_alpha(found: str, name: str, alpha: float) -> None:
     # With batch statistics it holds where norms are measured through them, too.
     objective, model = OBJECTIVES[name], tiny_net(batch_norm=found == "exact_train")
-    for seed in range(3):
+    for seed in range(2):
         batch = batch_of(6, seed=seed)
         reference = reference_of(objective, model, batch)
         outer = Engm(alpha=alpha, **FOUND[found])
@@ -806,13 +807,13 @@ def beyond(recipe: AbstractRecipe, outer: AbstractOuter, steps: int) -> list[tup
     ]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("name", RECIPES)
 def test_exact_norms_cost_a_pass_more_whatever_the_chunk(name: str, chunk: int) -> None:
     recipe, walks, nested = RECIPES[name]
     outer = Engm(estimator="exact", chunk=chunk)
     probe = (8 * walks, 8 * nested, 8 * (walks + nested))
-    assert beyond(recipe, outer, 2) == [probe, probe]
+    assert beyond(recipe, outer, 1) == [probe]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -961,18 +962,17 @@ def test_the_update_is_that_of_momentum_sgd_with_weight_decay_outside_the_norm(f
 # --- memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantile", [None, 0.6])
 @pytest.mark.parametrize("found", FOUND)
 def test_a_memory_that_was_saved_and_loaded_goes_on_bit_for_bit(
-    found: str, quantile: float | None
+    found: str,
 ) -> None:
-    outer = Engm(quantile=quantile, tau=3, mu=0.6, **FOUND[found])
+    outer = Engm(quantile=0.6, tau=2, mu=0.6, **FOUND[found])
     whole, first = (ready(outer, tiny_net()) for _ in range(2))
     second = ready(outer, tiny_net(seed=9))
-    for number in range(7):
+    for number in range(5):
         batch = batch_of(8, seed=number)
         update(outer, whole, batch, moved(batch))
-        if number == 4:
+        if number == 3:
             second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
             second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
             kept = copy.deepcopy(memory_of(first).state_dict())
@@ -994,14 +994,14 @@ def test_a_saved_memory_does_not_change_as_training_goes_on() -> None:
 
 
 def test_the_share_of_clipped_samples_is_measured_over_an_epoch_and_starts_anew() -> None:
-    outer = Engm(estimator="exact", alpha=8.0)
+    outer = Engm(estimator="exact", alpha=6.0)
     state, clipped = ready(outer, tiny_net(), lr=0.0), 0
     for seed in range(3):
         batch = batch_of(8, seed=seed)
         norms = one_by_one(state.model, CE, batch, moved(batch)).norm(dim=1)
-        clipped += int((norms > 8).sum())
+        clipped += int((norms > 6).sum())
         update(outer, state, batch, moved(batch))
-    assert 0 < clipped < 24
+    assert 0 < clipped < 24, clipped
     assert outer.measures(state) == {"engm/clipped": clipped / 24}
     assert outer.measures(state) == {"engm/clipped": 0}
 
@@ -1011,14 +1011,22 @@ def test_the_share_of_clipped_samples_is_measured_over_an_epoch_and_starts_anew(
 EVERY: dict[str, AbstractRecipe] = {
     **{name: kind() for name, kind in CATALOGUE.items() if kind is not NestedRecipe},
     "nested": NestedRecipe(attack=ProjectedAscent(steps=2, step_size="eps/2", bn="eval")),
+    "free": Free(m=2),
+    "pgd": Pgd(steps=2),
+    "yopo": Yopo(m=2, n=1),
+    "trades": TradesRecipe(steps=2),
+    "mart": MartRecipe(steps=2),
+    "dynamic": Dynamic(steps=3),
+    "l2l": L2l(steps=2),
+    "l2l_trades": L2l(steps=2, loss="trades"),
     "si_hg_B": SiHg(mode="B"),
     "si_hg_J": SiHg(mode="J"),
     "si_hg_N": SiHg(mode="N"),
     "ssds_jacobi": Ssds(order="jacobi"),
     "ssds_w_first": Ssds(order="w_first"),
-    "l2l_trades": L2l(loss="trades"),
 }
-PER_STEP = {"free": 8, "yopo": 5}
+UPDATES = {"free": 2, "yopo": 2}
+"""Passes with weights of their own in one step, where they are several."""
 
 
 def algorithm_of(recipe: AbstractRecipe, outer: AbstractOuter) -> AbstractAlgorithm:
@@ -1033,22 +1041,27 @@ def trained(algorithm: AbstractAlgorithm, steps: int = 2) -> TrainState:
     return state
 
 
+@functools.cache
+def plainly(name: str) -> nn.Module:
+    """The network after two steps of SGD."""
+    return trained(algorithm_of(EVERY[name], Plain())).model
+
+
 @pytest.mark.parametrize("found", ["exact", "affine_reuse", "input_train", "loss"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_algorithm_runs_with_it_and_an_infinite_alpha_is_no_change(
     name: str, found: str
 ) -> None:
-    plain = trained(algorithm_of(EVERY[name], Plain()))
     unbounded = algorithm_of(EVERY[name], Engm(alpha=math.inf, **FOUND[found]))
-    assert same(trained(unbounded).model, plain.model)
+    assert same(trained(unbounded).model, plainly(name))
     bounded = algorithm_of(EVERY[name], Engm(alpha=0.01, **FOUND[found]))
     state = trained(bounded)
-    assert not same(state.model, plain.model)
+    assert not same(state.model, plainly(name))
     assert bool(torch.isfinite(weights_of(state.model)).all())
-    told = {**bounded.measures(state, batch_of(8))}
+    told = bounded.measures(state, batch_of(8))
     assert 0 < told["engm/clipped"] <= 1
     if FOUND[found]["estimator"] in ("affine", "loss"):
-        assert memory_of(state).updates == 2 * PER_STEP.get(name, 1)
+        assert memory_of(state).updates == 2 * UPDATES.get(name, 1)
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("C", "extrapolated"), ("T", "table")])

@@ -250,7 +250,7 @@ def test_free_with_frozen_weights_walks_the_path_of_pgd_from_the_carried_start(n
         start = ball.feasible(slots_of(state).values, batch.images)
         found = algorithm.step(state, batch).delta
         oracle = Oracle(state.model, CrossEntropy(), batch, Meter(), attack_bn="train")
-        wanted = pgd.maximise(oracle, ball, start, Clock(0, 0)).delta
+        wanted = pgd.maximise(oracle, ball, start, Clock(0.0, 0.0)).delta
         # A gradient of the mean times n; l-inf sees its signs alone.
         assert_near(found, wanted, 0 if norm == "linf" else 1e-13)
     assert same(state.model, tiny_net())
@@ -384,7 +384,7 @@ def test_yopo_m_1_walks_the_path_of_pgd(norm: str) -> None:
     found = algorithm.step(state, batch)
     pgd = ProjectedAscent(steps=4, step_size="eps/3", bn="train")
     start = noise(batch, norm)
-    wanted = pgd.maximise(yopo_oracle(state.model, batch), ball, start, Clock(0, 0)).delta
+    wanted = pgd.maximise(yopo_oracle(state.model, batch), ball, start, Clock(0.0, 0.0)).delta
     assert_near(found.delta, wanted, 0 if norm == "linf" else 1e-12)
     assert found.steps.tolist() == [4] * 8
     assert_near(found.losses, yopo_oracle(state.model, batch).losses(start), 1e-14)

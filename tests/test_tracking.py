@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -300,6 +302,21 @@ def test_what_could_not_be_written_is_said_in_one_line(
     assert len(lines) == 2 and all(line.startswith("raytrain: MLflow at ") for line in lines)
     assert "could not be written" in lines[-1]
     client.times = 0
+
+
+def test_a_complaint_that_nobody_reads_any_more_does_not_end_the_writing(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(text)
+
+    run_id = tracker.open("unread", {}, {})
+    refusing(tracker, 2)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    tracker.log(run_id, {"loss": 1.0}, 1)
+    assert tracker.flush(10.0)
+    assert history(tracker, run_id, "loss") == [(1, 1.0)]
 
 
 # --- a store that cannot be used --------------------------------------------------------------

@@ -187,9 +187,9 @@ class Ssds(Smoothed):
     bytes; raw steps need fp32) and 4 bytes for v.
 
     The preset `released` has the code's numbers in pixel space: simultaneous, raw, sigma 2/128, all
-    multipliers, its decay of sigma and alpha. Not taken over: the code's normalised images, to which it
-    applies eps and the clipping as if they were pixels; fixed minibatches whose last 80 images are never
-    seen; perturbations that do not follow the crop of their image (bank_align=none does that).
+    multipliers, its decay of sigma and alpha, and perturbations that do not follow the crop of their
+    image (bank_align=none). Not taken over: the code's normalised images, to which it applies eps and
+    the clipping as if they were pixels, and fixed minibatches whose last 80 images are never seen.
     """
 
     card: ClassVar[Card] = Card(
