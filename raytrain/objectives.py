@@ -49,8 +49,18 @@ Smoothing = Annotated[
 ]
 
 
+class AttackedByCrossEntropy(AbstractObjective):
+    """Whatever training minimises, the attack maximises -log p_y(x + delta)."""
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        return cross_entropy(predict(batch.images + delta), batch.labels)
+
+
 @final
-class CrossEntropy(AbstractObjective):
+class CrossEntropy(AttackedByCrossEntropy):
     """-log p_y(x + delta), both for the attack and for training (Madry et al. 2018).
 
     With label smoothing s, training minimises (1 - s) times it plus s times the mean over all
@@ -59,12 +69,6 @@ class CrossEntropy(AbstractObjective):
 
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Smoothing = 0.0
-
-    def inner(
-        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
-    ) -> PerSample:
-        del reference
-        return cross_entropy(predict(batch.images + delta), batch.labels)
 
     def outer(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
@@ -106,7 +110,7 @@ class Trades(AbstractObjective):
 
 
 @final
-class Mart(AbstractObjective):
+class Mart(AttackedByCrossEntropy):
     """Training: BCE(p(x'), y) + beta KL(p(x) | p(x')) (1 - p_y(x)), x' = x + delta;
     BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x')).  Attack: cross-entropy.
 
@@ -118,12 +122,6 @@ class Mart(AbstractObjective):
 
     name: Literal["mart"] = "mart"
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 5.0
-
-    def inner(
-        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
-    ) -> PerSample:
-        del reference
-        return cross_entropy(predict(batch.images + delta), batch.labels)
 
     def outer(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference

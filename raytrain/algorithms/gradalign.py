@@ -11,7 +11,12 @@ from pydantic import Field
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
 from raytrain.attacks import Start, Zero, ascend
 from raytrain.balls import AbstractBall
-from raytrain.objectives import AbstractObjective, Reference, Smoothing, cross_entropy
+from raytrain.objectives import (
+    AttackedByCrossEntropy,
+    Reference,
+    Smoothing,
+    cross_entropy,
+)
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
 from raytrain.types import (
@@ -28,7 +33,7 @@ from raytrain.types import (
 
 
 @final
-class Aligned(AbstractObjective):
+class Aligned(AttackedByCrossEntropy):
     """CE(x + delta) + lambda (1 - cos(g, grad CE(x + eta))), the reference being (g, eta).
 
     g is held fixed, the other gradient is differentiated once more. A sample with a zero gradient
@@ -39,12 +44,6 @@ class Aligned(AbstractObjective):
 
     lam: float
     label_smoothing: Smoothing = 0.0
-
-    def inner(
-        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
-    ) -> PerSample:
-        del reference
-        return cross_entropy(predict(batch.images + delta), batch.labels)
 
     def outer(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference

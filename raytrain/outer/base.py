@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import ClassVar
 
 from raytrain.memory import Part, Setting
@@ -22,14 +21,14 @@ class AbstractOuter(Spec):
     card: ClassVar[Card]
 
     @property
-    @abstractmethod
     def weighs(self) -> bool:
         """Whether samples count differently, so that `weights` matter."""
+        return False
 
     @property
-    @abstractmethod
     def leaves(self) -> bool:
         """Whether the gradient is measured at other weights than the present ones."""
+        return False
 
     def memory(self, setting: Setting) -> dict[str, Part]:
         """What it keeps between steps, by name."""

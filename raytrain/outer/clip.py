@@ -35,14 +35,6 @@ class Clip(AbstractOuter):
         PositiveFloat, Field(description="largest l2 norm of the mean gradient")
     ] = 1.0
 
-    @property
-    def weighs(self) -> bool:
-        return False
-
-    @property
-    def leaves(self) -> bool:
-        return False
-
     def step(self, state: TrainState, rate: float = 1.0) -> None:
         torch.nn.utils.clip_grad_norm_(trainable(state.model), self.max_norm)
         super().step(state, rate)

@@ -146,10 +146,6 @@ class Engm(AbstractOuter):
     def weighs(self) -> bool:
         return True
 
-    @property
-    def leaves(self) -> bool:
-        return False
-
     def memory(self, setting: Setting) -> dict[str, Part]:
         return {"engm": EngmMemory(setting.place.device)}
 

@@ -19,11 +19,3 @@ class Plain(AbstractOuter):
     )
 
     name: Literal["sgd"] = "sgd"
-
-    @property
-    def weighs(self) -> bool:
-        return False
-
-    @property
-    def leaves(self) -> bool:
-        return False
