@@ -178,7 +178,7 @@ class Oracle:
         with torch.enable_grad():
             losses = self._outer(self._model, delta, bn)
             (grad,) = torch.autograd.grad(losses.sum(), delta)
-        self._meter.input_backwards += self._walked
+        self._meter.input_backwards += len(delta)
         return losses.detach(), grad
 
     # ---------------------------------------------------------------- weight gradients
@@ -189,8 +189,9 @@ class Oracle:
         if callable(weights):
             delta.requires_grad_(True)
         losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
-        self._weighted(losses, delta, weights)[0].mean().backward()
-        self._meter.full_backwards += walked
+        weighted, _ = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
+        weighted.mean().backward()
+        self._meter.full_backwards += walked + self._nested
         return losses.detach()
 
     def both_grads(
@@ -199,9 +200,9 @@ class Oracle:
         """`theta_grad` and d loss_i / d delta_i from one pass, of the outer losses in train mode."""
         delta = delta.detach().requires_grad_(True)
         losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
-        weighted, used = self._weighted(losses, delta, weights)
+        weighted, used = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
         weighted.mean().backward()
-        self._meter.full_backwards += walked
+        self._meter.full_backwards += walked + self._nested
         # Local, also under DDP: of the mean over this worker's samples, not over all of them.
         return losses.detach(), _per_sample(delta, used)
 
@@ -214,7 +215,7 @@ class Oracle:
         delta = delta.detach().requires_grad_(True)
         losses = self._outer(self._model, delta, "batch_nostat")
         (factor * losses.mean()).backward()
-        self._meter.full_backwards += self._walked
+        self._meter.full_backwards += self._walked + self._nested
         return _per_sample(delta, None) / factor
 
     def mean_grads(self, delta: Delta) -> list[Tensor]:
@@ -224,9 +225,9 @@ class Oracle:
         """
         with torch.enable_grad():
             losses = self._outer(self._model, delta.detach(), "batch_nostat")
-            grads = torch.autograd.grad(losses.mean(), trainable(self._model))
-        self._meter.full_backwards += self._walked
-        return list(grads)
+            grads = _of_all_weights(losses.mean(), self._model)
+        self._meter.full_backwards += self._walked + self._nested
+        return grads
 
     def sample_grads(
         self, delta: Delta, bn: BatchNorm, chunk: int, count: int | None = None
@@ -234,9 +235,9 @@ class Oracle:
         """The own outer gradients of the first `count` samples, (k, *weight) for every trainable
         weight, `chunk` samples at a time.
 
-        In eval mode samples do not meet, and a chunk is vectorised; the memory is `chunk` times that
-        of the weights. With batch statistics a sample's gradient is that of its loss through the
-        statistics of the whole batch: one backward of the whole batch for each sample.
+        In eval mode samples do not meet, and a chunk is vectorised, in float32 or wider; the memory is
+        `chunk` times that of the weights. With batch statistics a sample's gradient is that of its
+        loss through the statistics of the whole batch: one backward of the whole batch for each.
         """
         if bn != "eval":
             yield from self._grads_through_the_batch(delta, bn, count)
@@ -252,20 +253,13 @@ class Oracle:
 
     # ---------------------------------------------------------------- in two stages (YOPO)
 
-    def settled(self, weights: PerSample | Weigh | None, delta: Delta) -> PerSample | None:
-        """Weights as numbers, for a pass that does not reach the pixels: a forward and input backward."""
-        if not callable(weights):
-            return weights
-        losses, grads = self.outer_grad(delta, "batch_nostat")
-        return weights(losses, lambda: grads).detach()
-
     def costate(
-        self, delta: Delta, weights: PerSample | None, stem_too: bool
-    ) -> tuple[PerSample, Tensor]:
-        """Outer losses and d loss_i / d stem_i; the later layers' mean gradient is added to their p.grad.
+        self, delta: Delta, weights: PerSample | Weigh | None, stem_too: bool
+    ) -> tuple[PerSample, Tensor, PerSample | None]:
+        """Outer losses, d loss_i / d stem_i, and the weights of the mean.
 
-        The model must have `stem` and `rest`. Without a collective. `stem_too` adds the first
-        layer's gradient at this delta as well.
+        The later layers' mean gradient is added to their p.grad, without a collective; `stem_too`
+        adds the first layer's gradient at this delta as well. The model must have `stem` and `rest`.
         """
         seams: list[tuple[Tensor, Tensor]] = []
 
@@ -276,12 +270,15 @@ class Oracle:
 
         losses, walked = self._outer(staged, delta.detach(), "train"), self._walked
         ((after, seam),) = seams
-        weighted, used = self._weighted(losses, seam, weights)
+        # This pass does not reach the pixels: who asks for their gradients pays for another.
+        weighted, used = self._weighted(
+            losses, weights, lambda: self.outer_grad(delta, "batch_nostat")[1]
+        )
         weighted.mean().backward()
         self._meter.full_backwards += walked
         if stem_too:
             after.backward(seam.grad)
-        return losses.detach(), _per_sample(seam, used)
+        return losses.detach(), _per_sample(seam, used), used
 
     def stem_delta_grad(self, delta: Delta, costate: Tensor, share: float) -> Delta:
         """d <stem(x + delta_i), costate_i> / d delta_i: all that a frozen costate leaves to compute.
@@ -307,6 +304,11 @@ class Oracle:
         """Only an objective with gradients inside looks at it when training: others save its cost."""
         return self.reference if self._objective.nested_gradients else ()
 
+    @property
+    def _nested(self) -> int:
+        """Samples whose loss holds an input gradient: to differentiate it is one more full backward."""
+        return self._objective.nested_gradients * len(self.batch)
+
     def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
         with mode(self._model, "train"), autocast(delta.device, self._precision):
             after = self._model.stem(self.batch.images + delta)  # pyright: ignore[reportCallIssue]
@@ -322,33 +324,33 @@ class Oracle:
         self._walked = 0
         with mode(self._model, bn):
             losses = self._objective.outer(self._predictor(module), self.batch, delta, reference)
-        nested = self._objective.nested_gradients * len(self.batch)
-        self._meter.input_backwards += nested
-        self._meter.full_backwards += nested  # differentiating them again
+        self._meter.input_backwards += self._nested
         return losses
 
     def _weighted(
-        self, losses: PerSample, delta: Delta, weights: PerSample | Weigh | None
+        self,
+        losses: PerSample,
+        weights: PerSample | Weigh | None,
+        input_grads: Callable[[], Delta],
     ) -> tuple[PerSample, PerSample | None]:
         """The losses times their weights, and the weights."""
         if weights is None:
             return losses, None
-        walked = self._walked
-
-        def input_grads() -> Delta:
-            self._meter.input_backwards += walked
-            return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
-
         found = weights(losses.detach(), input_grads) if callable(weights) else weights
         return losses * found.detach(), found.detach()
+
+    def _input_grads(self, losses: PerSample, delta: Delta) -> Delta:
+        """d loss_i / d delta_i, the graph kept: delta enters one branch of any objective."""
+        self._meter.input_backwards += len(delta)
+        return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
 
     def _grads_of_one(self, delta: Delta, row: Rows) -> list[Tensor]:
         part = tuple(one[row] for one in self._outer_reference)
         self._walked = 0
         with torch.enable_grad(), mode(self._model, "eval"):
-            predict = self._predictor(self._model)
+            predict = self._predictor(self._model, "fp32")
             losses = self._objective.outer(predict, self.batch[row], delta[row].detach(), part)
-            grads = torch.autograd.grad(losses.sum(), trainable(self._model))
+            grads = _of_all_weights(losses.sum(), self._model)
         self._meter.full_backwards += self._walked + self._objective.nested_gradients
         self._meter.input_backwards += self._objective.nested_gradients
         return [grad[None] for grad in grads]
@@ -367,7 +369,7 @@ class Oracle:
                 return func.functional_call(self._model, weights, (images,))
 
             given = tuple(value[None] for value in part)
-            predict = self._predictor(module)
+            predict = self._predictor(module, "fp32")
             return self._objective.outer(predict, one, delta[None], given).sum()
 
         with mode(self._model, "eval"):
@@ -396,15 +398,15 @@ class Oracle:
             losses = self._outer(self._model, delta.detach(), bn)
             walked = self._walked
             for loss in losses[:count]:
-                grads = torch.autograd.grad(loss, trainable(self._model), retain_graph=True)
-                self._meter.full_backwards += walked
+                grads = _of_all_weights(loss, self._model, retain_graph=True)
+                self._meter.full_backwards += walked + self._nested
                 yield [one[None] for one in grads]
 
-    def _predictor(self, module: Predict) -> Predict:
+    def _predictor(self, module: Predict, precision: Precision | None = None) -> Predict:
         def predict(images: Tensor) -> Tensor:
             self._meter.forwards += len(images)
             self._walked += len(images)
-            with autocast(images.device, self._precision):
+            with autocast(images.device, precision or self._precision):
                 return module(images)
 
         return predict
@@ -415,6 +417,16 @@ def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:
     assert leaf.grad is not None
     grad = leaf.grad * len(leaf)
     return grad if weights is None else grad / weights.view(-1, *[1] * (leaf.dim() - 1))
+
+
+def _of_all_weights(value: Tensor, model: nn.Module, retain_graph: bool = False) -> list[Tensor]:
+    """The gradient for every trainable weight: zero for those that `value` does not depend on."""
+    weights = trainable(model)
+    return list(
+        torch.autograd.grad(
+            value, weights, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -71,5 +71,5 @@ class Outcome:
     """What one step leaves for the record."""
 
     losses: Tensor  # outer losses before the update, (n,)
-    delta: Tensor  # the perturbation trained on
+    delta: Tensor  # the perturbation at the end of the step: trained on, or (free, yopo) the next
     steps: Tensor  # inner steps taken by each sample, (n,)

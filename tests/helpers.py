@@ -16,7 +16,8 @@ from raytrain.objectives import AbstractObjective, Reference
 from raytrain.oracle import trainable
 from raytrain.place import Place
 from raytrain.state import TrainState
-from raytrain.types import Batch, Dice, View
+from raytrain.store import SampleStore
+from raytrain.types import Batch, Delta, Dice, PerSample, Predict, View
 
 CPU = torch.device("cpu")
 
@@ -254,3 +255,89 @@ def input_norms(
     losses = objective.outer(twin, batch, point, reference)
     (grad,) = torch.autograd.grad(losses.sum(), point)
     return grad.flatten(1).norm(dim=1)
+
+
+class Saddle(nn.Module):
+    """Not logits but (w, scale * pixels), (n, 2, num weights): an objective makes any f(w, delta) of it."""
+
+    def __init__(self, w: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self.scale * x.flatten(1)
+        return torch.stack([self.w.expand_as(delta), delta], 1)
+
+
+class SaddleObjective(AbstractObjective):
+    """f_i(w, delta_i), summed over pixels that have a weight each. Images do not matter, labels may."""
+
+    def value(self, w: Tensor, delta: Tensor, labels: Tensor) -> Tensor:
+        """f, for w and delta of the same shape (n, num weights); w delta unless a toy says otherwise."""
+        del labels
+        return w * delta
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        w, moved = predict(delta).unbind(1)
+        return self.value(w, moved, batch.labels).sum(1)
+
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        return self.inner(predict, batch, delta, reference)
+
+
+UNITS = 2.0**30
+"""Units of a toy per pixel: a power of two, so that the iterates of a toy are exact in pixels as well,
+and so large that the box never binds. A step along the raw gradient is UNITS^2 times smaller."""
+
+
+def grey(index: list[int], width: int = 1) -> Batch:
+    """Images of one line, all pixels in the middle of the box, labelled with their index."""
+    rows = torch.tensor(index)
+    images = torch.full((len(index), 1, 1, width), 0.5, dtype=torch.float64)
+    return Batch(images, rows.clone(), rows, dice_of(len(index)))
+
+
+def trajectory(
+    algorithm: AbstractAlgorithm,
+    steps: int,
+    *,
+    lr: float,
+    start: tuple[float, float] = (1.0, 1.0),
+    units: float = UNITS,
+) -> Tensor:
+    """(w, delta) of one weight and one pixel after 0, 1, ..., `steps` updates, (steps + 1, 2)."""
+    model = Saddle(torch.tensor(start[:1], dtype=torch.float64), units)
+    state = state_of(
+        model, algorithm, lr=lr, momentum=0, num_images=1, batch_size=1, shape=(1, 1, 1)
+    )
+    batch = grey([0])
+    for name in {"delta", "delta_before"} & state.parts.keys():
+        state.part(name, SampleStore).write(batch, row(start[1] / units))
+    rows = [start]
+    for _ in range(steps):
+        algorithm.step(state, batch)
+        delta = state.part("delta", SampleStore).read(batch)
+        rows.append((float(model.w.detach()), float(delta) * units))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def momenta(state: TrainState) -> Tensor:
+    """The momentum buffers of all trained weights, as one row of numbers."""
+    buffers = [state.optimizer.state[p]["momentum_buffer"] for p in trainable(state.model)]
+    return torch.cat([buffer.flatten() for buffer in buffers])
+
+
+def resumed(state: TrainState, algorithm: AbstractAlgorithm) -> TrainState:
+    """A fresh process that goes on from a copy of all that a checkpoint holds."""
+    fresh = state_of(copy.deepcopy(state.model), algorithm)
+    fresh.optimizer.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
+    for name, part in state.parts.items():
+        fresh.parts[name].load_state_dict(copy.deepcopy(part.state_dict()))
+    fresh.epoch, fresh.step = state.epoch, state.step
+    return fresh

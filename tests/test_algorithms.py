@@ -137,9 +137,9 @@ class TestEveryAlgorithm:
         algorithm = algorithm_of(RECIPES[name])
         state = state_of(tiny_net(torch.float32, batch_norm=True), algorithm)
         state.precision = "bf16"
-        for seed in range(2):
-            outcome = algorithm.step(state, batch_of(8, dtype=torch.float32, seed=seed))
-            assert outcome.losses.dtype == outcome.delta.dtype == torch.float32
+        algorithm.step(state, batch_of(8, dtype=torch.float32, seed=1))
+        outcome = algorithm.step(state, batch_of(8, dtype=torch.float32))
+        assert outcome.losses.dtype == outcome.delta.dtype == torch.float32
         for path, value in tensors([state.model.state_dict(), outcome.delta]):
             assert value.isfinite().all(), path
             assert value.dtype in (torch.float32, torch.int64), path

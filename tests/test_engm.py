@@ -91,6 +91,8 @@ FOUND: dict[str, dict[str, Any]] = {
     "loss_loglog": {"estimator": "loss", "fit": "loglog"},
 }
 EXACT = ["exact", "exact_one_by_one", "exact_train"]
+SOME = ["exact", "affine", "affine_reuse", "input_train", "loss_loglog"]
+"""One of each kind, where more would test the same again."""
 
 
 def ready(
@@ -245,7 +247,7 @@ def test_no_more_than_a_chunk_of_own_gradients_is_ever_held(estimator: str) -> N
 def test_1_an_infinite_alpha_is_momentum_sgd_bit_for_bit(found: str, batch_norm: bool) -> None:
     outers = (Plain(), Engm(alpha=math.inf, tau=2, **FOUND[found]))
     states = [ready(outer, tiny_net(batch_norm=batch_norm), weight_decay=0.01) for outer in outers]
-    for seed in range(4):
+    for seed in range(3):
         batch = batch_of(8, seed=seed)
         for outer, state in zip(outers, states, strict=True):
             losses = update(outer, state, batch, moved(batch, seed=seed))
@@ -255,11 +257,10 @@ def test_1_an_infinite_alpha_is_momentum_sgd_bit_for_bit(found: str, batch_norm:
 
 @pytest.mark.parametrize("found", EXACT)
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("alpha", [0.01, 3.0])
-def test_2_the_mean_gradient_is_no_longer_than_alpha(found: str, name: str, alpha: float) -> None:
+def test_2_the_mean_gradient_is_no_longer_than_alpha(found: str, name: str) -> None:
     # With batch statistics it holds where norms are measured through them, too.
     objective, model = OBJECTIVES[name], tiny_net(batch_norm=found == "exact_train")
-    for seed in range(2):
+    for seed, alpha in enumerate((0.01, 1.0)):
         batch = batch_of(6, seed=seed)
         reference = reference_of(objective, model, batch)
         outer = Engm(alpha=alpha, **FOUND[found])
@@ -329,16 +330,16 @@ def test_4_a_vanishing_alpha_leaves_the_mean_of_unit_vectors(found: str) -> None
 
 @pytest.mark.parametrize("found", ["exact", "input", "loss_loglog", "loglog"])
 def test_4_a_vanishing_alpha_with_the_rate_scaled_up_is_normalisation(found: str) -> None:
-    small, normal = (
-        Engm(alpha=alpha, mode=mode, tau=2, **FOUND[found])
-        for alpha, mode in ((1e-8, "clip"), (1.0, "normalise"))
-    )
+    shared = {"tau": 2, **FOUND[found]}
+    small = Engm(alpha=1e-8, mode="clip", **shared)
+    normal = Engm(alpha=1.0, mode="normalise", **shared)
     states = [ready(small, tiny_net(), lr=1e8 * 0.1), ready(normal, tiny_net(), lr=0.1)]
     for seed in range(3):
         batch = batch_of(8, seed=seed)
         for outer, state in zip((small, normal), states, strict=True):
             update(outer, state, batch, moved(batch))
-    assert_near(*(weights_of(state.model) for state in states), 1e-9)
+    one, two = (weights_of(state.model) for state in states)
+    assert_near(one, two, 1e-9)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:
@@ -448,7 +449,8 @@ def test_11_an_input_norm_is_an_affine_estimate_frozen_without_an_intercept() ->
     for seed in range(3):
         for outer, state in zip((given, frozen), states, strict=True):
             update(outer, state, batch_of(8, seed=seed), moved(batch_of(8)))
-    assert_near(*(weights_of(state.model) for state in states), 1e-12)
+    one, two = (weights_of(state.model) for state in states)
+    assert_near(one, two, 1e-12)
     assert memory_of(states[0]).state_dict() == {"updates": 0}
 
 
@@ -494,7 +496,7 @@ def test_a_line_is_fitted_by_least_squares_at_every_tau_th_update_and_blended(
     outer, loglog = Engm.model_validate(fields), fit == "loglog"
     state = ready(outer, tiny_net(), lr=0.02)
     memory, line = memory_of(state), (0.0, 0.0)
-    for number in range(8):
+    for number in range(5):
         batch = batch_of(8, seed=number)
         delta = moved(batch, seed=number)
         grads = one_by_one(state.model, CE, batch, delta)
@@ -515,7 +517,7 @@ def test_a_line_is_fitted_by_least_squares_at_every_tau_th_update_and_blended(
         assert float(memory.values["gamma0"]) == pytest.approx(line[1], rel=1e-9, abs=1e-9)
         assert memory.values["gamma1"].dtype == torch.float64
         assert_near(applied(state.model), mean_of((3.0 / told).clamp(max=1), grads), 1e-9)
-    assert memory.updates == 8
+    assert memory.updates == 5
 
 
 def test_exact_norms_are_measured_at_every_tau_th_update_and_at_no_other() -> None:
@@ -622,13 +624,17 @@ def test_alpha_follows_a_quantile_of_the_norms(found: str) -> None:
         assert_near(applied(state.model), mean_of((alpha / norms).clamp(max=1), grads), 1e-9)
 
 
-@pytest.mark.parametrize("mode", ["clip", "normalise"])
-@pytest.mark.parametrize("found", FOUND)
-def test_renormalised_weights_have_mean_one_and_the_same_direction(found: str, mode: str) -> None:
+def test_normalised_weights_are_not_renormalised() -> None:
+    with pytest.raises(ValidationError, match="renorm needs mode=clip"):
+        Engm(mode="normalise", renorm=True)
+
+
+@pytest.mark.parametrize("found", SOME)
+def test_renormalised_weights_have_mean_one_and_the_same_direction(found: str) -> None:
     model, batch = tiny_net(), batch_of(8)
     grads = one_by_one(model, CE, batch, moved(batch))
     latest = pretend(grads.norm(dim=1).sqrt(), batch)
-    fields = {"alpha": 1.0, "mode": mode, **FOUND[found]}
+    fields = {"alpha": 1.0, **FOUND[found]}
     plain, renormed = (
         direction(Engm.model_validate({**fields, "renorm": on}), model, batch, latest=latest)
         for on in (False, True)
@@ -640,14 +646,17 @@ def test_renormalised_weights_have_mean_one_and_the_same_direction(found: str, m
     assert float(weights.std()) > 0.01
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_normalisation_weighs_by_alpha_over_the_norm_beyond_one_too(found: str) -> None:
     model, batch = tiny_net(), batch_of(8)
     grads = one_by_one(model, CE, batch, moved(batch))
     norms, latest = grads.norm(dim=1), pretend(grads.norm(dim=1).sqrt(), batch)
     if not found.startswith("exact"):
         told = predicted(found, model, batch, latest)
-        norms = told if found.startswith("input") else line(told, norms, "loglog" in found)
+        # A line promises no norm below the smallest measured.
+        least = 0.0 if "loglog" in found else float(norms.min())
+        fit = line(told, norms, "loglog" in found).clamp_min(least)
+        norms = told if found.startswith("input") else fit
     alpha = 2 * float(norms.median())
     outer = Engm(alpha=alpha, mode="normalise", **FOUND[found])
     got = direction(outer, model, batch, latest=latest)
@@ -672,19 +681,19 @@ def flat_for_label_one(seed: int = 0) -> tuple[nn.Module, Batch]:
     return model, Batch(batch.images, index, batch.index, batch.dice)
 
 
-@pytest.mark.parametrize("mode", ["clip", "normalise"])
-@pytest.mark.parametrize("renorm", [False, True], ids=["plain", "renorm"])
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize(
+    "how", [{}, {"renorm": True}, {"mode": "normalise"}], ids=["clip", "renorm", "normalise"]
+)
+@pytest.mark.parametrize("found", SOME)
 def test_a_sample_without_a_gradient_does_not_silence_the_others(
-    found: str, renorm: bool, mode: str
+    found: str, how: dict[str, Any]
 ) -> None:
     model, batch = flat_for_label_one()
     objective = Scaled(by=(1.0, 0.0, 1.0, 1.0))
     grads = one_by_one(model, objective, batch, moved(batch))
     assert grads.norm(dim=1)[6:].tolist() == [0, 0]
     latest = pretend(grads.norm(dim=1), batch)
-    fields = {"alpha": 1.0, "mode": mode, "renorm": renorm, **FOUND[found]}
-    outer = Engm.model_validate(fields)
+    outer = Engm.model_validate({"alpha": 1.0, **how, **FOUND[found]})
     got = direction(outer, model, batch, objective=objective, latest=latest)
     units = grads[:6] / grads[:6].norm(dim=1, keepdim=True)
     assert bool(torch.isfinite(got).all())
@@ -692,7 +701,7 @@ def test_a_sample_without_a_gradient_does_not_silence_the_others(
     assert float(got.norm()) > 0.01 * float(units.sum(0).norm()) / 8
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_no_gradient_at_all_is_no_update(found: str) -> None:
     for fields in ({}, {"mode": "normalise"}, {"renorm": True}, {"quantile": 0.5}):
         outer = Engm.model_validate({**FOUND[found], **fields})
@@ -705,7 +714,7 @@ def test_no_gradient_at_all_is_no_update(found: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["clip", "normalise"])
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_given_weights_belong_to_the_loss_whose_norm_is_bounded(found: str, mode: str) -> None:
     model, batch = tiny_net(), batch_of(8)
     grads = one_by_one(model, CE, batch, moved(batch))
@@ -714,7 +723,10 @@ def test_given_weights_belong_to_the_loss_whose_norm_is_bounded(found: str, mode
     given[3] = 0
     if not found.startswith("exact"):
         told = predicted(found, model, batch, latest)
-        norms = told if found.startswith("input") else line(told, norms, "loglog" in found)
+        line_only = mode == "normalise" and "loglog" not in found
+        least = float(norms.min()) if line_only else 0.0
+        fit = line(told, norms, "loglog" in found).clamp_min(least)
+        norms = told if found.startswith("input") else fit
     alpha = float((norms * given).median())
     outer = Engm.model_validate({"alpha": alpha, "mode": mode, **FOUND[found]})
     got = direction(outer, model, batch, latest=latest, given=given)
@@ -827,7 +839,7 @@ def test_exact_norms_through_the_batch_cost_a_whole_backward_for_each_sample(nam
 def test_a_fresh_input_gradient_costs_a_forward_and_an_input_backward(name: str) -> None:
     recipe, walks, _ = RECIPES[name]
     outer = Engm(estimator="input")
-    assert beyond(recipe, outer, 2) == [(8 * walks, 8 * walks, 0)] * 2
+    assert beyond(recipe, outer, 2) == [(8 * walks, 8, 0)] * 2
 
 
 def test_a_fresh_input_gradient_of_gradalign_differentiates_nothing_twice() -> None:
@@ -837,9 +849,9 @@ def test_a_fresh_input_gradient_of_gradalign_differentiates_nothing_twice() -> N
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm_rs", "trades", "mart"])
 def test_an_input_gradient_of_the_training_pass_costs_its_backward_alone(name: str) -> None:
-    recipe, walks, _ = RECIPES[name]
+    recipe, _, _ = RECIPES[name]
     outer = Engm(estimator="input", probe_bn="train")
-    assert beyond(recipe, outer, 2) == [(0, 8 * walks, 0)] * 2
+    assert beyond(recipe, outer, 2) == [(0, 8, 0)] * 2
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -885,7 +897,7 @@ def test_one_pass_algorithms_pay_for_the_loss_estimator_only_where_they_fit(name
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_measuring_norms_changes_only_the_meter_and_its_own_memory(
     found: str, training: bool
 ) -> None:
@@ -924,7 +936,7 @@ def test_measuring_norms_changes_only_the_meter_and_its_own_memory(
     )
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_running_statistics_are_those_of_plain_sgd_after_an_update(found: str) -> None:
     batch, buffers = batch_of(8), []
     for outer in (Plain(), Engm(alpha=0.1, **FOUND[found])):
@@ -947,7 +959,7 @@ def test_norms_are_measured_without_dropout(found: str) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_the_update_is_that_of_momentum_sgd_with_weight_decay_outside_the_norm(found: str) -> None:
     outer = Engm(alpha=0.5, tau=2, **FOUND[found])
     state = ready(outer, tiny_net(), lr=0.05, momentum=0.8, weight_decay=0.03)
@@ -962,7 +974,7 @@ def test_the_update_is_that_of_momentum_sgd_with_weight_decay_outside_the_norm(f
 # --- memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_a_memory_that_was_saved_and_loaded_goes_on_bit_for_bit(
     found: str,
 ) -> None:
@@ -1042,12 +1054,12 @@ def trained(algorithm: AbstractAlgorithm, steps: int = 2) -> TrainState:
 
 
 @functools.cache
-def plainly(name: str) -> nn.Module:
-    """The network after two steps of SGD."""
-    return trained(algorithm_of(EVERY[name], Plain())).model
+def plainly(name: str, steps: int = 2) -> nn.Module:
+    """The network after a few steps of SGD."""
+    return trained(algorithm_of(EVERY[name], Plain()), steps).model
 
 
-@pytest.mark.parametrize("found", ["exact", "affine_reuse", "input_train", "loss"])
+@pytest.mark.parametrize("found", ["exact", "affine_reuse", "loss"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_algorithm_runs_with_it_and_an_infinite_alpha_is_no_change(
     name: str, found: str
@@ -1055,13 +1067,13 @@ def test_every_algorithm_runs_with_it_and_an_infinite_alpha_is_no_change(
     unbounded = algorithm_of(EVERY[name], Engm(alpha=math.inf, **FOUND[found]))
     assert same(trained(unbounded).model, plainly(name))
     bounded = algorithm_of(EVERY[name], Engm(alpha=0.01, **FOUND[found]))
-    state = trained(bounded)
-    assert not same(state.model, plainly(name))
+    state = trained(bounded, steps=1)
+    assert not same(state.model, plainly(name, steps=1))
     assert bool(torch.isfinite(weights_of(state.model)).all())
     told = bounded.measures(state, batch_of(8))
     assert 0 < told["engm/clipped"] <= 1
     if FOUND[found]["estimator"] in ("affine", "loss"):
-        assert memory_of(state).updates == 2 * UPDATES.get(name, 1)
+        assert memory_of(state).updates == UPDATES.get(name, 1)
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("C", "extrapolated"), ("T", "table")])
@@ -1110,7 +1122,7 @@ def test_each_pass_of_yopo_is_bounded_on_its_own() -> None:
 # --- other networks ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", SOME)
 def test_weights_that_are_not_trained_neither_move_nor_count(found: str) -> None:
     model, batch = tiny_net(batch_norm=True), batch_of(8)
     model.conv1.weight.requires_grad_(False)
@@ -1173,7 +1185,7 @@ def test_one_linear_layer_has_the_norm_of_the_image_times_that_of_the_error() ->
 
 
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["no_bn", "bn"])
-@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("found", ["exact", "exact_one_by_one", "loglog", "input_train", "loss"])
 def test_in_bfloat16_norms_are_near_those_of_float32_and_kept_in_it(
     found: str, batch_norm: bool
 ) -> None:

@@ -300,7 +300,7 @@ def slot_setting(place: Place, batch_size: int = 12) -> Setting:
     return Setting(place, tiny_net(), 99, (1, 2, 3), batch_size, torch.float64, seed=0)
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product([1, 2, 3, 4, 6], repeat=2)))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product([1, 2, 3, 6], repeat=2)))
 def test_slots_are_dealt_anew_to_any_number_of_workers(before: int, after: int) -> None:
     whole = torch.randn(12, 1, 2, 3, generator=generator(0), dtype=torch.float64)
     held = []
@@ -311,6 +311,7 @@ def test_slots_are_dealt_anew_to_any_number_of_workers(before: int, after: int) 
         # Slot s belongs to worker s modulo their number, as its images do.
         assert torch.equal(store.values, whole[rank::before])
         held.append(store.values)
+    saved: dict[str, Any] = {}
     for rank in range(before):
         writer = SlotStore(slot_setting(Told(rank=rank, world=before, rows=tuple(held))))
         saved = writer.state_dict()
@@ -346,7 +347,7 @@ def test_the_costate_is_the_gradient_after_the_first_layer(
     batch, model = batch_of(8), tiny_net(batch_norm=batch_norm)
     delta, twin = noise(batch), copy.deepcopy(model).train()
     weights = torch.tensor(UNEVEN, dtype=torch.float64) if weighted else None
-    losses, costate = yopo_oracle(model, batch).costate(delta, weights, stem_too=False)
+    losses, costate, _ = yopo_oracle(model, batch).costate(delta, weights, stem_too=False)
     seam = twin.stem(batch.images + delta).detach().requires_grad_(True)
     wanted = F.cross_entropy(twin.rest(seam), batch.labels, reduction="none")
     assert_near(losses, wanted.detach(), 1e-14)
@@ -368,7 +369,7 @@ def test_the_costate_is_the_gradient_after_the_first_layer(
 def test_with_a_fresh_costate_the_first_layer_tells_the_whole_input_gradient(make: Any) -> None:
     batch, model = batch_of(8), make()
     oracle, delta = yopo_oracle(model, batch), noise(batch)
-    _, costate = oracle.costate(delta, None, stem_too=False)
+    _, costate, _ = oracle.costate(delta, None, stem_too=False)
     found = oracle.stem_delta_grad(delta, costate, 0.0)
     assert_near(found, oracle.delta_grad(delta)[1], 1e-13)
     stale = oracle.stem_delta_grad(0 * delta, costate, 0.0)

@@ -15,7 +15,6 @@ from helpers import (
     ball_of,
     batch_of,
     generator,
-    same,
     state_of,
     tiny_net,
 )

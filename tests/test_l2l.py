@@ -320,7 +320,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("projection", ["hard", "straight_through"])
 @pytest.mark.parametrize("weighting", WEIGHTS)
-@pytest.mark.parametrize("truncate", [None, 1, 2, 3, 9])
+@pytest.mark.parametrize("truncate", [None, 1, 3])
 def test_the_meta_gradient_is_that_through_the_whole_graph(
     norm: str, projection: str, weighting: str, truncate: int | None
 ) -> None:
@@ -408,18 +408,6 @@ def grad_sign(model: nn.Module, batch: Batch) -> Tensor:
     return oracle_of(model, batch).delta_grad(torch.zeros_like(batch.images))[1].sign()
 
 
-def test_at_exactly_its_bound_the_balls_clip_hands_on_the_slope_and_the_box_half_of_it() -> None:
-    # As the docstring of L2l says; ties decide much where an attacker begins as PGD.
-    eps, half = EPS["linf"], torch.full((1, 1, 1, 3), 0.5, dtype=torch.float64)
-    slopes = []
-    for images, tie in ((half, eps), (half * 0 + 1 - eps / 2, eps / 2)):
-        tie = float(1 - images[0, 0, 0, 0]) if tie < eps else tie
-        delta = torch.full_like(images, tie).requires_grad_(True)
-        inside = ball_of("linf").feasible(delta, images)
-        slopes.append(torch.autograd.grad(inside.sum(), delta)[0].unique().tolist())
-    assert slopes == [[1.0], [0.5]]
-
-
 def test_reaching_back_less_far_changes_the_gradient_and_not_the_attack() -> None:
     batch, model = batch_of(6), tiny_net()
     found, grads = [], []
@@ -481,7 +469,8 @@ def test_logarithmic_features_are_those_of_the_paper() -> None:
         wanted.append(
             attacker.readout.weight[0, 0] * first + attacker.readout.weight[0, 1] * second
         )
-    assert_near(attacker(grad, [])[0].flatten(), torch.stack(wanted), 1e-14)
+    found = attacker(grad, [])[0].flatten().detach()
+    assert_near(found, torch.stack(wanted).detach(), 1e-14)
 
 
 # --- invariant 8: who touches which gradient --------------------------------------------------

@@ -16,7 +16,7 @@ from raytrain.algorithms import CATALOGUE
 from raytrain.config import RunConfig
 from raytrain.loop import preflight
 from raytrain.outer import OUTERS
-from raytrain.request import as_run
+from raytrain.request import override, parse_overrides
 from raytrain.sweep.space import Choice, Real, SearchSpace, read_space
 from raytrain.types import Card, fraction, in_pixels
 
@@ -36,7 +36,6 @@ TO_CIFAR10 = "data=cifar10 model=resnet18 threat.eps=8/255"
 # What a card announces and its file leaves out.
 NOT_SEARCHED = {
     "yopo": {"n": "with a linear first layer n steps of s are one of n s, and that is searched"},
-    "engm": {"quantile": "it replaces alpha: no dimension can say that one of them is not set"},
 }
 
 # file -> field -> the other field, and with which of its values there is such a field at all
@@ -44,7 +43,7 @@ ESTIMATED = ("outer.estimator", ("affine", "loss"))
 AHEAD = ("algorithm.mode", ("A", "C"))
 MULTIPLIED = ("algorithm.budget", ("multiplier",))
 STOP, START = "algorithm.attack.stop", "algorithm.attack.start"
-ONLY_WITH: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+ONLY_WITH: dict[str, dict[str, tuple[str, tuple[str | None, ...]]]] = {
     "natural": {"optimizer.schedule.peak": ("optimizer.schedule.kind", ("onecycle",))},
     "dynamic": {
         "algorithm.decay.end": ("algorithm.decay.kind", ("power", "cosine")),
@@ -66,7 +65,11 @@ ONLY_WITH: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "algorithm.beta": ("algorithm.loss", ("trades",)),
         "algorithm.hidden": ("algorithm.cell", ("lstm", "gru", "rnn")),
     },
-    "engm": dict.fromkeys(("outer.tau", "outer.mu", "outer.fit", "outer.probes"), ESTIMATED),
+    "engm": {
+        "outer.alpha": ("outer.quantile", (None,)),
+        "outer.renorm": ("outer.mode", ("clip",)),
+        **dict.fromkeys(("outer.tau", "outer.mu", "outer.fit", "outer.probes"), ESTIMATED),
+    },
     "awp": {"algorithm.beta": ("algorithm", ("trades",))},
     "nested": {
         f"{START}.radius": (START, ("uniform",)),
@@ -173,13 +176,16 @@ def test_the_base_runs_as_it_is_on_the_embedded_digits(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_moves_to_cifar10_as_its_description_says(name: str) -> None:
-    told = " ".join(space_of(name).description.split())
+    space = space_of(name)
+    told = " ".join(space.description.split())
     (words,) = re.findall(re.escape(TO_CIFAR10) + r" epochs=\d+ batch_size=128", told)
-    space = read_space(FOLDER / f"{name}.yaml", TO_CIFAR10.split())  # which tries 200 points
-    run = as_run(space_of(name).base_run, words.split())
-    for moved in (run, space.base_run):
-        assert (moved.data.name, moved.model.name) == ("cifar10", "resnet18")
-        assert moved.threat.eps == 8 / 255
+    for change in (TO_CIFAR10, words):
+        base = override(space.base, parse_overrides(change.split()))
+        moved = space.model_copy(update={"base": base})
+        run = moved.base_run
+        assert (run.data.name, run.model.name, run.threat.eps) == ("cifar10", "resnet18", 8 / 255)
+        for number in range(20):
+            moved.run(moved.sample(Draws(f"{change} {number}")))
 
 
 @pytest.mark.parametrize("name", [*ALGORITHMS, "nested"])
@@ -266,7 +272,7 @@ def test_what_is_searched_lies_within_what_the_card_announces(key: str, field: s
         }
         return
     low, high = told
-    assert all(low <= end <= high for end in dimension.ends())
+    assert all(low <= end <= high for end in dimension.ends() if end is not None)
     assert getattr(dimension, "log", False) == (", log" in text)
 
 

@@ -42,13 +42,13 @@ class FreeTraining(AbstractAlgorithm):
             state.optimizer.zero_grad(set_to_none=True)
             losses, grad = oracle.both_grads(delta, self.outer.weights(state, oracle, delta))
             self.outer.step(state)
-            first = (losses, delta) if first is None else first
+            first = losses if first is None else first
             moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
             delta = self.ball.feasible(moved, batch.images)
         slots.values = delta
         assert first is not None
         steps = torch.full_like(batch.labels, self.m)
-        return Outcome(first[0], delta, steps)
+        return Outcome(first, delta, steps)
 
 
 @final
@@ -66,7 +66,8 @@ class Free(Smoothed):
     before the first pass; the pass is one (a re-implementation takes two); batches are whole, so no
     slot is left behind. BatchNorm is in train mode, because every pass is a weight update. The
     learning rate is that of the batch for all m replays. m = 1 is neither natural training nor FGSM:
-    its perturbation was computed for other images. l2 and l1 take the norm's own steepest step; the
+    its perturbation was computed for other images. One pass has one loss: a smoothed label reaches
+    the perturbation too. l2 and l1 take the norm's own steepest step; the
     paper has l-inf only.
     """
 

@@ -24,10 +24,12 @@ from raytrain.types import (
     BatchNorm,
     Card,
     Delta,
+    Mask,
     PerSample,
     Predict,
     StepSize,
     in_pixels,
+    over_pixels,
     per_sample_dot,
 )
 
@@ -130,15 +132,21 @@ class GradAlign(Smoothed):
 
 
 def _cosine(a: Delta, b: Delta) -> PerSample:
-    """cos(a_i, b_i); 1 where one of them is zero."""
-    lengths = a.flatten(1).norm(dim=1) * _length(b)
-    there = lengths > 0
-    cosine = per_sample_dot(a, b) / torch.where(there, lengths, torch.ones_like(lengths))
-    return torch.where(there, cosine, torch.ones_like(cosine))
+    """cos(a_i, b_i), however short they are; 1 where one of them is zero."""
+    (one, has_one), (other, has_other) = _unit(a), _unit(b)
+    cosine = per_sample_dot(one, other)
+    return torch.where(has_one & has_other, cosine, torch.ones_like(cosine))
 
 
-def _length(values: Delta) -> PerSample:
-    """The l2 length of each sample, with a finite derivative at zero."""
-    squares = values.flatten(1).square().sum(1)
-    there = squares > 0
-    return torch.where(there, squares, torch.ones_like(squares)).sqrt() * there
+def _unit(values: Delta) -> tuple[Delta, Mask]:
+    """Each sample's direction, and whether it has one.
+
+    Scaled by its largest pixel first: the squares of a confident network's gradients vanish in
+    float32, and their slopes would be infinite.
+    """
+    largest = values.detach().flatten(1).abs().amax(1)
+    there = largest > 0
+    scaled = values / over_pixels(torch.where(there, largest, torch.ones_like(largest)))
+    squares = scaled.flatten(1).square().sum(1)
+    length = torch.where(there, squares, torch.ones_like(squares)).sqrt()
+    return scaled / over_pixels(length), there

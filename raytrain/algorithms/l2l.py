@@ -59,6 +59,8 @@ class Learned(AbstractAlgorithm):
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
         """The attacker against PGD from the same start: well below it, its accuracy gains are illusory."""
         attacker, ball = state.part("attacker", Attacker), self.ball
+        # Measuring must not move the running statistics.
+        bn: BatchNorm = "batch_nostat" if self.ascent.bn == "train" else self.ascent.bn
         losses = []
         for learned in (True, False):
             oracle = Oracle(
@@ -66,7 +68,7 @@ class Learned(AbstractAlgorithm):
                 self.objective,
                 batch,
                 Meter(),
-                attack_bn=self.ascent.bn,
+                attack_bn=bn,
                 precision=state.precision,
             )
             start = self.start.delta(ball, batch, None)
@@ -119,8 +121,7 @@ class L2l(Smoothed):
     init=pgd with features=sign is PGD with step size `scale` bit for bit, for any cell (with tanh it
     then stays PGD: squash=hardtanh learns on). A hard projection has no slope where a pixel is at its
     bound, which after a strong step is nearly everywhere: projection=straight_through hands the slope
-    on. A clamp at exactly its bound passes the slope of the ball's clip whole and of the pixel box
-    half. In l2 a step of all pixels together is `scale` long. l1 is refused: see below. Watch
+    on. In l2 a step of all pixels together is `scale` long. Watch
     l2l/attack_loss against l2l/pgd_loss: a weak attacker makes clean accuracy look good.
     """
 

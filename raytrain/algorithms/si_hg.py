@@ -13,7 +13,7 @@ from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.balls import AbstractBall, in_box
 from raytrain.memory import Part, Setting, Weights
-from raytrain.objectives import CrossEntropy
+from raytrain.objectives import AbstractObjective
 from raytrain.oracle import Oracle, shifted, trainable
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
@@ -39,7 +39,7 @@ class SemiImplicit(AbstractAlgorithm):
 
     ball: AbstractBall
     outer: AbstractOuter
-    objective: CrossEntropy
+    objective: AbstractObjective
     recipe: SiHg
 
     def memory(self, setting: Setting) -> dict[str, Part]:

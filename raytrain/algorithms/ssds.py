@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.balls import L2, AbstractBall, in_box
 from raytrain.memory import Numbers, Part, Setting
-from raytrain.objectives import CrossEntropy
+from raytrain.objectives import AbstractObjective
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
 from raytrain.store import Keep, SampleStore
@@ -38,7 +38,7 @@ class SaddlePoint(AbstractAlgorithm):
 
     ball: AbstractBall
     outer: AbstractOuter
-    objective: CrossEntropy
+    objective: AbstractObjective
     recipe: Ssds
 
     def memory(self, setting: Setting) -> dict[str, Part]:
@@ -273,6 +273,12 @@ class Ssds(Smoothed):
         Field(description="canonical: perturbations follow crop and flip of their image"),
     ] = "canonical"
     attack_bn: BatchNorm = "batch_nostat"
+
+    @model_validator(mode="after")
+    def _raw_steps_have_their_own_unit(self) -> Ssds:
+        if self.ascent == "raw" and isinstance(self.sigma, str):
+            raise ValueError("sigma is in pixel^2 per nat with ascent=raw: expected a number")
+        return self
 
     def decay(self, epoch: int) -> float:
         """The factor on sigma and alpha in this epoch, from 0."""

@@ -43,14 +43,14 @@ class YopoTraining(AbstractAlgorithm):
         state.optimizer.zero_grad(set_to_none=True)
         first = None
         for _ in range(recipe.m):
-            weights = oracle.settled(self.outer.weights(state, oracle, delta), delta)
-            losses, costate = oracle.costate(delta, weights, stem_too=not hamiltonian)
+            weights = self.outer.weights(state, oracle, delta)
+            losses, costate, used = oracle.costate(delta, weights, stem_too=not hamiltonian)
             first = losses if first is None else first
             for _ in range(recipe.n):
                 grad = oracle.stem_delta_grad(delta, costate, share)
                 moved = ascend(ball, delta, grad, batch.images, size, "steepest")
                 delta = ball.feasible(moved, batch.images)
-            oracle.stem_theta_grad(delta, _weighted(costate, weights), share)
+            oracle.stem_theta_grad(delta, _weighted(costate, used), share)
         for parameter in trainable(state.model):
             if parameter.grad is not None:
                 parameter.grad /= recipe.m
@@ -79,7 +79,8 @@ class Yopo(Smoothed):
     first layer that is linear, as in all of raytrain's own networks and all public ones, the gradient
     of <p, stem(x + delta)> does not depend on delta: n steps of size s are one step of size n s, and
     searching both is searching one number. With m = 1 all layers but the first train on the random
-    start alone. Needs a network that tells its first layer from the rest: raytrain's own.
+    start alone. A smoothed label reaches the perturbation too, through the costate. Needs a network
+    that tells its first layer from the rest: raytrain's own.
     """
 
     card: ClassVar[Card] = Card(

@@ -105,7 +105,8 @@ class Attacker(nn.Module):
         if self.spec.squash == "tanh":
             out = out.tanh()
         elif self.spec.squash == "hardtanh":
-            out = out.clamp(-1, 1)
+            # With the slope of the inside at exactly the bound, where torch's clamp has none.
+            out = torch.where(out.abs() <= 1, out, out.detach().sign())
         return out.view_as(grad), after
 
     def _features(self, grad: Delta) -> Float[Tensor, "coordinates width"]:
@@ -156,6 +157,8 @@ class LearnedAscent(Spec):
             for step in range(1, self.steps + 1):
                 move, memory = attacker(grad, memory)
                 delta = self._projected(ball, delta + size * move, images)
+                if step == self.steps and not learn:
+                    break  # nobody would look at the last gradient
                 _, grad = oracle.delta_grad(delta.detach())
                 if not learn:
                     continue

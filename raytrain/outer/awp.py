@@ -90,12 +90,13 @@ class Awp(AbstractOuter):
                 if name in offsets:
                     p.add_(offsets[name])
         away = [p.detach().clone() for _, p in weights]
-        losses = self.then.update(state, oracle, delta, given, rate)
-        with torch.no_grad():
-            for (name, p), here, there in zip(weights, before, away, strict=True):
-                if name in offsets:
-                    p.copy_(here + (p - there))
-        return losses
+        try:
+            return self.then.update(state, oracle, delta, given, rate)
+        finally:  # whatever happens there, the weights come back
+            with torch.no_grad():
+                for (name, p), here, there in zip(weights, before, away, strict=True):
+                    if name in offsets:
+                        p.copy_(here + (p - there))
 
     def measures(self, state: TrainState) -> dict[str, float]:
         return self.then.measures(state)

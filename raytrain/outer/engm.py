@@ -64,7 +64,8 @@ class Engm(AbstractOuter):
     - exact: every sample's gradient, one forward and backward more, 3 FE;
     - affine (A-ENGM): s_i = gamma1 r_i + gamma0 from the input-gradient norm r_i, the line fitted to
       exact norms every `tau` updates and blended with the one before by `mu`. The least squares are
-      over all workers' samples. A negative slope falls back to a line through the origin;
+      over all workers' samples. A negative slope falls back to a line through the origin; with
+      mode=normalise no estimate on a line goes below the smallest of the last exact norms;
     - input (N-ENGM): s_i = kappa r_i, nothing fitted;
     - loss: as affine, with the loss itself for r_i: it costs nothing between fits.
 
@@ -81,13 +82,13 @@ class Engm(AbstractOuter):
         "arXiv 2209.01199 (a reconstruction from its abstract)",
         rule="w_i = min(1, alpha / s_i), s_i = |grad f_i|;  theta <- optimizer(theta, mean w_i grad f_i)",
         cost="exact: +3 FE; affine: +2 FE and 3 / tau (reuse or loss: 3 / tau); input: +2 FE (reuse: 0); "
-        "with trades and mart twice that",
-        memory="none per image; six numbers",
+        "with trades and mart 6 for 3 and 3 for 2",
+        memory="none per image; a few numbers",
         ranges={
             "alpha": "[0.3, 50], log, together with optimizer.lr",
             "quantile": "[0.3, 0.95] (instead of alpha)",
             "mode": "clip | normalise",
-            "renorm": "true | false",
+            "renorm": "true | false (clip)",
             "estimator": "exact | affine | input | loss",
             "tau": "1..500, log (affine, loss)",
             "mu": "[0, 0.95] (affine, loss)",
@@ -123,7 +124,9 @@ class Engm(AbstractOuter):
     )
     gradient: Annotated[
         Literal["fresh", "reuse"],
-        Field(description="the input gradient: where training is, or the attack's last"),
+        Field(
+            description="the input gradient: where training is, or the attack's last, if it has one"
+        ),
     ] = "fresh"
     probes: Annotated[
         PositiveInt | None,
@@ -138,8 +141,12 @@ class Engm(AbstractOuter):
 
     @model_validator(mode="after")
     def _has_a_threshold(self) -> Engm:
-        if self.mode == "normalise" and self.alpha == float("inf"):
+        if self.mode == "normalise" and self.alpha == float("inf") and self.quantile is None:
             raise ValueError("mode=normalise needs a finite alpha")
+        if self.mode == "normalise" and self.renorm:
+            raise ValueError(
+                "renorm needs mode=clip: the mean of alpha / s is that of the smallest norm"
+            )
         return self
 
     @property
@@ -176,6 +183,7 @@ class Engm(AbstractOuter):
         memory.clipped.zero_()
         memory.seen = 0
         found = {f"engm/{name}": float(value) for name, value in memory.values.items()}
+        found.pop("engm/floor", None)
         return {"engm/clipped": clipped / max(1.0, seen), **found}
 
     def _of(self, norms: PerSample, state: TrainState, given: PerSample | None) -> PerSample:
@@ -211,6 +219,8 @@ class Engm(AbstractOuter):
         slope, intercept = memory.values["gamma1"], memory.values["gamma0"]
         told = slope * self._scale(predictor) + intercept
         norms = told.exp() if self.fit == "loglog" else told
+        if self.mode == "normalise" and self.fit == "affine" and "floor" in memory.values:
+            norms = norms.clamp_min(memory.values["floor"])
         return norms.clamp_min(_FLOOR).to(predictor.dtype)
 
     def _refit(
@@ -223,7 +233,9 @@ class Engm(AbstractOuter):
     ) -> None:
         """Least squares of exact norms on the predictor, over all workers' probes: a collective."""
         wanted = len(delta) if self.probes is None else -(-self.probes // state.place.world)
-        s = self._scale(self._exact(oracle, delta, min(wanted, len(delta))))
+        norms = self._exact(oracle, delta, min(wanted, len(delta)))
+        memory.values["floor"] = state.place.gather(norms).double().min()
+        s = self._scale(norms)
         r = self._scale(predictor[: len(s)])
         ones = torch.ones_like(r)
         sums = torch.stack([one.sum() for one in (ones, r, s, r * s, r * r)])
@@ -247,7 +259,8 @@ class Engm(AbstractOuter):
     def _exact(self, oracle: Oracle, delta: Delta, count: int) -> Float[Tensor, " k"]:
         bn = "eval" if self.probe_bn == "eval" else "batch_nostat"
         chunks = oracle.sample_grads(delta, bn, self.chunk, count)
-        return torch.cat([_joint_norms(grads) for grads in chunks])
+        # By map, which lets go of a chunk before the next is computed.
+        return torch.cat(list(map(_joint_norms, chunks)))
 
 
 def _joint_norms(grads: list[Tensor]) -> PerSample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,7 @@ class AbstractDimension(Spec):
     def applies(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the conditions hold among the values chosen so far."""
         return all(
-            chosen.get(path) in (wanted if isinstance(wanted, list) else [wanted])
+            path in chosen and chosen[path] in (wanted if isinstance(wanted, list) else [wanted])
             for path, wanted in self.when.items()
         )
 
@@ -115,9 +116,9 @@ class Whole(AbstractDimension):
 
 @final
 class Choice(AbstractDimension):
-    """`{choice: [a, b, c]}`: names, numbers or booleans, in no order."""
+    """`{choice: [a, b, c]}`: names, numbers, booleans or null (the field left unset), in no order."""
 
-    options: Annotated[list[str | bool | int | float], Field(alias="choice", min_length=1)]
+    options: Annotated[list[str | bool | int | float | None], Field(alias="choice", min_length=1)]
 
     def ends(self) -> Sequence[Any]:
         return self.options
@@ -234,11 +235,11 @@ class SearchSpace(Spec):
 
     def in_pixels(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The chosen values in the units of the run: multiples of eps become pixels."""
+        in_eps = {path for path in chosen if getattr(self.space.get(path), "unit", None) == "eps"}
+        if not in_eps:
+            return dict(chosen)
         eps = chosen.get("threat.eps", self.base_run.threat.eps)
-        return {
-            path: value * eps if getattr(self.space.get(path), "unit", None) == "eps" else value
-            for path, value in chosen.items()
-        }
+        return {path: value * eps if path in in_eps else value for path, value in chosen.items()}
 
     def check(self) -> None:
         """Try random configurations and the corners of the space.
@@ -306,14 +307,23 @@ class _Draw:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        del step, log
-        return self._fixed.get(name, self._source.uniform(low, high))
+        if name in self._fixed:
+            return self._fixed[name]
+        if step is not None:
+            return low + step * self._source.randint(0, math.floor((high - low) / step + 1e-9))
+        if log:
+            drawn = math.exp(self._source.uniform(math.log(low), math.log(high)))
+            return min(max(drawn, low), high)
+        return self._source.uniform(low, high)
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        del log
-        return self._fixed.get(name, self._source.randrange(low, high + 1, step))
+        if name in self._fixed:
+            return self._fixed[name]
+        if log:
+            return round(math.exp(self._source.uniform(math.log(low), math.log(high))))
+        return self._source.randrange(low, high + 1, step)
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         return self._fixed.get(name, self._source.choice(choices))
