@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
 
@@ -303,6 +305,17 @@ def grey(index: list[int], width: int = 1) -> Batch:
     return Batch(images, rows.clone(), rows, dice_of(len(index)))
 
 
+@contextmanager
+def unchecked(when: bool = True) -> Iterator[None]:
+    """Annotations are not compared with what is passed: for the thousandth step like the first."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", when)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 def trajectory(
     algorithm: AbstractAlgorithm,
     steps: int,
@@ -320,8 +333,9 @@ def trajectory(
     for name in {"delta", "delta_before"} & state.parts.keys():
         state.part(name, SampleStore).write(batch, row(start[1] / units))
     rows = [start]
-    for _ in range(steps):
-        algorithm.step(state, batch)
+    for k in range(steps):
+        with unchecked(k > 1):
+            algorithm.step(state, batch)
         delta = state.part("delta", SampleStore).read(batch)
         rows.append((float(model.w.detach()), float(delta) * units))
     return torch.tensor(rows, dtype=torch.float64)

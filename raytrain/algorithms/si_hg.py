@@ -155,7 +155,7 @@ class SemiImplicit(AbstractAlgorithm):
         oracle = self._oracle(state, batch)
         delta = self._ascent(oracle, batch, delta, self.recipe.m)
         grads = [
-            torch.cat([grad.flatten(1) for grad in chunk], dim=1)
+            torch.cat([grad.reshape(len(grad), -1) for grad in chunk], dim=1)
             for chunk in oracle.sample_grads(delta, "eval", self.recipe.chunk)
         ]
         table.learn(batch, torch.cat(grads), theta)
@@ -237,7 +237,7 @@ class GradientTable:
         rows = batch.index // self._place.world
         change = (grads - self._rows[rows]).sum(0)
         self._rows[rows] = grads
-        count = self._place.total(torch.tensor(len(rows), device=change.device))
+        count = self._place.total(change.new_tensor(len(rows)))
         change = self._place.total(change) / self._num_images
         self._mean = self._mean + change
         self._ahead = self._mean + theta * self._num_images / count * change

@@ -269,4 +269,4 @@ def _joint_norms(grads: list[Tensor]) -> PerSample:
 
 
 def _norms(values: Tensor) -> PerSample:
-    return values.flatten(1).norm(dim=1)
+    return values.reshape(len(values), -1).norm(dim=1)
