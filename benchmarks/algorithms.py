@@ -57,6 +57,7 @@ def configuration(method: str, options: argparse.Namespace, epochs: int, seed: i
 
     base: dict[str, Any] = {
         "data": {"name": options.data, "validation": options.validation},
+        "model": options.model,
         "algorithm": {"name": method.split()[0]},
         "batch_size": options.batch_size,
         "epochs": epochs,
@@ -160,9 +161,9 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     ]
     images = next(row["images"] for row in rows if "images" in row)
     notes = [
-        f"{options.seeds} seeds, mean ± standard deviation over them; {images} test images, PGD-20 with "
-        f"step eps/4 on the last weights; budget {options.budget} FE per training image; defaults of "
-        "every algorithm, nothing tuned.",
+        f"{options.model}, {options.seeds} seeds, mean ± standard deviation over them; {images} test "
+        f"images, PGD-20 with step eps/4 on the last weights; budget {options.budget} FE per training "
+        "image; defaults of every algorithm, nothing tuned.",
         "",
         f"`{' '.join(['python', 'benchmarks/algorithms.py', *options.words])}`  ",
         f"{hardware(options)}; {versions()}",
@@ -238,6 +239,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", default="digits", help="a name, or the path of a Parquet file")
     parser.add_argument("--name", default="digits", help="of the files that are written")
+    parser.add_argument("--model", default="small_cnn")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
         "--budget", type=int, default=345, help="FE per image: PGD-10 for 15 epochs"
