@@ -20,8 +20,10 @@ from raytrain.types import Batch, View
 
 Keep = Literal["fp32", "fp16", "int8"]
 """How a perturbation is kept: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
-precision (float64 in an fp64 run). `int8` rounds to eps/127 of a pixel, `fp16` to about 1e-5 at
-eps 8/255: fine for steps of a fixed size, too coarse for small steps along the raw gradient."""
+precision (float64 in an fp64 run). `int8` counts in units of eps/127 (of 1/127 where eps is more
+than a pixel can move), `fp16` rounds to about 1e-5 at eps 8/255: fine for l-inf steps of a fixed
+size, too coarse for small steps along the raw gradient; in l2 at 0.5, int8 loses about an eighth of
+eps at every visit."""
 
 
 class SampleStore:
@@ -64,7 +66,7 @@ class SampleStore:
             setting.shape,
             setting.place,
             dtypes[keep],
-            scale=eps / 127 if keep == "int8" else None,
+            scale=min(eps, 1.0) / 127 if keep == "int8" else None,  # no pixel moves by more than 1
             aligned=aligned,
         )
 

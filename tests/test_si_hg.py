@@ -126,7 +126,7 @@ def gradient(
     return applied(twin)
 
 
-# --- the bilinear saddle, solved by hand --------------------------------------------------------
+# --- the bilinear saddle, solved by hand -------------------------------------------------------
 
 ITERATES = {
     "J": [(1 / 2, 3 / 2), (-1 / 4, 7 / 4), (-9 / 8, 13 / 8), (-31 / 16, 17 / 16)],
@@ -246,7 +246,7 @@ def test_with_every_image_in_the_batch_the_table_is_the_extrapolated_delta() -> 
         assert_near(runs[0], runs[1], 1e-13)
 
 
-# --- a finite sum, one image per step -----------------------------------------------------------
+# --- a finite sum, one image per step ----------------------------------------------------------
 
 SUM = 8
 SLOPES = torch.linspace(0.5, 1.5, SUM, dtype=torch.float64)
@@ -296,17 +296,17 @@ def test_the_table_removes_the_noise_of_sampling() -> None:
 
 @pytest.mark.parametrize("mode", "ACJ")
 def test_extrapolation_alone_does_not_remove_the_noise_of_sampling(mode: str) -> None:
-    plateau = float(errors(mode, 300)[-20:].median())
+    plateau = float(errors(mode, 200)[-12:].median())
     assert 3e-3 < plateau < 1
 
 
-# --- limits: the reduction matrix -----------------------------------------------------------------
+# --- limits: the reduction matrix --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("norm", "bn"), [("linf", "eval"), ("linf", "batch_nostat"), ("l2", "train"), ("l1", "eval")]
+    ("norm", "bn"), [("linf", "eval"), ("l2", "train"), ("l1", "batch_nostat")]
 )
-@pytest.mark.parametrize("mode", ["A", "C", "N"])
+@pytest.mark.parametrize("mode", ["A", "C"])
 def test_without_theta_and_memory_it_is_pgd(mode: str, norm: str, bn: str) -> None:
     ours = si_hg(
         mode, norm, theta=0, m=4, store="none", init="uniform", sigma="eps/3", attack_bn=bn
@@ -397,7 +397,7 @@ def test_radius_zero_cancels_in_mode_c(theta: float) -> None:
         assert_near(values, buffers[1][name], 1e-13)
 
 
-# --- A: looking ahead in the weights --------------------------------------------------------------
+# --- A: looking ahead in the weights -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -462,7 +462,7 @@ def test_frozen_weights_stay_where_they_are(mode: str) -> None:
     assert same(model.conv1, before.conv1) and not same(model.linear, before.linear)
 
 
-# --- B: looking ahead in delta ---------------------------------------------------------------------
+# --- B: looking ahead in delta -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -495,7 +495,7 @@ def test_b_descends_at_the_extrapolated_perturbation_and_ascends_at_the_new_weig
     assert outside  # otherwise projecting would have made no difference
 
 
-# --- C: extrapolating the gradient -------------------------------------------------------------------
+# --- C: extrapolating the gradient -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.3, 1.0, 1.5])
@@ -543,7 +543,7 @@ def test_c_trains_on_smoothed_labels_in_both_of_its_terms() -> None:
     assert_near(applied(state.model), wanted, 1e-13)
 
 
-# --- T: the table --------------------------------------------------------------------------------------
+# --- T: the table ------------------------------------------------------------------------------
 
 
 def table_of(state: TrainState) -> dict[str, Tensor]:
@@ -609,7 +609,7 @@ def test_a_weight_may_be_a_single_number(mode: str, chunk: int) -> None:
     assert not torch.equal(weights_of(state.model), before)
 
 
-# --- what is remembered -----------------------------------------------------------------------------
+# --- what is remembered ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eps", [8 / 255, 0.1, 0.3, 1 / 3])
@@ -627,6 +627,31 @@ def test_a_bank_rounds_by_no_more_than_its_type_allows(
         # Below 2^-14 a half is subnormal, and its error no longer relative.
         assert float(error.max()) <= bound * eps * (1 + 1e-12) + (2.0**-25 if bound else 0)
         assert not error.any() or kept != "fp32"
+
+
+@pytest.mark.parametrize("kept", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(
+    ("norm", "eps", "bound"),
+    # A pixel is wrong by half of min(eps, 1) / 127 at most, in l2 and l1 all of them at once.
+    [("linf", 8 / 255, 0.004), ("l2", 0.5, 0.25), ("l1", 12.0, 0.25)],
+)
+def test_a_customary_step_survives_every_bank_in_every_norm(
+    kept: str, norm: str, eps: float, bound: float
+) -> None:
+    if kept == "int8" and norm == "l1":
+        bound = 0.06  # 154 pixels of 0.02, each wrong by up to 1 / 254
+    algorithm = si_hg("N", norm, eps=eps, bank_dtype=kept, sigma="eps/4")
+    setting = Setting(Place(), tiny_net(), 8, (3, 32, 32), 8, torch.float64, seed=0)
+    store = algorithm.memory(setting)["delta"]
+    assert isinstance(store, SampleStore)
+    batch, ball = batch_of(8, channels=3, size=32), algorithm.ball
+    grad = torch.randn(batch.images.shape, generator=generator(0), dtype=torch.float64)
+    start = torch.zeros_like(grad)
+    delta = ball.feasible(
+        start + eps / 4 * ball.direction(grad, start, batch.images), batch.images
+    )
+    store.write(batch, delta)
+    assert float(ball.norm_of(store.read(batch) - delta).max()) <= bound * eps
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -787,7 +812,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(mode: str, store: str) -> None:
     assert equal(state, other)
 
 
-# --- warmup, replays, cost ----------------------------------------------------------------------------
+# --- warmup, replays, cost ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["A", "B", "C", "T"])
@@ -795,7 +820,7 @@ def test_theta_grows_over_the_epochs_of_its_warmup(mode: str) -> None:
     def at(epoch: int, theta: float, warmup: int) -> TrainState:
         return trained(si_hg(mode, theta=theta, theta_warmup=warmup), epoch=epoch)
 
-    for epoch, share in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 1.0)):
+    for epoch, share in ((0, 0.25), (2, 0.75), (7, 1.0)):
         assert equal(at(epoch, 1.0, 4), at(epoch, share, 0))
     assert equal(at(0, 1.0, 0), at(0, 1.0, 1))
     assert not equal(at(0, 1.0, 4), at(0, 1.0, 0))
@@ -838,9 +863,8 @@ def test_cost_is_what_the_card_says(mode: str, theta: float, m: int) -> None:
     wanted = {"A": 2 * m + 3, "B": 2 * m + 3, "N": 2 * m + 3, "J": 3, "T": 2 * m + 4}
     # Without theta the first pass of C needs no weight gradient: it is N.
     wanted["C"] = 2 * m + (4 if theta else 3)
-    for replays in (1, 2):
-        state = trained(si_hg(mode, theta=theta, m=m, replays=replays))
-        assert state.meter.fe == 3 * 8 * replays * wanted[mode]
+    state = trained(si_hg(mode, theta=theta, m=m, replays=2), steps=1)
+    assert state.meter.fe == 8 * 2 * wanted[mode]
 
 
 @pytest.mark.parametrize("mode", ["A", "B", "C", "N", "J"])
@@ -889,7 +913,7 @@ def test_clipping_and_weighting_reach_the_modes_that_take_one_pass() -> None:
     assert_near(weights_of(trained(weighed).model), weights_of(trained(si_hg("J")).model), 1e-13)
 
 
-# --- refusals and defaults ------------------------------------------------------------------------------
+# --- refusals and defaults ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

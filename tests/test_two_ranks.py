@@ -58,6 +58,9 @@ WITH_OUTER: dict[str, tuple[Any, Any]] = {
 }
 CASES = [*ALGORITHMS, *WITH_OUTER]
 
+WITH_MEMORY = ["remembered", "free", "si_hg_b", "released", "l2l", "engm_affine"]
+"""One of each kind: per image, per slot, int8 in two stores, multipliers, an optimiser, a fit."""
+
 PATIENCE = 120  # seconds after which a collective that somebody misses is a failure
 
 
@@ -115,12 +118,12 @@ def work(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {
         name: trained(run_of(name), place, folder / f"{name}-2" / LAST) for name in CASES
     }
-    found["resumed"] = trained(
-        run_of("remembered"), place, folder / "unused" / LAST, folder / "remembered-1" / LAST
-    )
-    found["back"] = trained(
-        run_of("remembered"), place, folder / "unused" / LAST, folder / "remembered-2" / LAST
-    )
+    unused = folder / "unused" / LAST
+    for name in WITH_MEMORY:
+        found[f"{name} resumed"] = trained(
+            run_of(name), place, unused, folder / f"{name}-1" / LAST
+        )
+        found[f"{name} back"] = trained(run_of(name), place, unused, folder / f"{name}-2" / LAST)
     found["averaged"] = averages(place)
     found["failed"] = failure(place, folder / "full")
     torch.save(found, folder / f"found-{rank}.pt")
@@ -233,20 +236,23 @@ class TestTwoRanks:
         assert_same_run(found, last)
 
 
+@pytest.mark.parametrize("name", WITH_MEMORY)
 def test_two_ranks_go_on_from_the_checkpoint_of_one(
-    alone: tuple[Path, dict[str, Any]], together: list[dict[str, Any]]
+    name: str, alone: tuple[Path, dict[str, Any]], together: list[dict[str, Any]]
 ) -> None:
-    wanted = alone[1]["remembered"]
+    wanted = alone[1][name]
     for found in together:
-        assert_same_run(found["resumed"], {**wanted, "metrics": wanted["metrics"][1:]})
+        later = {**wanted, "metrics": wanted["metrics"][1:]}
+        assert_same_run(found[f"{name} resumed"], later)
 
 
+@pytest.mark.parametrize("name", WITH_MEMORY)
 def test_two_ranks_go_on_from_their_own_checkpoint(
-    together: list[dict[str, Any]],
+    name: str, together: list[dict[str, Any]]
 ) -> None:
     for found in together:
-        wanted = found["remembered"]
-        assert_same_run(found["back"], {**wanted, "metrics": wanted["metrics"][1:]})
+        wanted = found[name]
+        assert_same_run(found[f"{name} back"], {**wanted, "metrics": wanted["metrics"][1:]})
 
 
 @pytest.mark.parametrize("network", ["model", "ema"])

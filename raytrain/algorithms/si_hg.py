@@ -148,18 +148,18 @@ class SemiImplicit(AbstractAlgorithm):
         self, state: TrainState, batch: Batch, delta: Delta, theta: float
     ) -> tuple[PerSample, Delta]:
         """T: descend along z_bar, ascend at the new weights, put the new gradients into the table."""
-        table = state.part("table", GradientTable)
+        table, oracle = state.part("table", GradientTable), self._oracle(state, batch)
+        losses = oracle.losses(delta)
         for parameter, grad in zip(trainable(state.model), table.direction(), strict=True):
             parameter.grad = grad.to(parameter.dtype)
         self.outer.step(state)
-        oracle = self._oracle(state, batch)
         delta = self._ascent(oracle, batch, delta, self.recipe.m)
         grads = [
             torch.cat([grad.reshape(len(grad), -1) for grad in chunk], dim=1)
             for chunk in oracle.sample_grads(delta, "eval", self.recipe.chunk)
         ]
         table.learn(batch, torch.cat(grads), theta)
-        return oracle.losses(delta), delta
+        return losses, delta
 
     # ---------------------------------------------------------------- delta
 
@@ -272,7 +272,8 @@ class SiHg(Smoothed):
       perturbations per image.
     - C: w descends along (1 + theta) g_w(delta') - theta g_w(delta), delta' the ascended one. With
       store=none and a zero start the loss is (1 + theta) f(x + delta') - theta f(x): a *negative*
-      weight on the clean loss.
+      weight on the clean loss. Its first ascent step shares the pass of g_w(delta): batch statistics,
+      and the smoothed label if there is one.
     - N (theta = 0): plain alternation. J: both gradients at the old point, from one pass.
     - T: SPDHG itself, with a table of every image's last weight gradient: n P numbers, a reference for
       exact problems. Only its variance reduction removes the noise of sampling; do not expect O(1/K)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
@@ -176,10 +176,10 @@ class Ssds(Smoothed):
     Budgets: `project` (the code's NOLAG) only projects. `multiplier` (NOLAM) adds v_i <- [v_i + alpha
     (|delta_i| - eps)]^+ and the drag -(v_i / c1) d|delta_i| on the gradient; with clamp_delta the norm
     never exceeds eps, so v only falls and the drag dies out. `full` adds t <- t + alpha (lambda - 1) and
-    lambda <- [lambda + (alpha / c2)(f - t - S)]^+, S = sum_i v_i (|delta_i| - eps) over the batch; lambda
-    multiplies the learning rate. `lam_mode=released` is lambda + (alpha / c2) f - t - S, as the code's
-    operator precedence has it, which cycles for ever with mean 1; `plain` is the line above, which
-    cycles more slowly; `extrapolated` uses 2 lambda - lambda_before in t's place and settles.
+    lambda <- [lambda + (alpha / c2)(f - t - S)]^+, S = mean_i v_i (|delta_i| - eps) over the batch (in the
+    released code the sum); lambda multiplies the learning rate. `lam_mode=released` is lambda +
+    (alpha / c2) f - t - S, as the code's operator precedence has it, which cycles for ever with mean 1;
+    `plain` is the line above, which cycles more slowly; `extrapolated` uses 2 lambda - lambda_before in t's place and settles.
 
     sigma belongs to the gradient of each sample's own loss (the released code moves by alpha / B along
     the gradient of the batch's mean, so that its step depends on the batch size). In pixels for
@@ -243,7 +243,7 @@ class Ssds(Smoothed):
     ] = None
     ascent: Ascent = "steepest"
     sigma_decay: Annotated[
-        Literal["released"] | float,
+        Literal["released"] | Annotated[FiniteFloat, Field(gt=0)],
         Field(
             description="factor on sigma and alpha per 100 epochs; released: exp(-e/1000) at each"
         ),
@@ -254,15 +254,15 @@ class Ssds(Smoothed):
     clamp_delta: Annotated[
         bool, Field(description="project on the ball beside the multipliers too")
     ] = True
-    v0: Annotated[NonNegativeFloat, Field(description="first multiplier of each image")] = 1.0
-    alpha: Annotated[PositiveFloat, Field(description="step of v, t and lambda")] = 2.0
-    c1: Annotated[PositiveFloat, Field(description="scale of the drag v / c1")] = 100.0
-    c2: Annotated[PositiveFloat, Field(description="scale of lambda's step")] = 100.0
+    v0: Annotated[FiniteFloat, Field(ge=0, description="first multiplier of each image")] = 1.0
+    alpha: Annotated[FiniteFloat, Field(gt=0, description="step of v, t and lambda")] = 2.0
+    c1: Annotated[FiniteFloat, Field(gt=0, description="scale of the drag v / c1")] = 100.0
+    c2: Annotated[FiniteFloat, Field(gt=0, description="scale of lambda's step")] = 100.0
     lam_mode: Annotated[
         Literal["released", "plain", "extrapolated"], Field(description="how lambda and t move")
     ] = "extrapolated"
-    lam0: NonNegativeFloat = 1.0
-    t0: float = 0.0
+    lam0: Annotated[FiniteFloat, Field(ge=0, description="lambda at the start")] = 1.0
+    t0: Annotated[FiniteFloat, Field(description="t at the start")] = 0.0
     noise: Annotated[
         bool, Field(description="fresh noise of the ball at every visit, on top of delta (MNIST)")
     ] = False
@@ -275,9 +275,13 @@ class Ssds(Smoothed):
     attack_bn: BatchNorm = "batch_nostat"
 
     @model_validator(mode="after")
-    def _raw_steps_have_their_own_unit(self) -> Ssds:
+    def _consistent(self) -> Ssds:
         if self.ascent == "raw" and isinstance(self.sigma, str):
             raise ValueError("sigma is in pixel^2 per nat with ascent=raw: expected a number")
+        if self.bank_dtype == "int8" and not self.clamp_delta and self.budget != "project":
+            raise ValueError(
+                "bank_dtype=int8 holds what is in the ball: it needs clamp_delta=true"
+            )
         return self
 
     def decay(self, epoch: int) -> float:
