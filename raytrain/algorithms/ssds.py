@@ -179,7 +179,8 @@ class Ssds(Smoothed):
     lambda <- [lambda + (alpha / c2)(f - t - S)]^+, S = mean_i v_i (|delta_i| - eps) over the batch (in the
     released code the sum); lambda multiplies the learning rate. `lam_mode=released` is lambda +
     (alpha / c2) f - t - S, as the code's operator precedence has it, which cycles for ever with mean 1;
-    `plain` is the line above, which cycles more slowly; `extrapolated` uses 2 lambda - lambda_before in t's place and settles.
+    `plain` is the line above, which cycles more slowly; `extrapolated` uses
+    2 lambda - lambda_before in t's place and settles.
 
     sigma belongs to the gradient of each sample's own loss (the released code moves by alpha / B along
     the gradient of the batch's mean, so that its step depends on the batch size). In pixels for
