@@ -230,7 +230,7 @@ def figure(rows: list[dict[str, Any]], options: argparse.Namespace, file: Path) 
         fontsize=10,
     )
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper left")
     fig.savefig(file, dpi=120)
 
 
