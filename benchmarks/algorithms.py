@@ -72,8 +72,10 @@ def configuration(method: str, options: argparse.Namespace, epochs: int, seed: i
     return as_run(base, METHODS[method])
 
 
-def trained(method: str, options: argparse.Namespace, epochs: int, seed: int) -> dict[str, Any]:
-    """One run and its verdict on the test set."""
+def trained(
+    method: str, options: argparse.Namespace, epochs: int, seed: int, judged: bool = True
+) -> dict[str, Any]:
+    """One run and, unless it is only for its price, its verdict on the test set."""
     import torch
 
     from raytrain.data.loader import open_test, sweep
@@ -94,6 +96,8 @@ def trained(method: str, options: argparse.Namespace, epochs: int, seed: int) ->
             row |= {"fosc": report.fosc_box, "loss": report.loss}
     except TrainingFailed as error:
         return {**row, "failed": str(error)}
+    if not judged:
+        return row
     part, _ = open_test(run.data, place)
     batches = sweep(part, 500, mix(seed, "test"))
     if options.test_size:
@@ -105,12 +109,11 @@ def trained(method: str, options: argparse.Namespace, epochs: int, seed: int) ->
 
 def priced(method: str, options: argparse.Namespace) -> tuple[str, int]:
     """The epochs that the budget pays for; twice looked, because a longer run may stop earlier."""
-    epochs = 1 if method == "free" else 3
-    for _ in range(2):
-        row = trained(method, options, epochs, seed=10**6)
+    varies = method.startswith("dynamic")
+    epochs = 3 if varies else 1
+    for _ in range(2 if varies else 1):
+        row = trained(method, options, epochs, seed=10**6, judged=False)
         epochs = max(1, round(options.budget / (row["fe"] / row["epochs"])))
-        if method.split()[0] not in {"dynamic"}:
-            break
     return method, epochs
 
 

@@ -422,7 +422,9 @@ class Spy:
 
 
 @pytest.mark.parametrize(
-    "foreign", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format": 2}, Spy(), "text"], ids=str
+    "foreign",
+    [{"state_dict": {}}, [1, 2], torch.zeros(3), {"format": 2}, Spy(), "text"],
+    ids=lambda value: type(value).__name__,
 )
 def test_a_foreign_file_is_refused_without_running_it(
     foreign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
