@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from raytrain.config import RunConfig
-from raytrain.oracle import Meter
+from raytrain.meter import Meter
 from raytrain.place import Place
 from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed

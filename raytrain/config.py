@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -18,15 +18,16 @@ from pydantic import (
     model_validator,
 )
 
-from raytrain.algorithms import Pgd, Recipe
+from raytrain.algorithms import AbstractAlgorithm, Pgd, Recipe
 from raytrain.balls import Ball
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
 from raytrain.judge import Evaluation
 from raytrain.models import ModelSpec
+from raytrain.network import Precision
 from raytrain.optim import Sgd
-from raytrain.oracle import Precision
 from raytrain.outer import Outer, Plain
+from raytrain.schedules import Ramp
 from raytrain.types import RequestError, Spec, named
 
 RUNTIME = frozenset(
@@ -44,6 +45,10 @@ RUNTIME = frozenset(
     }
 )
 """Fields that say where and how a run happens, not what it computes: not part of its signature."""
+
+
+Scheduled = Literal["eps", "steps", "step_size", "c_max", "beta", "lam", "sigma", "theta"]
+"""What a curriculum may change: numbers that no memory of the algorithm is made of."""
 
 
 class EarlyStop(Spec):
@@ -75,6 +80,14 @@ class RunConfig(Spec):
     outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
     optimizer: Sgd = Sgd()
     epochs: Annotated[PositiveInt, Field(description="passes over the training images")] = 15
+    fe_per_image: Annotated[
+        PositiveFloat | None,
+        Field(description="train for this cost instead, in forward-equivalents per image"),
+    ] = None
+    curriculum: Annotated[
+        dict[Scheduled, Ramp],
+        Field(description="numbers that change over training: {eps: {start: 0, until: 0.3}}"),
+    ] = {}
     batch_size: Annotated[
         PositiveInt, Field(description="images per weight update, over all workers together")
     ] = 128
@@ -143,9 +156,36 @@ class RunConfig(Spec):
         try:
             self.algorithm.build(self.threat, self.outer)
         except ValidationError as error:  # of a part that the recipe is made of
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"algorithm: {message}") from None
+            raise ValueError(f"algorithm: {_first(error)}") from None
+        for name in self.curriculum:
+            self._check_ramp(name)
         return self
+
+    def _check_ramp(self, name: Scheduled) -> None:
+        if name != "eps" and name not in type(self.algorithm).model_fields:
+            has = [field for field in get_args(Scheduled) if hasattr(self.algorithm, field)]
+            raise ValueError(
+                f"curriculum.{name}: algorithm {self.algorithm.name} has no {name}; "
+                f"expected {' or '.join(['eps', *has])}"
+            )
+        for quarter in range(5):
+            try:
+                self.algorithm_at(quarter / 4)
+            except ValidationError as error:
+                raise ValueError(f"curriculum.{name}: {_first(error)}") from None
+            except ValueError as error:
+                raise ValueError(f"curriculum.{name}: {error}") from None
+
+    def algorithm_at(self, progress: float) -> AbstractAlgorithm:
+        """The algorithm with the numbers that its curriculum gives it at a share of training."""
+        values = tuple(
+            ramp.at(progress, self._configured(name), self.threat.eps)
+            for name, ramp in self.curriculum.items()
+        )
+        return _built(self, values)
+
+    def _configured(self, name: Scheduled) -> Any:
+        return self.threat.eps if name == "eps" else getattr(self.algorithm, name)
 
     def signature(self) -> str:
         """12 hexadecimal digits that change exactly when what is computed may change."""
@@ -172,6 +212,30 @@ class RunConfig(Spec):
                 f"({self.threat.norm}: {widest:g}); expected pixels of [0, 1], such as "
                 f"{self.threat.eps:g}/255"
             )
+
+
+def _first(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
+
+
+_BUILT: list[tuple[RunConfig, tuple[Any, ...], AbstractAlgorithm]] = []  # the latest alone
+
+
+def _built(run: RunConfig, values: tuple[Any, ...]) -> AbstractAlgorithm:
+    """The algorithm with the scheduled values; kept for as long as they do not change."""
+    if _BUILT and _BUILT[0][0] is run and _BUILT[0][1] == values:
+        return _BUILT[0][2]
+    given = dict(zip(run.curriculum, values, strict=True))
+    threat = run.threat
+    if "eps" in given:
+        threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
+    recipe = run.algorithm
+    if given:
+        whole = {name for name in given if isinstance(getattr(recipe, name), int)}
+        given = {name: round(v) if name in whole else v for name, v in given.items()}
+        recipe = type(recipe).model_validate({**recipe.model_dump(), **given})
+    _BUILT[:] = [(run, values, recipe.build(threat, run.outer))]
+    return _BUILT[0][2]
 
 
 def _customary(value: dict[str, Any]) -> float:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Uniform
 from raytrain.balls import AbstractBall
+from raytrain.meter import Meter
+from raytrain.network import Precision
 from raytrain.objectives import CrossEntropy
-from raytrain.oracle import Meter, Oracle, Precision
+from raytrain.oracle import Oracle
 from raytrain.place import Place
 from raytrain.record import EvalReport
-from raytrain.types import Batch, Clock, Dice, Spec, StepSize, mix
+from raytrain.types import Batch, Clock, Dice, Number, Spec, StepSize, mix
 
 
 class Evaluation(Spec):
@@ -26,6 +28,9 @@ class Evaluation(Spec):
     steps: Annotated[PositiveInt, Field(description="PGD steps")] = 10
     step_size: StepSize = "eps/4"
     restarts: PositiveInt = 1
+    eps: Annotated[
+        Number | None, Field(ge=0, description="radius, where it is not that of training")
+    ] = None
     every: Annotated[
         PositiveInt, Field(description="epochs between validations; the last is always one")
     ] = 1
@@ -33,8 +38,13 @@ class Evaluation(Spec):
 
     @property
     def name(self) -> str:
-        """Such as `pgd20`, or `pgd20x5` with five restarts."""
-        return f"pgd{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+        """Such as `pgd20`, `pgd20x5` with five restarts, `pgd20-eps0.1` under a radius of its own."""
+        restarts = f"x{self.restarts}" if self.restarts > 1 else ""
+        return f"pgd{self.steps}{restarts}" + ("" if self.eps is None else f"-eps{self.eps:.4g}")
+
+    def ball(self, threat: AbstractBall) -> AbstractBall:
+        """The threat model that is evaluated under."""
+        return threat if self.eps is None else threat.model_copy(update={"eps": self.eps})
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def judge(
 
     Always in float32 or wider, whatever precision the network was trained in.
     """
-    meter = Meter()
+    meter, ball = Meter(), evaluation.ball(ball)
     attack = ProjectedAscent(
         start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
     )

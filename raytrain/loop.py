@@ -20,8 +20,10 @@ from raytrain.data.catalogue import Source
 from raytrain.data.loader import Splits, num_steps, open_splits, sweep, visit
 from raytrain.judge import judge
 from raytrain.memory import Setting
+from raytrain.meter import Meter
 from raytrain.objectives import CrossEntropy
-from raytrain.oracle import Meter, Oracle
+from raytrain.oracle import Oracle
+from raytrain.pace import AbstractPace, ByCost, ByEpochs
 from raytrain.place import Place
 from raytrain.record import FOSC_EDGES, Report
 from raytrain.state import Outcome, TrainState
@@ -68,13 +70,13 @@ def fit(
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
     splits = open_splits(run.data, place, dtype)
     run.check_radius(splits.train.shape)
-    algorithm = run.algorithm.build(run.threat, run.outer)
-    state = start(run, splits, algorithm, place)
+    state = start(run, splits, place)
     if resume is not None:
         restore(state, resume, place)
         state.stopped = run.out_of_patience(state.waited)
-    while state.epoch < run.epochs and not state.stopped:
-        yield _epoch(run, state.epoch, algorithm, state, splits, place), state
+    pace = pace_of(run, splits, place)
+    while not (pace.over(state) or state.stopped):
+        yield _epoch(run, state, pace, splits, place), state
 
 
 def kept(
@@ -107,9 +109,14 @@ def preflight(run: RunConfig) -> Splits:
     return splits
 
 
-def start(
-    run: RunConfig, splits: Splits, algorithm: AbstractAlgorithm, place: Place
-) -> TrainState:
+def pace_of(run: RunConfig, splits: Splits, place: Place) -> AbstractPace:
+    """What ends the run: its epochs, or its cost."""
+    if run.fe_per_image is not None:
+        return ByCost(run.fe_per_image, splits.train.num_images, place)
+    return ByEpochs(run.epochs, num_steps(splits.train, run.batch_size))
+
+
+def start(run: RunConfig, splits: Splits, place: Place) -> TrainState:
     """A fresh network, optimiser and memory: the same on every worker."""
     torch.manual_seed(mix(run.seed, "weights"))
     model = build_model(run, splits.source).to(place.device, splits.train.dtype)
@@ -124,7 +131,9 @@ def start(
         optimizer=run.optimizer.build(model),
         precision=run.precision,
         place=place,
-        parts=algorithm.memory(_setting(run, splits, model, place)),
+        parts=run.algorithm.build(run.threat, run.outer).memory(
+            _setting(run, splits, model, place)
+        ),
         ema=ema,
     )
 
@@ -159,25 +168,21 @@ def network(saved: Saved) -> torch.nn.Module:
 
 
 def _epoch(
-    run: RunConfig,
-    epoch: int,
-    algorithm: AbstractAlgorithm,
-    state: TrainState,
-    splits: Splits,
-    place: Place,
+    run: RunConfig, state: TrainState, pace: AbstractPace, splits: Splits, place: Place
 ) -> Report:
     began = time.perf_counter()
-    batch, outcome, loss, inner_steps, rate = _train(run, epoch, algorithm, state, splits, place)
+    trained = _train(run, state, pace, splits, place)
     _wait(place)
     state.seconds += time.perf_counter() - began
-    state.epoch = epoch + 1
+    state.epoch += 1
     place.average_buffers(state.model)
     if state.ema is not None:
         place.average_buffers(state.ema.module)
-    fosc, fosc_box = _probe(algorithm.ball, state, batch, outcome, place)
-    own = algorithm.measures(state, batch)
+    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.outcome, place)
+    own = trained.algorithm.measures(state, trained.batch)
+    over = pace.over(state)
     clean, robust, improved = None, None, False
-    if state.epoch % run.evaluation.every == 0 or state.epoch == run.epochs:
+    if state.epoch % run.evaluation.every == 0 or over:
         batches = sweep(splits.valid, run.evaluation.batch_size, mix(run.seed, "valid"))
         judged, _ = judge(state.judged, batches, run.threat, run.evaluation, place, run.precision)
         clean, robust = judged.clean, judged.robust
@@ -187,12 +192,13 @@ def _epoch(
     meter = state.meter.over(place)
     return Report(
         epoch=state.epoch,
-        loss=loss,
-        inner_steps=inner_steps,
+        progress=pace.progress(state),
+        loss=trained.loss,
+        inner_steps=trained.inner_steps,
         fosc=float(fosc.mean()),
         fosc_box=float(fosc_box.mean()),
         fosc_p90=float(fosc.quantile(0.9)),
-        lr=rate,
+        lr=trained.rate,
         fe=meter.fe,
         samples=meter.samples,
         seconds=state.seconds,
@@ -200,8 +206,8 @@ def _epoch(
         robust=robust,
         best=None if robust is None else state.best,
         improved=improved,
-        final=state.stopped or state.epoch == run.epochs,
-        stopped_early=state.stopped,
+        final=state.stopped or over,
+        stopped_early=state.stopped and not over,
         fosc_below=tuple(float((fosc <= edge).double().mean()) for edge in FOSC_EDGES),
         own=own,
     )
@@ -214,41 +220,49 @@ def _be_patient(run: RunConfig, state: TrainState, robust: float) -> None:
     state.stopped = run.out_of_patience(state.waited)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of the steps of an epoch."""
+
+    algorithm: AbstractAlgorithm  # as it was at the last step
+    batch: Batch  # the last one
+    outcome: Outcome  # of the last step
+    loss: float  # means over the epoch
+    inner_steps: float
+    rate: float  # of the last step
+
+
 def _train(
-    run: RunConfig,
-    epoch: int,
-    algorithm: AbstractAlgorithm,
-    state: TrainState,
-    splits: Splits,
-    place: Place,
-) -> tuple[Batch, Outcome, float, float, float]:
-    """All steps of one epoch: the last batch and its outcome, mean loss and steps, the last rate."""
-    steps = num_steps(splits.train, run.batch_size)
-    source, spec = splits.source, run.data
+    run: RunConfig, state: TrainState, pace: AbstractPace, splits: Splits, place: Place
+) -> _Trained:
+    """The steps of one epoch, or of as much of it as is left to train."""
+    source, spec, epoch = splits.source, run.data, state.epoch
     pad = source.pad if spec.pad is None else spec.pad
     flip = source.flip if spec.flip is None else spec.flip
     state.model.train()
     zero = torch.zeros((), dtype=torch.float64, device=place.device)
     sums = _Sums(zero.clone(), zero.clone().long())
-    batch = outcome = None
+    algorithm = batch = outcome = None
     rate = 0.0
-    for step, batch in enumerate(
-        visit(splits.train, run.batch_size, run.seed, epoch, pad, flip), start=1
-    ):
-        rate = run.optimizer.set_rate(state.optimizer, (epoch + (step - 0.5) / steps) / run.epochs)
-        state.clock = Clock(epoch / run.epochs, (epoch + (step - 1) / steps) / run.epochs)
+    pace.begin(state)
+    for done, batch in enumerate(visit(splits.train, run.batch_size, run.seed, epoch, pad, flip)):
+        rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
+        state.clock = pace.clock(state, done)
+        algorithm = run.algorithm_at(state.clock.step)
         outcome = algorithm.step(state, batch)
         state.step += 1
         state.meter.samples += len(batch)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
         sums.add(outcome)
-        if step % _CHECK_EVERY == 0:
+        if (done + 1) % _CHECK_EVERY == 0:
             _must_be_finite(sums.means(place)[0], epoch)
-    assert batch is not None and outcome is not None
+        if pace.over(state):
+            break
+    assert algorithm is not None and batch is not None and outcome is not None
     loss, inner_steps = sums.means(place)
     _must_be_finite(loss, epoch)
-    return batch, outcome, loss, inner_steps, rate
+    return _Trained(algorithm, batch, outcome, loss, inner_steps, rate)
 
 
 def _probe(

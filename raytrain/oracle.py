@@ -1,5 +1,4 @@
-"""Evaluate, differentiate and count: the only code that touches autograd, autocast, the DDP
-wrapper and BatchNorm mode.
+"""Evaluate, differentiate and count: every pass that training pays for goes through here.
 
 Perturbation gradients go through the bare module and `torch.autograd.grad`, so that no weight
 gradient is computed, no collective runs, and ranks may take different numbers of inner steps.
@@ -8,17 +7,15 @@ Weight gradients go through the wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, func, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from raytrain.meter import Meter
+from raytrain.network import Precision, autocast, mode, trainable, weight_grads
 from raytrain.objectives import AbstractObjective, Reference
-from raytrain.place import Place
 from raytrain.types import (
     Batch,
     BatchNorm,
@@ -29,56 +26,6 @@ from raytrain.types import (
     Rows,
     TrainingFailed,
 )
-
-Precision = Literal["fp32", "bf16", "fp64"]
-
-
-@dataclass
-class Meter:
-    """What training cost so far, counted in samples walked by each kind of pass.
-
-    One forward-equivalent (FE) is the forward of one image. The gradient for the input costs one
-    more, the gradient for input and weights two more: FE = forwards + input_backwards + 2
-    full_backwards + stem. Differentiating an input gradient once more (GradAlign) counts as one
-    more full backward.
-    """
-
-    forwards: int = 0
-    input_backwards: int = 0
-    full_backwards: int = 0
-    stem: float = 0.0  # FE spent in the first layer alone (YOPO)
-    samples: int = 0  # images trained on, counted once per batch
-
-    @property
-    def fe(self) -> int:
-        """Forward-equivalents in all."""
-        return round(self.forwards + self.input_backwards + 2 * self.full_backwards + self.stem)
-
-    def over(self, place: Place) -> Meter:
-        """The sum over all workers: a collective."""
-        counts = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
-        forwards, inputs, fulls, stem, samples = place.total(counts.to(place.device)).tolist()
-        return Meter(int(forwards), int(inputs), int(fulls), stem, int(samples))
-
-
-@contextmanager
-def mode(model: nn.Module, wanted: BatchNorm) -> Iterator[None]:
-    """BatchNorm and dropout in the `wanted` mode inside; every module as it was afterwards."""
-    modules = list(model.modules())
-    training = [m.training for m in modules]
-    tracking = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
-    model.train(wanted != "eval")
-    if wanted == "batch_nostat":
-        for norm in tracking:
-            norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in tracking:
-            norm.track_running_stats = True
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
-
 
 Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
 """Weights of a mean, made of the losses and, if it asks, their input gradients."""
@@ -225,7 +172,7 @@ class Oracle:
         """
         with torch.enable_grad():
             losses = self._outer(self._model, delta.detach(), "batch_nostat")
-            grads = _of_all_weights(losses.mean(), self._model)
+            grads = weight_grads(losses.mean(), self._model)
         self._meter.full_backwards += self._walked + self._nested
         return grads
 
@@ -350,7 +297,7 @@ class Oracle:
         with torch.enable_grad(), mode(self._model, "eval"):
             predict = self._predictor(self._model, "fp32")
             losses = self._objective.outer(predict, self.batch[row], delta[row].detach(), part)
-            grads = _of_all_weights(losses.sum(), self._model)
+            grads = weight_grads(losses.sum(), self._model)
         self._meter.full_backwards += self._walked + self._objective.nested_gradients
         self._meter.input_backwards += self._objective.nested_gradients
         return [grad[None] for grad in grads]
@@ -398,7 +345,7 @@ class Oracle:
             losses = self._outer(self._model, delta.detach(), bn)
             walked = self._walked
             for loss in losses[:count]:
-                grads = _of_all_weights(loss, self._model, retain_graph=True)
+                grads = weight_grads(loss, self._model, retain_graph=True)
                 self._meter.full_backwards += walked + self._nested
                 yield [one[None] for one in grads]
 
@@ -417,42 +364,3 @@ def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:
     assert leaf.grad is not None
     grad = leaf.grad * len(leaf)
     return grad if weights is None else grad / weights.view(-1, *[1] * (leaf.dim() - 1))
-
-
-def _of_all_weights(value: Tensor, model: nn.Module, retain_graph: bool = False) -> list[Tensor]:
-    """The gradient for every trainable weight: zero for those that `value` does not depend on."""
-    weights = trainable(model)
-    return list(
-        torch.autograd.grad(
-            value, weights, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-        )
-    )
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that are trained, in the model's own order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-@contextmanager
-def shifted(model: nn.Module, offsets: Mapping[str, Tensor]) -> Iterator[None]:
-    """The named weights moved by `offsets` inside; afterwards bit for bit what they were.
-
-    Saved copies are put back: adding an offset and subtracting it changes float32 weights.
-    """
-    weights = {name: p for name, p in model.named_parameters() if name in offsets}
-    saved = {name: weight.detach().clone() for name, weight in weights.items()}
-    try:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.add_(offsets[name])
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(saved[name])
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """bfloat16 autocast where asked for; bfloat16 has float32's range, so no loss scaling is needed."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

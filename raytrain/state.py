@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from raytrain.memory import Part
+from raytrain.meter import Meter
+from raytrain.network import Precision
 from raytrain.objectives import AbstractObjective
-from raytrain.oracle import Meter, Oracle, Precision
+from raytrain.oracle import Oracle
 from raytrain.place import Place
 from raytrain.types import Batch, BatchNorm, Clock
 

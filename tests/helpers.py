@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from raytrain.algorithms import AbstractAlgorithm
 from raytrain.balls import L1, L2, Linf
 from raytrain.memory import Setting
+from raytrain.network import trainable
 from raytrain.objectives import AbstractObjective, Reference
-from raytrain.oracle import trainable
 from raytrain.place import Place
 from raytrain.state import TrainState
 from raytrain.store import SampleStore

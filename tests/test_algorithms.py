@@ -26,7 +26,7 @@ from raytrain.algorithms import (
 )
 from raytrain.attacks import Gap, ProjectedAscent, Remembered, Uniform, Zero
 from raytrain.balls import in_box
-from raytrain.oracle import Meter
+from raytrain.meter import Meter
 from raytrain.outer import Plain
 from raytrain.schedules import Constant
 from raytrain.state import TrainState

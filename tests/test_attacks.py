@@ -33,8 +33,9 @@ from raytrain.attacks import (
     Zero,
 )
 from raytrain.balls import L1, L2, AbstractBall, Linf, in_box
+from raytrain.meter import Meter
 from raytrain.objectives import AbstractObjective, CrossEntropy, Reference
-from raytrain.oracle import Meter, Oracle
+from raytrain.oracle import Oracle
 from raytrain.outer import Plain
 from raytrain.place import Place
 from raytrain.schedules import Constant, Power

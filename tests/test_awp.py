@@ -43,8 +43,8 @@ from raytrain.algorithms import (
 )
 from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.memory import Numbers
+from raytrain.meter import Meter
 from raytrain.objectives import AbstractObjective, CrossEntropy, Mart, Reference, Trades
-from raytrain.oracle import Meter
 from raytrain.outer import Awp, Clip, Engm, Plain
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.engm import EngmMemory

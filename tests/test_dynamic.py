@@ -9,7 +9,7 @@ from helpers import assert_near, ball_of, batch_of, state_of, tiny_net
 
 from raytrain.algorithms import Dynamic, Nested, Pgd
 from raytrain.attacks import Gap, Uniform
-from raytrain.oracle import Meter
+from raytrain.meter import Meter
 from raytrain.outer import Plain
 from raytrain.schedules import Power
 from raytrain.types import Clock, per_sample_dot

@@ -53,6 +53,8 @@ from raytrain.algorithms import (
 )
 from raytrain.algorithms.gradalign import Aligned
 from raytrain.attacks import ProjectedAscent, Zero
+from raytrain.meter import Meter
+from raytrain.network import trainable
 from raytrain.objectives import (
     AbstractObjective,
     CrossEntropy,
@@ -61,7 +63,7 @@ from raytrain.objectives import (
     Trades,
     cross_entropy,
 )
-from raytrain.oracle import Meter, Oracle, trainable
+from raytrain.oracle import Oracle
 from raytrain.outer import Clip, Engm, Plain
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.engm import EngmMemory

@@ -31,9 +31,10 @@ from raytrain.balls import in_box
 from raytrain.config import RunConfig
 from raytrain.loop import preflight
 from raytrain.memory import Numbers, Setting
+from raytrain.meter import Meter
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.objectives import CrossEntropy
-from raytrain.oracle import Meter, Oracle, Weigh
+from raytrain.oracle import Oracle, Weigh
 from raytrain.outer import AbstractOuter, Awp, Plain
 from raytrain.place import Place
 from raytrain.state import TrainState

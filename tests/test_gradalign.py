@@ -25,7 +25,8 @@ from torch.utils.flop_counter import flop_registry
 from raytrain.algorithms import AbstractAlgorithm, GradAlign, Natural, Pgd
 from raytrain.algorithms.gradalign import Aligned
 from raytrain.attacks import Uniform, Zero
-from raytrain.oracle import Meter, Oracle
+from raytrain.meter import Meter
+from raytrain.oracle import Oracle
 from raytrain.outer import Awp, Plain
 from raytrain.types import Batch
 

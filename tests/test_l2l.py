@@ -32,8 +32,9 @@ from raytrain.attacks import AttackerSpec, LearnedAscent, Uniform, Zero
 from raytrain.attacks.learned import Attacker
 from raytrain.balls import in_box
 from raytrain.memory import Setting
+from raytrain.meter import Meter
 from raytrain.objectives import CrossEntropy
-from raytrain.oracle import Meter, Oracle
+from raytrain.oracle import Oracle
 from raytrain.outer import Plain
 from raytrain.place import Place
 from raytrain.state import TrainState

@@ -20,8 +20,10 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+from raytrain.meter import Meter
+from raytrain.network import mode
 from raytrain.objectives import AbstractObjective, CrossEntropy, Reference, cross_entropy
-from raytrain.oracle import Meter, Oracle, mode
+from raytrain.oracle import Oracle
 from raytrain.types import Batch, BatchNorm, Delta, PerSample, Predict
 
 MODES: tuple[BatchNorm, ...] = get_args(BatchNorm)

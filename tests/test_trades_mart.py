@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractRecipe, MartRecipe, Natural, Pgd, TradesRecipe
 from raytrain.attacks import Gaussian, ProjectedAscent, Zero
+from raytrain.meter import Meter
 from raytrain.objectives import (
     AbstractObjective,
     CrossEntropy,
@@ -31,7 +32,7 @@ from raytrain.objectives import (
     cross_entropy,
     kl_divergence,
 )
-from raytrain.oracle import Meter, Oracle
+from raytrain.oracle import Oracle
 from raytrain.outer import Plain
 from raytrain.types import Batch, BatchNorm, Clock
 

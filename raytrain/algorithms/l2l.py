@@ -22,8 +22,9 @@ from raytrain.attacks import (
 from raytrain.attacks.learned import Attacker
 from raytrain.balls import AbstractBall
 from raytrain.memory import Part, Setting
+from raytrain.meter import Meter
 from raytrain.objectives import AbstractObjective, Trades
-from raytrain.oracle import Meter, Oracle
+from raytrain.oracle import Oracle
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
 from raytrain.types import Batch, BatchNorm, Card, StepSize, mix

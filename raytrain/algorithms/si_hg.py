@@ -13,8 +13,9 @@ from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.balls import AbstractBall, in_box
 from raytrain.memory import Part, Setting, Weights
+from raytrain.network import shifted, trainable
 from raytrain.objectives import AbstractObjective
-from raytrain.oracle import Oracle, shifted, trainable
+from raytrain.oracle import Oracle
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
 from raytrain.store import Keep, SampleStore, SlotStore

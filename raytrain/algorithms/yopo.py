@@ -12,8 +12,8 @@ from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
 from raytrain.attacks import Start, Uniform, ascend
 from raytrain.balls import AbstractBall
 from raytrain.memory import Numbers, Part, Setting
+from raytrain.network import mode, trainable
 from raytrain.objectives import CrossEntropy
-from raytrain.oracle import mode, trainable
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
 from raytrain.types import Batch, Card, RequestError, StepSize, in_pixels

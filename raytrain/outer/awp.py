@@ -9,7 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from raytrain.memory import Part, Setting
-from raytrain.oracle import Oracle, Weigh, shifted, trainable
+from raytrain.network import shifted, trainable
+from raytrain.oracle import Oracle, Weigh
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.clip import Clip
 from raytrain.outer.engm import Engm

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from pydantic import Field, PositiveFloat
 
-from raytrain.oracle import trainable
+from raytrain.network import trainable
 from raytrain.outer.base import AbstractOuter
 from raytrain.state import TrainState
 from raytrain.types import Card
