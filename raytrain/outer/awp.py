@@ -9,8 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from raytrain.memory import Part, Setting
-from raytrain.network import shifted, trainable
-from raytrain.oracle import Oracle, Weigh
+from raytrain.network import shifted
+from raytrain.oracle import Oracle
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.clip import Clip
 from raytrain.outer.engm import Engm
@@ -65,14 +65,6 @@ class Awp(AbstractOuter):
     def memory(self, setting: Setting) -> dict[str, Part]:
         return self.then.memory(setting)
 
-    def weights(
-        self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
-    ) -> PerSample | Weigh | None:
-        return self.then.weights(state, oracle, delta, given)
-
-    def step(self, state: TrainState, rate: float = 1.0) -> None:
-        self.then.step(state, rate)
-
     def update(
         self,
         state: TrainState,
@@ -83,21 +75,19 @@ class Awp(AbstractOuter):
     ) -> PerSample:
         if self.gamma == 0 or state.epoch < self.warmup:
             return self.then.update(state, oracle, delta, given, rate)
-        weights = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
         offsets = self.offsets(state, oracle, delta)
-        before = [p.detach().clone() for _, p in weights]
+        moving = [(p, offsets[n]) for n, p in state.model.named_parameters() if n in offsets]
+        before = [p.detach().clone() for p, _ in moving]
         with torch.no_grad():
-            for name, p in weights:
-                if name in offsets:
-                    p.add_(offsets[name])
-        away = [p.detach().clone() for _, p in weights]
+            for p, offset in moving:
+                p.add_(offset)
+        away = [p.detach().clone() for p, _ in moving]
         try:
             return self.then.update(state, oracle, delta, given, rate)
         finally:  # whatever happens there, the weights come back
             with torch.no_grad():
-                for (name, p), here, there in zip(weights, before, away, strict=True):
-                    if name in offsets:
-                        p.copy_(here + (p - there))
+                for (p, _), here, there in zip(moving, before, away, strict=True):
+                    p.copy_(here + (p - there))
 
     def measures(self, state: TrainState) -> dict[str, float]:
         return self.then.measures(state)
@@ -109,7 +99,6 @@ class Awp(AbstractOuter):
         for _ in range(self.steps):
             with shifted(state.model, found):
                 grads = state.place.average(oracle.mean_grads(delta))
-            assert len(grads) == len(trainable(state.model))
             found = {
                 name: found.get(name, torch.zeros_like(p)) + self._scaled(p.detach(), grad)
                 for (name, p), grad in zip(named_weights, grads, strict=True)

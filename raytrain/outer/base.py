@@ -15,7 +15,7 @@ class AbstractOuter(Spec):
 
     `update` is the whole of it. An algorithm that takes its weight gradients in another way (several
     passes, or one pass for both gradients) uses the pieces: `weights` for the mean over the batch,
-    `step` once every p.grad is complete.
+    `step` once every p.grad is complete. An update that `leaves` has no pieces.
     """
 
     card: ClassVar[Card]
