@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raytrain.memory import Setting
+from raytrain.network import trainable
 from raytrain.place import Place
 from raytrain.types import Batch, View
 
@@ -133,6 +134,46 @@ class SlotStore:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's slots of `state`, which any number of workers may have written."""
         self.values.copy_(state["values"][self._place.rank :: self._place.world])
+
+
+class GradientTable:
+    """The last weight gradient of every image and their running mean z: n * P numbers.
+
+    z_bar = z + (theta / p) dz, with p the share of the images in a batch.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._shapes = [p.shape for p in trainable(setting.model)]
+        self._place, self._num_images = setting.place, setting.num_images
+        row = (sum(shape.numel() for shape in self._shapes),)
+        self._rows = SampleStore(setting.num_images, row, setting.place, setting.dtype)
+        self._mean = torch.zeros(row, dtype=setting.dtype, device=setting.place.device)
+        self._ahead = torch.zeros_like(self._mean)
+
+    def direction(self) -> list[Tensor]:
+        """z_bar, in the shapes of the weights."""
+        parts = self._ahead.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape).clone() for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def learn(self, batch: Batch, grads: Tensor, theta: float) -> None:
+        """Replace the rows of a batch and move z: a collective."""
+        change = (grads - self._rows.read(batch)).sum(0)
+        self._rows.write(batch, grads)
+        count = self._place.total(change.new_tensor(len(batch)))
+        change = self._place.total(change) / self._num_images
+        self._mean = self._mean + change
+        self._ahead = self._mean + theta * self._num_images / count * change
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table by global index, gathered from every worker: a collective."""
+        rows = self._rows.state_dict()["values"]
+        return {"rows": rows, "mean": self._mean, "ahead": self._ahead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this worker's rows of `state`, which any number of workers may have written."""
+        self._rows.load_state_dict({"values": state["rows"]})
+        self._mean.copy_(state["mean"])
+        self._ahead.copy_(state["ahead"])
 
 
 def cut(values: Tensor, view: View) -> Tensor:

@@ -35,14 +35,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractAlgorithm, FgsmRs, Free, Natural, Pgd, SiHg, Ssds
-from raytrain.algorithms.si_hg import GradientTable, SemiImplicit
+from raytrain.algorithms.si_hg import SemiImplicit
 from raytrain.balls import in_box
 from raytrain.memory import Setting, Weights
 from raytrain.objectives import AbstractObjective, CrossEntropy
 from raytrain.outer import Awp, Clip, Engm, Plain
 from raytrain.place import Place
 from raytrain.state import TrainState
-from raytrain.store import SampleStore, SlotStore, cut, paste
+from raytrain.store import GradientTable, SampleStore, SlotStore, cut, paste
 from raytrain.types import Batch, Dice, RequestError
 
 NORMS = ["linf", "l2", "l1"]
@@ -583,7 +583,7 @@ def test_a_table_too_large_for_a_memory_is_refused_with_its_size() -> None:
         si_hg("T").memory(setting)
     just_over = dataclasses.replace(setting, num_images=537)  # 2 GiB and a bit
     with pytest.raises(RequestError, match="expected A, B, C, N or J"):
-        GradientTable(just_over)
+        si_hg("T").memory(just_over)
 
 
 class Gated(nn.Module):

@@ -39,6 +39,7 @@ ALGORITHMS: dict[str, Any] = {
     "si_hg_b": {"name": "si_hg", "mode": "B", "bank_dtype": "int8"},
     "si_hg_c": {"name": "si_hg", "mode": "C", "store": "none"},
     "si_hg_j": {"name": "si_hg", "mode": "J", "store": "batch_slot"},
+    "si_hg_t": {"name": "si_hg", "mode": "T", "chunk": 8},
     "ssds": "ssds",
     "released": {"name": "ssds", "preset": "released"},
     "l2l": {"name": "l2l", "steps": 3, "hidden": 4},
@@ -58,8 +59,9 @@ WITH_OUTER: dict[str, tuple[Any, Any]] = {
 }
 CASES = [*ALGORITHMS, *WITH_OUTER]
 
-WITH_MEMORY = ["remembered", "free", "si_hg_b", "released", "l2l", "engm_affine"]
-"""One of each kind: per image, per slot, int8 in two stores, multipliers, an optimiser, a fit."""
+WITH_MEMORY = ["remembered", "free", "si_hg_b", "si_hg_t", "released", "l2l", "engm_affine"]
+"""One of each kind: per image, per slot, int8 in two stores, gradients, multipliers, an optimiser,
+a fit."""
 
 PATIENCE = 120  # seconds after which a collective that somebody misses is a failure
 

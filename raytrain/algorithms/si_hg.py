@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
@@ -18,7 +17,7 @@ from raytrain.objectives import AbstractObjective
 from raytrain.oracle import Oracle
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
-from raytrain.store import Keep, SampleStore, SlotStore
+from raytrain.store import GradientTable, Keep, SampleStore, SlotStore
 from raytrain.types import (
     Batch,
     BatchNorm,
@@ -54,7 +53,7 @@ class SemiImplicit(AbstractAlgorithm):
         if recipe.mode == "B":
             parts["delta_before"] = self._bank(setting)
         if recipe.mode == "T":
-            parts["table"] = GradientTable(setting)
+            parts["table"] = self._table(setting)
         return parts
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
@@ -85,15 +84,12 @@ class SemiImplicit(AbstractAlgorithm):
     ) -> tuple[PerSample, Delta]:
         """A: ascend at w + theta (w - w_prev), descend at the new delta."""
         oracle, before = self._oracle(state, batch), state.part("before", Weights)
-        now = dict(state.model.named_parameters())
-        with torch.no_grad():
-            ahead = {
-                name: theta * (now[name].detach() - old) for name, old in before.values.items()
-            }
+        now = {name: p.detach() for name, p in state.model.named_parameters()}
         # At theta = 0 the weights are the present ones: not even a rounding apart.
-        with shifted(state.model, ahead if theta else {}):
+        ahead = {n: theta * (now[n] - old) for n, old in before.values.items()} if theta else {}
+        with shifted(state.model, ahead):
             delta = self._ascent(oracle, batch, delta, self.recipe.m)
-        before.values = {name: now[name].detach().clone() for name in before.values}
+        before.values = {name: now[name].clone() for name in before.values}
         return self.outer.update(state, oracle, delta), delta
 
     def _alternate(
@@ -203,16 +199,8 @@ class SemiImplicit(AbstractAlgorithm):
             setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
         )
 
-
-class GradientTable:
-    """The last weight gradient of every image and their running mean z: n * P numbers.
-
-    z_bar = z + (theta / p) dz, with p the share of the images in a batch.
-    """
-
-    def __init__(self, setting: Setting) -> None:
-        weights = trainable(setting.model)
-        num_weights = sum(p.numel() for p in weights)
+    def _table(self, setting: Setting) -> GradientTable:
+        num_weights = sum(p.numel() for p in trainable(setting.model))
         size = setting.num_images * num_weights * setting.dtype.itemsize
         if size > _TABLE_LIMIT:
             raise RequestError(
@@ -220,41 +208,7 @@ class GradientTable:
                 f"{setting.num_images:,} images ({size / 2**30:,.0f} GiB): it is a reference for exact "
                 "problems; expected A, B, C, N or J"
             )
-        self._shapes = [p.shape for p in weights]
-        self._place, self._num_images = setting.place, setting.num_images
-        owned = len(range(setting.place.rank, setting.num_images, setting.place.world))
-        like = {"dtype": setting.dtype, "device": setting.place.device}
-        self._rows = torch.zeros(owned, num_weights, **like)
-        self._mean = torch.zeros(num_weights, **like)
-        self._ahead = torch.zeros(num_weights, **like)
-
-    def direction(self) -> list[Tensor]:
-        """z_bar, in the shapes of the weights."""
-        parts = self._ahead.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape).clone() for part, shape in zip(parts, self._shapes, strict=True)]
-
-    def learn(self, batch: Batch, grads: Tensor, theta: float) -> None:
-        """Replace the rows of a batch and move z: a collective."""
-        rows = batch.index // self._place.world
-        change = (grads - self._rows[rows]).sum(0)
-        self._rows[rows] = grads
-        count = self._place.total(change.new_tensor(len(rows)))
-        change = self._place.total(change) / self._num_images
-        self._mean = self._mean + change
-        self._ahead = self._mean + theta * self._num_images / count * change
-
-    def state_dict(self) -> dict[str, Any]:
-        """The table by global index, gathered from every worker: a collective."""
-        place = self._place
-        index = torch.arange(place.rank, self._num_images, place.world, device=self._rows.device)
-        order = place.gather(index).argsort()
-        rows = place.gather(self._rows)[order].cpu()
-        return {"rows": rows, "mean": self._mean, "ahead": self._ahead}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rows.copy_(state["rows"][self._place.rank :: self._place.world])
-        self._mean.copy_(state["mean"])
-        self._ahead.copy_(state["ahead"])
+        return GradientTable(setting)
 
 
 @final
