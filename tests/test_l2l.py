@@ -170,6 +170,25 @@ def test_only_signs_may_begin_as_pgd() -> None:
                 L2l(**fields).build(ball_of("linf"), Plain())
 
 
+def test_the_recipe_hands_every_field_of_the_attacker_on() -> None:
+    fields: dict[str, Any] = {
+        "cell": "gru",
+        "hidden": 3,
+        "layers": 2,
+        "features": "sign",
+        "squash": "hardtanh",
+        "scale": 0.01,
+        "init": "pgd",
+        "readout_scale": 0.5,
+    }
+    defaults = AttackerSpec().model_dump()
+    assert fields.keys() == defaults.keys()
+    assert all(fields[name] != default for name, default in defaults.items())
+    for given, wanted in ((fields, fields), ({}, defaults)):
+        algorithm: Any = L2l(**given).build(ball_of("linf"), Plain())
+        assert algorithm.attacker.model_dump() == wanted
+
+
 # --- invariants 2 to 4: steps -----------------------------------------------------------------
 
 

@@ -73,7 +73,6 @@ class GradAlignTraining(AbstractAlgorithm):
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         oracle = state.oracle(batch, self.objective, self.bn)
-        oracle.refer()
         delta = self.start.delta(self.ball, batch, None)
         _, grad = oracle.delta_grad(delta)
         eta = self.ball.noise(batch.images, batch.dice, "align")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch.optim import Adam
 
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
@@ -19,7 +19,16 @@ from raytrain.attacks import (
     Start,
     Uniform,
 )
-from raytrain.attacks.learned import Attacker
+from raytrain.attacks.learned import (
+    Attacker,
+    Cell,
+    Features,
+    Hidden,
+    Init,
+    ReadoutScale,
+    Scale,
+    Squash,
+)
 from raytrain.balls import AbstractBall
 from raytrain.memory import Part, Setting
 from raytrain.meter import Meter
@@ -27,7 +36,7 @@ from raytrain.objectives import AbstractObjective, Trades
 from raytrain.oracle import Oracle
 from raytrain.outer import AbstractOuter
 from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, BatchNorm, Card, StepSize, mix
+from raytrain.types import Batch, BatchNorm, Card, mix
 
 
 @final
@@ -151,21 +160,14 @@ class L2l(Smoothed):
     loss: Annotated[Literal["adv", "trades"], Field(description="RNN-Adv or RNN-TRADES")] = "adv"
     beta: Annotated[NonNegativeFloat, Field(description="weight of the KL (loss=trades)")] = 6.0
     steps: Annotated[PositiveInt, Field(description="T, inner steps")] = 10
-    cell: Literal["lstm", "gru", "rnn", "linear"] = "lstm"
-    hidden: Annotated[PositiveInt, Field(description="units per layer and pixel")] = 10
+    cell: Cell = "lstm"
+    hidden: Hidden = 10
     layers: PositiveInt = 1
-    features: Annotated[
-        Literal["rms", "linf", "sign", "logsign", "raw"],
-        Field(description="how a gradient is presented: by its rms, its largest, its sign, ..."),
-    ] = "rms"
-    squash: Annotated[
-        Literal["tanh", "hardtanh", "linear"], Field(description="what bounds a step")
-    ] = "tanh"
-    scale: Annotated[StepSize, Field(description="largest move of a pixel in one step")] = "eps/4"
-    init: Annotated[
-        Literal["random", "pgd"], Field(description="pgd: begins as PGD; needs features=sign")
-    ] = "random"
-    readout_scale: Annotated[PositiveFloat, Field(description="factor on the first readout")] = 0.1
+    features: Features = "rms"
+    squash: Squash = "tanh"
+    scale: Scale = "eps/4"
+    init: Init = "random"
+    readout_scale: ReadoutScale = 0.1
     step_weights: Annotated[
         Literal["t", "uniform", "last"], Field(description="w_t in what the attacker climbs")
     ] = "t"
@@ -201,16 +203,7 @@ class L2l(Smoothed):
             if trades
             else self.cross_entropy(),
             self.start or (Gaussian() if trades else Uniform()),
-            AttackerSpec(
-                cell=self.cell,
-                hidden=self.hidden,
-                layers=self.layers,
-                features=self.features,
-                squash=self.squash,
-                scale=self.scale,
-                init=self.init,
-                readout_scale=self.readout_scale,
-            ),
+            AttackerSpec.model_validate(self.model_dump(include=set(AttackerSpec.model_fields))),
             LearnedAscent(
                 steps=self.steps,
                 bn=self.attack_bn,

@@ -31,6 +31,23 @@ _TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are told b
 
 Memory = list[Any]  # of one attack: each layer's hidden state
 
+# The fields of an attacker, which a recipe that trains one has too.
+Cell = Literal["lstm", "gru", "rnn", "linear"]
+Hidden = Annotated[PositiveInt, Field(description="units per layer and pixel")]
+Features = Annotated[
+    Literal["rms", "linf", "sign", "logsign", "raw"],
+    Field(description="how a gradient is presented: by its rms, its largest, its sign, ..."),
+]
+Squash = Annotated[
+    Literal["tanh", "hardtanh", "linear"],
+    Field(description="what bounds a step; linear: nothing does"),
+]
+Scale = Annotated[StepSize, Field(description="largest move of a pixel in one step")]
+Init = Annotated[
+    Literal["random", "pgd"], Field(description="pgd: begins as PGD; needs features=sign")
+]
+ReadoutScale = Annotated[PositiveFloat, Field(description="factor on the first readout")]
+
 
 class AttackerSpec(Spec):
     """o = readout(cell(features(g))) + direct * features(g);  step = scale * squash(o).
@@ -40,24 +57,14 @@ class AttackerSpec(Spec):
     makes the step scale * sign(g) exactly, whatever the cell.
     """
 
-    cell: Literal["lstm", "gru", "rnn", "linear"] = "lstm"
-    hidden: Annotated[PositiveInt, Field(description="units per layer and coordinate")] = 10
+    cell: Cell = "lstm"
+    hidden: Hidden = 10
     layers: PositiveInt = 1
-    features: Annotated[
-        Literal["rms", "linf", "sign", "logsign", "raw"],
-        Field(description="how a sample's gradient is presented; raw depends on its scale"),
-    ] = "rms"
-    squash: Annotated[
-        Literal["tanh", "hardtanh", "linear"],
-        Field(description="linear leaves steps unbounded"),
-    ] = "tanh"
-    scale: Annotated[StepSize, Field(description="largest move of a pixel in one step")] = "eps/4"
-    init: Annotated[
-        Literal["random", "pgd"], Field(description="pgd: begins as PGD with step size `scale`")
-    ] = "random"
-    readout_scale: Annotated[
-        PositiveFloat, Field(description="factor on the random readout weights")
-    ] = 0.1
+    features: Features = "rms"
+    squash: Squash = "tanh"
+    scale: Scale = "eps/4"
+    init: Init = "random"
+    readout_scale: ReadoutScale = 0.1
 
     @model_validator(mode="after")
     def _pgd_sees_signs(self) -> AttackerSpec:
@@ -189,9 +196,8 @@ class LearnedAscent(Spec):
         inside = ball.feasible(delta, images)
         if self.projection == "hard":
             return inside
-        return inside.detach() + (
-            delta - delta.detach()
-        )  # the value of one, the slope of the other
+        # The value of one, the slope of the other.
+        return inside.detach() + (delta - delta.detach())
 
 
 def _detached(state: Any) -> Any:
