@@ -16,7 +16,7 @@ from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, leave_run_fi
 from raytrain.config import RunConfig
 from raytrain.data.loader import Part, open_test, sweep
 from raytrain.judge import Evaluation, Flags, judge
-from raytrain.loop import network, preflight
+from raytrain.loop import check_resumable, network, preflight
 from raytrain.place import here
 from raytrain.record import EvalReport, Report
 from raytrain.request import Configuration, as_run, override, parse_overrides, validated
@@ -89,7 +89,7 @@ def train(
     if run.workers == 1 and wanted_cluster() is None:
         here(run.device)
     if folder is not None:
-        _must_go_on(folder, run)
+        check_resumable(run, load(folder / LAST), splits)
     with interruptible(), tracked(run.tracking_uri, run.experiment) as tracker:
         with _cluster(run) as on_cluster:
             run_id, done = _open(tracker, run, folder)
@@ -148,17 +148,6 @@ def leave_network(tracker: Tracker, run_id: str, folder: Path, part: Part) -> No
             tracker.artifact(run_id, folder / name, "checkpoints")
     example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
     tracker.model(run_id, network(load(folder)).float(), example)
-
-
-def _must_go_on(folder: Path, run: RunConfig) -> None:
-    saved = load(folder / LAST)
-    if saved.epoch >= run.epochs:
-        raise RequestError(f"epochs: {folder.name} has finished its {run.epochs} epochs already")
-    if run.out_of_patience(saved.waited):
-        raise RequestError(
-            f"early_stop: {folder.name} has stopped early after {saved.epoch} epochs; early_stop=null "
-            "goes on to the end"
-        )
 
 
 @contextmanager

@@ -179,14 +179,25 @@ def folder_of(name: str, storage: Path) -> Path:
 
 
 def restore(state: TrainState, saved: Saved, place: Place) -> None:
-    """Continue where `saved` stopped; the number of workers may have changed."""
+    """Continue where `saved` stopped; the number of workers may have changed.
+
+    Raises:
+        RequestError: if the run is of another kind than that of the checkpoint.
+    """
     content = saved.content
-    state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    if state.ema is not None:
-        state.ema.load_state_dict(content["ema"])
-    for name, part in state.parts.items():
-        part.load_state_dict(content["parts"][name])
+    try:
+        state.model.load_state_dict(content["model"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        if state.ema is not None:
+            state.ema.load_state_dict(content["ema"])
+        for name, part in state.parts.items():
+            part.load_state_dict(content["parts"][name])
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        # Each holder complains in its own way of a state that is not its own.
+        raise RequestError(
+            "--resume: the checkpoint does not fit this run; expected the same model, algorithm, "
+            f"outer, optimizer and ema as {_kind_of(saved.run)} (seen: {_short(error)})"
+        ) from error
     # The counters are totals over the workers: one of them carries on with the old sum.
     state.meter = Meter(**content["meter"]) if place.leads else Meter()
     counters = content["counters"]
@@ -194,6 +205,15 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
     state.seconds, state.best = counters["seconds"], counters["best"]
     state.waited = counters["waited"]
     _set_random_states(content["random"], place)
+
+
+def _kind_of(run: RunConfig) -> str:
+    kinds = f"{run.model.name}, {run.algorithm.name}, {run.outer.name}"
+    return f"{kinds}, ema={run.ema if run.ema is None else f'{run.ema:g}'}"
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 def leave_run_file(run: RunConfig, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -170,22 +171,38 @@ class RunConfig(Spec):
             )
         for quarter in range(5):
             try:
-                self.algorithm_at(quarter / 4)
+                self.algorithm_with(self.scheduled(quarter / 4))
             except ValidationError as error:
                 raise ValueError(f"curriculum.{name}: {_first(error)}") from None
             except ValueError as error:
                 raise ValueError(f"curriculum.{name}: {error}") from None
 
-    def algorithm_at(self, progress: float) -> AbstractAlgorithm:
-        """The algorithm with the numbers that its curriculum gives it at a share of training."""
-        values = tuple(
-            ramp.at(progress, self._configured(name), self.threat.eps)
+    def scheduled(self, progress: float) -> dict[str, float | str]:
+        """What the curriculum makes of its numbers at a share of training."""
+        return {
+            name: ramp.at(progress, self._configured(name), self.threat.eps)
             for name, ramp in self.curriculum.items()
-        )
-        return _built(self, values)
+        }
 
-    def _configured(self, name: Scheduled) -> Any:
-        return self.threat.eps if name == "eps" else getattr(self.algorithm, name)
+    def algorithm_with(self, scheduled: Mapping[str, float | str]) -> AbstractAlgorithm:
+        """The algorithm, with these of its numbers changed."""
+        threat, recipe, given = self.threat, self.algorithm, dict(scheduled)
+        if "eps" in given:
+            threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
+        if given:
+            for name, value in given.items():
+                if isinstance(getattr(recipe, name), int) and isinstance(value, float):
+                    given[name] = round(value)
+            recipe = type(recipe).model_validate({**recipe.model_dump(), **given})
+        return recipe.build(threat, self.outer)
+
+    def _configured(self, name: str) -> float | str:
+        value = self.threat.eps if name == "eps" else getattr(self.algorithm, name)
+        if value is None:
+            raise ValueError(
+                f"algorithm.{name} has no value to move to or from; expected a number"
+            )
+        return value if isinstance(value, str) else float(value)
 
     def signature(self) -> str:
         """12 hexadecimal digits that change exactly when what is computed may change."""
@@ -216,26 +233,6 @@ class RunConfig(Spec):
 
 def _first(error: ValidationError) -> str:
     return error.errors()[0]["msg"].removeprefix("Value error, ")
-
-
-_BUILT: list[tuple[RunConfig, tuple[Any, ...], AbstractAlgorithm]] = []  # the latest alone
-
-
-def _built(run: RunConfig, values: tuple[Any, ...]) -> AbstractAlgorithm:
-    """The algorithm with the scheduled values; kept for as long as they do not change."""
-    if _BUILT and _BUILT[0][0] is run and _BUILT[0][1] == values:
-        return _BUILT[0][2]
-    given = dict(zip(run.curriculum, values, strict=True))
-    threat = run.threat
-    if "eps" in given:
-        threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
-    recipe = run.algorithm
-    if given:
-        whole = {name for name in given if isinstance(getattr(recipe, name), int)}
-        given = {name: round(v) if name in whole else v for name, v in given.items()}
-        recipe = type(recipe).model_validate({**recipe.model_dump(), **given})
-    _BUILT[:] = [(run, values, recipe.build(threat, run.outer))]
-    return _BUILT[0][2]
 
 
 def _customary(value: dict[str, Any]) -> float:

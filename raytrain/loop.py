@@ -27,7 +27,7 @@ from raytrain.pace import AbstractPace, ByCost, ByEpochs
 from raytrain.place import Place
 from raytrain.record import FOSC_EDGES, Report
 from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, Clock, TrainingFailed, mix
+from raytrain.types import Batch, RequestError, TrainingFailed, mix
 
 DIVERGED = 1e4
 """A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
@@ -93,6 +93,25 @@ def kept(
         if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, place)
         yield report
+
+
+def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
+    """Whether there is something left to train, from a checkpoint that fits.
+
+    Raises:
+        RequestError: with what was expected instead.
+    """
+    state = start(run, splits, Place())
+    restore(state, saved, Place())
+    if pace_of(run, splits, Place()).over(state):
+        by_epochs = run.fe_per_image is None
+        end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
+        raise RequestError(f"{end} have been trained already; expected more, to go on")
+    if run.out_of_patience(saved.waited):
+        raise RequestError(
+            f"early_stop: the run has stopped early after {saved.epoch} epochs; early_stop=null "
+            "goes on to the end"
+        )
 
 
 def preflight(run: RunConfig) -> Splits:
@@ -242,13 +261,14 @@ def _train(
     state.model.train()
     zero = torch.zeros((), dtype=torch.float64, device=place.device)
     sums = _Sums(zero.clone(), zero.clone().long())
-    algorithm = batch = outcome = None
-    rate = 0.0
+    scheduled: dict[str, float | str] = {}
+    algorithm, batch, outcome, rate = run.algorithm_with({}), None, None, 0.0
     pace.begin(state)
     for done, batch in enumerate(visit(splits.train, run.batch_size, run.seed, epoch, pad, flip)):
         rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
         state.clock = pace.clock(state, done)
-        algorithm = run.algorithm_at(state.clock.step)
+        if (now := run.scheduled(state.clock.step)) != scheduled:
+            scheduled, algorithm = now, run.algorithm_with(now)
         outcome = algorithm.step(state, batch)
         state.step += 1
         state.meter.samples += len(batch)
@@ -259,7 +279,7 @@ def _train(
             _must_be_finite(sums.means(place)[0], epoch)
         if pace.over(state):
             break
-    assert algorithm is not None and batch is not None and outcome is not None
+    assert batch is not None and outcome is not None
     loss, inner_steps = sums.means(place)
     _must_be_finite(loss, epoch)
     return _Trained(algorithm, batch, outcome, loss, inner_steps, rate)

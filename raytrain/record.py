@@ -17,7 +17,7 @@ def _below(edge: float) -> str:
 class Report:
     """One epoch. Counts and costs are totals since the start of training, over all workers."""
 
-    epoch: int  # epochs finished, from 1
+    epoch: int  # epochs finished, from 1; the last may be a part of one
     loss: float  # mean training loss of the epoch, nats
     inner_steps: float  # mean steps an attack took
     fosc: float  # mean FOSC over the ball on the last batch, after its update, eval mode, nats
@@ -27,6 +27,7 @@ class Report:
     fe: int  # forward-equivalents, validation and probes left out
     samples: int  # images trained on
     seconds: float  # spent training, validation left out
+    progress: float = 0.0  # share of training that is done
     clean: float | None = None  # validation accuracy; None in epochs without evaluation
     robust: float | None = None  # validation accuracy under the evaluation attack
     best: float | None = None  # highest `robust` so far
@@ -48,6 +49,7 @@ class Report:
             "valid/clean": self.clean,
             "valid/robust": self.robust,
             "valid/robust_best": self.best,
+            "valid/robust_drop": self._drop(),
             "cost/fe": float(self.fe),
             "cost/fe_per_sample": self.fe / max(1, self.samples),
             "cost/samples": float(self.samples),
@@ -56,6 +58,9 @@ class Report:
         measured = {name: value for name, value in named.items() if value is not None}
         shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
         return {**measured, **{_below(edge): share for edge, share in shares}, **self.own}
+
+    def _drop(self) -> float | None:
+        return None if self.best is None or self.robust is None else self.best - self.robust
 
 
 OWN_METRICS = {
@@ -80,6 +85,7 @@ METRICS = {
     "valid/clean": "validation accuracy",
     "valid/robust": "validation accuracy under the evaluation attack",
     "valid/robust_best": "highest valid/robust so far",
+    "valid/robust_drop": "how far valid/robust has fallen below it: overfitting, sudden or slow",
     "cost/fe": "forward-equivalents spent on training",
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",

@@ -1,4 +1,4 @@
-"""Shapes over training: a factor as a function of progress in [0, 1], for learning rates and FOSC alike."""
+"""Numbers as functions of progress in [0, 1]: factors for rates and FOSC, ramps for the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal, final
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from raytrain.types import Number, Spec, named
+from raytrain.types import Number, Spec, StepSize, in_pixels, named
 
 
 class AbstractShape(Spec):
@@ -95,3 +95,49 @@ class OneCycle(AbstractShape):
 Shape = Annotated[
     Constant | Power | Cosine | Piecewise | OneCycle, Field(discriminator="kind"), named("kind")
 ]
+
+
+@final
+class Ramp(Spec):
+    """A number that moves from `start` to `end` while training goes from `after` to `until`.
+
+    It stays at `start` before and at `end` behind. Whole numbers are rounded to the nearest. `eps/4`
+    means a multiple of the radius at that time.
+    """
+
+    start: StepSize | Number
+    end: Annotated[
+        StepSize | Number | None, Field(description="default: the value of the field itself")
+    ] = None
+    after: Annotated[Number, Field(ge=0, lt=1, description="share of training before it")] = 0.0
+    until: Annotated[Share, Field(description="share of training at its end")] = 1.0
+    shape: Annotated[
+        Literal["linear", "cosine", "geometric"], Field(description="geometric: by equal factors")
+    ] = "linear"
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> Ramp:
+        if self.after >= self.until:
+            raise ValueError(f"expected after < until, found {self.after:g} and {self.until:g}")
+        return self
+
+    def at(self, progress: float, value: float | str, eps: float) -> float | str:
+        """The number at `progress`, `value` being that of the field, `eps` the full radius."""
+        ends = (self.start, value if self.end is None else self.end)
+        relative = all(isinstance(end, str) for end in ends)
+        low, high = (in_pixels(end, 1.0 if relative else eps) for end in ends)
+        between = self._between(low, high, self._share(progress))
+        return f"{between!r}*eps" if relative else between
+
+    def _share(self, progress: float) -> float:
+        share = (progress - self.after) / (self.until - self.after)
+        return min(1.0, max(0.0, share))
+
+    def _between(self, low: float, high: float, share: float) -> float:
+        if self.shape == "geometric":
+            if low <= 0 or high <= 0:
+                raise ValueError("a geometric ramp needs both ends above 0")
+            return low ** (1 - share) * high**share
+        if self.shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return (1 - share) * low + share * high

@@ -32,7 +32,7 @@ class Epochs:
     """Progress of one training: call it after every epoch."""
 
     def __init__(self) -> None:
-        self._bar = _bar("epochs")
+        self._bar = _bar("%")
         self._task: Any = None
 
     def __enter__(self) -> Epochs:
@@ -50,10 +50,16 @@ class Epochs:
         line += f"  {report.fe / report.samples:.1f} FE/sample"
         if _is_terminal():
             if self._task is None:
-                self._task = self._bar.add_task(run.algorithm.name, total=run.epochs, note="")
-            self._bar.update(self._task, completed=report.epoch, note=line)
+                self._task = self._bar.add_task(run.algorithm.name, total=100, note="")
+            self._bar.update(self._task, completed=round(100 * report.progress), note=line)
         else:
-            say(f"epoch {report.epoch}/{run.epochs}  {line}")
+            say(f"{_where(run, report)}  {line}")
+        if report.stopped_early:
+            waited = 0 if run.early_stop is None else run.early_stop.patience
+            said = (
+                f"stopped early after {_where(run, report)}: {waited} validations without a gain"
+            )
+            self._bar.console.print(said) if _is_terminal() else say(said)
 
 
 class Trials:
@@ -89,6 +95,12 @@ class Trials:
             say(f"trial {progress.finished}/{progress.budget}  {line}  {seconds:.0f} s")
 
 
+def _where(run: RunConfig, report: Report) -> str:
+    if run.fe_per_image is None:
+        return f"epoch {report.epoch}/{run.epochs}"
+    return f"epoch {report.epoch}, {report.progress:.0%} of {run.fe_per_image:g} FE/image"
+
+
 def train_summary(result: TrainResult) -> Callable[[], None]:
     """The end of `raytrain train`."""
 
@@ -97,7 +109,8 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
         table.add_column("metric")
         table.add_column("last epoch", justify="right")
         for name, value in result.metrics.items():
-            table.add_row(name, _number(value))
+            if not name.startswith("fosc_histogram/"):  # for figures
+                table.add_row(name, _number(value))
         console = Console()
         console.print(table)
         console.print(f"checkpoints  {result.checkpoints}", soft_wrap=True, highlight=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raytrain.checkpoint import BEST, LAST, Saved, find, load, save
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_splits
-from raytrain.loop import fit, kept, preflight
+from raytrain.loop import check_resumable, fit, kept, preflight
 from raytrain.place import Place
 from raytrain.record import FOSC_EDGES, METRICS, OWN_METRICS, Report
 from raytrain.state import TrainState
@@ -131,6 +131,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "model": "small_cnn",
     },
     "smoothed": {"algorithm": {"name": "pgd", "steps": 1, "label_smoothing": 0.2}},
+    "by_cost": {
+        "algorithm": {"name": "dynamic", "steps": 4, "c_max": 0.01, "per": "step"},
+        "fe_per_image": 30,
+        "optimizer": {"lr": 0.05, "schedule": "onecycle"},
+    },
+    "curriculum": {
+        "algorithm": {"name": "pgd", "steps": 3},
+        "curriculum": {
+            "eps": {"start": 0, "until": 0.6},
+            "steps": {"start": 1},
+            "step_size": {"start": "eps", "end": "eps/4", "shape": "geometric"},
+        },
+    },
 }
 
 
@@ -207,6 +220,39 @@ def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
     run = run_of(epochs=1)
     halfway(run, tmp_path / LAST, epochs=1)
     assert list(fit(run, Place(), load(tmp_path / LAST))) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"name": "si_hg"}},
+        {"outer": "engm", "algorithm": "trades", "model": "resnet18"},
+        {"ema": 0.9},
+        {"model": "small_cnn"},
+    ],
+    ids=["algorithm", "model", "ema", "norm"],
+)
+def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_of()
+    halfway(run, tmp_path / LAST)
+    other = run_of(**changes)
+    saved = load(tmp_path / LAST)
+    with pytest.raises(RequestError, match="--resume: the checkpoint does not fit this run"):
+        check_resumable(other, saved, preflight(other))
+    check_resumable(run, saved, preflight(run))
+
+
+def test_a_run_at_its_end_is_not_resumable(tmp_path: Path) -> None:
+    for changes, field in (
+        ({"epochs": 2}, "epochs: 2"),
+        ({"fe_per_image": 14}, "fe_per_image: 14"),
+    ):
+        run = run_of(**changes)
+        list(kept(run, Place(), tmp_path))
+        with pytest.raises(RequestError, match=field):
+            check_resumable(run, load(tmp_path / LAST), preflight(run))
 
 
 def test_a_resumed_run_goes_on_counting_its_seconds(tmp_path: Path) -> None:
@@ -293,7 +339,12 @@ def test_validation_is_left_out_between_its_epochs_and_never_at_the_last() -> No
     reports, _ = to_the_end(run_of(evaluation={"steps": 1, "every": 3}))
     assert [report.robust is not None for report in reports] == [False, False, True, True]
     absent = METRICS.keys() - OWN_METRICS.keys() - reports[0].metrics().keys()
-    assert absent == {"valid/clean", "valid/robust", "valid/robust_best"}
+    assert absent == {
+        "valid/clean",
+        "valid/robust",
+        "valid/robust_best",
+        "valid/robust_drop",
+    }
 
 
 @pytest.mark.parametrize(
