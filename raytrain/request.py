@@ -6,7 +6,7 @@ import difflib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -86,8 +86,8 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the dotted paths of `changes` set.
 
-    Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) drops the fields of
-    the old kind: only what is given together with the new name belongs to it.
+    Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) or another preset
+    drops the fields of the old one: only what is given together with the choice belongs to it.
     """
     result = _copy(values)
     spelled = [(_spelled(path, value), value) for path, value in changes.items()]
@@ -101,12 +101,11 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
                 inner = {_key_of(parent): inner}
             record[parent] = inner if isinstance(inner, dict) else {}
             record = record[parent]
-        if _chooses(path) and record.get(last, _CHOSEN_BY[parents[-1]][1]) != value:
+        choice = _choice(path)
+        if choice is not None and record.get(last, choice.meant) != value:
+            kept = {field: record[field] for field in choice.keeps if field in record}
             record.clear()
-        if last == "preset":  # a set of defaults: what was written for another set must not win
-            kept = _key_of(parents[-1]) if parents else ""
-            for field in [field for field in record if field != kept]:
-                del record[field]
+            record.update(kept)
         record[last] = value
     return result
 
@@ -123,11 +122,23 @@ def _key_of(record: str) -> str:
 
 
 def _rank(path: tuple[str, ...]) -> int:
-    return 0 if _chooses(path) else 1 if path[-1] == "preset" else 2
+    """Kinds first, then the presets of a kind, then all that is no choice."""
+    choice = _choice(path)
+    return 2 if choice is None else len(choice.keeps)
 
 
-def _chooses(path: tuple[str, ...]) -> bool:
-    return len(path) > 1 and path[-2] in _CHOSEN_BY and path[-1] == _CHOSEN_BY[path[-2]][0]
+class _Choice(NamedTuple):
+    """A field that begins its record anew."""
+
+    meant: str | None  # where it is not given
+    keeps: tuple[str, ...] = ()  # the fields that do not belong to the choice before
+
+
+def _choice(path: tuple[str, ...]) -> _Choice | None:
+    if len(path) < 2 or path[-2] not in _CHOSEN_BY:
+        return None
+    key, kind = _CHOSEN_BY[path[-2]]
+    return {key: _Choice(kind), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
@@ -204,6 +215,8 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
         if _holds(here, part):
             here = here[part]
             path.append(str(part))
+        elif part == "[key]":
+            continue  # the complaint is about the key, which the path ends with already
         elif step == len(loc) - 1 and _lacks(here, part):
             path.append(str(part))  # a missing field
         else:

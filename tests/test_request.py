@@ -362,6 +362,24 @@ def test_choosing_the_same_kind_again_keeps_its_fields(word: str) -> None:
     assert run.algorithm == run_of("algorithm.steps=3").algorithm
 
 
+@pytest.mark.parametrize(
+    ("before", "preset", "after"),
+    [
+        ({"steps": 3}, "official", {"name": "dynamic", "preset": "official"}),
+        ({"steps": 3, "preset": "paper"}, "official", {"name": "dynamic", "preset": "official"}),
+        ({"steps": 3, "preset": "paper"}, None, {"name": "dynamic", "preset": None}),
+        ({"steps": 3, "preset": "paper"}, "paper", {"name": "dynamic", "preset": "paper"}),
+    ],
+)
+def test_another_preset_drops_all_but_the_name_and_the_same_one_nothing(
+    before: dict[str, Any], preset: str | None, after: dict[str, Any]
+) -> None:
+    values = {"algorithm": {"name": "dynamic", **before}, "epochs": 3}
+    kept = {"steps": 3} if before.get("preset") == preset else {}
+    found = override(values, {"algorithm.preset": preset})
+    assert found == {"algorithm": {**after, **kept}, "epochs": 3}
+
+
 def test_naming_a_data_set_keeps_what_else_was_said_of_data() -> None:
     run = run_of("data=cifar10", {"data": {"name": "digits", "validation": 1000}})
     assert (run.data.name, run.data.validation) == ("cifar10", 1000)
