@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,9 +92,10 @@ def train(
         here(run.device)
     if folder is not None:
         check_resumable(run, load(folder / LAST), splits)
-    with interruptible(), tracked(run.tracking_uri, run.experiment) as tracker:
+    with interruptible(), _tracked(run, run.storage) as tracker:
         with _cluster(run) as on_cluster:
-            run_id, done = _open(tracker, run, folder)
+            handle, done = _open(tracker, run, folder)
+            run_id = _run_id(tracker, handle)
             folder = (run.storage / run.experiment / run_id).resolve()
             leave_run_file(run, folder)
             job = Job.of(run, folder, resume=resume is not None)
@@ -102,10 +105,10 @@ def train(
                 if report.epoch <= done:
                     continue  # repeated after a restart of the workers
                 done = report.epoch
-                tracker.log(run_id, metrics, done)
+                tracker.log(handle, metrics, done)
                 if watch is not None:
                     watch(run, report)
-        leave_network(tracker, run_id, folder, splits.valid)
+        leave_network(tracker, handle, folder, splits.valid)
     name = run.run_name or provenance.describe(run)
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
 
@@ -137,17 +140,17 @@ def evaluate(
     _write_flags(flags, table)
     run_id = file.parent.name if _is_run_id(file.parent.name) else None
     if run_id is not None:
-        _record(run, run_id, report, table)
+        _record(run, run_id, report, table, storage)
     return EvalResult(report, file, table, run_id, f"{run.threat.norm} {run.threat.eps:.5g}")
 
 
-def leave_network(tracker: Tracker, run_id: str, folder: Path, part: Part) -> None:
+def leave_network(tracker: Tracker, handle: str, folder: Path, part: Part) -> None:
     """The artifacts of a finished training: its checkpoints, and the network in MLflow's format."""
     for name in (BEST, LAST):
         if (folder / name).is_file():
-            tracker.artifact(run_id, folder / name, "checkpoints")
+            tracker.artifact(handle, folder / name, "checkpoints")
     example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
-    tracker.model(run_id, network(load(folder)).float(), example)
+    tracker.model(handle, network(load(folder)).float(), example)
 
 
 @contextmanager
@@ -175,13 +178,35 @@ def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
 
 
 def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
-    """The MLflow run to write to, and the epochs it already has."""
+    """The handle of the MLflow run to write to, and the epochs it already has."""
     if folder is not None and _is_run_id(folder.name):
-        return folder.name, tracker.reopen(folder.name)
+        handle = folder.name
+        if not tracker.knows(handle):
+            raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
+        tracker.adopt(handle, handle)
+        tracker.reopen(handle)
+        return handle, tracker.last_step(handle)
     name = run.run_name or provenance.describe(run)
-    run_id = tracker.open(name, provenance.parameters(run), provenance.tags(run))
-    tracker.text(run_id, to_yaml(run), "run.yaml")
-    return run_id, 0
+    tracker.open("run", name, provenance.parameters(run), provenance.tags(run))
+    tracker.text("run", to_yaml(run), "run.yaml")
+    return "run", 0
+
+
+def _run_id(tracker: Tracker, handle: str) -> str:
+    """The id of the run, which names its folder."""
+    run_id = tracker.run_id(handle)
+    if run_id is None:
+        raise RequestError(
+            f"tracking_uri: MLflow at {tracker.uri} made no run; expected an answer"
+        )
+    return run_id
+
+
+def _tracked(run: RunConfig, storage: Path) -> AbstractContextManager[Tracker]:
+    """A tracker with a spool of its own, which also delivers what dead processes left beside it."""
+    folder = (storage / run.experiment / ".mlflow").resolve()
+    spool = folder / f"{time.time_ns():x}-{os.getpid()}.jsonl"
+    return tracked(run.tracking_uri, run.experiment, spool, folder)
 
 
 def _evaluation_changes(overrides: Overrides) -> dict[str, Any]:
@@ -245,12 +270,13 @@ def _write_flags(flags: Flags, file: Path) -> None:
         ) from error
 
 
-def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path) -> None:
+def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path, storage: Path) -> None:
     accuracies = {"test/clean": report.clean, f"test/{report.attack}": report.robust}
     counts = {"test/images": float(report.images), "test/fe": float(report.fe)}
-    with tracked(run.tracking_uri, run.experiment) as tracker:
+    with _tracked(run, storage) as tracker:
         if not tracker.knows(run_id):
             return  # a checkpoint that came without its run
+        tracker.adopt(run_id, run_id)
         tracker.log(run_id, {**accuracies, **counts})
         tracker.artifact(run_id, table, "evaluation")
 

@@ -15,12 +15,15 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from raytrain import provenance, tracking
+from raytrain import provenance
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import SOURCES
 from raytrain.loop import build_model
 from raytrain.request import as_run
-from raytrain.tracking import Status, Tracker, fetch, tracking_uri
+from raytrain.tracking import Status, Tracker, fetch, tracked, tracking_uri
+from raytrain.tracking import tracker as trackers
+from raytrain.tracking import writer as writers
+from raytrain.tracking.spool import Spool
 from raytrain.types import RequestError
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
@@ -37,14 +40,34 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def tracker(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.05)
-    made = Tracker(store, "tests")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep") / "mlflow.jsonl"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_FIRST_RETRY", 0.05)
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.5)
+
+
+@pytest.fixture
+def tracker(store: str, spool: Path, impatient: None) -> Iterator[Tracker]:
+    made = Tracker(store, "tests", spool)
     yield made
     made.shut("KILLED")
 
 
-def status(tracker: Tracker, run_id: str) -> str:
+def begun(tracker: Tracker, handle: str, **params: Any) -> str:
+    """A run that is in the store; returns its id."""
+    tracker.open(handle, handle, params, {})
+    run_id = tracker.run_id(handle)
+    assert run_id is not None
+    return run_id
+
+
+def status(tracker: Tracker, handle: str) -> str:
+    run_id = tracker.run_id(handle)
+    assert run_id is not None
     return str(reader(tracker).get_run(run_id).info.status)
 
 
@@ -53,12 +76,14 @@ def reader(tracker: Tracker) -> MlflowClient:
     return MlflowClient(tracker.uri)
 
 
-def history(tracker: Tracker, run_id: str, metric: str) -> list[tuple[int, float]]:
+def history(tracker: Tracker, handle: str, metric: str) -> list[tuple[int, float]]:
+    run_id = tracker.run_id(handle)
+    assert run_id is not None
     return [(p.step, p.value) for p in reader(tracker).get_metric_history(run_id, metric)]
 
 
 class Refusing:
-    """A client whose `log_batch` and `set_terminated` fail while `away`, and which notes what it does."""
+    """A client that fails `times` times while `away`, and which notes what it does."""
 
     def __init__(self, client: Any, times: int = 0) -> None:
         self._client, self.times = client, times
@@ -68,15 +93,19 @@ class Refusing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
+    def create_run(self, *what: Any, **more: Any) -> Any:
+        self._answer()
+        return self._client.create_run(*what, **more)
+
     def log_batch(self, run_id: str, **what: Any) -> None:
         self._answer()
         self._client.log_batch(run_id, **what)
         steps = [metric.step for metric in what.get("metrics", ())]
         self.done.append(("rows", run_id, steps))
 
-    def set_terminated(self, run_id: str, status: str) -> None:
+    def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
         self._answer()
-        self._client.set_terminated(run_id, status)
+        self._client.set_terminated(run_id, status, end_time)
         self.done.append(("end", run_id, status))
 
     def _answer(self) -> None:
@@ -87,8 +116,8 @@ class Refusing:
 
 
 def refusing(tracker: Tracker, times: int = 0) -> Refusing:
-    client = Refusing(tracker._client, times)
-    tracker._client = client
+    client = Refusing(tracker._store.client, times)
+    tracker._store.client = client
     return client
 
 
@@ -96,21 +125,26 @@ def refusing(tracker: Tracker, times: int = 0) -> Refusing:
 
 
 def test_parameters_and_tags_are_those_given(tracker: Tracker) -> None:
-    run_id = tracker.open("one", {"a.b": 1, "c": "x", "long": "y" * 9000}, {"t": "u"})
-    data = reader(tracker).get_run(run_id).data
-    assert (data.params["a.b"], data.params["c"], data.tags["t"]) == ("1", "x", "u")
-    assert data.params["long"] == "y" * 6000
-    assert reader(tracker).get_run(run_id).info.run_name == "one"
+    tracker.open("one", "its name", {"a.b": 1, "c": "x", "long": "y" * 9000}, {"t": "u"})
+    run_id = tracker.run_id("one")
+    assert run_id is not None and tracker.flush()
+    run = reader(tracker).get_run(run_id)
+    assert (run.data.params["a.b"], run.data.params["c"], run.data.tags["t"]) == ("1", "x", "u")
+    assert run.data.params["long"] == "y" * 6000
+    assert run.info.run_name == "its name"
 
 
 def test_more_parameters_than_a_batch_holds_are_all_written(tracker: Tracker) -> None:
-    run_id = tracker.open("many", {f"p{i}": i for i in range(230)}, {})
+    run_id = begun(tracker, "many", **{f"p{i}": i for i in range(230)})
+    assert tracker.flush()
     assert len(reader(tracker).get_run(run_id).data.params) == 230
 
 
 def test_a_trial_is_a_child_of_its_sweep_in_the_same_experiment(tracker: Tracker) -> None:
-    parent = tracker.open("sweep", {}, {})
-    child = tracker.open("trial", {}, {}, parent=parent)
+    tracker.open("sweep", "sweep", {}, {})
+    tracker.open("trial", "trial", {}, {}, parent="sweep")
+    parent, child = tracker.run_id("sweep"), tracker.run_id("trial")
+    assert parent is not None
     found = reader(tracker).search_runs(
         [tracker.experiment_id], f"tags.mlflow.parentRunId = '{parent}'"
     )
@@ -119,52 +153,74 @@ def test_a_trial_is_a_child_of_its_sweep_in_the_same_experiment(tracker: Tracker
 
 
 def test_every_row_is_in_the_store_with_its_step_after_a_flush(tracker: Tracker) -> None:
-    run_id = tracker.open("rows", {}, {})
+    tracker.open("rows", "rows", {}, {})
     for step in range(1, 21):
-        tracker.log(run_id, {"loss": 1 / step, "cost/fe": step * 10.0}, step)
+        tracker.log("rows", {"loss": 1 / step, "cost/fe": step * 10.0}, step)
     assert tracker.flush()
-    assert history(tracker, run_id, "loss") == [(step, 1 / step) for step in range(1, 21)]
-    assert history(tracker, run_id, "cost/fe")[-1] == (20, 200.0)
+    assert history(tracker, "rows", "loss") == [(step, 1 / step) for step in range(1, 21)]
+    assert history(tracker, "rows", "cost/fe")[-1] == (20, 200.0)
 
 
 def test_more_metrics_than_a_batch_holds_are_all_written(tracker: Tracker) -> None:
-    run_id = tracker.open("wide", {}, {})
+    run_id = begun(tracker, "wide")
     for step in range(3):
-        tracker.log(run_id, {f"m{i}": float(i) for i in range(500)}, step)
+        tracker.log("wide", {f"m{i}": float(i) for i in range(500)}, step)
     assert tracker.flush()
     assert len(reader(tracker).get_run(run_id).data.metrics) == 500
-    assert [step for step, _ in history(tracker, run_id, "m499")] == [0, 1, 2]
+    assert [step for step, _ in history(tracker, "wide", "m499")] == [0, 1, 2]
 
 
-def test_logging_does_not_wait_for_the_store(tracker: Tracker) -> None:
-    run_id = tracker.open("slow", {}, {})
+@pytest.mark.parametrize("value", [1.5, float("nan"), float("inf"), -float("inf")])
+def test_the_same_row_delivered_twice_is_there_once(tracker: Tracker, value: float) -> None:
+    run_id = begun(tracker, "twice", a=1)
+    tracker.log("twice", {"loss": value, "acc": 1.0}, 1)
+    lines = tracker._spool.read()[0]
+    assert tracker.flush()
+    for record in lines:
+        tracker._spool.append(record)
+    assert tracker.flush()
+    points = reader(tracker).get_metric_history(run_id, "loss")
+    assert len(lines) == 1 and len(points) == 1
+    assert len(reader(tracker).get_metric_history(run_id, "acc")) == 1
+
+
+def test_no_call_waits_for_the_store(tracker: Tracker, tmp_path: Path) -> None:
     client, gate = refusing(tracker), threading.Event()
-    written = client.log_batch
+    created = client.create_run
 
-    def slow(run_id: str, **what: Any) -> None:
+    def slow(*what: Any, **more: Any) -> Any:
         assert gate.wait(30)
-        written(run_id, **what)
+        return created(*what, **more)
 
-    client.log_batch = slow  # type: ignore[method-assign]
+    client.create_run = slow  # type: ignore[method-assign]
+    (tmp_path / "a.txt").write_text("a")
+    tracker.open("slow", "slow", {"a": 1}, {})
     for step in range(5):
-        tracker.log(run_id, {"loss": 0.0}, step)
-    tracker.close(run_id, "FINISHED")
-    assert client.done == []
+        tracker.log("slow", {"loss": 0.0}, step)
+    tracker.text("slow", "b", "b.txt")
+    tracker.artifact("slow", tmp_path / "a.txt")
+    tracker.close("slow", "FINISHED")
+    tracker.reopen("slow")
+    tracker.tag("slow", {"t": "u"})
+    tracker.close("slow", "FAILED")
+    assert client.done == [] and tracker.last_step("slow") == 4
+    assert tracker.run_id("slow", 0.0) is None and tracker.known("slow")
     gate.set()
     assert tracker.flush()
-    assert history(tracker, run_id, "loss") == [(step, 0.0) for step in range(5)]
+    assert history(tracker, "slow", "loss") == [(step, 0.0) for step in range(5)]
+    assert status(tracker, "slow") == "FAILED"
 
 
 def test_tags_set_later_and_text_and_files_are_in_the_store(
     tracker: Tracker, tmp_path: Path
 ) -> None:
-    run_id = tracker.open("artifacts", {}, {})
-    tracker.tag(run_id, {"outcome": "complete"})
-    tracker.text(run_id, "epochs: 3\n", "run.yaml")
+    run_id = begun(tracker, "artifacts")
+    tracker.tag("artifacts", {"outcome": "complete"})
+    tracker.text("artifacts", "epochs: 3\n", "run.yaml")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("a")
-    tracker.artifact(run_id, tmp_path / "folder", "more")
-    tracker.artifact(run_id, tmp_path / "folder" / "a.txt")
+    tracker.artifact("artifacts", tmp_path / "folder", "more")
+    tracker.artifact("artifacts", tmp_path / "folder" / "a.txt")
     assert tracker.flush()
     assert reader(tracker).get_run(run_id).data.tags["outcome"] == "complete"
     assert fetch(tracker.uri, run_id, "run.yaml", tmp_path / "got").read_text() == "epochs: 3\n"
@@ -172,10 +228,29 @@ def test_tags_set_later_and_text_and_files_are_in_the_store(
 
 
 def test_artifacts_lie_beside_the_database(tracker: Tracker) -> None:
-    run_id = tracker.open("where", {}, {})
+    run_id = begun(tracker, "where")
     folder = Path(tracker.uri.removeprefix("sqlite:///")).parent / "mlruns"
     uri = reader(tracker).get_run(run_id).info.artifact_uri
     assert str(uri).startswith(folder.as_uri())
+
+
+def test_a_run_keeps_the_times_of_its_records(tracker: Tracker) -> None:
+    client = refusing(tracker, 3)
+    tracker.open("late", "late", {}, {})
+    tracker.close("late", "FINISHED")
+    ends = [r["ms"] for r in tracker._spool.read()[0]]
+    assert tracker.flush() and client.times == 0
+    run_id = tracker.run_id("late")
+    assert run_id is not None
+    info = reader(tracker).get_run(run_id).info
+    assert [info.start_time, info.end_time] == ends
+
+
+def test_a_handle_that_was_never_opened_is_the_callers_mistake(tracker: Tracker) -> None:
+    with pytest.raises(KeyError, match="nobody: no run of"):
+        tracker.log("nobody", {"loss": 1.0})
+    with pytest.raises(ValueError, match="expected a word"):
+        tracker.open("o'clock", "x", {}, {})
 
 
 # --- how runs end -----------------------------------------------------------------------------
@@ -183,60 +258,168 @@ def test_artifacts_lie_beside_the_database(tracker: Tracker) -> None:
 
 @pytest.mark.parametrize("ended", ["FINISHED", "FAILED", "KILLED"])
 def test_a_run_ends_with_the_status_it_is_closed_with(tracker: Tracker, ended: Status) -> None:
-    run_id = tracker.open("ends", {}, {})
-    assert status(tracker, run_id) == "RUNNING"
-    tracker.close(run_id, ended)
+    run_id = begun(tracker, "ends")
+    assert status(tracker, "ends") == "RUNNING"
+    tracker.close("ends", ended)
     assert tracker.flush()
-    assert status(tracker, run_id) == ended
+    assert status(tracker, "ends") == ended
     assert reader(tracker).get_run(run_id).info.end_time is not None
 
 
 @pytest.mark.parametrize("ended", ["FAILED", "KILLED"])
-def test_shutting_ends_what_is_open_and_leaves_what_was_closed(store: str, ended: Status) -> None:
-    tracker = Tracker(store, "tests")
-    closed, one, two = (tracker.open(name, {}, {}) for name in ("closed", "one", "two"))
-    tracker.close(closed, "FINISHED")
-    tracker.log(one, {"loss": 1.0}, 3)
+def test_shutting_ends_what_is_open_and_leaves_what_was_closed(
+    store: str, spool: Path, ended: Status
+) -> None:
+    tracker = Tracker(store, "tests", spool)
+    for handle in ("closed", "one", "two"):
+        tracker.open(handle, handle, {}, {})
+    tracker.close("closed", "FINISHED")
+    tracker.log("one", {"loss": 1.0}, 3)
     tracker.shut(ended)
-    assert [status(tracker, run_id) for run_id in (closed, one, two)] == ["FINISHED", ended, ended]
-    assert history(tracker, one, "loss") == [(3, 1.0)]
-    assert not any(thread is tracker._thread for thread in threading.enumerate())
+    found = [status(tracker, handle) for handle in ("closed", "one", "two")]
+    assert found == ["FINISHED", ended, ended]
+    assert history(tracker, "one", "loss") == [(3, 1.0)]
+    assert not any(thread is tracker._writer._thread for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")],
+    ids=["fine", "error", "interrupted"],
+)
+def test_a_command_ends_its_runs_as_it_ends_and_leaves_no_spool(
+    store: str, tmp_path: Path, error: type[BaseException] | None, ended: Status
+) -> None:
+    folder = tmp_path / ".mlflow"
+    found: list[str] = []
+    try:
+        with tracked(store, "tests", folder / "a.jsonl", folder) as tracker:
+            found.append(begun(tracker, "run"))
+            assert (folder / "a.jsonl").exists()
+            if error is not None:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert MlflowClient(store).get_run(found[0]).info.status == ended
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_end_of_a_run_comes_after_its_rows(tracker: Tracker) -> None:
+    runs = {f"r{i}": begun(tracker, f"r{i}") for i in range(3)}
     client = refusing(tracker)
-    runs = [tracker.open(f"r{i}", {}, {}) for i in range(3)]
-    client.done.clear()
     for step in range(4):
-        for run_id in runs:
-            tracker.log(run_id, {"loss": 0.0}, step)
-    for run_id in runs:
-        tracker.close(run_id, "FINISHED")
+        for handle in runs:
+            tracker.log(handle, {"loss": 0.0}, step)
+    for handle in runs:
+        tracker.close(handle, "FINISHED")
     assert tracker.flush()
-    for run_id in runs:
+    for run_id in runs.values():
         mine = [(kind, what) for kind, of, what in client.done if of == run_id]
         assert mine[-1] == ("end", "FINISHED")
         assert sum((what for kind, what in mine if kind == "rows"), []) == [0, 1, 2, 3]
 
 
-def test_a_run_is_reopened_at_the_last_epoch_it_has(tracker: Tracker) -> None:
-    run_id = tracker.open("again", {}, {})
-    assert tracker.reopen(run_id) == 0
+def test_a_run_of_an_earlier_launch_is_adopted_at_the_last_epoch_it_has(
+    tracker: Tracker, store: str, tmp_path: Path
+) -> None:
+    run_id = begun(tracker, "again")
     for step in (1, 2, 3):
-        tracker.log(run_id, {"cost/fe": 10.0 * step}, step)
-    tracker.close(run_id, "KILLED")
+        tracker.log("again", {"cost/fe": 10.0 * step}, step)
+    tracker.close("again", "KILLED")
     assert tracker.flush()
-    assert tracker.reopen(run_id) == 3
-    assert status(tracker, run_id) == "RUNNING"
+    other = Tracker(store, "tests", tmp_path / "other.jsonl")
+    assert other.knows(run_id) and not other.knows("0" * 32)
+    other.adopt("x", run_id)
+    assert (other.run_id("x", 0.0), other.last_step("x")) == (run_id, 3)
+    assert other.flush() and status(other, "x") == "KILLED"
+    other.reopen("x")
+    assert other.flush() and status(other, "x") == "RUNNING"
+    other.log("x", {"cost/fe": 40.0}, 4)
+    assert other.last_step("x") == 4
+    other.shut("FINISHED")
+    assert status(other, "x") == "FINISHED"
+    assert [step for step, _ in history(other, "x", "cost/fe")] == [1, 2, 3, 4]
 
 
 def test_a_run_that_is_reopened_at_once_keeps_running_and_knows_its_rows(tracker: Tracker) -> None:
-    run_id = tracker.open("at once", {}, {})
-    tracker.log(run_id, {"cost/fe": 10.0}, 1)
-    tracker.close(run_id, "FAILED")  # only queued: a lost trial is begun again right away
-    assert tracker.reopen(run_id) == 1
+    tracker.open("at once", "at once", {}, {})
+    tracker.log("at once", {"cost/fe": 10.0}, 1)
+    tracker.close("at once", "FAILED")  # only queued: a lost trial is begun again right away
+    tracker.open("at once", "again", {}, {})
+    assert tracker.last_step("at once") == 1
     assert tracker.flush()
-    assert status(tracker, run_id) == "RUNNING"
+    assert status(tracker, "at once") == "RUNNING"
+
+
+# --- a sweep that is continued ----------------------------------------------------------------
+
+
+def test_a_sweep_goes_on_with_the_runs_of_its_spool(
+    store: str, spool: Path, impatient: None
+) -> None:
+    first = Tracker(store, "tests", spool)
+    first.open("sweep", "sweep", {}, {})
+    first.open("t0", "t0", {}, {}, parent="sweep")
+    first.log("t0", {"loss": 1.0}, 1)
+    ids = [first.run_id(handle) for handle in ("sweep", "t0")]
+    refusing(first, 10**9)
+    first.log("t0", {"loss": 2.0}, 2)
+    first.open("t1", "t1", {}, {}, parent="sweep")
+    first._writer.stop()  # killed
+    second = Tracker(store, "tests", spool)
+    assert [second.known(handle) for handle in ("sweep", "t0", "t1", "t2")] == [True] * 3 + [False]
+    assert second.last_step("t0") == 2 and second.unfinished("sweep") == ["t0", "t1"]
+    assert [second.run_id(handle) for handle in ("sweep", "t0")] == ids
+    second.close("t1", "KILLED")
+    second.log("t0", {"loss": 3.0}, 3)
+    second.shut("FINISHED")
+    assert history(second, "t0", "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [status(second, h) for h in ("sweep", "t0", "t1")] == ["FINISHED", "FINISHED", "KILLED"]
+    third = Tracker(store, "tests", spool)
+    assert third.unfinished("sweep") == [] and third.last_step("t0") == 3
+    assert len(spool.read_bytes().splitlines()) == 1
+    third.shut("FINISHED")
+
+
+def test_children_that_only_the_store_knows_are_found_too(tracker: Tracker) -> None:
+    parent = begun(tracker, "sweep")
+    tags = {"mlflow.parentRunId": parent}
+    stray = reader(tracker).create_run(tracker.experiment_id, tags=tags).info.run_id
+    tracker.open("t0", "t0", {}, {}, parent="sweep")
+    tracker.open("t1", "t1", {}, {}, parent="sweep")
+    tracker.close("t1", "FINISHED")
+    assert tracker.run_id("t0") is not None
+    assert tracker.unfinished("sweep") == ["t0", stray]
+    tracker.close(stray, "KILLED")
+    assert tracker.flush() and status(tracker, stray) == "KILLED"
+    assert tracker.unfinished("sweep") == ["t0"]
+
+
+def test_two_commands_on_one_spool_are_refused(tracker: Tracker, store: str, spool: Path) -> None:
+    with pytest.raises(RequestError, match=r"mlflow\.jsonl: another process is writing here"):
+        Tracker(store, "tests", spool)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(store: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder is wanted")
+    with pytest.raises(RequestError, match=r"^storage: .*runs/s.jsonl could not be opened"):
+        Tracker(store, "tests", tmp_path / "runs" / "s.jsonl")
+
+
+def test_a_spool_goes_on_in_a_store_under_a_new_name_and_not_in_another(
+    store: str, spool: Path, tmp_path: Path
+) -> None:
+    first = Tracker(store, "tests", spool)
+    begun(first, "sweep")
+    first.shut("FINISHED")
+    file = Path(store.removeprefix("sqlite:///"))
+    (tmp_path / "link").symlink_to(file.parent)
+    second = Tracker(f"sqlite:///{tmp_path / 'link' / 'mlflow.db'}", "tests", spool)
+    second.log("sweep", {"loss": 1.0})
+    second.shut("FINISHED")
+    assert history(second, "sweep", "loss") == [(0, 1.0)]
+    with pytest.raises(RequestError, match=r"^tracking_uri: the runs of .* are in MLflow at "):
+        Tracker(f"sqlite:///{tmp_path / 'other.db'}", "tests", spool)
 
 
 # --- a store that is away ---------------------------------------------------------------------
@@ -246,61 +429,87 @@ def test_a_run_that_is_reopened_at_once_keeps_running_and_knows_its_rows(tracker
 def test_a_store_that_is_away_for_a_while_loses_nothing_and_keeps_the_order(
     tracker: Tracker, times: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [tracker.open(f"away{i}", {}, {}) for i in range(2)]
+    runs = [begun(tracker, f"away{i}") for i in range(2)]
     client = refusing(tracker, times)
     for step in range(1, 7):
-        for run_id in runs:
-            tracker.log(run_id, {"loss": float(step)}, step)
+        for i in range(2):
+            tracker.log(f"away{i}", {"loss": float(step)}, step)
         if step == 3:
             tracker.flush(0.2)
-    for run_id in runs:
-        tracker.close(run_id, "FINISHED")
+    for i in range(2):
+        tracker.close(f"away{i}", "FINISHED")
     assert tracker.flush()
-    for run_id in runs:
-        assert history(tracker, run_id, "loss") == [(step, float(step)) for step in range(1, 7)]
-        assert status(tracker, run_id) == "FINISHED"
+    for i, run_id in enumerate(runs):
+        found = history(tracker, f"away{i}", "loss")
+        assert found == [(step, float(step)) for step in range(1, 7)]
+        assert status(tracker, f"away{i}") == "FINISHED"
         mine = [kind for kind, of, _ in client.done if of == run_id]
         assert mine.index("end") == len(mine) - 1
     assert "the store is away" in capsys.readouterr().err
 
 
-def test_a_tag_for_a_store_that_is_away_does_not_end_the_sweep(tracker: Tracker) -> None:
-    run_id = tracker.open("tagged", {}, {})
-    refusing(tracker, 2)
-    tracker.tag(run_id, {"outcome": "stopped"})
-    tracker.close(run_id, "FINISHED")
-    assert tracker.flush()
-    assert reader(tracker).get_run(run_id).data.tags["outcome"] == "stopped"
-    assert status(tracker, run_id) == "FINISHED"
-
-
 def test_a_run_that_is_refused_does_not_hold_up_the_others(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone, fine = tracker.open("gone", {}, {}), tracker.open("fine", {}, {})
+    gone = begun(tracker, "gone")
+    begun(tracker, "fine")
     reader(tracker).delete_run(gone)
-    tracker.log(gone, {"loss": 1.0}, 1)
-    tracker.log(fine, {"loss": 2.0}, 1)
-    tracker.close(fine, "FINISHED")
-    tracker.flush(1.0)
-    assert status(tracker, fine) == "FINISHED"
-    assert history(tracker, fine, "loss") == [(1, 2.0)]
-    reader(tracker).restore_run(gone)
+    tracker.log("gone", {"loss": 1.0}, 1)
+    tracker.log("fine", {"loss": 2.0}, 1)
+    tracker.close("fine", "FINISHED")
     assert tracker.flush()
-    assert history(tracker, gone, "loss") == [(1, 1.0)]
-    assert "MLflow at" in capsys.readouterr().err
+    assert status(tracker, "fine") == "FINISHED"
+    assert history(tracker, "fine", "loss") == [(1, 2.0)]
+    assert capsys.readouterr().err.count("gone: row refused") == 1
 
 
-def test_what_could_not_be_written_is_said_in_one_line(
+def test_one_bad_name_costs_one_metric(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_id = tracker.open("never", {}, {})
+    tracker.open("mixed", "mixed", {"a": 1, "b?": 2}, {})
+    tracker.log("mixed", {"loss": 1.0, "lo?ss": 2.0, "acc": 3.0}, 1)
+    assert tracker.flush()
+    assert history(tracker, "mixed", "loss") == [(1, 1.0)]
+    assert history(tracker, "mixed", "acc") == [(1, 3.0)]
+    run_id = tracker.run_id("mixed")
+    assert run_id is not None
+    assert reader(tracker).get_run(run_id).data.params == {"a": "1"}
+    assert capsys.readouterr().err.count("refused") == 1
+
+
+def test_what_a_dead_store_did_not_take_is_said_in_one_line_and_delivered_by_the_next_command(
+    store: str, tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ".mlflow"
+    first = Tracker(store, "tests", folder / "a.jsonl", folder)
+    client = refusing(first, 10**9)
+    first.open("run", "left behind", {"a": 1}, {})
+    first.log("run", {"loss": 1.0}, 1)
+    assert first.run_id("run", 0.1) is None
+    assert not first.flush(0.1)
+    capsys.readouterr()
+    first.shut("FAILED")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "3 records wait in" in said and "a.jsonl" in said
+    first._writer._thread.join()
+    client.times = 0
+    with tracked(store, "tests", folder / "b.jsonl", folder):
+        pass
+    found = MlflowClient(store).search_runs(
+        [first.experiment_id], "attributes.run_name = 'left behind'"
+    )
+    assert [run.info.status for run in found] == ["FAILED"]
+    assert (found[0].data.params, found[0].data.metrics) == ({"a": "1"}, {"loss": 1.0})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_network_for_a_store_that_is_away_does_not_end_the_training(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = refusing(tracker, 10**9)
-    tracker.log(run_id, {"loss": 1.0}, 1)
-    assert not tracker.flush(0.3)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("raytrain: MLflow at ") for line in lines)
-    assert "could not be written" in lines[-1]
+    tracker.open("dead", "dead", {}, {})
+    tracker.model("dead", torch.nn.Identity(), np.zeros((2, 1, 8, 8), np.float32))
+    assert "the network of dead was not stored (no answer)" in capsys.readouterr().err
     client.times = 0
 
 
@@ -311,12 +520,43 @@ def test_a_complaint_that_nobody_reads_any_more_does_not_end_the_writing(
         def write(self, text: str) -> int:
             raise BrokenPipeError(text)
 
-    run_id = tracker.open("unread", {}, {})
+    tracker.open("unread", "unread", {}, {})
     refusing(tracker, 2)
     monkeypatch.setattr(sys, "stderr", Gone())
-    tracker.log(run_id, {"loss": 1.0}, 1)
+    tracker.log("unread", {"loss": 1.0}, 1)
     assert tracker.flush(10.0)
-    assert history(tracker, run_id, "loss") == [(1, 1.0)]
+    assert history(tracker, "unread", "loss") == [(1, 1.0)]
+
+
+def test_killed_between_any_two_records_the_real_store_has_each_run_once(
+    store: str, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.jsonl"
+    spool = Spool(whole, store, "tests")
+    opening = {"params": {"a": "1"}, "tags": {"t": "u"}, "ms": 1000}
+    spool.append({"do": "open", "run": "p", "name": "p", "parent": None, **opening})
+    spool.append({"do": "open", "run": "c", "name": "c", "parent": "p", **opening})
+    for step in (1, 2):
+        spool.append({"do": "row", "run": "c", "what": {"m": step / 2}, "step": step, "ms": step})
+    spool.append({"do": "end", "run": "c", "status": "FINISHED", "ms": 2000})
+    spool.close()
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for count in range(1, len(lines) + 1):
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        (folder / "dead.jsonl").write_bytes(b"".join(lines[:count]).replace(b"tests", b"kills"))
+        with tracked(store, "kills", folder / "own.jsonl", folder) as tracker:
+            pass
+        assert not folder.exists()
+        client, experiment = MlflowClient(store), tracker.experiment_id
+        found = {run.info.run_name: run for run in client.search_runs([experiment])}
+        wanted = ["KILLED", "KILLED"] if count < len(lines) else ["KILLED", "FINISHED"]
+        runs = [run for name in ("p", "c") if (run := found.get(name)) is not None]
+        assert [run.info.status for run in runs] == wanted[: max(count - 1, 0)][:2]
+        points = client.get_metric_history(found["c"].info.run_id, "m") if "c" in found else []
+        assert [(p.step, p.value) for p in points] == [(1, 0.5), (2, 1.0)][: max(count - 3, 0)]
+        for run in client.search_runs([experiment]):
+            client.delete_run(run.info.run_id)
 
 
 # --- a store that cannot be used --------------------------------------------------------------
@@ -333,27 +573,28 @@ def test_a_store_that_does_not_answer_is_refused_in_one_sentence(
     (tmp_path / "file").touch()
     uri = uri.format(file=tmp_path / "file")
     with pytest.raises(RequestError) as caught:
-        Tracker(uri, "tests")
+        Tracker(uri, "tests", tmp_path / "spool.jsonl")
     said = str(caught.value)
     assert said.startswith("tracking_uri: ") and uri in said and "\n" not in said
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     file.write_bytes(b"not a database, but long enough to be read as one" * 100)
     with pytest.raises(RequestError, match=r"^tracking_uri: "):
-        Tracker(f"sqlite:///{file}", "tests")
+        Tracker(f"sqlite:///{file}", "tests", tmp_path / "spool.jsonl")
 
 
-def test_a_deleted_experiment_is_refused(tracker: Tracker, store: str) -> None:
+def test_a_deleted_experiment_is_refused(tracker: Tracker, store: str, tmp_path: Path) -> None:
     client = reader(tracker)
     client.delete_experiment(client.create_experiment("buried"))
     with pytest.raises(RequestError, match=r"^experiment: 'buried' was deleted"):
-        Tracker(store, "buried")
+        Tracker(store, "buried", tmp_path / "spool.jsonl")
 
 
 def test_an_artifact_that_is_not_there_is_refused(tracker: Tracker, tmp_path: Path) -> None:
-    run_id = tracker.open("bare", {}, {})
+    run_id = begun(tracker, "bare")
     for wanted in (run_id, "0" * 32):
         with pytest.raises(RequestError, match=rf"^{wanted}: MLflow at .* has no best.pt"):
             fetch(tracker.uri, wanted, "best.pt", tmp_path / "got")
@@ -397,15 +638,15 @@ def test_an_absolute_file_is_left_as_it_is() -> None:
 
 
 def test_a_tracker_writes_to_the_same_store_after_the_folder_has_changed(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(store.removeprefix("sqlite:///")).parent
     monkeypatch.chdir(folder)
-    tracker = Tracker("sqlite:///mlflow.db", "moved")
-    run_id = tracker.open("moved", {}, {})
+    tracker = Tracker("sqlite:///mlflow.db", "moved", spool)
+    run_id = begun(tracker, "moved")
     monkeypatch.chdir(tmp_path)
-    tracker.log(run_id, {"loss": 1.0}, 1)
-    tracker.text(run_id, "x", "x.txt")
+    tracker.log("moved", {"loss": 1.0}, 1)
+    tracker.text("moved", "x", "x.txt")
     tracker.shut("FINISHED")
     assert tracker.uri == store
     assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
@@ -432,14 +673,14 @@ def test_the_network_loads_with_mlflows_own_flavour_and_gives_the_same_logits(
     from mlflow import pytorch
 
     network = digits_network()
-    run_id = tracker.open("network", {}, {})
+    run_id = begun(tracker, "network")
     before = mlflow.get_tracking_uri()
     images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     if active:
         mlflow.set_tracking_uri(tracker.uri)
         mlflow.start_run(experiment_id=tracker.experiment_id)
     try:
-        tracker.model(run_id, network, images[:2].numpy())
+        tracker.model("network", network, images[:2].numpy())
         assert mlflow.get_tracking_uri() == (tracker.uri if active else before)
     finally:
         if active:

@@ -1,0 +1,192 @@
+"""From a spool to MLflow, a bounded chunk at a time, each record at least once and visible once.
+
+What is delivered twice, because a process died or an answer got lost, is not there twice: a run is
+looked for by its tag before it is made again, and MLflow drops a point of a metric that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raytrain.tracking.book import Record
+from raytrain.tracking.spool import Spool
+from raytrain.tracking.stores import Store, first_line
+
+_TRIES = 3  # of a record that the store refuses
+_POINTS = 800  # of one run in one call
+_BATCHED = ("row", "tag")
+
+
+class Delivery:
+    """Takes the records of a spool to a store.
+
+    `complain` is told what is given up; `elsewhere(run_id)` says whether the status of a run is
+    another's to set.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spool: Spool,
+        complain: Callable[[str], None],
+        elsewhere: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self.spool = spool
+        self._store, self._complain, self._elsewhere = store, complain, elsewhere
+        self._doubtful = spool.tried  # up to here an earlier process may have delivered
+        self._todo: dict[str, list[Record]] = {}
+        self._until = self._lines = 0
+        self._passes = 0  # over the chunk in hand
+        self._strikes: dict[str, int] = {}
+
+    def step(self) -> bool:
+        """Deliver the next chunk; False if there is none.
+
+        Raises:
+            Exception: whatever says that the store is away; call again later, nothing is lost.
+        """
+        if not self._todo:
+            records, self._until, self._lines = self.spool.read()
+            if not self._lines:
+                return False
+            self.spool.trying(self._until)
+            self._passes = 0
+            for record in records:
+                self._todo.setdefault(record["run"], []).append(record)
+        self._passes += 1
+        last: Exception | None = None
+        for handle in list(self._todo):
+            last = self._run(handle) or last
+        if last is not None:
+            raise last
+        self.spool.delivered(self._until, self._lines)
+        return True
+
+    def _run(self, handle: str) -> Exception | None:
+        """Deliver what a chunk has of one run; returns the refusal if it is to be tried again."""
+        records = self._todo[handle]
+        while records:
+            parent = records[0].get("parent")
+            if parent in self._todo and parent not in self.spool.ids:
+                return None  # its parent was refused just now and has another try
+            count = self._together(records)
+            try:
+                self._send(handle, records[:count])
+            except Exception as error:
+                if not self._store.refuses(error):
+                    raise
+                self._strikes[handle] = self._strikes.get(handle, 0) + 1
+                if self._strikes[handle] < _TRIES:
+                    return error
+                self._give_up(handle, records[:count], error)
+            del records[:count]
+        del self._todo[handle]
+        return None
+
+    def _together(self, records: list[Record]) -> int:
+        """How many of the first records go into one call."""
+        count = points = 0
+        while count < len(records) and records[count]["do"] in _BATCHED:
+            points += len(records[count]["what"])
+            if count and points > _POINTS:
+                break
+            count += 1
+        return max(count, 1)
+
+    def _send(self, handle: str, records: list[Record]) -> None:
+        first = records[0]
+        if first["do"] == "open":
+            self._open(handle, first)
+            return
+        if first["do"] == "adopt":
+            self.spool.named(handle, first["id"])
+            return
+        run_id = self._id(handle)
+        if run_id and first["do"] in _BATCHED:
+            self._store.batch(run_id, _points(records))
+        elif run_id:
+            self._single(run_id, first)
+
+    def _single(self, run_id: str, record: Record) -> None:
+        client, deed = self._store.client, record["do"]
+        if deed == "text":
+            client.log_text(run_id, record["text"], record["file"])
+        elif deed == "artifact":
+            self._artifact(run_id, Path(record["path"]), record["folder"])
+        elif self._elsewhere(run_id):
+            pass
+        elif deed == "reopen":
+            client.update_run(run_id, status="RUNNING")
+        elif deed == "end":
+            client.set_terminated(run_id, record["status"], record["ms"])
+
+    def _id(self, handle: str) -> str:
+        """The run behind a handle; empty if MLflow refused to make one."""
+        if handle not in self.spool.ids:
+            # Only if the state of the spool was lost.
+            found = self._store.find(f"{self.spool.key}/{handle}")
+            if found is None:
+                self._complain(f"{handle}: its run was never made, so its records are left out")
+            self.spool.named(handle, found or "")
+        return self.spool.ids[handle]
+
+    def _open(self, handle: str, record: Record) -> None:
+        if handle not in self.spool.ids:
+            key = f"{self.spool.key}/{handle}"
+            # An earlier try may have made the run although nobody heard the answer.
+            unsure = self._passes > 1 or self.spool.at < self._doubtful
+            found = self._store.find(key) if unsure else None
+            parent = None if record["parent"] is None else self._id(record["parent"])
+            self.spool.named(handle, found or self._store.create(key, record, parent))
+        run_id = self.spool.ids[handle]
+        if run_id and record["params"]:
+            self._store.batch(run_id, _points([record]))
+
+    def _artifact(self, run_id: str, path: Path, folder: str | None) -> None:
+        if path.is_dir():
+            self._store.client.log_artifacts(run_id, str(path), folder)
+        elif path.exists():
+            self._store.client.log_artifact(run_id, str(path), folder)
+        else:
+            self._complain(f"{path}: gone before it could be stored; left out")
+
+    def _give_up(self, handle: str, records: list[Record], error: Exception) -> None:
+        """Leave out as little as possible of what the store refuses."""
+        if self._strikes[handle] == _TRIES:
+            self._complain(f"{handle}: {records[0]['do']} refused: {first_line(error)}")
+        run_id = self.spool.ids.get(handle)
+        if run_id is None and records[0]["do"] == "open":
+            self.spool.named(handle, "")
+        elif run_id and not self._store.missing(run_id):
+            self._bisect(run_id, _points(records))
+
+    def _bisect(self, run_id: str, points: list[Any]) -> None:
+        if not points:
+            return
+        try:
+            self._store.batch(run_id, points)
+        except Exception as error:
+            if not self._store.refuses(error):
+                raise
+            if len(points) > 1:
+                middle = len(points) // 2
+                self._bisect(run_id, points[:middle])
+                self._bisect(run_id, points[middle:])
+
+
+def _points(records: list[Record]) -> list[Any]:
+    """The metrics, parameters and tags of records, as MLflow's own kinds."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    made: list[Any] = []
+    for record in records:
+        if record["do"] == "row":
+            ms, step = record["ms"], record["step"]
+            made += [Metric(name, value, ms, step) for name, value in record["what"].items()]
+        elif record["do"] == "tag":
+            made += [RunTag(name, value) for name, value in record["what"].items()]
+        elif record["do"] == "open":
+            made += [Param(name, value) for name, value in record["params"].items()]
+    return made

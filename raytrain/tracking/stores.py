@@ -1,0 +1,221 @@
+"""MLflow's side: which store, whether it answers, and what it refuses for good."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from raytrain.types import RequestError
+
+KEY = "raytrain.key"  # the tag by which a run is found again: the spool and the handle
+
+_SOURCE = {"mlflow.source.type": "JOB", "mlflow.source.name": "raytrain"}
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view the UI opens
+_DEFAULTS = {  # each may be overridden from outside
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_REFUSALS = {  # to ask again would not help; permissions and addresses may be put right
+    "ALREADY_EXISTS",
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "NOT_FOUND",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+_MISSING = {"INVALID_PARAMETER_VALUE", "NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"}
+_METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 things at most
+
+
+def tracking_uri(wanted: str | None) -> str:
+    """The store in use: the configured one, else $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, absolute."""
+    uri = wanted or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        # A relative file would be another one in every process that runs elsewhere.
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    return uri
+
+
+class Store:
+    """One experiment of an MLflow store that has answered once.
+
+    Raises:
+        RequestError: if it does not answer.
+    """
+
+    def __init__(self, uri: str | None, experiment: str) -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        self.uri, self.experiment = tracking_uri(uri), experiment
+        self.client: Any = _connect(self.uri)
+        self.experiment_id = _experiment_id(self.client, self.uri, experiment)
+
+    def create(self, key: str, record: Mapping[str, Any], parent: str | None) -> str:
+        """Make a run and return its id."""
+        nesting = {"mlflow.parentRunId": parent} if parent else {}
+        run = self.client.create_run(
+            self.experiment_id,
+            start_time=record["ms"],
+            run_name=record["name"],
+            tags={**_SOURCE, **record["tags"], **nesting, KEY: key},
+        )
+        return run.info.run_id
+
+    def find(self, key: str) -> str | None:
+        """The run that was made under `key`, if there is one."""
+        found = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'")
+        return found[0].info.run_id if found else None
+
+    def batch(self, run_id: str, points: Iterable[Any]) -> None:
+        """Log metrics, parameters and tags in as few calls as MLflow allows."""
+        from mlflow.entities import Metric, Param
+
+        metrics, params, tags = [], [], {}
+        for point in points:
+            if isinstance(point, Metric):
+                metrics.append(point)
+            elif isinstance(point, Param):
+                params.append(point)
+            else:
+                tags[point.key] = point
+        pieces = (
+            _pieces(metrics, _METRICS),
+            _pieces(params, _PARAMS),
+            _pieces(list(tags.values()), _TAGS),
+        )
+        for some_metrics, some_params, some_tags in zip_longest(*pieces, fillvalue=()):
+            self.client.log_batch(run_id, metrics=some_metrics, params=some_params, tags=some_tags)
+
+    def running(self, parent: str) -> list[str]:
+        """Children of a run that are RUNNING."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'",
+            max_results=50_000,
+        )
+        return [run.info.run_id for run in found]
+
+    def missing(self, run_id: str) -> bool:
+        """Whether the store says that it has no such run; one that does not answer says nothing."""
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "deleted"
+        except Exception as error:
+            return getattr(error, "error_code", "") in _MISSING
+
+    def last_step(self, run_id: str) -> int:
+        """The last epoch that the store has a row of; 0 if there is none, or no answer."""
+        try:
+            points = self.client.get_metric_history(run_id, "cost/fe")
+        except Exception:  # away: what it has is not known
+            return 0
+        return max((point.step for point in points), default=0)
+
+    def refuses(self, error: Exception) -> bool:
+        """Whether the store answers and `error` was about the record: it will not take it later either."""
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(error, MlflowException) and error.error_code not in _REFUSALS:
+            return False
+        local = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)
+        if isinstance(error, OSError) and not local:  # as all errors of the network are
+            return False
+        try:
+            self.client.get_experiment(self.experiment_id)
+        except Exception:  # not this record: nothing can be read at all
+            return False
+        return True
+
+
+def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
+    """An artifact of a run, copied into `folder`.
+
+    Raises:
+        RequestError: if MLflow has no such run, or the run no such artifact.
+    """
+    uri = tracking_uri(uri)
+    client = _connect(uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(client.download_artifacts(run_id, artifact, str(folder)))
+    except Exception as error:
+        # A missing run and a missing file come as different kinds from different stores.
+        raise RequestError(
+            f"{run_id}: MLflow at {uri} has no {artifact} of this run ({first_line(error)})"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _pieces(things: list[Any], size: int) -> Iterator[list[Any]]:
+    return (things[first : first + size] for first in range(0, len(things), size))
+
+
+def _connect(uri: str) -> Any:
+    """A client of `uri` that has answered once."""
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # It prints a traceback whenever a database is locked; the writer tries again and says so once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        # sqlalchemy, urllib3, MLflow's own: all mean the same to the user.
+        raise RequestError(
+            f"tracking_uri: MLflow at {uri} does not answer ({first_line(error)}); expected a running "
+            "server or a file that can be written"
+        ) from None
+    return client
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise RequestError(
+            f"experiment: {name!r} was deleted in MLflow; restore it or choose another name"
+        )
+    if found is not None:
+        return found.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        # Beside the database, wherever the command was started.
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+    try:
+        return client.create_experiment(name, location, tags=_EXPERIMENT_TAGS)
+    except MlflowException:  # another process was faster
+        return client.get_experiment_by_name(name).experiment_id
+
+
+def finished_runs(
+    uri: str | None, experiment: str, most: int = 2000
+) -> list[tuple[dict[str, str], dict[str, float]]]:
+    """Parameters and last metrics of the latest finished runs of an experiment.
+
+    Raises:
+        RequestError: if there is no such experiment.
+    """
+    client = _connect(tracking_uri(uri))
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise RequestError(
+            f"search.earlier: MLflow at {tracking_uri(uri)} has no experiment {experiment!r}"
+        )
+    runs = client.search_runs(
+        [found.experiment_id], "attributes.status = 'FINISHED'", max_results=most
+    )
+    return [(run.data.params, run.data.metrics) for run in runs]

@@ -1,0 +1,258 @@
+"""What the commands log with: every call writes a line to a file and returns.
+
+A run is known by its handle, since MLflow gives ids only when it answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raytrain.say import say
+from raytrain.tracking.book import Status
+from raytrain.tracking.network import log_network
+from raytrain.tracking.spool import Spool, SpoolBusy
+from raytrain.tracking.stores import Store, first_line
+from raytrain.tracking.writer import Writer
+from raytrain.types import RequestError
+
+_PATIENCE = 20.0  # at the end, for a store that takes nothing
+
+
+class Tracker:
+    """One MLflow experiment, held open by the driver of a training or a sweep.
+
+    `spool` is the file that records wait in; one that is there is continued. Spools of dead
+    processes in the folder `orphans` are delivered too, after one's own, and what they left open
+    ends as KILLED; a spool in that folder is deleted when it is delivered and all its runs ended,
+    any other is kept, for a sweep that is resumed.
+
+    Raises:
+        RequestError: if the store does not answer when it is opened, or the spool is another's.
+    """
+
+    def __init__(
+        self, uri: str | None, experiment: str, spool: Path, orphans: Path | None = None
+    ) -> None:
+        self._store = Store(uri, experiment)
+        self.uri, self.experiment = self._store.uri, experiment
+        self.experiment_id = self._store.experiment_id
+        self._spool = _spool(self._store, spool)
+        self._complained = False
+        self._writer = Writer(self._store, self._spool, orphans)
+
+    def open(
+        self,
+        handle: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent: str | None = None,
+    ) -> None:
+        """Queue a new run, below the run `parent` if given; RUNNING until `close`.
+
+        A handle that is known is reopened: its name, parameters and parent stay as they were.
+        """
+        if not handle or set("'`\"\\\n") & set(handle):
+            raise ValueError(f"{handle!r}: expected a word as the handle of a run")
+        if parent is not None:
+            self._must_know(parent)
+        if self.known(handle):
+            self.reopen(handle)
+            return
+        self._put(
+            "open",
+            handle,
+            name=name,
+            params={key: str(value)[:6000] for key, value in params.items()},
+            tags={key: str(value) for key, value in tags.items()},
+            parent=parent,
+            ms=_now(),
+        )
+
+    def adopt(self, handle: str, run_id: str) -> None:
+        """Give a handle to a run that was made elsewhere; its status stays what it is."""
+        known = self._spool.book.runs.get(handle)
+        if known is None or known.adopted != run_id:
+            self._put("adopt", handle, id=run_id)
+
+    def known(self, handle: str) -> bool:
+        """Whether the handle has a run, be it delivered or not."""
+        return handle in self._spool.book.runs
+
+    def run_id(self, handle: str, seconds: float = 60.0) -> str | None:
+        """The id of a run, waiting for MLflow to give it; None if it does not in this time."""
+        known = self._must_know(handle)
+        if known.adopted is not None:
+            return known.adopted
+        self._writer.wait(lambda: handle in self._spool.ids, seconds)
+        return self._spool.ids.get(handle) or None
+
+    def knows(self, run_id: str) -> bool:
+        """Whether the store has this run; one that does not answer is believed to."""
+        return not self._store.missing(run_id)
+
+    def reopen(self, handle: str) -> None:
+        """Queue that a run is RUNNING again."""
+        self._must_know(handle)
+        self._put("reopen", handle)
+
+    def last_step(self, handle: str) -> int:
+        """The last epoch a run has a row of (0: none), queued rows included."""
+        known = self._must_know(handle)
+        if known.adopted is not None and not known.step:
+            known.step = self._store.last_step(known.adopted)
+        return known.step
+
+    def unfinished(self, parent: str) -> list[str]:
+        """Handles of the children of a run that have not ended, such as those of a driver that died.
+
+        Children that only the store knows get their id as their handle.
+        """
+        runs = self._spool.book.runs
+        parent_id = self._must_know(parent).adopted or self._spool.ids.get(parent)
+        strays: set[str] = set()
+        if parent_id:
+            try:
+                strays = set(self._store.running(parent_id))
+            except Exception as error:  # away: the spool knows its own
+                self._complain(first_line(error))
+            strays -= set(self._spool.ids.values())
+        for run_id in sorted(strays - set(runs)):
+            self.adopt(run_id, run_id)
+        return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(strays)
+
+    def log(self, handle: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Queue a row of metrics."""
+        self._must_know(handle)
+        row = {name: float(value) for name, value in metrics.items()}
+        self._put("row", handle, what=row, step=step, ms=_now())
+
+    def tag(self, handle: str, tags: Mapping[str, str]) -> None:
+        """Queue tags."""
+        self._must_know(handle)
+        self._put("tag", handle, what={key: str(value) for key, value in tags.items()})
+
+    def text(self, handle: str, text: str, file: str) -> None:
+        """Queue a text artifact."""
+        self._must_know(handle)
+        self._put("text", handle, text=text, file=file)
+
+    def artifact(self, handle: str, path: Path, folder: str | None = None) -> None:
+        """Queue a file, or the contents of a folder; it must be there until it is delivered."""
+        self._must_know(handle)
+        self._put("artifact", handle, path=str(path.resolve()), folder=folder)
+
+    def model(self, handle: str, model: Any, example: Any) -> None:
+        """The network in MLflow's PyTorch flavour; waits until it is there, or the store is away."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = self.run_id(handle, _PATIENCE)
+        try:
+            if run_id is not None:
+                log_network(self.uri, run_id, model, example)
+                return
+            problem = "no answer"
+        except (MlflowException, OSError) as error:
+            problem = first_line(error)
+        self._complain(f"the network of {handle} was not stored ({problem})")
+
+    def close(self, handle: str, status: Status) -> None:
+        """Queue the end of a run, after all its rows."""
+        self._must_know(handle)
+        self._put("end", handle, status=status, ms=_now())
+
+    def flush(self, seconds: float = 60.0) -> bool:
+        """Wait until everything queued is in the store; False if it is not in this time."""
+        until = self._spool.end
+        return self._writer.wait(lambda: self._spool.at >= until, seconds)
+
+    def shut(self, status: Status) -> None:
+        """End what is open with `status` and deliver everything, unless the store takes nothing."""
+        for handle in self._spool.book.left_open():
+            self.close(handle, status)
+        try:
+            done = self._writer.settle(_PATIENCE)
+            waiting = self._spool.waiting
+        finally:
+            self._writer.stop()
+        if not done and waiting:
+            say(
+                f"raytrain: MLflow at {self.uri} does not answer: {waiting} records wait in "
+                f"{self._spool.file}; the next command delivers them"
+            )
+
+    def _must_know(self, handle: str) -> Any:
+        try:
+            return self._spool.book.runs[handle]
+        except KeyError:
+            raise KeyError(f"{handle}: no run of {self._spool.file}") from None
+
+    def _put(self, deed: str, handle: str, **details: Any) -> None:
+        self._spool.append({"do": deed, "run": handle, **details})
+        self._writer.wake()
+
+    def _complain(self, problem: str) -> None:
+        say(f"raytrain: MLflow at {self.uri}: {problem}")
+
+
+@contextmanager
+def tracked(
+    uri: str | None, experiment: str, spool: Path, orphans: Path | None = None
+) -> Iterator[Tracker]:
+    """A tracker for the time of a command: whatever is still open ends as the command does.
+
+    Raises:
+        RequestError: if the store does not answer.
+    """
+    tracker = Tracker(uri, experiment, spool, orphans)
+    status: Status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.shut(status)
+
+
+def _spool(store: Store, file: Path) -> Spool:
+    """The spool at `file`, made to go to `store`."""
+    try:
+        spool = _made(store, file)
+    except SpoolBusy:
+        raise RequestError(
+            f"{file}: another process is writing here; expected one command at a time"
+        ) from None
+    except OSError as error:
+        raise RequestError(
+            f"storage: {file} could not be opened ({error.strerror}); expected a folder that can be "
+            "written"
+        ) from None
+    if (spool.uri, spool.experiment) != (store.uri, store.experiment):
+        run_id = next(filter(None, spool.ids.values()), None)
+        if run_id is not None and store.missing(run_id):
+            spool.close()
+            raise RequestError(
+                f"tracking_uri: the runs of {file} are in MLflow at {spool.uri}, experiment "
+                f"{spool.experiment}, and {store.uri} does not have them"
+            )
+        spool.moved(store.uri, store.experiment)
+    return spool
+
+
+def _made(store: Store, file: Path) -> Spool:
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return Spool(file, store.uri, store.experiment)
+        except FileNotFoundError:
+            continue  # a process that ends has just removed the empty folder
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
