@@ -474,7 +474,8 @@ def test_one_bad_name_costs_one_metric(
     run_id = tracker.run_id("mixed")
     assert run_id is not None
     assert reader(tracker).get_run(run_id).data.params == {"a": "1"}
-    assert capsys.readouterr().err.count("refused") == 1
+    said = capsys.readouterr().err
+    assert said.count("refused") == 1 and "mixed: b?, lo?ss refused: " in said
 
 
 def test_what_a_dead_store_did_not_take_is_said_in_one_line_and_delivered_by_the_next_command(

@@ -40,6 +40,7 @@ class Delivery:
         self._until = self._lines = 0
         self._passes = 0  # over the chunk in hand
         self._strikes: dict[str, int] = {}
+        self._said: set[str] = set()
 
     def step(self) -> bool:
         """Deliver the next chunk; False if there is none.
@@ -87,24 +88,25 @@ class Delivery:
 
     def _together(self, records: list[Record]) -> int:
         """How many of the first records go into one call."""
-        count = points = 0
+        first = records[0]
+        if first["do"] not in ("open", *_BATCHED):
+            return 1
+        count, points = 1, len(first["params"] if first["do"] == "open" else first["what"])
         while count < len(records) and records[count]["do"] in _BATCHED:
             points += len(records[count]["what"])
-            if count and points > _POINTS:
+            if points > _POINTS:
                 break
             count += 1
-        return max(count, 1)
+        return count
 
     def _send(self, handle: str, records: list[Record]) -> None:
         first = records[0]
-        if first["do"] == "open":
-            self._open(handle, first)
-            return
         if first["do"] == "adopt":
             self.spool.named(handle, first["id"])
-            return
+        elif first["do"] == "open":
+            self._open(handle, first)
         run_id = self._id(handle)
-        if run_id and first["do"] in _BATCHED:
+        if run_id and first["do"] in ("open", *_BATCHED):
             self._store.batch(run_id, _points(records))
         elif run_id:
             self._single(run_id, first)
@@ -133,16 +135,14 @@ class Delivery:
         return self.spool.ids[handle]
 
     def _open(self, handle: str, record: Record) -> None:
-        if handle not in self.spool.ids:
-            key = f"{self.spool.key}/{handle}"
-            # An earlier try may have made the run although nobody heard the answer.
-            unsure = self._passes > 1 or self.spool.at < self._doubtful
-            found = self._store.find(key) if unsure else None
-            parent = None if record["parent"] is None else self._id(record["parent"])
-            self.spool.named(handle, found or self._store.create(key, record, parent))
-        run_id = self.spool.ids[handle]
-        if run_id and record["params"]:
-            self._store.batch(run_id, _points([record]))
+        if handle in self.spool.ids:
+            return
+        key = f"{self.spool.key}/{handle}"
+        # An earlier try may have made the run although nobody heard the answer.
+        unsure = self._passes > 1 or self.spool.at < self._doubtful
+        found = self._store.find(key) if unsure else None
+        parent = None if record["parent"] is None else self._id(record["parent"])
+        self.spool.named(handle, found or self._store.create(key, record, parent))
 
     def _artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         if path.is_dir():
@@ -153,27 +153,28 @@ class Delivery:
             self._complain(f"{path}: gone before it could be stored; left out")
 
     def _give_up(self, handle: str, records: list[Record], error: Exception) -> None:
-        """Leave out as little as possible of what the store refuses."""
-        if self._strikes[handle] == _TRIES:
-            self._complain(f"{handle}: {records[0]['do']} refused: {first_line(error)}")
-        run_id = self.spool.ids.get(handle)
-        if run_id is None and records[0]["do"] == "open":
+        """Leave out as little as possible of what the store refuses, and say so once for a run."""
+        run_id, what = self.spool.ids.get(handle), records[0]["do"]
+        if run_id is None and what == "open":
             self.spool.named(handle, "")
-        elif run_id and not self._store.missing(run_id):
-            self._bisect(run_id, _points(records))
+        elif run_id and (points := _points(records)) and not self._store.missing(run_id):
+            what = ", ".join(self._bisect(run_id, points)) or what
+        if handle not in self._said:
+            self._said.add(handle)
+            self._complain(f"{handle}: {what} refused: {first_line(error)}")
 
-    def _bisect(self, run_id: str, points: list[Any]) -> None:
-        if not points:
-            return
+    def _bisect(self, run_id: str, points: list[Any]) -> list[str]:
+        """Deliver all but the points that are refused; returns their names."""
         try:
             self._store.batch(run_id, points)
         except Exception as error:
             if not self._store.refuses(error):
                 raise
-            if len(points) > 1:
-                middle = len(points) // 2
-                self._bisect(run_id, points[:middle])
-                self._bisect(run_id, points[middle:])
+            if len(points) == 1:
+                return [points[0].key]
+            middle = len(points) // 2
+            return self._bisect(run_id, points[:middle]) + self._bisect(run_id, points[middle:])
+        return []
 
 
 def _points(records: list[Record]) -> list[Any]:

@@ -20,6 +20,7 @@ from raytrain.tracking.writer import Writer
 from raytrain.types import RequestError
 
 _PATIENCE = 20.0  # at the end, for a store that takes nothing
+_MANY = 2000  # records whose delivery takes long enough to be told
 
 
 class Tracker:
@@ -174,6 +175,11 @@ class Tracker:
         """End what is open with `status` and deliver everything, unless the store takes nothing."""
         for handle in self._spool.book.left_open():
             self.close(handle, status)
+        if self._spool.waiting > _MANY:
+            say(
+                f"raytrain: delivering {self._spool.waiting} records to MLflow at {self.uri}; "
+                "interrupted, the next command goes on with them"
+            )
         try:
             done = self._writer.settle(_PATIENCE)
             waiting = self._spool.waiting
