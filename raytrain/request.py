@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -150,7 +151,9 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise RequestError(source + sentence(model, values, error)) from None
+        raise RequestError(
+            source + sentence(model, values, error), _about(error, values)
+        ) from None
 
 
 def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
@@ -172,6 +175,17 @@ def sentence(model: type[BaseModel], values: Mapping[str, Any], error: Validatio
     # A union complains once for each of its members: 1000 or 0.1.
     wanted = dict.fromkeys(_wanted(one) for where, _, one in errors if where == path)
     return f"{dotted}: expected {' or '.join(wanted)}, found {_short(first['input'])}"
+
+
+def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The path of the first complaint: pydantic's, or that which the complaint itself tells."""
+    first = error.errors()[0]
+    path, _ = _path(first["loc"], values)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError) and cause.path:
+        return (*path, *cause.path)
+    told = re.match(r"([a-z_]\w*(?:\.[a-z_]\w*)*): ", str(cause))
+    return (*path, *(told[1].split(".") if told and not path else ()))
 
 
 def _wanted(one: Any) -> str:
@@ -237,7 +251,8 @@ def _lacks(here: Any, part: Any) -> bool:
 
 
 def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
-    return part in {here.get("name"), here.get("kind"), here.get("norm")}
+    in_braces = str(part).startswith("{")  # {Real}: a dimension of a search space
+    return in_braces or part in {here.get("name"), here.get("kind"), here.get("norm")}
 
 
 def _nearest(path: list[str], model: type[BaseModel], tags: list[str]) -> str:

@@ -35,8 +35,13 @@ statistics, running ones updated; `batch_nostat` batch statistics, running ones 
 class RequestError(ValueError):
     """The request itself is wrong: one sentence naming the field or file and what was expected.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. `path` is what it is
+    about, key by key, where that is known.
     """
+
+    def __init__(self, message: str = "", path: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class TrainingFailed(RuntimeError):
