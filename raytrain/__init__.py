@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from raytrain.api import evaluate as evaluate
     from raytrain.api import train as train
     from raytrain.config import RunConfig as RunConfig
-    from raytrain.sweep import SearchSpace as SearchSpace
-    from raytrain.sweep import TuneResult as TuneResult
-    from raytrain.sweep import tune as tune
+    from raytrain.spaces.space import SearchSpace as SearchSpace
+    from raytrain.sweep.engine import TuneResult as TuneResult
+    from raytrain.sweep.engine import tune as tune
     from raytrain.types import RequestError as RequestError
     from raytrain.types import TrainingFailed as TrainingFailed
 
@@ -26,9 +26,9 @@ _HOMES = {
     "evaluate": "raytrain.api",
     "TrainResult": "raytrain.api",
     "EvalResult": "raytrain.api",
-    "tune": "raytrain.sweep",
-    "TuneResult": "raytrain.sweep",
-    "SearchSpace": "raytrain.sweep",
+    "tune": "raytrain.sweep.engine",
+    "TuneResult": "raytrain.sweep.engine",
+    "SearchSpace": "raytrain.spaces.space",
     "RunConfig": "raytrain.config",
     "RequestError": "raytrain.types",
     "TrainingFailed": "raytrain.types",

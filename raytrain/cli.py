@@ -44,7 +44,7 @@ def train(
     """Train one network: `raytrain train algorithm=dynamic data=cifar10 workers=2 epochs=30`."""
     with outcome(debug):
         from raytrain import api
-        from raytrain.show import Epochs, train_summary
+        from raytrain.show.training import Epochs, train_summary
 
         file, overrides = split(words)
         with Epochs() as epochs:
@@ -57,7 +57,8 @@ def tune(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SPACE.yaml [KEY=VALUE]...", help="a search space, then fields of its base run"
+            metavar="SPACE.yaml [KEY=VALUE]...",
+            help="a search space, then fields of its base run, of search or of budget",
         ),
     ] = None,
     resume: Annotated[
@@ -67,20 +68,44 @@ def tune(
     trials: Annotated[
         int | None, typer.Option(min=1, help="trials, instead of the file's")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the space, samples and the cost; train nothing")
+    ] = False,
+    final: Annotated[
+        int,
+        typer.Option(min=0, help="train the best so many again and evaluate them on test data"),
+    ] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="seeds of each of those")] = 3,
+    fanova: Annotated[
+        bool, typer.Option("--fanova", help="importances by fANOVA (slow), not PED-ANOVA")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search: `raytrain tune search_spaces/quickstart.yaml`."""
+    """Search: `raytrain tune search_spaces/quickstart.yaml budget.fe_per_image=5000`."""
     with outcome(debug):
-        from raytrain import sweep
-        from raytrain.show import Trials, tune_summary
+        from raytrain.show import sweeps
+        from raytrain.sweep import engine
+        from raytrain.sweep.preview import look_ahead
 
         space, overrides = split(words)
-        with Trials() as watch:
-            result = sweep.tune(
-                space, overrides, resume=resume, name=name, trials=trials, watch=watch
+        if dry_run:
+            preview = look_ahead(engine.wanted_space(space, overrides, resume, trials))
+            say(sweeps.preview(preview), preview.json(), as_json)
+            return
+        with sweeps.Trials() as watch:
+            result = engine.tune(
+                space,
+                overrides,
+                resume=resume,
+                name=name,
+                trials=trials,
+                final=final,
+                seeds=seeds,
+                importance="fanova" if fanova else "ped-anova",
+                watch=watch,
             )
-        say(tune_summary(result), result.json(), as_json)
+        say(sweeps.tune_summary(result), result.json(), as_json)
 
 
 @app.command()
@@ -102,7 +127,7 @@ def evaluate(
     """Clean and PGD accuracy on the test set: `raytrain evaluate RUN steps=50 restarts=5`."""
     with outcome(debug):
         from raytrain import api
-        from raytrain.show import evaluate_summary
+        from raytrain.show.training import evaluate_summary
         from raytrain.types import RequestError
 
         if which not in ("best", "last"):
@@ -150,12 +175,12 @@ def algorithms(
 ) -> None:
     """The catalogue: hyperparameters, ranges, cost, paper."""
     with outcome(debug):
-        from raytrain import show
+        from raytrain.show import catalogue
 
         if name is None:
-            say(show.catalogue(), show.catalogue_json(), as_json)
+            say(catalogue.catalogue(), catalogue.catalogue_json(), as_json)
         else:
-            say(show.algorithm(name), show.algorithm_json(name), as_json)
+            say(catalogue.algorithm(name), catalogue.algorithm_json(name), as_json)
 
 
 def split(words: list[str] | None) -> tuple[Path | None, list[str]]:

@@ -60,7 +60,9 @@ class Report:
         return {**measured, **{_below(edge): share for edge, share in shares}, **self.own}
 
     def _drop(self) -> float | None:
-        return None if self.best is None or self.robust is None else self.best - self.robust
+        if self.best is None or self.robust is None:
+            return None
+        return 0.0 if self.best == 0 else 1 - self.robust / self.best
 
 
 OWN_METRICS = {
@@ -85,7 +87,7 @@ METRICS = {
     "valid/clean": "validation accuracy",
     "valid/robust": "validation accuracy under the evaluation attack",
     "valid/robust_best": "highest valid/robust so far",
-    "valid/robust_drop": "how far valid/robust has fallen below it: overfitting, sudden or slow",
+    "valid/robust_drop": "share of it that has been lost since: overfitting, sudden or slow",
     "cost/fe": "forward-equivalents spent on training",
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",

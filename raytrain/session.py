@@ -51,7 +51,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
 
     address = wanted_cluster()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger tells of failures
     if address is not None:
         try:
             ray.init(address=address, **quiet)

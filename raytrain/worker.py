@@ -34,12 +34,13 @@ class Job:
     run: str  # RunConfig as JSON
     folder: str  # for checkpoints
     resume: bool  # from last.pt in `folder`, where there is one
+    until: float = 1.0  # share of training at which it pauses
 
     @classmethod
-    def of(cls, run: RunConfig, folder: Path, resume: bool) -> Job:
+    def of(cls, run: RunConfig, folder: Path, resume: bool, until: float = 1.0) -> Job:
         """The job of a run, wherever its workers are started."""
         located = run.model_copy(update={"data": run.data.located()})
-        return cls(located.model_dump_json(), str(folder.resolve()), resume)
+        return cls(located.model_dump_json(), str(folder.resolve()), resume, until)
 
 
 class _Bus:

@@ -420,7 +420,8 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
 
 
 def test_progress_that_nobody_reads_any_more_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from raytrain.show import Epochs, Trials
+    from raytrain.show.sweeps import Trials
+    from raytrain.show.training import Epochs
     from raytrain.sweep import SweepProgress
 
     class Gone(io.StringIO):

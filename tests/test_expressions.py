@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.sweep.expressions import Absent, parse
+from raytrain.spaces.expressions import Absent, parse
 
 FIELDS = {"algorithm.steps": 5, "threat.eps": 0.1, "$reach": 2.5, "algorithm.name": "pgd"}
 

@@ -19,12 +19,12 @@ from optuna.distributions import (
 from optuna.trial import TrialState, create_trial
 
 from raytrain.config import RunConfig
+from raytrain.spaces.plan import Budget, Objective, Search
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.figures import draw, in_order
 from raytrain.sweep.history import History
 from raytrain.sweep.importance import Importance, importances
 from raytrain.sweep.paper import MANY, label, shown, some
-from raytrain.sweep.plan import Budget, Objective, Search
 
 LR: BaseDistribution = FloatDistribution(1e-3, 1.0, log=True)
 STEPS: BaseDistribution = IntDistribution(1, 10)

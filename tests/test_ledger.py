@@ -10,20 +10,19 @@ from typing import Any
 
 import optuna
 import pytest
-from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 
 from raytrain.config import RunConfig
 from raytrain.request import as_run
-from raytrain.sweep.ledger import Ledger, SweepProgress
-from raytrain.sweep.space import SearchSpace
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.fidelity import Fidelity
+from raytrain.sweep.ledger import Ledger
+from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.study import open_study
+from raytrain.sweep.tally import SweepProgress
 from raytrain.tracking import Status, Tracker
 from raytrain.types import RequestError
 from raytrain.worker import Job
-
-# MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
 
 METRIC = "valid/robust"
 
@@ -46,38 +45,40 @@ class FakeTracker(Tracker):
 
     def open(
         self,
+        handle: str,
         name: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         parent: str | None = None,
-    ) -> str:
+    ) -> None:
         del params
-        assert parent == "parent"
-        run_id = f"run{len(self.store.status)}"
-        self.store.status[run_id], self.store.rows[run_id] = "RUNNING", []
-        self.store.tags[run_id], self.store.names[run_id] = dict(tags), name
-        return run_id
+        assert parent == PARENT and handle not in self.store.status
+        self.store.status[handle], self.store.rows[handle] = "RUNNING", []
+        self.store.tags[handle], self.store.names[handle] = dict(tags), name
 
-    def reopen(self, run_id: str) -> int:
-        self.store.status[run_id] = "RUNNING"
-        return max(self.store.rows[run_id], default=0)
+    def known(self, handle: str) -> bool:
+        return handle in self.store.status
+
+    def reopen(self, handle: str) -> None:
+        assert handle in self.store.status
+        self.store.status[handle] = "RUNNING"
 
     def unfinished(self, parent: str) -> list[str]:
-        assert parent == "parent"
-        return [run_id for run_id, status in self.store.status.items() if status == "RUNNING"]
+        assert parent == PARENT
+        return [handle for handle, status in self.store.status.items() if status == "RUNNING"]
 
-    def log(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log(self, handle: str, metrics: Mapping[str, float], step: int = 0) -> None:
         del metrics
-        self.store.rows[run_id].append(step)
+        self.store.rows[handle].append(step)
 
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self.store.tags[run_id].update(tags)
+    def tag(self, handle: str, tags: Mapping[str, str]) -> None:
+        self.store.tags[handle].update(tags)
 
-    def text(self, run_id: str, text: str, file: str) -> None:
-        assert as_run_text(text) is not None and file == "run.yaml" and run_id in self.store.rows
+    def text(self, handle: str, text: str, file: str) -> None:
+        assert as_run_text(text) is not None and file == "run.yaml" and handle in self.store.rows
 
-    def close(self, run_id: str, status: Status) -> None:
-        self.store.status[run_id] = status
+    def close(self, handle: str, status: Status) -> None:
+        self.store.status[handle] = status
 
     def flush(self, seconds: float = 60.0) -> bool:
         del seconds
@@ -106,6 +107,10 @@ def space_of(**changes: Any) -> SearchSpace:
     return SearchSpace.model_validate({**SPACE, **changes})
 
 
+def opened(folder: Path, space: SearchSpace, resume: bool) -> optuna.Study:
+    return open_study(folder.name, folder, space, space.hash(), resume, 4.0)
+
+
 @dataclass
 class Launch:
     """One driver over a study in `folder`; another one over the same folder is a relaunch."""
@@ -117,10 +122,10 @@ class Launch:
 
     def __post_init__(self) -> None:
         resume = (self.folder / "study.log").is_file()
-        study = open_study("study", self.folder, self.space, resume=resume)
-        self.ledger = Ledger(
-            study, self.space, FakeTracker(self.store), "parent", self.folder, self.seen.append
-        )
+        study = opened(self.folder, self.space, resume)
+        fidelity = Fidelity.of(self.space.base_run, 10)
+        tracker = FakeTracker(self.store)
+        self.ledger = Ledger(study, self.space, tracker, self.folder, fidelity, self.seen.append)
 
     def again(self, space: SearchSpace | None = None) -> Launch:
         """The next driver, after this one was killed."""
@@ -160,7 +165,7 @@ def failed(reason: str) -> dict[str, Any]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    return Launch(tmp_path / "sweep")
+    return Launch(tmp_path / "study")
 
 
 # --- how trials end ---------------------------------------------------------------------------
@@ -171,9 +176,9 @@ def test_a_trial_trained_to_the_end_is_complete_with_its_last_value(launch: Laun
     (trial,) = launch.trials()
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.2)
     assert trial.intermediate_values == {1: 0.1, 2: 0.3, 3: 0.2}
-    assert launch.store.status == {"run0": "FINISHED"}
-    assert launch.store.rows == {"run0": [1, 2, 3]}
-    assert launch.store.tags["run0"]["outcome"] == "complete"
+    assert launch.store.status == {"t0000": "FINISHED"}
+    assert launch.store.rows == {"t0000": [1, 2, 3]}
+    assert launch.store.tags["t0000"]["outcome"] == "complete"
 
 
 def test_a_job_is_the_run_that_the_trial_chose_in_a_folder_of_its_own(launch: Launch) -> None:
@@ -190,9 +195,9 @@ def test_a_job_is_the_run_that_the_trial_chose_in_a_folder_of_its_own(launch: La
 def test_a_run_in_mlflow_tells_its_trial_and_what_varies(launch: Launch) -> None:
     launch.begin("a")
     (trial,) = launch.trials()
-    name, tags = launch.store.names["run0"], launch.store.tags["run0"]
+    name, tags = launch.store.names["t0000"], launch.store.tags["t0000"]
     assert name.startswith("t000") and f"lr={trial.params['optimizer.lr']:.3g}" in name
-    assert (tags["sweep"], tags["trial"]) == ("study", "0")
+    assert (tags["sweep"], tags["trial"]) == ("study", "t0000")
 
 
 def test_a_stopped_trial_is_pruned_with_its_last_intermediate_value(launch: Launch) -> None:
@@ -203,9 +208,9 @@ def test_a_stopped_trial_is_pruned_with_its_last_intermediate_value(launch: Laun
     launch.ledger.end("a", row(2, 0.4), lost=False)
     (trial,) = launch.trials()
     assert (trial.state, trial.value) == (TrialState.PRUNED, 0.4)
-    assert launch.store.status == {"run0": "FINISHED"}
-    assert launch.store.tags["run0"]["outcome"] == "stopped"
-    assert [r.state for r in launch.ledger.rows()] == ["stopped"]
+    assert launch.store.status == {"t0000": "FINISHED"}
+    assert launch.store.tags["t0000"]["outcome"] == "stopped"
+    assert [r.state for r in launch.ledger.history.rows()] == ["stopped"]
 
 
 def test_a_diverged_trial_is_pruned_and_failed_in_mlflow_with_the_reason(launch: Launch) -> None:
@@ -214,10 +219,10 @@ def test_a_diverged_trial_is_pruned_and_failed_in_mlflow_with_the_reason(launch:
     launch.ledger.end("a", failed("training diverged in epoch 2"), lost=False)
     (trial,) = launch.trials()
     assert trial.state == TrialState.PRUNED
-    assert launch.store.status == {"run0": "FAILED"}
-    assert launch.store.tags["run0"]["outcome"] == "diverged"
-    assert "epoch 2" in launch.store.tags["run0"]["error"]
-    assert launch.ledger.spent() == 1
+    assert launch.store.status == {"t0000": "FAILED"}
+    assert launch.store.tags["t0000"]["outcome"] == "diverged"
+    assert "epoch 2" in launch.store.tags["t0000"]["error"]
+    assert launch.ledger.progress().finished == 1
     assert launch.ledger.best() is None
 
 
@@ -225,7 +230,7 @@ def test_a_row_is_recorded_once_however_often_it_comes(launch: Launch) -> None:
     launch.begin("a")
     for epoch in (1, 2, 2, 1, 3):
         launch.ledger.row("a", row(epoch, 0.1 * epoch))
-    assert launch.store.rows["run0"] == [1, 2, 3]
+    assert launch.store.rows["t0000"] == [1, 2, 3]
 
 
 def test_an_epoch_without_validation_is_recorded_and_stops_nothing(launch: Launch) -> None:
@@ -233,7 +238,7 @@ def test_an_epoch_without_validation_is_recorded_and_stops_nothing(launch: Launc
     launch.begin("a")
     assert not launch.ledger.row("a", row(1, 0.9))
     assert not launch.ledger.row("a", row(2, None))
-    assert launch.store.rows["run0"] == [1, 2]
+    assert launch.store.rows["t0000"] == [1, 2]
     assert launch.trials()[0].intermediate_values == {1: 0.9}
 
 
@@ -242,19 +247,19 @@ def test_rows_of_a_trial_that_has_ended_are_refused(launch: Launch) -> None:
     assert launch.ledger.row("a", row(2, 0.5))
     launch.ledger.end("a", row(2, 0.5), lost=False)
     launch.ledger.end("unknown", None, lost=True)
-    assert launch.store.rows["run0"] == [1]
+    assert launch.store.rows["t0000"] == [1]
     assert len(launch.trials()) == 1
 
 
 def test_asha_stops_the_worst_at_the_first_rung(tmp_path: Path) -> None:
-    search = {"sampler": "random", "pruner": "asha", "min_epochs": 2, "reduction": 2}
+    search = {"sampler": "random", "pruner": "asha", "first_rung": 2, "reduction": 2}
     launch = Launch(tmp_path / "s", space=space_of(search=search, budget={"trials": 9}))
     for name, value in zip("abcd", (0.5, 0.6, 0.7, 0.8), strict=True):
         launch.begin(name)
         assert not launch.ledger.row(name, row(1, value))
         launch.ledger.row(name, row(2, value))
     launch.begin("e")
-    assert not launch.ledger.row("e", row(1, 0.1)), "no rung before min_epochs"
+    assert not launch.ledger.row("e", row(1, 0.1)), "no rung before first_rung"
     assert launch.ledger.row("e", row(2, 0.1))
 
 
@@ -274,7 +279,7 @@ def test_the_budget_is_met_exactly_whatever_becomes_of_the_trials(tmp_path: Path
         except StopIteration:
             if not running:
                 break
-        assert launch.ledger.spent() + len(running) <= 9
+        assert launch.ledger.progress().finished + len(running) <= 9
         tune_id = running.pop(0)
         match int(tune_id[1:]) % 4:
             case 0:
@@ -287,7 +292,7 @@ def test_the_budget_is_met_exactly_whatever_becomes_of_the_trials(tmp_path: Path
             case _:
                 launch.ledger.end(tune_id, None, lost=True)
     ended = launch.trials(TrialState.COMPLETE, TrialState.PRUNED)
-    assert launch.ledger.spent() == len(ended) == 9
+    assert launch.ledger.progress().finished == len(ended) == 9
     assert launch.trials(TrialState.RUNNING, TrialState.WAITING) == []
     assert set(launch.store.status.values()) <= {"FINISHED", "FAILED"}
     assert len(launch.store.status) == 9, "a lost trial goes on in its own run"
@@ -317,12 +322,12 @@ def test_a_lost_trial_goes_on_with_its_parameters_its_run_and_its_folder(launch:
     (retry,) = launch.trials(TrialState.RUNNING)
     assert retry.params == trial.params
     assert retry.intermediate_values == {1: 0.1}, "pruners look at them"
-    assert launch.store.status == {"run0": "RUNNING"}
+    assert launch.store.status == {"t0000": "RUNNING"}
     launch.finish("b", 0.2, 0.3, first=2)
-    assert launch.store.rows == {"run0": [1, 2, 3]}
-    assert launch.ledger.spent() == 1
-    assert [(r.state, r.value, r.run_id) for r in launch.ledger.rows()] == [
-        ("complete", 0.3, "run0")
+    assert launch.store.rows == {"t0000": [1, 2, 3]}
+    assert launch.ledger.progress().finished == 1
+    assert [(r.state, r.value, r.handle) for r in launch.ledger.history.rows()] == [
+        ("complete", 0.3, "t0000")
     ]
 
 
@@ -334,15 +339,15 @@ def test_a_trial_is_tried_again_as_often_as_allowed_then_given_up_and_counted(
     launch = Launch(tmp_path / "s", space=space_of(base=base, budget={"trials": 2}))
     jobs = []
     for attempt in range(failures + 1):
-        assert launch.ledger.spent() == 0
+        assert launch.ledger.progress().finished == 0
         jobs.append(launch.begin(f"a{attempt}"))
         launch.ledger.end(f"a{attempt}", None, lost=True)
     assert {(job.run, job.folder) for job in jobs} == {(jobs[0].run, jobs[0].folder)}
-    assert launch.ledger.spent() == 1
-    assert launch.store.status == {"run0": "FAILED"}
-    assert launch.store.tags["run0"]["outcome"] == "failed"
-    assert [r.state for r in launch.ledger.rows()] == ["failed"]
-    assert launch.ledger.progress().failed == 1
+    assert launch.ledger.progress().finished == 1
+    assert launch.store.status == {"t0000": "FAILED"}
+    assert launch.store.tags["t0000"]["outcome"] == "failed"
+    assert [r.state for r in launch.ledger.history.rows()] == ["failed"]
+    assert launch.ledger.progress().outcomes["failed"] == 1
     other = launch.begin("b")
     assert other.run != jobs[0].run
     launch.finish("b", 0.1)
@@ -363,8 +368,8 @@ def test_a_trial_lost_after_its_last_epoch_is_complete_with_the_value_it_reporte
     (trial,) = launch.trials(TrialState.COMPLETE)
     assert trial.value == 0.3
     best = launch.ledger.best()
-    assert best is not None and (best.value, best.epochs, best.run_id) == (0.3, 4, "run0")
-    assert launch.store.tags["run0"]["outcome"] == "complete"
+    assert best is not None and (best.value, best.epochs, best.handle) == (0.3, 4, "t0000")
+    assert launch.store.tags["t0000"]["outcome"] == "complete"
 
 
 # --- dead drivers -----------------------------------------------------------------------------
@@ -375,7 +380,7 @@ def test_what_was_in_flight_when_the_driver_died_goes_on_where_it_stopped(launch
     jobs = [launch.begin("a"), launch.begin("b")]
     launch.ledger.row("a", row(1, 0.3))
     launch.ledger.row("a", row(2, 0.4))
-    before = {t.user_attrs["run_id"]: t for t in launch.trials(TrialState.RUNNING)}
+    before = {t.user_attrs["origin"]: t for t in launch.trials(TrialState.RUNNING)}
 
     later = launch.again()
     assert later.ledger.recover() == 2
@@ -384,7 +389,7 @@ def test_what_was_in_flight_when_the_driver_died_goes_on_where_it_stopped(launch
     assert all(job.resume for job in resumed)
     assert {(j.run, j.folder) for j in resumed} == {(j.run, j.folder) for j in jobs}
     for trial in later.trials(TrialState.RUNNING):
-        old = before[trial.user_attrs["run_id"]]
+        old = before[trial.user_attrs["origin"]]
         assert trial.params == old.params
         assert trial.intermediate_values == old.intermediate_values
     assert len(later.store.status) == 3
@@ -407,7 +412,7 @@ def test_nothing_that_finished_is_repeated_after_a_dead_driver(launch: Launch) -
             break
         number += 1
     assert number == 2, "the one in flight and the last of four"
-    assert later.ledger.spent() == 4
+    assert later.ledger.progress().finished == 4
     everything = [t.params for t in later.trials(TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(everything) == 4 and all(everything.count(params) == 1 for params in finished)
     assert len(later.store.status) == 4
@@ -422,7 +427,7 @@ def test_rows_before_the_death_are_not_recorded_twice(launch: Launch) -> None:
     later.ledger.recover()
     later.begin("b")
     later.finish("b", 0.2, 0.3, first=2)  # the checkpoint was of epoch 1
-    assert later.store.rows == {"run0": [1, 2, 3]}
+    assert later.store.rows == {"t0000": [1, 2, 3]}
     assert later.trials()[-1].value == 0.3
 
 
@@ -434,8 +439,8 @@ def test_a_driver_may_die_many_times_in_the_middle_of_the_same_trial(launch: Lau
         again = launch.begin(f"a{attempt}")
         assert (again.run, again.folder) == (job.run, job.folder)
     launch.finish("a4", 0.1)
-    assert launch.store.status == {"run0": "FINISHED"}
-    assert [r.run_id for r in launch.ledger.rows()] == ["run0"]
+    assert launch.store.status == {"t0000": "FINISHED"}
+    assert [r.handle for r in launch.ledger.history.rows()] == ["t0000"]
 
 
 def test_a_trial_that_was_queued_again_is_still_queued_after_a_dead_driver(launch: Launch) -> None:
@@ -491,10 +496,12 @@ def test_the_best_is_the_best_of_those_trained_to_the_end(launch: Launch) -> Non
     launch.begin("running")
     launch.ledger.row("running", row(1, 0.99))
     best = launch.ledger.best()
-    assert best is not None and (best.number, best.value, best.run_id) == (1, 0.5, "run1")
+    assert best is not None and (best.number, best.value, best.handle) == (1, 0.5, "t0001")
     progress = launch.ledger.progress()
-    assert (progress.finished, progress.budget, progress.pruned, progress.failed) == (3, 4, 1, 0)
-    assert (progress.best, progress.best_trial) == (0.5, 1)
+    assert (progress.finished, progress.budget.trials) == (3, 4)
+    assert progress.outcomes == {"complete": 2, "stopped": 1}
+    assert progress.best == best
+    assert [one.value for one in progress.running] == [0.99]
 
 
 def test_the_best_of_what_is_minimised_is_the_smallest(tmp_path: Path) -> None:
@@ -511,12 +518,12 @@ def test_rows_tell_parameters_in_the_units_of_the_run(launch: Launch) -> None:
     job = launch.begin("a")
     launch.finish("a", 0.2)
     run = RunConfig.model_validate_json(job.run)
-    (told,) = launch.ledger.rows()
+    (told,) = launch.ledger.history.rows()
     assert told.params["algorithm.step_size"] == run.algorithm.model_dump()["step_size"]
     assert told.params["optimizer.lr"] == run.optimizer.lr
     assert (told.metrics["cost/fe"], told.epochs, told.value) == (10.0, 1, 0.2)
     assert (
-        launch.ledger.run_of(told.number).signature()
+        launch.ledger.space.run(told.params).signature()
         == as_run(SPACE["base"], told.params).signature()
     )
 
@@ -524,7 +531,7 @@ def test_rows_tell_parameters_in_the_units_of_the_run(launch: Launch) -> None:
 def test_whoever_watches_is_told_after_every_row_and_every_end(launch: Launch) -> None:
     launch.complete("a", 0.2, 0.3)
     assert [progress.finished for progress in launch.seen][-1] == 1
-    assert launch.seen[-1].best == 0.3
+    assert launch.seen[-1].best is not None and launch.seen[-1].best.value == 0.3
     assert len(launch.seen) >= 2
 
 
@@ -533,12 +540,12 @@ def test_whoever_watches_is_told_after_every_row_and_every_end(launch: Launch) -
 
 def test_a_sweep_that_exists_is_not_begun_again(launch: Launch) -> None:
     with pytest.raises(RequestError, match=r"^--name: a sweep study exists.*--resume study"):
-        open_study("study", launch.folder, launch.space, resume=False)
+        opened(launch.folder, launch.space, resume=False)
 
 
 def test_a_sweep_that_does_not_exist_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^--resume: there is no sweep nope"):
-        open_study("nope", tmp_path / "nope", space_of(), resume=True)
+        opened(tmp_path / "nope", space_of(), resume=True)
     assert not (tmp_path / "nope").exists()
 
 
@@ -553,77 +560,10 @@ def test_a_sweep_that_does_not_exist_is_not_resumed(tmp_path: Path) -> None:
 )
 def test_a_changed_space_is_not_resumed(launch: Launch, change: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"^--resume: the search space of study has changed"):
-        open_study("study", launch.folder, space_of(**change), resume=True)
+        opened(launch.folder, space_of(**change), resume=True)
 
 
 def test_a_larger_budget_may_be_resumed(launch: Launch) -> None:
     launch.complete("a", 0.1)
-    study = open_study("study", launch.folder, space_of(budget={"trials": 50}), resume=True)
+    study = opened(launch.folder, space_of(budget={"trials": 50}), resume=True)
     assert len(study.get_trials()) == 1
-
-
-# --- with MLflow itself -----------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The driver is gone."""
-
-
-def die(tracker: Tracker) -> None:
-    """What SIGKILL does: the thread ends, and what it had not written is lost."""
-    with tracker._changed:
-        tracker._pending.clear()
-        tracker._stopping = True
-        tracker._changed.notify_all()
-    tracker._thread.join()
-
-
-def test_no_run_is_left_running_by_a_driver_that_died_at_the_worst_moments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri, folder, space = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "sweep", space_of()
-
-    tracker = Tracker(uri, "tests")
-    parent = tracker.open("sweep", {}, {})
-    study = open_study("study", folder, space, resume=False)
-    ledger = Ledger(study, space, tracker, parent, folder)
-    assert ledger.begin("told") is not None  # ended for Optuna, but not yet written to MLflow
-    assert tracker.flush()
-    ledger.row("told", row(1, 0.1))
-    ledger.end("told", row(2, 0.2, final=True), lost=False)
-    assert ledger.begin("live") is not None
-    # Died between the run in MLflow and the note of it in the study.
-    monkeypatch.setattr(Tracker, "text", lambda *_: (_ for _ in ()).throw(Killed()))
-    with pytest.raises(Killed):
-        ledger.begin("opened")
-    monkeypatch.undo()
-    die(tracker)
-
-    tracker = Tracker(uri, "tests")
-    tracker.reopen(parent)
-    ledger = Ledger(
-        open_study("study", folder, space, resume=True), space, tracker, parent, folder
-    )
-    ledger.recover()
-    for number in range(10):
-        try:
-            ledger.begin(f"n{number}")
-        except StopIteration:
-            break
-        ledger.end(f"n{number}", row(1, 0.1, final=True), lost=False)
-    tracker.shut("FINISHED")
-
-    assert ledger.spent() == 4
-    client = MlflowClient(uri)
-    runs = {
-        run.info.run_id: run
-        for run in client.search_runs([tracker.experiment_id])
-        if run.info.run_id != parent
-    }
-    assert {run.info.status for run in runs.values()} <= {"FINISHED", "FAILED", "KILLED"}
-    told = next(r for r in ledger.rows() if r.number == 0)
-    assert runs[told.run_id].info.status == "FINISHED"
-    assert runs[told.run_id].data.metrics[METRIC] == 0.2, "the row that was lost with the driver"
-    assert runs[told.run_id].data.tags["outcome"] == "complete"
-    finished = [run for run in runs.values() if run.info.status == "FINISHED"]
-    assert len(finished) == 4

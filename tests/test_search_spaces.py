@@ -17,7 +17,9 @@ from raytrain.config import RunConfig
 from raytrain.loop import preflight
 from raytrain.outer import OUTERS
 from raytrain.request import override, parse_overrides
-from raytrain.sweep.space import Choice, Real, SearchSpace, read_space
+from raytrain.spaces.dimensions import Choice, Real
+from raytrain.spaces.reading import read_space
+from raytrain.spaces.space import SearchSpace
 from raytrain.types import Card, fraction, in_pixels
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
@@ -40,6 +42,7 @@ NOT_SEARCHED = {
 
 # file -> field -> the other field, and with which of its values there is such a field at all
 ESTIMATED = ("outer.estimator", ("affine", "loss"))
+ASCENT = ("algorithm.ascent", ("steepest", "raw"))  # in one unit or in the other
 AHEAD = ("algorithm.mode", ("A", "C"))
 MULTIPLIED = ("algorithm.budget", ("multiplier",))
 STOP, START = "algorithm.attack.stop", "algorithm.attack.start"
@@ -50,13 +53,14 @@ ONLY_WITH: dict[str, dict[str, tuple[str, tuple[str | None, ...]]]] = {
         "algorithm.decay.exponent": ("algorithm.decay.kind", ("power",)),
     },
     "si_hg": {
+        "algorithm.sigma": ASCENT,
         "algorithm.theta": AHEAD,
         "algorithm.theta_warmup": AHEAD,
         "algorithm.init": ("algorithm.store", ("none",)),
         "algorithm.shrink": ("algorithm.store", ("per_sample",)),
     },
     "ssds": {
-        "algorithm.sigma": ("algorithm.ascent", ("steepest",)),
+        "algorithm.sigma": ASCENT,
         "algorithm.v0": MULTIPLIED,
         "algorithm.c1": MULTIPLIED,
         "algorithm.clamp_delta": MULTIPLIED,
@@ -122,6 +126,11 @@ def drawn_from(name: str) -> list[tuple[dict[str, Any], RunConfig]]:
     return [(values, space.run(values)) for values in chosen]
 
 
+def dimensions(name: str, path: str) -> list[Any]:
+    """What stands for a path in a space."""
+    return [one.entry for one in space_of(name).variables if one.path == path]
+
+
 def field_at(run: RunConfig, path: str) -> Any:
     """The field of a run; the name or kind of a record, which is what is chosen of it."""
     here: Any = run.model_dump()
@@ -141,24 +150,33 @@ def test_every_point_is_a_run_whose_algorithm_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_drawn_arrives_in_the_run(name: str) -> None:
-    space = space_of(name)
     for values, run in drawn_from(name):
-        told = space.in_pixels(values)
-        assert {path: field_at(run, path) for path in told} == told
+        assert {path: field_at(run, path) for path in values} == values
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_conditional_fields_are_drawn_exactly_where_their_conditions_hold(name: str) -> None:
-    for path, dimension in space_of(name).space.items():
+    drawn = [values for values, _ in drawn_from(name)]
+    variables = space_of(name).variables
+    for path in {variable.path for variable in variables if variable.path[0] != "$"}:
+        needs = [variable.needs() for variable in variables if variable.path == path]
         met = [
-            all(
-                values.get(other) in (wanted if isinstance(wanted, list) else [wanted])
-                for other, wanted in dimension.when.items()
-            )
-            for values, _ in drawn_from(name)
+            sum(all(values.get(other) in wanted for other, wanted in one.items()) for one in needs)
+            for values in drawn
         ]
-        assert met == [path in values for values, _ in drawn_from(name)]
-        assert any(met) and all(met) == (not dimension.when), path
+        assert met == [int(path in values) for values in drawn], path
+        assert any(met) and (all(met) or all(needs)), path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_dimension_is_part_of_some_configuration_that_the_constraints_allow(
+    name: str,
+) -> None:
+    space = space_of(name)
+    allowed = [values for values, _ in drawn_from(name) if space.allows(values)]
+    assert len(allowed) >= len(drawn_from(name)) / 2  # few proposals are thrown away
+    for variable in space.variables:
+        assert variable.path[0] == "$" or any(variable.path in values for values in allowed)
 
 
 # --- one for each algorithm and outer update --------------------------------------------------
@@ -202,14 +220,14 @@ def test_every_outer_update_has_a_space_of_its_own(name: str) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_rate_and_weight_decay_are_searched_on_a_log_scale(name: str) -> None:
     for path in ("optimizer.lr", "optimizer.weight_decay"):
-        dimension = space_of(name).space[path]
+        (dimension,) = dimensions(name, path)
         assert isinstance(dimension, Real) and dimension.log and not dimension.when
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_fields_that_exist_only_with_others_are_searched_only_with_them(name: str) -> None:
     table = ONLY_WITH.get(name, {})
-    conditional = {path for path, dimension in space_of(name).space.items() if dimension.when}
+    conditional = {variable.path for variable in space_of(name).variables if variable.needs()}
     assert conditional == set(table)
     for path, (other, wanted) in table.items():
         for values, _ in drawn_from(name):
@@ -262,8 +280,16 @@ def test_what_a_card_announces_is_searched_or_excused(key: str) -> None:
 )
 def test_what_is_searched_lies_within_what_the_card_announces(key: str, field: str) -> None:
     record, name = key.split(".")
-    text = CARDS[key].ranges[field].split(";")[0]
-    dimension, told = space_of(name).space[f"{record}.{field}"], announced(text)
+    first, *others = CARDS[key].ranges[field].split("; ")
+    texts = [first, *(text for text in others if "[" in text)]  # for each unit it may be in
+    found = dimensions(name, f"{record}.{field}")
+    assert len(found) == len(texts)
+    for text, dimension in zip(texts, found, strict=True):
+        check_within(text, dimension)
+
+
+def check_within(text: str, dimension: Any) -> None:
+    told = announced(text)
     assert (getattr(dimension, "unit", None) == "eps") == ("eps *" in text)
     if isinstance(told, set):
         assert isinstance(dimension, Choice)
@@ -276,7 +302,24 @@ def test_what_is_searched_lies_within_what_the_card_announces(key: str, field: s
     assert getattr(dimension, "log", False) == (", log" in text)
 
 
-def test_dynamic_attacks_can_always_cross_the_ball() -> None:
-    for _, run in drawn_from("dynamic"):
+@pytest.mark.parametrize("name", ["dynamic", "dynamic_cifar10", "quickstart"])
+def test_dynamic_attacks_can_cross_the_ball_where_they_are_trained(name: str) -> None:
+    space, both = space_of(name), set()
+    for values, run in drawn_from(name):
         recipe = run.algorithm.model_dump()
-        assert recipe["steps"] * recipe["step_size"] >= run.threat.eps
+        crosses = recipe["steps"] * recipe["step_size"] >= run.threat.eps
+        assert space.allows(values) == crosses
+        both.add(crosses)
+    assert both == {True, False}
+
+
+def test_all_algorithms_are_in_the_space_of_all() -> None:
+    drawn = drawn_from("all")
+    papers = {"dynamic", "si_hg", "ssds", "l2l"}
+    assert {run.algorithm.name for _, run in drawn} == papers | {"pgd", "trades", "mart"}
+    assert {run.outer.name for _, run in drawn} == {"sgd", "awp", "engm"}
+    for _, run in drawn:
+        recipe = run.algorithm.model_dump()
+        if recipe["name"] in ("pgd", "trades", "mart", "dynamic"):
+            reach = recipe["steps"] * recipe["step_size"] / run.threat.eps
+            assert 1 - 1e-9 <= reach <= 4 + 1e-9

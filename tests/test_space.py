@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 from raytrain.config import RunConfig
 from raytrain.record import METRICS
-from raytrain.sweep.space import SearchSpace, read_space
+from raytrain.spaces.reading import read_space
+from raytrain.spaces.space import SearchSpace
 from raytrain.types import RequestError
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
@@ -41,13 +43,15 @@ def space_of(tmp_path: Path, space: dict[str, Any], **others: Any) -> SearchSpac
 
 
 def complaint(tmp_path: Path, values: Any) -> str:
-    """What a wrong file is answered with, without its name."""
+    """What a wrong file is answered with, without its name and line."""
     file = written(tmp_path, values)
     with pytest.raises(RequestError) as caught:
         read_space(file)
     said = str(caught.value)
-    assert said.startswith(f"{file}: ") and "\n" not in said
-    return said.removeprefix(f"{file}: ")
+    assert "\n" not in said
+    place, _, told = said.partition(": ")
+    assert re.fullmatch(rf"{re.escape(str(file))}(:\d+)?", place)
+    return told
 
 
 def draws(
@@ -78,12 +82,13 @@ def test_every_search_space_validates_and_samples_valid_runs(file: Path) -> None
     drawn = draws(space, 200)
     assert all(isinstance(run, RunConfig) for _, run in drawn)
     assert len({run.signature() for _, run in drawn}) > 100
-    assert set().union(*(values for values, _ in drawn)) == set(space.space)
+    paths = {variable.path for variable in space.variables if variable.path[0] != "$"}
+    assert set().union(*(values for values, _ in drawn)) == paths
 
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
 def test_every_search_space_is_judged_on_the_validation_split(file: Path) -> None:
-    assert read_space(file).objective.metric.startswith("valid/")
+    assert all(one.metric.startswith("valid/") for one in read_space(file).objective)
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -168,10 +173,10 @@ def test_a_condition_that_no_value_meets_is_refused(tmp_path: Path) -> None:
         ({"objective": {"metric": "valid/robst"}}, "metric", "valid/robust"),
         ({"objective": {"metric": "test/clean"}}, "metric", "valid/robust"),
         ({"objective": {"mode": "maximum"}}, "objective.mode", "max"),
-        ({"search": {"sampler": "grid"}}, "search.sampler", "tpe"),
-        ({"search": {"pruner": "hyperband"}}, "search.pruner", "asha"),
+        ({"search": {"sampler": "cmaes"}}, "search.sampler", "tpe"),
+        ({"search": {"pruner": "wilcoxon"}}, "search.pruner", "asha"),
         ({"search": {"reduction": 1}}, "search.reduction", "2"),
-        ({"search": {"min_epoch": 1}}, "search.min_epoch", "search.min_epochs"),
+        ({"search": {"first_rungs": 1}}, "search.first_rungs", "search.first_rung"),
         ({"budget": {"trials": 0}}, "budget.trials", "greater than 0"),
         ({"budgte": {"trials": 3}}, "budgte", "budget"),
         ({"base": {"epoch": 3}}, "base.epoch", "epochs"),
@@ -226,9 +231,9 @@ def test_conditional_fields_are_absent_where_their_condition_fails(tmp_path: Pat
 
 def test_a_multiple_of_eps_becomes_pixels(tmp_path: Path) -> None:
     for values, run in draws(read_space(written(tmp_path, DYNAMIC)), 20):
-        multiple = values["algorithm.step_size"]
-        assert 1 / 8 <= multiple <= 1 / 2
-        assert run.algorithm.model_dump()["step_size"] == multiple * 0.2
+        pixels = values["algorithm.step_size"]
+        assert 1 / 8 * 0.2 <= pixels <= 1 / 2 * 0.2
+        assert run.algorithm.model_dump()["step_size"] == pixels
 
 
 def test_a_multiple_of_eps_follows_the_eps_that_varies(tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
-"""A sweep: Tune as the executor of what the ledger asks for."""
+"""A sweep from its search space to what it leaves behind."""
 
 from __future__ import annotations
 
-import shutil
+import fcntl
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
-from ray import tune as ray_tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from raytrain import provenance
 from raytrain.api import leave_network
@@ -21,15 +21,28 @@ from raytrain.config import RunConfig
 from raytrain.data.loader import Splits
 from raytrain.loop import preflight
 from raytrain.request import parse_overrides
-from raytrain.session import interruptible, session, slots, worker_resources
-from raytrain.sweep.ledger import Ledger, SweepProgress, TrialRow
-from raytrain.sweep.slots import GroupSlot, SingleSlot
-from raytrain.sweep.space import SearchSpace, read_space
+from raytrain.say import say
+from raytrain.session import interruptible, session, slots
+from raytrain.spaces.plan import Budget, pruner_of
+from raytrain.spaces.reading import read_space
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.beginning import plan_first
+from raytrain.sweep.execute import execute
+from raytrain.sweep.fidelity import Fidelity
+from raytrain.sweep.figures import draw
+from raytrain.sweep.final import FinalRow, Finals, summarised, test_once
+from raytrain.sweep.importance import Importance, Method, importances
+from raytrain.sweep.ledger import Ledger
+from raytrain.sweep.mirror import PARENT
+from raytrain.sweep.population import PopulationLedger, check_population
 from raytrain.sweep.study import open_study
+from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.tracking import Tracker, tracked
 from raytrain.types import RequestError
 
 Watch = Callable[[SweepProgress], None]
+
+_TRIALS = 20  # where no budget of any kind is given
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,18 @@ class TuneResult:
     """A finished sweep."""
 
     name: str
-    run_id: str  # of the parent run in MLflow
-    metric: str
-    direction: int  # 1: larger is better, -1: smaller
+    run_id: str | None  # of the parent run in MLflow; None if MLflow did not answer
+    objectives: list[str]
+    directions: list[int]  # 1: larger is better, -1: smaller
     best: TrialRow | None
+    front: list[TrialRow]  # of several objectives; else empty
     trials: list[TrialRow]
+    progress: SweepProgress
+    importances: list[Importance]
+    finals: list[FinalRow]
     best_file: Path | None  # the best configuration as a run file
+    table: Path  # Parquet: every row of every trial
+    folder: Path
     space_file: Path
     tracking_uri: str
 
@@ -58,204 +77,266 @@ def tune(
     resume: str | None = None,
     name: str | None = None,
     trials: int | None = None,
+    final: int = 0,
+    seeds: int = 3,
+    importance: Method = "ped-anova",
     watch: Watch | None = None,
 ) -> TuneResult:
     """Search `space` until its budget is spent; each trial is a child run in MLflow.
 
     `space` is a SearchSpace or a YAML file, and may be left out with `resume`, the name of a sweep to
     continue: nothing that finished is repeated, what was under way goes on from its checkpoint.
-    `overrides` are `key=value` words for the base run; `trials` replaces the budget of the file.
+    `overrides` are `key=value` words for the base run, or for `search.*` and `budget.*`; `trials`
+    replaces the number in the file. With `final`, the best so many configurations are trained again
+    on `seeds` seeds that the search did not use, and evaluated on the test set, once.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
     """
-    space = _space(space, overrides, resume, trials)
+    space = wanted_space(space, overrides, resume, trials)
     base = space.base_run
     splits = preflight(base)
+    if space.search.sampler == "pbt":
+        check_population(space)
     name = resume or name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = (base.storage / base.experiment / name).resolve()
-    space_file = folder / "space.yaml"
-    with interruptible(), tracked(base.tracking_uri, base.experiment) as tracker:
+    fidelity = Fidelity.of(base, splits.train.num_images)
+    study = open_study(
+        name, folder, space, space.hash(), resume is not None, fidelity.length, space.study
+    )
+    spool = folder / "mlflow.jsonl"
+    with (
+        interruptible(),
+        _alone(folder),
+        tracked(base.tracking_uri, base.experiment, spool) as tracker,
+    ):
         with session(base, trials=space.budget.concurrent or 1):
             concurrent = slots(base, space.budget.concurrent)
-            study = open_study(name, folder, space, resume=resume is not None)
+            space_file = folder / "space.yaml"
             space_file.write_text(_space_yaml(space))
-            parent = _open_parent(tracker, study, name, space, space_file)
-            ledger = Ledger(study, space, tracker, parent, folder, watch)
+            _open_parent(tracker, study, name, space, space_file)
+            kind = PopulationLedger if space.search.sampler == "pbt" else Ledger
+            ledger = kind(study, space, tracker, folder, fidelity, watch)
             ledger.recover()
-            try:
-                _execute(ledger, base, folder, concurrent)
-            finally:
-                shutil.rmtree(folder / "ray", ignore_errors=True)  # Tune's notes: never read again
-        best_file = _leave(tracker, ledger, parent, folder, splits)
+            plan_first(ledger, space, tracker.uri)
+            execute(ledger, base, concurrent)
+            finals = _finals(ledger, space, tracker, final, seeds, concurrent, watch)
+        weights = importances(study, importance)
+        best_file = _leave(tracker, ledger, fidelity, splits, importance)
+        _leave_finals(tracker, folder, finals)
+        run_id = tracker.run_id(PARENT, 20.0)
     return TuneResult(
         name=name,
-        run_id=parent,
-        metric=space.objective.metric,
-        direction=1 if space.objective.mode == "max" else -1,
+        run_id=run_id,
+        objectives=[one.metric for one in space.objective],
+        directions=[one.sign for one in space.objective],
         best=ledger.best(),
-        trials=ledger.rows(),
+        front=ledger.history.front() if len(space.objective) > 1 else [],
+        trials=ledger.history.rows(),
+        progress=ledger.progress(),
+        importances=weights,
+        finals=finals,
         best_file=best_file,
+        table=folder / "trials.parquet",
+        folder=folder,
         space_file=space_file,
         tracking_uri=tracker.uri,
     )
 
 
-def _space(
+def wanted_space(
     space: SearchSpace | str | Path | None,
-    overrides: Iterable[str],
-    resume: str | None,
-    trials: int | None,
+    overrides: Iterable[str] = (),
+    resume: str | None = None,
+    trials: int | None = None,
 ) -> SearchSpace:
+    """The space that a command means, its budget filled in.
+
+    Raises:
+        RequestError: naming file, line and path.
+    """
+    words = list(overrides)
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
     if space is None:
-        storage = Path(parse_overrides(overrides).get("storage", "runs"))
+        storage = Path(parse_overrides(words).get("storage", "runs"))
         found = sorted(storage.glob(f"*/{resume}/space.yaml"))
         if not found:
             raise RequestError(f"--resume: there is no sweep {resume} below {storage}")
         space = found[0]
     if not isinstance(space, SearchSpace):
-        space = read_space(Path(space), overrides)
-    if trials is not None:
-        budget = space.budget.model_copy(update={"trials": trials})
-        space = space.model_copy(update={"budget": budget})
-    return space
+        space = read_space(Path(space), words)
+    budget = space.budget if trials is None else space.budget.model_copy(update={"trials": trials})
+    return space.model_copy(update={"budget": _filled(budget, space)})
+
+
+def _filled(budget: Budget, space: SearchSpace) -> Budget:
+    """A number of trials, where nothing says when to end; a population is as many as it has members."""
+    if space.search.sampler == "pbt":
+        return budget.model_copy(update={"trials": space.search.population.size})
+    unlimited = budget.trials is None and budget.fe_per_image is None and budget.hours is None
+    if unlimited and space.search.sampler != "grid":
+        return budget.model_copy(update={"trials": _TRIALS})
+    return budget
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One driver per sweep: a second one would take the trials of the first for dead.
+
+    Raises:
+        RequestError: if another process runs this sweep.
+    """
+    file = os.open(folder / "driver.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RequestError(
+                f"--resume: the sweep {folder.name} is being run by another process on this machine"
+            ) from None
+        yield
+    finally:
+        os.close(file)
 
 
 def _open_parent(
-    tracker: Tracker, study: Any, name: str, space: SearchSpace, space_file: Path
-) -> str:
+    tracker: Tracker, study: optuna.Study, name: str, space: SearchSpace, space_file: Path
+) -> None:
     """The sweep's own run in MLflow: a new one, or that of the launch being continued."""
-    known = study.user_attrs.get("parent_run_id")
-    if known is not None:
-        tracker.reopen(known)
-        return known
     base = space.base_run
-    parent = tracker.open(
-        name,
-        provenance.parameters(base),
-        {
-            **provenance.tags(base),
-            "sweep": name,
-            "sampler": space.search.sampler,
-            "pruner": space.search.pruner,
-            "mlflow.note.content": space.description,
-        },
-    )
-    study.set_user_attr("parent_run_id", parent)
-    tracker.artifact(parent, space_file)
-    tracker.text(parent, to_yaml(base), "base.yaml")
-    return parent
-
-
-def _execute(ledger: Ledger, base: RunConfig, folder: Path, concurrent: int) -> None:
-    if base.workers == 1:
-        resources = worker_resources(base)
-        trainable: Any = ray_tune.with_resources(
-            SingleSlot, ray_tune.PlacementGroupFactory([{k: v for k, v in resources.items() if v}])
-        )
+    if tracker.known(PARENT):
+        tracker.reopen(PARENT)
     else:
-        # The workers are Ray Train's; the slot only passes rows on, and must not take their place.
-        trainable = ray_tune.with_resources(
-            GroupSlot, ray_tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+        tracker.open(
+            PARENT,
+            name,
+            provenance.parameters(base),
+            {
+                **provenance.tags(base),
+                "sweep": study.study_name,
+                "sampler": space.search.sampler,
+                "pruner": pruner_of(space.search, space.objective),
+                "objective": ", ".join(one.metric for one in space.objective),
+                "mlflow.note.content": space.description,
+            },
         )
-    ray_tune.Tuner(
-        trainable,
-        tune_config=ray_tune.TuneConfig(
-            num_samples=-1,
-            metric="epoch",
-            mode="max",
-            search_alg=_Search(ledger),
-            scheduler=_Pruning(ledger),
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
-        ),
-        run_config=ray_tune.RunConfig(
-            name=f"launch-{time.time_ns():x}",
-            storage_path=str(folder / "ray"),
-            verbose=0,
-            failure_config=ray_tune.FailureConfig(max_failures=0),
-        ),
-    ).fit()
-
-
-class _Search(Searcher):
-    """Tune's searcher interface over the ledger."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(metric="epoch", mode="max")
-        self._ledger = ledger
-
-    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
-        del metric, mode, config, spec
-        return True
-
-    def suggest(self, trial_id: str) -> Any:
-        try:
-            return self._ledger.begin(trial_id)
-        except StopIteration:
-            return Searcher.FINISHED
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        self._ledger.end(trial_id, result, lost=error)
-
-    def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).touch()  # the study is the state
-
-    def restore(self, checkpoint_path: str) -> None:
-        del checkpoint_path
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its searcher; the ledger holds files and threads
-
-
-class _Pruning(FIFOScheduler):
-    """Early stopping by Optuna's pruner, whose state is in the study and survives a restart."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
-
-    @property
-    def metric(self) -> str:
-        return "epoch"
-
-    def set_search_properties(self, metric: Any, mode: Any, **spec: Any) -> bool:
-        del metric, mode, spec
-        return True
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        del tune_controller
-        stop = self._ledger.row(trial.trial_id, dict(result))
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+        tracker.text(PARENT, to_yaml(base), "base.yaml")
+    tracker.artifact(PARENT, space_file)
 
 
 def _leave(
-    tracker: Tracker, ledger: Ledger, parent: str, folder: Path, splits: Splits
+    tracker: Tracker, ledger: Ledger, fidelity: Fidelity, splits: Splits, importance: Method
 ) -> Path | None:
     """What a sweep leaves on its parent run and beside its study."""
-    best = ledger.best()
-    progress = ledger.progress()
+    folder, progress, best = ledger.folder, ledger.progress(), ledger.best()
+    table = folder / "trials.parquet"
+    ledger.journal.write_parquet(table)
+    tracker.artifact(PARENT, table)
+    for figure in _drawn(ledger, fidelity, importance):
+        tracker.artifact(PARENT, figure, "figures")
     tracker.log(
-        parent,
-        {"sweep/trials": float(progress.finished), "sweep/stopped_early": float(progress.pruned)},
+        PARENT,
+        {
+            "sweep/trials": float(progress.finished),
+            "sweep/fe_per_image": progress.fe_per_image,
+            **{f"sweep/{outcome}": float(n) for outcome, n in progress.outcomes.items()},
+        },
     )
+    _leave_run_ids(tracker, ledger)
     if best is None or best.value is None:
         return None
-    tracker.log(parent, {**best.metrics, "sweep/best": best.value})
-    tracker.tag(parent, {"best_trial": str(best.number), "best_run_id": best.run_id})
-    run = ledger.run_of(best.number)
+    tracker.log(PARENT, {**best.metrics, "sweep/best": best.value})
+    tracker.tag(PARENT, {"best_trial": best.handle})
     best_file = folder / "best.yaml"
-    best_file.write_text(to_yaml(run))
-    tracker.artifact(parent, best_file)
-    leave_network(tracker, best.run_id, folder / "trials" / best.run_id, splits.valid)
+    best_file.write_text(to_yaml(_run_of(ledger, best)))
+    tracker.artifact(PARENT, best_file)
+    leave_network(tracker, best.handle, folder / "trials" / best.handle, splits.valid)
     return best_file
+
+
+def _drawn(ledger: Ledger, fidelity: Fidelity, importance: Method) -> list[Path]:
+    try:
+        return draw(ledger.history, fidelity, ledger.folder / "figures", importance)
+    except Exception as error:  # a picture is not worth a sweep
+        say(f"raytrain: the figures could not be drawn ({type(error).__name__}: {error})")
+        return []
+
+
+def _leave_run_ids(tracker: Tracker, ledger: Ledger) -> None:
+    """The id of each trial's run in its folder, for commands that are given one of the two."""
+    if not tracker.flush(20.0):
+        return
+    for row in ledger.history.rows():
+        folder = ledger.folder / "trials" / row.handle
+        if folder.is_dir() and (run_id := tracker.run_id(row.handle, 0.0)):
+            (folder / "run_id").write_text(run_id)
+
+
+def _finals(
+    ledger: Ledger,
+    space: SearchSpace,
+    tracker: Tracker,
+    count: int,
+    seeds: int,
+    concurrent: int,
+    watch: Watch | None,
+) -> list[FinalRow]:
+    """Train the best again and evaluate them; what an earlier launch did is not done twice."""
+    ranked = _ranked(ledger, space)[:count]
+    if not ranked:
+        return []
+    finals = Finals.of(
+        space.base_run, space.objective, [(row, _run_of(ledger, row)) for row in ranked], seeds
+    )
+    folder = ledger.folder / f"final-{finals.hash()[:6]}"
+    name = f"{ledger.study.study_name}-{folder.name}"
+    length = Fidelity.of(space.base_run, 1).length
+    exists = (folder / "study.log").is_file() if space.study is None else None
+    study = open_study(name, folder, finals, finals.hash(), exists, length, space.study)
+    fidelity = Fidelity.of(space.base_run, ledger.fidelity.num_images)
+    second = Ledger(study, finals, tracker, folder, fidelity, watch, prefix="final")
+    second.recover()
+    if not study.user_attrs.get("planned"):
+        known = len(second.history.trials())
+        for number in range(known, len(finals.runs)):
+            second.enqueue({"run": number})
+        study.set_user_attr("planned", True)
+    execute(second, space.base_run, concurrent)
+    _leave_run_ids(tracker, second)
+    done = [row for row in second.history.rows() if row.state == "complete"]
+    storage = space.base_run.storage
+    return summarised([(row, test_once(folder / "trials" / row.handle, storage)) for row in done])
+
+
+def _ranked(ledger: Ledger, space: SearchSpace) -> list[TrialRow]:
+    """Finished trials, best first by validation; of several objectives, the front by the first."""
+    several = len(space.objective) > 1
+    rows = ledger.history.front() if several else ledger.history.rows()
+    done = [row for row in rows if row.state == "complete" and row.value is not None]
+    return sorted(done, key=lambda row: -space.objective[0].sign * row.values[0])
+
+
+def _leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
+    if not finals:
+        return
+    file = folder / "final.yaml"
+    file.write_text(yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
+    tracker.artifact(PARENT, file)
+    first = finals[0]
+    tracker.log(
+        PARENT,
+        {
+            "final/clean": first.clean,
+            "final/robust": first.robust,
+            "final/robust_std": first.robust_std,
+            "final/seeds": float(first.seeds),
+        },
+    )
+
+
+def _run_of(ledger: Ledger, row: TrialRow) -> RunConfig:
+    return ledger.space.run(row.params)
 
 
 def _space_yaml(space: SearchSpace) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raytrain.spaces.plan import Objective
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.history import History
 from raytrain.sweep.importance import Method, importances
@@ -28,7 +29,6 @@ from raytrain.sweep.paper import (
     shown,
     some,
 )
-from raytrain.sweep.plan import Objective
 from raytrain.sweep.rows import RowLog
 from raytrain.sweep.slices import slices
 
@@ -142,7 +142,7 @@ def _importances(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
             va="center",
             size=SMALL,
         )
-    axes.set_xlim(0, 1.25 * max(100 * value for _, value, _ in weights))
+    axes.set_xlim(0, 1.35 * max(100 * value for _, value, _ in weights))
     axes.set_xlabel("importance, % of all parameters' together")
     axes.grid(axis="y", visible=False)
     return figure

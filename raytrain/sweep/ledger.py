@@ -1,14 +1,15 @@
 """The Optuna study is the ledger of a sweep: what was tried, what came of it, what is under way.
 
 Tune only executes. To resume is to open the study again: what was in flight when the driver died is
-queued anew, with its parameters, its checkpoints and its MLflow run.
+queued anew, with its parameters, its checkpoints and its MLflow run. The order of every two writes is
+such that a kill between them is put right by `recover`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,48 +17,38 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from raytrain import provenance
-from raytrain.checkpoint import leave_run_file, to_yaml
+from raytrain.checkpoint import leave_run_file
 from raytrain.config import RunConfig
-from raytrain.sweep.space import SearchSpace
+from raytrain.sweep.fidelity import Fidelity
+from raytrain.sweep.history import History, Proposes, queued_params
+from raytrain.sweep.mirror import Mirror
+from raytrain.sweep.rows import RowLog
+from raytrain.sweep.tally import ENDED, Running, SweepProgress, Tally, TrialRow
+from raytrain.sweep.verdict import Verdicts
 from raytrain.tracking import Tracker
+from raytrain.types import RequestError, TrainingFailed
 from raytrain.worker import Job
 
-_OVER = (TrialState.COMPLETE, TrialState.PRUNED)
+_TRIES = 1000  # proposals in a row that may break the constraints of the space
 
 
-@dataclass(frozen=True)
-class SweepProgress:
-    """Where a sweep stands."""
-
-    finished: int  # trials that count towards the budget
-    budget: int
-    pruned: int  # stopped early or diverged
-    failed: int
-    best: float | None
-    best_trial: int | None
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial, as the table at the end shows it."""
-
-    number: int
-    state: str  # complete, stopped, diverged, failed, running
-    value: float | None
-    params: dict[str, Any]  # in the units of the run
-    metrics: dict[str, float]  # of the last epoch
-    epochs: int
-    run_id: str  # of MLflow, and the name of the checkpoint folder
+_CARRIED = ("origin", "last", "now", "scores")  # attributes that the next attempt begins with
 
 
 @dataclass
-class _Live:
+class Live:
+    """A trial under way."""
+
     trial: Trial
+    values: dict[str, Any]  # by path, in the units of the run
     run: RunConfig
-    run_id: str
+    origin: int  # number of its first attempt
+    resumes: bool
     epoch: int = 0  # the last one that was recorded
+    step: int = 0  # the last fidelity that was reported
+    progress: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    cut: bool = False  # by the end of the budget
 
 
 class Ledger:
@@ -66,16 +57,26 @@ class Ledger:
     def __init__(
         self,
         study: optuna.Study,
-        space: SearchSpace,
+        space: Proposes,
         tracker: Tracker,
-        parent: str,
         folder: Path,
+        fidelity: Fidelity,
         watch: Callable[[SweepProgress], None] | None = None,
+        prefix: str = "t",
     ) -> None:
-        self.study, self.space, self._tracker = study, space, tracker
-        self._parent, self._folder, self._watch = parent, folder, watch
-        self._live: dict[str, _Live] = {}
+        self.study, self.space, self.folder = study, space, folder
+        self.history = History(study, space, prefix)
+        self.journal = RowLog(folder / "rows.jsonl")
+        self._mirror = Mirror(tracker, study.study_name, folder)
+        self.fidelity, self._watch = fidelity, watch
+        self._live: dict[str, Live] = {}
         self._retries = space.base_run.max_failures
+        self._tally = Tally(space.budget, space.objective[0].sign)
+        self._waiting = 0  # trials that are queued in the study
+        self._aside: dict[int, dict[str, Any]] = {}  # origin -> last row of those begun and queued
+        several = len(space.objective) > 1
+        learns = not several and space.search.sampler in ("tpe", "random", "grid", "pbt")
+        self._verdicts = Verdicts(study, space.objective, space.feasible, learns)
 
     # ---------------------------------------------------------------- what Tune asks
 
@@ -83,35 +84,36 @@ class Ledger:
         """The next job, or None while live trials may still use up the budget.
 
         Raises:
-            StopIteration: if the budget is spent.
+            StopIteration: if the budget is spent, or there is nothing left to try.
+            TrainingFailed: if no proposal satisfies the constraints.
         """
-        spent = self.spent()
-        if spent >= self.space.budget.trials:
+        if self._tally.spent(self._live_fe()) or not self._tally.room(0):
             raise StopIteration
-        if spent + len(self._live) >= self.space.budget.trials:
+        if not self._tally.room(len(self._under_way())):
             return None
-        trial = self.study.ask()
-        chosen = self.space.sample(trial)
-        run = self.space.run(chosen)
-        attributes = trial.user_attrs
-        live = _Live(trial, run, attributes.get("run_id") or self._open(trial, run))
-        trial.set_user_attr("run_id", live.run_id)
-        if "run_id" in attributes:
-            live.epoch = self._tracker.reopen(live.run_id)
-            self._replay(trial, attributes["resume_of"])
-        else:
-            self._tracker.text(live.run_id, to_yaml(run), "run.yaml")
-        self._live[tune_id] = live
-        folder = self._folder / "trials" / live.run_id
-        leave_run_file(run, folder)
-        return {"job": Job.of(run, folder, resume="resume_of" in attributes)}
+        live = self._propose()
+        if live is None and not self._live:
+            raise StopIteration
+        if live is None:
+            return None
+        return self._start(tune_id, live)
 
     def row(self, tune_id: str, result: dict[str, Any]) -> bool:
-        """Record a row; True if the trial is to be stopped early."""
+        """Record a row; True if the trial is to be stopped."""
         live = self._live.get(tune_id)
         if live is None:
             return True
-        return self._record(live, result) is not None and live.trial.should_prune()
+        finite = self._record(live, result)
+        if self._tally.spent(self._live_fe()):
+            live.cut = True
+            return True
+        return finite and len(self.space.objective) == 1 and live.trial.should_prune()
+
+    def note_loss(self, tune_id: str, reason: str) -> None:
+        """Why a trial's process died, told before its `end`."""
+        if (live := self._live.get(tune_id)) is not None:
+            said = [line.strip() for line in reason.splitlines() if line.strip()]
+            live.trial.set_user_attr("error", (said or ["its process died"])[-1][:2000])
 
     def end(self, tune_id: str, result: dict[str, Any] | None, lost: bool) -> None:
         """A trial has ended: it finished, was stopped, failed, or its process died (`lost`)."""
@@ -121,179 +123,251 @@ class Ledger:
         if lost:
             self._lost(live)
         elif result is None or result.get("failed"):
-            self._failed(live, str((result or {}).get("failed", "it never reported")))
+            self._diverged(live, str((result or {}).get("failed", "it never reported")))
         else:
-            value = self._record(live, result)
-            if result.get("final") and value is None:
-                value = self._reported(live)  # resumed after its last epoch
-            if result.get("final") and value is not None:
-                live.trial.set_user_attr("outcome", "complete")
-                self.study.tell(live.trial, value)
-            else:
-                live.trial.set_user_attr("outcome", "stopped")
-                self.study.tell(live.trial, state=TrialState.PRUNED)
-            self._tracker.tag(live.run_id, {"outcome": live.trial.user_attrs["outcome"]})
-            self._tracker.close(live.run_id, "FINISHED")
+            self._ended(live, result)
         self._tell_watch()
 
     # ---------------------------------------------------------------- what others read
 
-    def spent(self) -> int:
-        """Trials that count: finished, stopped early, diverged, or given up."""
-        return sum(
-            t.state in _OVER or bool(t.user_attrs.get("given_up"))
-            for t in self.study.get_trials(deepcopy=False)
-        )
-
-    def rows(self) -> list[TrialRow]:
-        """Every trial that began, retries under the number of the last attempt."""
-        trials = self.study.get_trials(deepcopy=False)
-        retried = {t.user_attrs.get("resume_of") for t in trials}
-        return [
-            self._row(t)
-            for t in trials
-            if "run_id" in t.user_attrs
-            and t.state != TrialState.WAITING
-            and t.number not in retried
-        ]
-
-    def run_of(self, number: int) -> RunConfig:
-        """The configuration of a trial."""
-        return self.space.run(self.study.get_trials(deepcopy=False)[number].params)
-
     def best(self) -> TrialRow | None:
-        """The best trial that was trained to the end."""
-        done = [row for row in self.rows() if row.state == "complete" and row.value is not None]
-        sign = 1 if self.space.objective.mode == "max" else -1
-        return max(done, key=lambda row: sign * (row.value or 0.0), default=None)
+        """The finished, feasible trial that is best in the first objective."""
+        return self._tally.best
 
     def progress(self) -> SweepProgress:
         """For the display."""
-        trials, best = self.study.get_trials(deepcopy=False), self.best()
-        return SweepProgress(
-            finished=self.spent(),
-            budget=self.space.budget.trials,
-            pruned=sum(t.state == TrialState.PRUNED for t in trials),
-            failed=sum(bool(t.user_attrs.get("given_up")) for t in trials),
-            best=None if best is None else best.value,
-            best_trial=None if best is None else best.number,
+        running = tuple(
+            Running(live.origin, live.progress, self._value(live), live.values)
+            for live in self._under_way()
         )
+        return self._tally.progress(running, self._live_fe(), self._begun_share())
+
+    # ---------------------------------------------------------------- after a driver has died
 
     def recover(self) -> int:
-        """Queue again what was in flight when an earlier driver stopped; returns how many."""
-        dead = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        """Count what has ended, queue again what was in flight; returns how many were."""
+        trials = self.history.trials()
+        followed = {t.user_attrs.get("resume_of") for t in trials}
+        dead = [t for t in trials if t.state == TrialState.RUNNING]
         for trial in dead:
+            if trial.number not in followed:
+                # It may have been about to end otherwise, which nobody was told.
+                optuna.Trial(self.study, trial._trial_id).set_user_attr("outcome", "lost")
+                self._requeue(trial, trial.user_attrs.get("retries", 0))
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if "run_id" in trial.user_attrs:
-                self._enqueue(trial.params, trial.user_attrs, trial.number, 0)
-        self._reconcile()
+        self._count(self.history.trials())
+        self._mirror.reconcile(self.history.rows())
+        self._tally.launched(self._live_fe(), self._begun_share())
         return len(dead)
 
-    # ---------------------------------------------------------------- within
+    def _count(self, trials: list[FrozenTrial]) -> None:
+        """What earlier launches left: trials that ended, those that were lost, those that wait."""
+        for trial in trials:
+            outcome = trial.user_attrs.get("outcome")
+            if trial.state == TrialState.WAITING:
+                self._waiting += 1
+                if "origin" in trial.user_attrs:
+                    self._aside[trial.user_attrs["origin"]] = trial.user_attrs.get("last", {})
+            elif outcome in ENDED or outcome == "rejected":
+                row = self.history.row(trial)
+                self._tally.ended(row, self.fidelity.fe_per_image(row.metrics))
+            elif outcome == "lost" and "origin" in trial.user_attrs:
+                self._tally.retries += 1
 
-    def _reconcile(self) -> None:
-        """End the MLflow runs that a dead driver left RUNNING, as the study says they ended."""
-        known = {t.user_attrs.get("run_id"): t for t in self.study.get_trials(deepcopy=False)}
-        for run_id in self._tracker.unfinished(self._parent):
-            trial = known.get(run_id)
-            if trial is None or trial.state not in _OVER:
-                self._tracker.close(run_id, "KILLED")  # reopened if it is queued again
+    def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
+        """Have a configuration tried before the sampler is asked again."""
+        self.study.enqueue_trial(dict(params), user_attrs=attributes)
+        self._waiting += 1
+
+    # ---------------------------------------------------------------- within: beginning
+
+    def _propose(self) -> Live | None:
+        """The next trial; None if there is none, until others end."""
+        for _ in range(_TRIES):
+            if self.space.search.sampler == "grid" and self._waiting == 0:
+                return None
+            trial = self.study.ask()
+            self._waiting = max(0, self._waiting - 1)
+            values = self.space.sample(trial)
+            broken = self.space.violations(values)
+            if all(amount <= 0 for amount in broken.values()):
+                live = self._begun(trial, values)
+                if live is not None:
+                    return live
                 continue
-            attributes = trial.user_attrs
-            if "metrics" in attributes:  # the last row may have died with the driver
-                self._tracker.log(run_id, attributes["metrics"], attributes["epochs"])
-            self._tracker.tag(run_id, {"outcome": attributes["outcome"]})
-            diverged = attributes["outcome"] == "diverged"
-            self._tracker.close(run_id, "FAILED" if diverged else "FINISHED")
-
-    def _open(self, trial: Trial, run: RunConfig) -> str:
-        """A child run in MLflow; what varies is in its name and its parameters."""
-        varied = {path.rsplit(".", 1)[-1]: value for path, value in trial.params.items()}
-        words = " ".join(
-            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in varied.items()
-        )
-        return self._tracker.open(
-            f"t{trial.number:03d} {words}"[:250],
-            provenance.parameters(run),
-            {**provenance.tags(run), "sweep": self.study.study_name, "trial": str(trial.number)},
-            parent=self._parent,
+            self._reject(trial, broken)
+        raise TrainingFailed(
+            f"constraints: {_TRIES} proposals in a row break them; expected a space most of which "
+            "satisfies its constraints"
         )
 
-    def _record(self, live: _Live, result: dict[str, Any]) -> float | None:
-        """Log a row once; returns the objective if this epoch has one."""
-        metrics, epoch = json.loads(result["metrics"]), result["epoch"]
-        value = metrics.get(self.space.objective.metric)
-        live.metrics = metrics
-        if epoch > live.epoch:
-            live.epoch = epoch
-            self._tracker.log(live.run_id, metrics, epoch)
-            live.trial.set_user_attr("metrics", metrics)
-            live.trial.set_user_attr("epochs", epoch)
-            if value is not None:
-                live.trial.report(value, epoch)
-            self._tell_watch()
-        return None if value is None or not math.isfinite(value) else value
-
-    def _reported(self, live: _Live) -> float | None:
-        """The last objective that the trial reported."""
-        trial = self.study.get_trials(deepcopy=False)[live.trial.number]
-        values = trial.intermediate_values
-        return values[max(values)] if values else None
-
-    def _replay(self, trial: Trial, number: int) -> None:
-        """Give a resumed trial the intermediate values of its first attempt: pruners look at them."""
-        before = self.study.get_trials(deepcopy=False)[number]
-        for name in ("metrics", "epochs"):
-            if name in before.user_attrs:
-                trial.set_user_attr(name, before.user_attrs[name])
-        for step, value in before.intermediate_values.items():
-            trial.report(value, step)
-
-    def _failed(self, live: _Live, reason: str) -> None:
-        """The configuration's own fault (divergence): PRUNED, so that TPE learns to stay away."""
-        live.trial.set_user_attr("outcome", "diverged")
-        live.trial.set_user_attr("error", reason)
-        self.study.tell(live.trial, state=TrialState.PRUNED)
-        self._tracker.tag(live.run_id, {"outcome": "diverged", "error": reason[:5000]})
-        self._tracker.close(live.run_id, "FAILED")
-
-    def _lost(self, live: _Live) -> None:
-        """Not the configuration's fault (a dead process or node): FAIL, and queued again a few times."""
-        attributes = dict(live.trial.user_attrs)
-        tries = attributes.get("retries", 0)
-        number = live.trial.number
-        if tries >= self._retries:
-            live.trial.set_user_attr("given_up", True)
-            live.trial.set_user_attr("outcome", "failed")
-            self._tracker.tag(live.run_id, {"outcome": "failed"})
-        self.study.tell(live.trial, state=TrialState.FAIL)
-        self._tracker.close(live.run_id, "FAILED")
-        if tries < self._retries:
-            self._enqueue(live.trial.params, attributes, number, tries + 1)
-
-    def _enqueue(
-        self, params: dict[str, Any], attributes: dict[str, Any], number: int, tries: int
-    ) -> None:
-        self.study.enqueue_trial(
-            params,
-            user_attrs={"run_id": attributes["run_id"], "resume_of": number, "retries": tries},
-        )
-
-    def _row(self, trial: FrozenTrial) -> TrialRow:
+    def _begun(self, trial: Trial, values: dict[str, Any]) -> Live | None:
+        """The trial with its MLflow run; None if its values make no valid run."""
+        try:
+            run = self.space.run(values)
+        except RequestError as error:
+            trial.set_user_attr("error", str(error)[:2000])
+            self._reject(trial, self.space.violations(values), valid=False)
+            return None
         attributes = trial.user_attrs
-        value = trial.value
-        if value is None and trial.intermediate_values:
-            value = trial.intermediate_values[max(trial.intermediate_values)]
-        return TrialRow(
-            number=trial.number,
-            state=attributes.get("outcome", "running"),
-            value=value,
-            params=self.space.in_pixels(trial.params),
-            metrics=attributes.get("metrics", {}),
-            epochs=attributes.get("epochs", 0),
-            run_id=attributes["run_id"],
+        origin = attributes.get("origin", trial.number)
+        live = Live(trial, values, run, origin, resumes="origin" in attributes)
+        if "origin" not in attributes:
+            trial.set_user_attr("origin", origin)
+        self._mirror.begin(self._handle(live), run, values)
+        if live.resumes:
+            self._replay(live, attributes["resume_of"])
+        return live
+
+    def _start(self, tune_id: str, live: Live) -> dict[str, Any]:
+        self._live[tune_id] = live
+        self._aside.pop(live.origin, None)
+        leave_run_file(live.run, self._folder_of(live.origin))
+        self._tell_watch()
+        return {"job": self._job(live)}
+
+    def _job(self, live: Live) -> Job:
+        return Job.of(live.run, self._folder_of(live.origin), resume=live.resumes)
+
+    def _folder_of(self, origin: int) -> Path:
+        return self.folder / "trials" / self.history.handle(origin)
+
+    def _replay(self, live: Live, number: int) -> None:
+        """Give a resumed trial what its earlier attempt had reported: pruners look at it."""
+        for step, value in sorted(self._reported(number).items()):
+            live.trial.report(value, step)
+            live.step = max(live.step, step)
+        if (last := live.trial.user_attrs.get("last")) is not None:
+            live.epoch, live.progress = last["epoch"], last["progress"]
+            live.metrics = last["metrics"]
+            self._report(live)  # its driver may have died just before
+
+    def _reported(self, number: int | None) -> dict[int, float]:
+        """What an attempt and those before it reported: it may have died while it was given theirs."""
+        trials, reported = self.history.trials(), dict[int, float]()
+        while number is not None:
+            reported = {**trials[number].intermediate_values, **reported}
+            number = trials[number].user_attrs.get("resume_of")
+        return reported
+
+    def _reject(self, trial: Trial, broken: Mapping[str, float], valid: bool = True) -> None:
+        self._tally.outcomes[self._verdicts.rejected(trial, broken, valid)] += 1
+
+    # ---------------------------------------------------------------- within: running
+
+    def _record(self, live: Live, result: dict[str, Any]) -> bool:
+        """Log a row once; returns whether it has a finite objective."""
+        metrics, epoch = json.loads(result["metrics"]), result["epoch"]
+        value = metrics.get(self.space.objective[0].metric)
+        finite = value is not None and math.isfinite(value)
+        if epoch <= live.epoch:
+            return finite
+        live.epoch, live.metrics, live.progress = epoch, metrics, result.get("progress", 0.0)
+        self.journal.add(
+            live.origin, live.trial.number, epoch, live.progress, live.values, metrics
         )
+        self._mirror.row(self._handle(live), metrics, epoch)
+        last = {"epoch": epoch, "progress": live.progress, "metrics": metrics}
+        live.trial.set_user_attr("last", last)
+        self._report(live)
+        self._tell_watch()
+        return finite
+
+    def _report(self, live: Live) -> None:
+        """Tell pruners of the last row, once."""
+        value, step = self._value(live), self.fidelity.step(live.metrics, live.epoch)
+        if value is not None and len(self.space.objective) == 1 and step > live.step:
+            live.step = step
+            live.trial.report(value, step)
+
+    def _value(self, live: Live) -> float | None:
+        return live.metrics.get(self.space.objective[0].metric)
+
+    def _live_fe(self) -> float:
+        """What trials that have begun and not ended have cost, those that are queued again included."""
+        rows = [live.metrics for live in self._under_way()]
+        rows += [last.get("metrics", {}) for last in self._aside.values()]
+        return math.fsum(map(self.fidelity.fe_per_image, rows))
+
+    def _begun_share(self) -> float:
+        """How many runs' worth of training they have had."""
+        shares = [live.progress for live in self._under_way()]
+        shares += [last.get("progress", 0.0) for last in self._aside.values()]
+        return math.fsum(shares)
+
+    def _under_way(self) -> list[Live]:
+        """All that have begun and not ended."""
+        return list(self._live.values())
+
+    # ---------------------------------------------------------------- within: ending
+
+    def _ended(self, live: Live, result: dict[str, Any]) -> None:
+        if result["epoch"] > 0:  # a trial resumed after its last epoch has no more rows
+            self._record(live, result)
+        if live.cut and not result.get("final"):
+            self._cut(live)
+            return
+        missing = [
+            one.metric
+            for one in self.space.objective
+            if not math.isfinite(live.metrics.get(one.metric, math.nan))
+        ]
+        kept = self.space.violations(live.values)
+        if result.get("final") and missing:
+            self._diverged(live, f"{missing[0]} was not a number at its last epoch")
+        elif result.get("final"):
+            self._close(live, self._verdicts.finished(live.trial, live.metrics, kept))
+        else:
+            self._close(live, self._verdicts.stopped(live.trial, live.metrics, kept))
+
+    def _diverged(self, live: Live, reason: str) -> None:
+        """The configuration's own fault."""
+        kept = self.space.violations(live.values)
+        self._close(live, self._verdicts.diverged(live.trial, reason, kept), reason)
+
+    def _close(self, live: Live, outcome: str, error: str | None = None) -> None:
+        """Count a trial that has ended for good, and end its MLflow run."""
+        row = TrialRow(
+            number=live.origin,
+            state=outcome,
+            values=self.history.objectives(live.metrics),
+            params=live.values,
+            metrics=live.metrics,
+            epochs=live.epoch,
+            handle=self._handle(live),
+        )
+        self._tally.ended(row, self.fidelity.fe_per_image(live.metrics))
+        self._mirror.end(row.handle, outcome, error)
+
+    def _lost(self, live: Live) -> None:
+        """Not the configuration's fault (a dead process or node): queued again a few times."""
+        tries = live.trial.user_attrs.get("retries", 0)
+        if tries < self._retries:
+            self._tally.retries += 1
+            self._again(live, "lost", tries + 1)
+            return
+        live.trial.set_user_attr("outcome", "failed")
+        self.study.tell(live.trial, state=TrialState.FAIL)
+        self._close(live, "failed", live.trial.user_attrs.get("error"))
+
+    def _cut(self, live: Live) -> None:
+        """The budget is spent: it goes on when the sweep is resumed with a larger one."""
+        self._again(live, "cut", live.trial.user_attrs.get("retries", 0))
+
+    def _again(self, live: Live, outcome: str, tries: int) -> None:
+        """Queue the next attempt, then end this one: a kill in between leaves both, which `recover` sees."""
+        live.trial.set_user_attr("outcome", outcome)
+        self._requeue(self.history.trials()[live.trial.number], tries)
+        self._aside[live.origin] = live.trial.user_attrs.get("last", {})
+        self.study.tell(live.trial, state=TrialState.FAIL)
+        self._mirror.pause(self._handle(live))
+
+    def _requeue(self, trial: FrozenTrial, tries: int) -> None:
+        kept = {name: v for name, v in trial.user_attrs.items() if name in _CARRIED}
+        self.enqueue(queued_params(trial), **kept, retries=tries, resume_of=trial.number)
+
+    def _handle(self, live: Live) -> str:
+        return self.history.handle(live.origin)
 
     def _tell_watch(self) -> None:
         if self._watch is not None:

@@ -13,8 +13,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from raytrain.spaces.plan import Objective
 from raytrain.sweep.paper import MANY, SMALL, TEXT, Ended, label, sheet, short, shown, some, style
-from raytrain.sweep.plan import Objective
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figur
         panel.tick_params(labelleft=place % columns == 0)
     figure.supylabel(label(objective.metric), size=TEXT)
     if image is not None:
-        bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30)
+        bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30, shrink=0.8)
         bar.set_label("order of ending", size=SMALL)
         bar.locator = MaxNLocator(5, integer=True)
         bar.update_ticks()
@@ -112,7 +112,7 @@ def _over_the_range(axes: Axes, distribution: BaseDistribution) -> None:
         margin = 0.06 * (high - low)
         axes.set_xlim(low - margin, high + margin)
         whole = isinstance(distribution, IntDistribution)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=whole))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=whole))
         return
     axes.set_xscale("log")
     margin = (high / low) ** 0.06
@@ -123,7 +123,7 @@ def _over_the_range(axes: Axes, distribution: BaseDistribution) -> None:
     if len(ticks) < 2:
         ticks = [low, math.sqrt(low * high), high]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def _beside(raw: list[Any], distribution: CategoricalDistribution, axes: Axes) -> np.ndarray:

@@ -6,7 +6,9 @@ of several runs on a Ray Train worker group that the slot keeps alive. Neither p
 
 from __future__ import annotations
 
+import gc
 import json
+import traceback
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +23,16 @@ from raytrain.record import Report
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.worker import Group, Job, job_rows
 
+_POISON = ("CUDA error", "cuDNN error", "NCCL error")
+"""After these a process cannot be trusted with another trial: it is given up, and the trial tried again."""
+
 
 class AbstractSlot(tune.Trainable):
     """One row per `step`; a configuration that fails ends its trial, not the process."""
 
     _rows: Iterator[Report]
+    _until = 1.0
+    _begun = 0  # trials in this process
 
     @abstractmethod
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
@@ -36,18 +43,29 @@ class AbstractSlot(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         job = new_config["job"]
-        run = RunConfig.model_validate_json(job.run)
-        self._rows = self.begin(job, run)
+        self._rows = iter(())  # lets go of the network and the memories of the trial before
+        _as_new()
+        self._begun += 1
+        if self._begun == 2:
+            # Libraries that the first trial has loaded are here to stay: to look through them at every
+            # collection takes longer than all else that a new trial needs.
+            gc.freeze()
+        self._until = job.until
+        self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
         return True
 
     def step(self) -> dict[str, Any]:
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch
-            return _row({}, 0, final=True)
-        except (TrainingFailed, RequestError, torch.OutOfMemoryError) as error:
-            return {**_row({}, 0, final=False), "failed": str(error), "done": True}
-        return _row(report.metrics(), report.epoch, final=report.final)
+            return _row({}, 0, 1.0, final=True)
+        except Exception as error:
+            # Whatever a configuration makes the network, the data or the optimiser do.
+            if any(mark in str(error) for mark in _POISON):
+                raise
+            return {**_row({}, 0, 0.0, final=False), "failed": _told(error), "done": True}
+        result = _row(report.metrics(), report.epoch, report.progress, final=report.final)
+        return {**result, "done": report.final or report.progress >= self._until}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""
@@ -56,9 +74,34 @@ class AbstractSlot(tune.Trainable):
         """Nothing, likewise."""
 
 
-def _row(metrics: dict[str, float], epoch: int, final: bool) -> dict[str, Any]:
+def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) -> dict[str, Any]:
     # One string, because Tune flattens and copies every key of a result several times.
-    return {"metrics": json.dumps(metrics), "epoch": epoch, "final": final, "done": final}
+    return {
+        "metrics": json.dumps(metrics),
+        "epoch": epoch,
+        "progress": progress,
+        "final": final,
+        "done": final,
+    }
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, TrainingFailed | RequestError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{type(error).__name__} in {where}: {error}"
+
+
+def _as_new() -> None:
+    """What a trial may have changed in its process, as it was before: settings, graphs, memory."""
+    gc.collect()
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class SingleSlot(AbstractSlot):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from raytrain.sweep.expressions import Expression, parse
+from raytrain.spaces.expressions import Expression, parse
 from raytrain.types import Spec
 
 Option = str | bool | int | float | None

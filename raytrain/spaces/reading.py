@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from raytrain.request import override, parse_overrides, read_yaml, validated
-from raytrain.sweep.space import SearchSpace
+from raytrain.spaces.space import SearchSpace
 from raytrain.types import RequestError
 
 Lines = Mapping[tuple[str, ...], int]

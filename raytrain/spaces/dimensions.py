@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, final
 
 from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
-from raytrain.sweep.abstract import (
+from raytrain.spaces.abstract import (
     AbstractDimension,
     AbstractSearched,
     Option,
@@ -18,7 +18,7 @@ from raytrain.sweep.abstract import (
     same,
     shown,
 )
-from raytrain.sweep.expressions import Expression, parse
+from raytrain.spaces.expressions import Expression, parse
 from raytrain.types import Number, fraction
 
 BETWEEN = "between"  # `also`: within the range, not one of the single values

@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from raytrain.sweep.abstract import AbstractSearched
-from raytrain.sweep.draws import Draw
-from raytrain.sweep.expressions import Absent, parse
-from raytrain.sweep.lookup import KINDS, paths_of
-from raytrain.sweep.variables import Variable, nearest
+from raytrain.spaces.abstract import AbstractSearched
+from raytrain.spaces.draws import Draw
+from raytrain.spaces.expressions import Absent, parse
+from raytrain.spaces.lookup import KINDS, paths_of
+from raytrain.spaces.variables import Variable, nearest
 from raytrain.types import RequestError
 
 if TYPE_CHECKING:
-    from raytrain.sweep.space import SearchSpace
+    from raytrain.spaces.space import SearchSpace
 
 _VALID = 200  # random configurations that must all be valid
 _TRIES = 1000  # to find configurations that a condition or the constraints allow

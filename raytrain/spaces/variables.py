@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrain.sweep.abstract import AbstractDimension, AbstractSearched, shown
-from raytrain.sweep.dimensions import Branch, Choice, Derived
-from raytrain.sweep.expressions import Absent, Expression
-from raytrain.sweep.lookup import KINDS
+from raytrain.spaces.abstract import AbstractDimension, AbstractSearched, shown
+from raytrain.spaces.dimensions import Branch, Choice, Derived
+from raytrain.spaces.expressions import Absent, Expression
+from raytrain.spaces.lookup import KINDS
 from raytrain.types import RequestError
 
 _VARIABLE = re.compile(r"\$[A-Za-z]\w*")

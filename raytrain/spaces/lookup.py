@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raytrain.config import RunConfig
 from raytrain.request import override, validated
-from raytrain.sweep.expressions import Absent
+from raytrain.spaces.expressions import Absent
 from raytrain.types import RequestError, StepSize, fraction, in_pixels
 
 KINDS = ("name", "kind", "norm", "preset")  # fields that choose what other fields there are

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from raytrain.config import RunConfig
-from raytrain.sweep.abstract import AbstractSearched, same
-from raytrain.sweep.dimensions import Branch, Choice
-from raytrain.sweep.draws import Replay
-from raytrain.sweep.expressions import Absent
-from raytrain.sweep.lookup import field_at, told
-from raytrain.sweep.variables import Variable
+from raytrain.spaces.abstract import AbstractSearched, same
+from raytrain.spaces.dimensions import Branch, Choice
+from raytrain.spaces.draws import Replay
+from raytrain.spaces.expressions import Absent
+from raytrain.spaces.lookup import field_at, told
+from raytrain.spaces.variables import Variable
 from raytrain.types import RequestError
 
 if TYPE_CHECKING:
-    from raytrain.sweep.space import SearchSpace
+    from raytrain.spaces.space import SearchSpace
 
 
 def encode(space: SearchSpace, run: RunConfig) -> dict[str, Any] | None:

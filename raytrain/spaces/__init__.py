@@ -1,0 +1,1 @@
+"""The language of search spaces: YAML to dimensions, conditions, formulas and what a sweep is after."""

@@ -1,0 +1,262 @@
+"""A search space: a base run, what varies in it, the objective and the budget. One YAML file per study."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from raytrain.config import RUNTIME, RunConfig
+from raytrain.request import override, validated
+from raytrain.spaces.abstract import AbstractSearched, Suggests
+from raytrain.spaces.checks import check
+from raytrain.spaces.dimensions import Derived, Entry, Real
+from raytrain.spaces.draws import Replay, Walk
+from raytrain.spaces.encoding import defaults, encode
+from raytrain.spaces.expressions import Absent, parse
+from raytrain.spaces.lookup import Lookup
+from raytrain.spaces.plan import (
+    CATASTROPHIC,
+    Budget,
+    Limit,
+    Objective,
+    Objectives,
+    Search,
+    check_limits,
+    check_plan,
+)
+from raytrain.spaces.variables import Variable, lay_out
+from raytrain.types import RequestError, Spec
+
+Answer = Callable[[Variable, AbstractSearched, float], Any]
+"""Who decides the value of a dimension, given how many pixels its unit is."""
+
+
+class SearchSpace(Spec):
+    """A study: `base` with the fields of `space` varied, to the best of `objective`.
+
+    `sample`, `values`, `encode` and `grid` walk through the same dimensions in the same order and
+    differ only in who answers. Raw parameters go by a dimension's `key`, values in the units of the
+    run by its path.
+    """
+
+    name: str
+    description: str = ""
+    base: dict[str, Any] = {}
+    space: dict[str, Entry] = {}
+    constraints: Annotated[
+        list[str], Field(description="conditions; what breaks one is never trained")
+    ] = []
+    objective: Objectives = (Objective(),)
+    feasible: Annotated[
+        dict[str, Limit],
+        Field(
+            description="bounds on metrics of the last epoch; beyond them, a trial is infeasible"
+        ),
+    ] = CATASTROPHIC
+    search: Search = Search()
+    budget: Budget = Budget()
+    study: Annotated[
+        str | None, Field(description="database URL of the study; default: a journal file")
+    ] = None
+
+    _laid_out: tuple[Any, Any, tuple[Variable, ...], Lookup] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> SearchSpace:
+        check_plan(self.search, self.objective)
+        check_limits(self.feasible)
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SearchSpace:
+        _ = self.variables
+        for number, text in enumerate(self.constraints):
+            where = ("constraints", str(number))
+            try:
+                names = parse(text).names
+            except ValueError as error:
+                raise RequestError(f"constraints: {error}", where) from None
+            if hidden := sorted(name for name in names if name.startswith("$")):
+                raise RequestError(
+                    f"constraints: {text!r} is about {hidden[0]}, which is no field of the run; "
+                    "expected conditions on what is derived from it",
+                    where,
+                )
+        return self
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        """Every dimension, branches included, in the order in which they are decided."""
+        return self._plan()[0]
+
+    @property
+    def base_run(self) -> RunConfig:
+        """The run that nothing has been varied in."""
+        try:
+            return validated(RunConfig, self.base)
+        except RequestError as error:
+            raise RequestError(f"base.{error}", ("base", *error.path)) from None
+
+    def sample(self, trial: Suggests) -> dict[str, Any]:
+        """What a trial varies, by path and in the units of the run, derived values included.
+
+        Raises:
+            RequestError: if a formula has no value for what the trial proposes.
+        """
+        return {path: one for path, one in self.walk(trial).items() if path[0] != "$"}
+
+    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What `sample` gave for the trial with these parameters.
+
+        Raises:
+            RequestError: if they are not those of a trial of this space.
+        """
+        return self.sample(Replay(params))
+
+    def run(self, values: Mapping[str, Any]) -> RunConfig:
+        """The run with these values by path.
+
+        Raises:
+            RequestError: if they do not make a valid one.
+        """
+        return validated(RunConfig, override(self.base, values))
+
+    def violations(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """By how much each constraint is broken: at most 0 where it holds.
+
+        One about fields that the configuration does not have holds.
+        """
+        return {text: self._excess(text, values) for text in self.constraints}
+
+    def allows(self, values: Mapping[str, Any]) -> bool:
+        """Whether all constraints hold."""
+        return all(self._excess(text, values) <= 0 for text in self.constraints)
+
+    def encode(self, run: RunConfig) -> dict[str, Any] | None:
+        """The parameters that make this space give the run's values; None if it never does."""
+        return encode(self, run)
+
+    def defaults(self) -> list[dict[str, Any]]:
+        """The base run and, where algorithms are searched, each of them with its own defaults, as far
+        as this space contains them.
+        """
+        return defaults(self)
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """The parameters of every configuration that the constraints allow.
+
+        Raises:
+            RequestError: if there are infinitely many.
+        """
+        for variable in self.variables:
+            entry = variable.entry
+            if (
+                isinstance(entry, Real)
+                and entry.step is None
+                and entry.ends()[0] < entry.ends()[1]
+            ):
+                raise RequestError(f"space.{variable.path}: a grid needs a step", variable.where)
+        way: list[int] | None = []
+        while way is not None:
+            walk = Walk(way)
+            if self.allows(self.sample(walk)):
+                yield walk.params
+            way = walk.after()
+
+    def check(self) -> None:
+        """Try random configurations and the corners of the space.
+
+        Raises:
+            RequestError: for the first that is not a valid run.
+        """
+        _ = self.base_run
+        check(self)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What varies, as a table: path, range, condition."""
+        return [(v.path, v.entry.words(), v.said()) for v in self.variables]
+
+    def hash(self) -> str:
+        """Changes when trials would no longer be comparable: not with name, budget or place of work."""
+        shown = self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude={
+                "name": True,
+                "description": True,
+                "budget": True,
+                "study": True,
+                "base": set(RUNTIME),
+            },
+        )
+        return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
+
+    def walk(
+        self, trial: Suggests | Answer, chosen: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The values of all dimensions that apply, `$names` included, filled into `chosen`."""
+
+        def asked(variable: Variable, entry: AbstractSearched, scale: float) -> Any:
+            return entry.suggest(trial, variable.key, scale)  # pyright: ignore[reportArgumentType]
+
+        answer = asked if isinstance(trial, Suggests) else trial
+        chosen = {} if chosen is None else chosen
+        variables, lookup = self._plan()
+        for variable in variables:
+            try:
+                self._decide(variable, chosen, lookup, answer)
+            except RequestError:
+                raise
+            except (ValueError, Absent) as error:
+                missing = "this configuration has no " if isinstance(error, Absent) else ""
+                raise RequestError(
+                    f"space.{variable.path}: {missing}{error}", variable.where
+                ) from None
+        return chosen
+
+    def lookup(self, values: Mapping[str, Any], name: str) -> Any:
+        """What a name stands for in the configuration with these values.
+
+        Raises:
+            Absent: if it has no such field.
+        """
+        return self._plan()[1].value(values, name)
+
+    def _plan(self) -> tuple[tuple[Variable, ...], Lookup]:
+        """The dimensions laid out; anew for a copy with another base or space."""
+        known = self._laid_out
+        if known is None or known[0] is not self.base or known[1] is not self.space:
+            known = (self.base, self.space, lay_out(self.space), Lookup(self.base))
+            self._laid_out = known
+        return known[2], known[3]
+
+    def _decide(
+        self, variable: Variable, chosen: dict[str, Any], lookup: Lookup, answer: Answer
+    ) -> None:
+        values = functools.partial(lookup.value, chosen)
+        entry, path = variable.entry, variable.path
+        if not variable.applies(chosen, values):
+            return
+        if path in chosen:
+            raise ValueError("two of its dimensions apply at once; their conditions must differ")
+        if isinstance(entry, Derived):
+            chosen[path] = entry.formula.value(values)
+        elif isinstance(entry, AbstractSearched):
+            scale = lookup.eps(chosen) if entry.in_eps else 1.0
+            chosen[path] = answer(variable, entry, scale)
+
+    def _excess(self, text: str, values: Mapping[str, Any]) -> float:
+        try:
+            return parse(text).excess(functools.partial(self.lookup, values))
+        except Absent:
+            return -1.0
+        except RequestError:
+            raise
+        except ValueError as error:
+            where = ("constraints", str(self.constraints.index(text)))
+            raise RequestError(f"constraints: {error}", where) from None

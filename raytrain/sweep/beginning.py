@@ -1,0 +1,101 @@
+"""The trials that a new sweep begins with: a whole grid, published defaults, what earlier runs found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import optuna
+import yaml
+
+from raytrain.config import RunConfig
+from raytrain.request import override, validated
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.ledger import Ledger
+from raytrain.tracking import finished_runs
+from raytrain.types import RequestError
+
+_PLANNED = "planned"  # set once all of this is in the study
+
+
+def plan_first(ledger: Ledger, space: SearchSpace, tracking_uri: str) -> None:
+    """Queue them, once in the life of a sweep.
+
+    Raises:
+        RequestError: if a grid was asked for and is not finite, or there is no such experiment.
+    """
+    study = ledger.study
+    if study.user_attrs.get(_PLANNED):
+        return
+    queued = {_key(t.system_attrs.get("fixed_params", t.params)) for t in ledger.history.trials()}
+    for params in _first(space):
+        if _key(params) not in queued:  # a kill in the middle of a long grid
+            queued.add(_key(params))
+            ledger.enqueue(params)
+    if space.search.earlier is not None:
+        _learn(ledger, space, finished_runs(tracking_uri, space.search.earlier))
+    study.set_user_attr(_PLANNED, True)
+
+
+def _first(space: SearchSpace) -> Iterator[dict[str, Any]]:
+    if space.search.sampler == "grid":
+        yield from space.grid()
+    elif space.search.defaults and space.search.sampler != "pbt":
+        yield from space.defaults()
+
+
+def _learn(
+    ledger: Ledger, space: SearchSpace, runs: list[tuple[dict[str, str], dict[str, float]]]
+) -> None:
+    """Tell the sampler of earlier runs that this sweep could have made; queue the best of the others."""
+    again: list[tuple[float, dict[str, Any]]] = []
+    told: set[str] = set()
+    for flat, metrics in runs:
+        run, wanted = _run_of(flat), [one.metric for one in space.objective]
+        params = None if run is None else space.encode(run)
+        if run is None or params is None or any(metric not in metrics for metric in wanted):
+            continue
+        if _key(params) in told:
+            continue
+        told.add(_key(params))
+        if space.run(space.values(params)).signature() == run.signature():
+            _tell(ledger.study, space, params, metrics)
+        else:
+            again.append((space.objective[0].sign * metrics[wanted[0]], params))
+    again.sort(key=lambda found: -found[0])
+    for _, params in again[: space.search.earlier_best]:
+        ledger.enqueue(params)
+
+
+def _tell(
+    study: optuna.Study, space: SearchSpace, params: dict[str, Any], metrics: Mapping[str, float]
+) -> None:
+    """A finished trial of the study that cost nothing and is no trial of this sweep."""
+    fixed = optuna.trial.FixedTrial(params)
+    values = space.sample(fixed)
+    limits = {
+        name: limit.excess(metrics[name]) if name in metrics else 0.0
+        for name, limit in space.feasible.items()
+    }
+    study.add_trial(
+        optuna.trial.create_trial(
+            params=fixed.params,
+            distributions=fixed.distributions,
+            values=[metrics[one.metric] for one in space.objective],
+            user_attrs={"outcome": "earlier", "metrics": dict(metrics)},
+            constraints={**space.violations(values), **limits, "trained": -1.0},
+        )
+    )
+
+
+def _run_of(flat: Mapping[str, str]) -> RunConfig | None:
+    """The configuration that a run's flat MLflow parameters stand for; None if it is no longer valid."""
+    try:
+        values = {path: yaml.safe_load(value) for path, value in flat.items()}
+        return validated(RunConfig, override({}, values))
+    except (RequestError, yaml.YAMLError):
+        return None
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    return repr(sorted(params.items()))

@@ -1,0 +1,199 @@
+"""Population-based training: members train side by side, and the worst go on from the best.
+
+Jaderberg et al. 2017 (arXiv 1711.09846). A member is a trial of the study for all of its life. It pauses
+at every interval; if its score there is among the worst, it takes the checkpoint of one of the best and
+that member's numbers, changed a little. Scores are compared at equal cost. Tune's own scheduler is not
+used: it keeps its population in memory, and a killed driver would lose it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from raytrain.checkpoint import LAST
+from raytrain.spaces.plan import Population
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.ledger import Ledger, Live
+from raytrain.types import RequestError, mix
+from raytrain.worker import Job
+
+_MOVABLE = ("optimizer", "algorithm", "outer", "curriculum", "threat")
+_KINDS = ("name", "kind", "norm")  # these choose other memories: a checkpoint would not fit
+_TRIES = 20  # perturbations that may break the constraints, before the donor's numbers are kept
+
+
+def check_population(space: SearchSpace) -> None:
+    """Refuse to change in a running trial what its checkpoint is made of.
+
+    Raises:
+        RequestError: naming the dimension.
+    """
+    for path, _, condition in space.rows():
+        root, last = path.split(".")[0], path.rsplit(".", 1)[-1]
+        if path.startswith("$"):
+            continue
+        if root not in _MOVABLE or last in _KINDS or condition:
+            raise RequestError(
+                f"space.{path}: pbt changes numbers of running trials; expected unconditional "
+                f"fields of {', '.join(_MOVABLE)}, and no choice of another kind"
+            )
+
+
+class PopulationLedger(Ledger):
+    """A ledger whose trials pause at every interval."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._paused: deque[Live] = deque()
+        self._scores: dict[int, dict[int, float]] = {}  # interval -> member -> score
+
+    @property
+    def _rules(self) -> Population:
+        return self.space.search.population
+
+    def begin(self, tune_id: str) -> dict[str, Any] | None:
+        if self._tally.spent(self._live_fe()):
+            while self._paused:
+                self._cut(self._paused.popleft())
+        if not self._paused:
+            return super().begin(tune_id)
+        live = self._paused.popleft()
+        live.resumes = True
+        self._exchange(live)
+        return self._start(tune_id, live)
+
+    def recover(self) -> int:
+        for trial in self.history.trials():
+            for interval, score in trial.user_attrs.get("scores", {}).items():
+                member = trial.user_attrs["origin"]
+                self._scores.setdefault(int(interval), {})[member] = score
+        return super().recover()
+
+    # ---------------------------------------------------------------- within
+
+    def _under_way(self) -> list[Live]:
+        return [*super()._under_way(), *self._paused]
+
+    def _begun(self, trial: Any, values: dict[str, Any]) -> Live | None:
+        now = trial.user_attrs.get("now")
+        return super()._begun(trial, values if now is None else self.space.values(now))
+
+    def _job(self, live: Live) -> Job:
+        length = self._rules.interval or self.fidelity.length / 10
+        share = min(1.0, length / self.fidelity.length)
+        passed = math.floor(live.progress / share + 1e-9)
+        until = min(1.0, (passed + 1) * share)
+        return Job.of(live.run, self._folder_of(live.origin), live.resumes, until - 1e-9)
+
+    def _ended(self, live: Live, result: dict[str, Any]) -> None:
+        if result.get("final") or live.cut:
+            super()._ended(live, result)
+            return
+        self._record(live, result)
+        value = self._value(live)
+        if value is not None and math.isfinite(value):
+            self._keep_score(live, value)
+        self._paused.append(live)
+
+    def _keep_score(self, live: Live, value: float) -> None:
+        interval = round(live.progress * self.fidelity.length)
+        self._scores.setdefault(interval, {})[live.origin] = value
+        mine = {str(k): of[live.origin] for k, of in self._scores.items() if live.origin in of}
+        live.trial.set_user_attr("scores", mine)
+
+    def _exchange(self, live: Live) -> None:
+        """Go on from a better member, if this one is among the worst at its cost."""
+        interval = round(live.progress * self.fidelity.length)
+        scores = self._scores.get(interval, {})
+        donor = self._donor(live, scores)
+        if donor is None:
+            return
+        source = self._folder_of(donor) / LAST
+        if not source.is_file():
+            return
+        params = self._changed(donor, mix(self.space.search.seed, live.origin, live.epoch))
+        target = self._folder_of(live.origin) / LAST
+        temporary = target.with_name(f".{LAST}.copy")
+        shutil.copyfile(source, temporary)
+        live.trial.set_user_attr("now", params)
+        temporary.replace(target)
+        live.values = self.space.values(params)
+        live.run = self.space.run(live.values)
+        self._note(live, donor)
+
+    def _donor(self, live: Live, scores: Mapping[int, float]) -> int | None:
+        sign = self.space.objective[0].sign
+        ranked = sorted(scores, key=lambda member: sign * scores[member])
+        few = max(1, int(self._rules.share * len(ranked)))
+        if len(ranked) < 2 or live.origin not in ranked[:few]:
+            return None
+        draw = random.Random(mix(self.space.search.seed, "donor", live.origin, live.epoch))
+        donor = draw.choice(ranked[-few:])
+        return donor if sign * scores[donor] > sign * scores[live.origin] else None
+
+    def _changed(self, donor: int, seed: int) -> dict[str, Any]:
+        """The donor's parameters, each drawn anew or moved by the factor."""
+        attempts = [t for t in self.history.trials() if t.user_attrs.get("origin") == donor]
+        params = attempts[-1].user_attrs.get("now") or attempts[-1].params
+        shapes, draw = attempts[-1].distributions, random.Random(seed)
+        for _ in range(_TRIES):
+            changed = {
+                key: perturbed(value, shapes[key], self._rules, draw)
+                for key, value in params.items()
+            }
+            broken = self.space.violations(self.space.values(changed))
+            if all(amount <= 0 for amount in broken.values()):
+                return changed
+        return dict(params)
+
+    def _note(self, live: Live, donor: int) -> None:
+        numbers = {path: v for path, v in live.values.items() if isinstance(v, int | float)}
+        metrics = {f"population/{path}": float(value) for path, value in numbers.items()}
+        self._mirror.row(
+            self._handle(live), {**metrics, "population/from": float(donor)}, live.epoch
+        )
+        line = {"member": live.origin, "epoch": live.epoch, "from": donor, "values": live.values}
+        with Path(self.folder / "population.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+def perturbed(value: Any, shape: BaseDistribution, rules: Population, draw: random.Random) -> Any:
+    """A parameter of a donor, for the member that copies it: within its bounds, on its grid."""
+    if isinstance(shape, CategoricalDistribution):
+        return draw.choice(shape.choices) if draw.random() < rules.resample else value
+    assert isinstance(shape, FloatDistribution | IntDistribution)
+    if draw.random() < rules.resample:
+        return _drawn(shape, draw)
+    factor = rules.factor if draw.random() < 0.5 else 1 / rules.factor
+    moved = min(max(value * factor, shape.low), shape.high)
+    if isinstance(shape, IntDistribution) and round(moved) == value:
+        moved = min(max(value + (1 if factor > 1 else -1) * shape.step, shape.low), shape.high)
+    return _on_grid(moved, shape)
+
+
+def _drawn(shape: FloatDistribution | IntDistribution, draw: random.Random) -> Any:
+    if shape.log:
+        drawn = math.exp(draw.uniform(math.log(shape.low), math.log(shape.high)))
+    else:
+        drawn = draw.uniform(shape.low, shape.high)
+    return _on_grid(min(max(drawn, shape.low), shape.high), shape)
+
+
+def _on_grid(value: float, shape: FloatDistribution | IntDistribution) -> Any:
+    if shape.step:
+        value = shape.low + round((value - shape.low) / shape.step) * shape.step
+    return round(value) if isinstance(shape, IntDistribution) else float(value)
