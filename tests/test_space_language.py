@@ -603,3 +603,15 @@ def test_a_copy_with_another_base_is_asked_about_that_base() -> None:
     for eps in (0.1, 0.3):
         moved = space.model_copy(update={"base": {"threat": {"norm": "linf", "eps": eps}}})
         assert moved.sample(Draw(0, {})) == {"algorithm.step_size": 0.5 * eps}
+
+
+def test_words_may_change_the_search_and_the_budget(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("base: {epochs: 3}\nspace:\n  optimizer.lr: {float: [0.1, 0.2]}\n")
+    space = read_space(file, ["search.sampler=gp", "budget.fe_per_image=500", "epochs=5"])
+    assert (space.search.sampler, space.budget.fe_per_image) == ("gp", 500)
+    assert space.base_run.epochs == 5
+    with pytest.raises(RequestError, match=r"^search.samplr=gp: search.samplr: no such field"):
+        read_space(file, ["search.samplr=gp"])
+    with pytest.raises(RequestError, match=r"^budget.trials=0: budget.trials: expected"):
+        read_space(file, ["budget.trials=0"])

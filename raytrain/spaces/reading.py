@@ -12,12 +12,15 @@ from raytrain.request import override, parse_overrides, read_yaml, validated
 from raytrain.spaces.space import SearchSpace
 from raytrain.types import RequestError
 
+_OWN = ("search", "budget", "objective", "feasible", "study")  # no field of a run has these names
+
 Lines = Mapping[tuple[str, ...], int]
 """Where each key of a file is, from 1."""
 
 
 def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
-    """A search space from YAML; `key=value` words change fields of its base run.
+    """A search space from YAML; `key=value` words change fields of its base run, or of `search`,
+    `budget`, `objective`, `feasible` and `study`.
 
     Raises:
         RequestError: naming file and line (or the word), the path, and what was expected.
@@ -25,9 +28,13 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
     words = list(overrides)
     values = {"name": file.stem, **read_yaml(file)}
     lines = _lines(file)
+    changes = parse_overrides(words)
+    own = {path: value for path, value in changes.items() if path.split(".")[0] in _OWN}
     base = values.get("base") or {}
     if isinstance(base, dict):  # anything else is for the validation to refuse
-        values["base"] = override(base, parse_overrides(words))
+        of_run = {path: value for path, value in changes.items() if path not in own}
+        values["base"] = override(base, of_run)
+    values = override(values, own)
     try:
         space = validated(SearchSpace, values)
         space.check()
@@ -40,14 +47,11 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
 
 def _place(file: Path, lines: Lines, words: Iterable[str], path: tuple[str, ...]) -> str:
     """The word or the line that a complaint about `path` goes back to."""
-    if path[:1] == ("base",):
-        about = ".".join(path[1:])
-        for word in words:
-            changed = word.partition("=")[0]
-            if about == changed or about.startswith(f"{changed}."):
-                return word
-            if changed.startswith(f"{about}."):
-                return word
+    about = ".".join(path[1:] if path[:1] == ("base",) else path)
+    for word in words:
+        changed = word.partition("=")[0]
+        if about == changed or about.startswith(f"{changed}.") or changed.startswith(f"{about}."):
+            return word
     known = [path[:length] for length in range(len(path), 0, -1) if path[:length] in lines]
     return f"{file}:{lines[known[0]]}" if known else str(file)
 
