@@ -55,7 +55,7 @@ def importances(
     total = sum(raw.values())
     if total <= 0:
         return []
-    found = [Importance(key, value / total, len(having[key])) for key, value in raw.items()]
+    found = [Importance(key, float(value / total), len(having[key])) for key, value in raw.items()]
     return sorted(found, key=lambda one: (-one.value, one.key))
 
 
