@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,11 +12,14 @@ import yaml
 from raytrain.config import RunConfig
 from raytrain.request import override, validated
 from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.history import queued_params
 from raytrain.sweep.ledger import Ledger
+from raytrain.sweep.verdict import amounts
 from raytrain.tracking import finished_runs
 from raytrain.types import RequestError
 
 _PLANNED = "planned"  # set once all of this is in the study
+_EARLIER = "earlier"  # the outcome of what is no trial of this sweep
 
 
 def plan_first(ledger: Ledger, space: SearchSpace, tracking_uri: str) -> None:
@@ -27,13 +31,13 @@ def plan_first(ledger: Ledger, space: SearchSpace, tracking_uri: str) -> None:
     study = ledger.study
     if study.user_attrs.get(_PLANNED):
         return
-    queued = {_key(t.system_attrs.get("fixed_params", t.params)) for t in ledger.history.trials()}
+    queued = {_key(queued_params(trial)) for trial in ledger.history.trials()}
     for params in _first(space):
         if _key(params) not in queued:  # a kill in the middle of a long grid
             queued.add(_key(params))
             ledger.enqueue(params)
     if space.search.earlier is not None:
-        _learn(ledger, space, finished_runs(tracking_uri, space.search.earlier))
+        _learn(ledger, space, finished_runs(tracking_uri, space.search.earlier), queued)
     study.set_user_attr(_PLANNED, True)
 
 
@@ -45,26 +49,37 @@ def _first(space: SearchSpace) -> Iterator[dict[str, Any]]:
 
 
 def _learn(
-    ledger: Ledger, space: SearchSpace, runs: list[tuple[dict[str, str], dict[str, float]]]
+    ledger: Ledger,
+    space: SearchSpace,
+    runs: list[tuple[dict[str, str], dict[str, float]]],
+    queued: set[str],
 ) -> None:
     """Tell the sampler of earlier runs that this sweep could have made; queue the best of the others."""
     again: list[tuple[float, dict[str, Any]]] = []
-    told: set[str] = set()
+    trials = ledger.history.trials()
+    before = {_key(t.params) for t in trials if t.user_attrs.get("outcome") == _EARLIER}
+    seen: set[str] = set()
     for flat, metrics in runs:
         run, wanted = _run_of(flat), [one.metric for one in space.objective]
         params = None if run is None else space.encode(run)
-        if run is None or params is None or any(metric not in metrics for metric in wanted):
+        if run is None or params is None or not _finite(metrics, wanted):
             continue
-        if _key(params) in told:
+        if _key(params) in seen:
             continue
-        told.add(_key(params))
+        seen.add(_key(params))
         if space.run(space.values(params)).signature() == run.signature():
-            _tell(ledger.study, space, params, metrics)
+            if _key(params) not in before:  # a kill in the middle of this
+                _tell(ledger.study, space, params, metrics)
         else:
             again.append((space.objective[0].sign * metrics[wanted[0]], params))
     again.sort(key=lambda found: -found[0])
     for _, params in again[: space.search.earlier_best]:
-        ledger.enqueue(params)
+        if _key(params) not in queued:
+            ledger.enqueue(params)
+
+
+def _finite(metrics: Mapping[str, float], wanted: list[str]) -> bool:
+    return all(math.isfinite(metrics.get(metric, math.nan)) for metric in wanted)
 
 
 def _tell(
@@ -73,17 +88,13 @@ def _tell(
     """A finished trial of the study that cost nothing and is no trial of this sweep."""
     fixed = optuna.trial.FixedTrial(params)
     values = space.sample(fixed)
-    limits = {
-        name: limit.excess(metrics[name]) if name in metrics else 0.0
-        for name, limit in space.feasible.items()
-    }
     study.add_trial(
         optuna.trial.create_trial(
             params=fixed.params,
             distributions=fixed.distributions,
             values=[metrics[one.metric] for one in space.objective],
-            user_attrs={"outcome": "earlier", "metrics": dict(metrics)},
-            constraints={**space.violations(values), **limits, "trained": -1.0},
+            user_attrs={"outcome": _EARLIER, "metrics": dict(metrics)},
+            constraints=amounts(metrics, space.feasible, space.violations(values)),
         )
     )
 

@@ -147,12 +147,10 @@ class Ledger:
     def recover(self) -> int:
         """Count what has ended, queue again what was in flight; returns how many were."""
         trials = self.history.trials()
-        followed = {t.user_attrs.get("resume_of") for t in trials}
+        followed = _followed(trials)
         dead = [t for t in trials if t.state == TrialState.RUNNING]
         for trial in dead:
             if trial.number not in followed:
-                # It may have been about to end otherwise, which nobody was told.
-                optuna.Trial(self.study, trial._trial_id).set_user_attr("outcome", "lost")
                 self._requeue(trial, trial.user_attrs.get("retries", 0))
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._count(self.history.trials())
@@ -162,17 +160,18 @@ class Ledger:
 
     def _count(self, trials: list[FrozenTrial]) -> None:
         """What earlier launches left: trials that ended, those that were lost, those that wait."""
+        self._waiting, followed = 0, _followed(trials)
         for trial in trials:
             outcome = trial.user_attrs.get("outcome")
             if trial.state == TrialState.WAITING:
                 self._waiting += 1
                 if "origin" in trial.user_attrs:
                     self._aside[trial.user_attrs["origin"]] = trial.user_attrs.get("last", {})
+            elif trial.number in followed:  # whatever it was about to end as
+                self._tally.retries += outcome != "cut" and "origin" in trial.user_attrs
             elif outcome in ENDED or outcome == "rejected":
                 row = self.history.row(trial)
                 self._tally.ended(row, self.fidelity.fe_per_image(row.metrics))
-            elif outcome == "lost" and "origin" in trial.user_attrs:
-                self._tally.retries += 1
 
     def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
         """Have a configuration tried before the sampler is asked again."""
@@ -372,3 +371,8 @@ class Ledger:
     def _tell_watch(self) -> None:
         if self._watch is not None:
             self._watch(self.progress())
+
+
+def _followed(trials: list[FrozenTrial]) -> set[int | None]:
+    """Numbers of the attempts that have been queued again."""
+    return {trial.user_attrs.get("resume_of") for trial in trials}

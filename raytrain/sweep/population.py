@@ -27,6 +27,7 @@ from optuna.distributions import (
 from raytrain.checkpoint import LAST
 from raytrain.spaces.plan import Population
 from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.history import queued_params
 from raytrain.sweep.ledger import Ledger, Live
 from raytrain.types import RequestError, mix
 from raytrain.worker import Job
@@ -59,7 +60,7 @@ class PopulationLedger(Ledger):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._paused: deque[Live] = deque()
-        self._scores: dict[int, dict[int, float]] = {}  # interval -> member -> score
+        self._scores: dict[int, dict[int, float]] = {}  # intervals passed -> member -> score
 
     @property
     def _rules(self) -> Population:
@@ -78,9 +79,9 @@ class PopulationLedger(Ledger):
 
     def recover(self) -> int:
         for trial in self.history.trials():
-            for interval, score in trial.user_attrs.get("scores", {}).items():
+            for passed, score in trial.user_attrs.get("scores", {}).items():
                 member = trial.user_attrs["origin"]
-                self._scores.setdefault(int(interval), {})[member] = score
+                self._scores.setdefault(int(passed), {})[member] = score
         return super().recover()
 
     # ---------------------------------------------------------------- within
@@ -90,14 +91,26 @@ class PopulationLedger(Ledger):
 
     def _begun(self, trial: Any, values: dict[str, Any]) -> Live | None:
         now = trial.user_attrs.get("now")
-        return super()._begun(trial, values if now is None else self.space.values(now))
+        if now is None:
+            return super()._begun(trial, values)
+        live = super()._begun(trial, self.space.values(now))
+        if live is not None:
+            self._take(live.origin, now)
+        return live
 
     def _job(self, live: Live) -> Job:
-        length = self._rules.interval or self.fidelity.length / 10
-        share = min(1.0, length / self.fidelity.length)
-        passed = math.floor(live.progress / share + 1e-9)
-        until = min(1.0, (passed + 1) * share)
+        until = min(1.0, (self._passed(live) + 1) * self._share)
         return Job.of(live.run, self._folder_of(live.origin), live.resumes, until - 1e-9)
+
+    @property
+    def _share(self) -> float:
+        """Of a run, between exchanges."""
+        length = self._rules.interval or self.fidelity.length / 10
+        return min(1.0, length / self.fidelity.length)
+
+    def _passed(self, live: Live) -> int:
+        """Whole intervals behind a member: those with as many had cost the same, within an epoch."""
+        return math.floor(live.progress / self._share + 1e-6)
 
     def _ended(self, live: Live, result: dict[str, Any]) -> None:
         if result.get("final") or live.cut:
@@ -110,34 +123,42 @@ class PopulationLedger(Ledger):
         self._paused.append(live)
 
     def _keep_score(self, live: Live, value: float) -> None:
-        interval = round(live.progress * self.fidelity.length)
-        self._scores.setdefault(interval, {})[live.origin] = value
+        self._scores.setdefault(self._passed(live), {})[live.origin] = value
         mine = {str(k): of[live.origin] for k, of in self._scores.items() if live.origin in of}
         live.trial.set_user_attr("scores", mine)
 
     def _exchange(self, live: Live) -> None:
         """Go on from a better member, if this one is among the worst at its cost."""
-        interval = round(live.progress * self.fidelity.length)
-        scores = self._scores.get(interval, {})
-        donor = self._donor(live, scores)
+        donor = self._donor(live, self._scores.get(self._passed(live), {}))
         if donor is None:
             return
         source = self._folder_of(donor) / LAST
         if not source.is_file():
             return
         params = self._changed(donor, mix(self.space.search.seed, live.origin, live.epoch))
-        target = self._folder_of(live.origin) / LAST
-        temporary = target.with_name(f".{LAST}.copy")
-        shutil.copyfile(source, temporary)
-        live.trial.set_user_attr("now", params)
-        temporary.replace(target)
+        shutil.copyfile(source, self._copy_for(live.origin, params))
+        live.trial.set_user_attr(
+            "now", params
+        )  # decided: the rest is done, if need be, by `_begun`
+        self._take(live.origin, params)
         live.values = self.space.values(params)
         live.run = self.space.run(live.values)
         self._note(live, donor)
 
+    def _copy_for(self, member: int, params: Mapping[str, Any]) -> Path:
+        """Where a donor's checkpoint waits until these parameters are the member's."""
+        number = mix(json.dumps(dict(params), sort_keys=True))
+        return self._folder_of(member) / f".{LAST}.{number:x}"
+
+    def _take(self, member: int, params: Mapping[str, Any]) -> None:
+        """Put the copy that waits for these parameters in place; any other was never decided on."""
+        copy, folder = self._copy_for(member, params), self._folder_of(member)
+        if copy.is_file():
+            copy.replace(folder / LAST)
+
     def _donor(self, live: Live, scores: Mapping[int, float]) -> int | None:
         sign = self.space.objective[0].sign
-        ranked = sorted(scores, key=lambda member: sign * scores[member])
+        ranked = sorted(scores, key=lambda member: (sign * scores[member], member))
         few = max(1, int(self._rules.share * len(ranked)))
         if len(ranked) < 2 or live.origin not in ranked[:few]:
             return None
@@ -148,17 +169,24 @@ class PopulationLedger(Ledger):
     def _changed(self, donor: int, seed: int) -> dict[str, Any]:
         """The donor's parameters, each drawn anew or moved by the factor."""
         attempts = [t for t in self.history.trials() if t.user_attrs.get("origin") == donor]
-        params = attempts[-1].user_attrs.get("now") or attempts[-1].params
-        shapes, draw = attempts[-1].distributions, random.Random(seed)
+        params = attempts[-1].user_attrs.get("now") or queued_params(attempts[-1])
+        shapes, draw = attempts[0].distributions, random.Random(seed)
         for _ in range(_TRIES):
             changed = {
                 key: perturbed(value, shapes[key], self._rules, draw)
                 for key, value in params.items()
             }
-            broken = self.space.violations(self.space.values(changed))
-            if all(amount <= 0 for amount in broken.values()):
+            if self._makes_a_run(changed):
                 return changed
         return dict(params)
+
+    def _makes_a_run(self, params: Mapping[str, Any]) -> bool:
+        try:
+            values = self.space.values(params)
+            self.space.run(values)
+        except RequestError:
+            return False
+        return all(amount <= 0 for amount in self.space.violations(values).values())
 
     def _note(self, live: Live, donor: int) -> None:
         numbers = {path: v for path, v in live.values.items() if isinstance(v, int | float)}
@@ -180,7 +208,7 @@ def perturbed(value: Any, shape: BaseDistribution, rules: Population, draw: rand
         return _drawn(shape, draw)
     factor = rules.factor if draw.random() < 0.5 else 1 / rules.factor
     moved = min(max(value * factor, shape.low), shape.high)
-    if isinstance(shape, IntDistribution) and round(moved) == value:
+    if shape.step and _on_grid(moved, shape) == value:  # the grid is coarser than the factor
         moved = min(max(value + (1 if factor > 1 else -1) * shape.step, shape.low), shape.high)
     return _on_grid(moved, shape)
 
@@ -195,5 +223,6 @@ def _drawn(shape: FloatDistribution | IntDistribution, draw: random.Random) -> A
 
 def _on_grid(value: float, shape: FloatDistribution | IntDistribution) -> Any:
     if shape.step:
-        value = shape.low + round((value - shape.low) / shape.step) * shape.step
+        steps = round((value - shape.low) / shape.step)
+        value = min(shape.low + steps * shape.step, shape.high)
     return round(value) if isinstance(shape, IntDistribution) else float(value)

@@ -32,6 +32,7 @@ class AbstractSlot(tune.Trainable):
 
     _rows: Iterator[Report]
     _until = 1.0
+    _kept: Path  # the last row, in the folder of the trial
     _begun = 0  # trials in this process
 
     @abstractmethod
@@ -50,21 +51,23 @@ class AbstractSlot(tune.Trainable):
             # Libraries that the first trial has loaded are here to stay: to look through them at every
             # collection takes longer than all else that a new trial needs.
             gc.freeze()
-        self._until = job.until
+        self._until, self._kept = job.until, Path(job.folder) / "row.json"
         self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
         return True
 
     def step(self) -> dict[str, Any]:
         try:
             report = next(self._rows)
-        except StopIteration:  # resumed after its last epoch
-            return _row({}, 0, 1.0, final=True)
+        except StopIteration:  # resumed after its last epoch, whose row may have been lost
+            last = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+            return {**_row({}, 0, 1.0, final=True), **last, "final": True, "done": True}
         except Exception as error:
             # Whatever a configuration makes the network, the data or the optimiser do.
             if any(mark in str(error) for mark in _POISON):
                 raise
             return {**_row({}, 0, 0.0, final=False), "failed": _told(error), "done": True}
         result = _row(report.metrics(), report.epoch, report.progress, final=report.final)
+        _write(self._kept, json.dumps(result))
         return {**result, "done": report.final or report.progress >= self._until}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -83,6 +86,13 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
         "final": final,
         "done": final,
     }
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def _told(error: Exception) -> str:

@@ -79,14 +79,10 @@ class Verdicts:
         trained: bool = True,
     ) -> bool:
         """Set every constraint, the same set for every trial; True if one of them is broken."""
-        amounts = {name: float(amount) for name, amount in of_space.items()}
-        for metric, limit in self.limits.items():
-            value = metrics.get(metric, math.nan)
-            amounts[metric] = limit.excess(value) if math.isfinite(value) else 0.0
-        amounts[_TRAINED] = -1.0 if trained else 1.0
-        for name, amount in amounts.items():
+        broken = amounts(metrics, self.limits, of_space, trained)
+        for name, amount in broken.items():
             trial.set_constraint(name, amount)
-        return any(amount > 0 for amount in amounts.values())
+        return any(amount > 0 for amount in broken.values())
 
     def _worst(self) -> list[float]:
         """The worst finished value of each objective; 0 where nothing has finished."""
@@ -99,3 +95,17 @@ class Verdicts:
             values = [one.sign * values[place] for values in told]
             worst.append(one.sign * min(values, default=0.0))
         return worst
+
+
+def amounts(
+    metrics: Mapping[str, float],
+    limits: Mapping[str, Limit],
+    of_space: Mapping[str, float],
+    trained: bool = True,
+) -> dict[str, float]:
+    """By how much every constraint is broken, in the same order for every trial of a sweep."""
+    broken = {name: float(amount) for name, amount in of_space.items()}
+    for metric, limit in limits.items():
+        value = metrics.get(metric, math.nan)
+        broken[metric] = limit.excess(value) if math.isfinite(value) else 0.0
+    return {**broken, _TRAINED: -1.0 if trained else 1.0}
