@@ -85,14 +85,17 @@ def tune(
     """Search: `raytrain tune search_spaces/quickstart.yaml budget.fe_per_image=5000`."""
     with outcome(debug):
         from raytrain.show import sweeps
-        from raytrain.sweep import engine
-        from raytrain.sweep.preview import look_ahead
 
         space, overrides = split(words)
         if dry_run:
-            preview = look_ahead(engine.wanted_space(space, overrides, resume, trials))
+            from raytrain.sweep.preview import look_ahead
+            from raytrain.sweep.wanted import wanted_space
+
+            preview = look_ahead(wanted_space(space, overrides, resume, trials))
             say(sweeps.preview(preview), preview.json(), as_json)
             return
+        from raytrain.sweep import engine
+
         with sweeps.Trials() as watch:
             result = engine.tune(
                 space,

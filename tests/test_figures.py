@@ -23,7 +23,7 @@ from raytrain.spaces.plan import Budget, Objective, Search
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.figures import draw, in_order
 from raytrain.sweep.history import History
-from raytrain.sweep.importance import Importance, importances
+from raytrain.sweep.importance import Importance, Method, importances
 from raytrain.sweep.paper import MANY, label, shown, some
 
 LR: BaseDistribution = FloatDistribution(1e-3, 1.0, log=True)
@@ -138,6 +138,10 @@ def both(*stems: str) -> list[str]:
 BY_COST = Fidelity(True, FAR, IMAGES)
 
 
+def drawn(study: optuna.Study, folder: Path, method: Method = "ped-anova") -> list[Path]:
+    return draw(history_of(study), BY_COST, folder, importances(study, method))
+
+
 @pytest.mark.parametrize("method", ["ped-anova", "fanova"])
 def test_importances_are_shares_and_the_parameter_that_decides_comes_first(method: Any) -> None:
     found = importances(study_of(150), method)
@@ -239,7 +243,7 @@ def test_a_sweep_has_the_pictures_that_show_something(
 ) -> None:
     study = study_of(count, objectives)
     journal(study, tmp_path)
-    found = draw(history_of(study), BY_COST, tmp_path / "figures", "ped-anova")
+    found = drawn(study, tmp_path / "figures", "ped-anova")
     stems = ["history", "importances", "slices", "front", "curves"]
     if count == 3:
         stems.remove("importances")  # one finished trial
@@ -252,7 +256,7 @@ def test_a_sweep_has_the_pictures_that_show_something(
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
-    assert draw(history_of(study_of(0)), BY_COST, tmp_path / "figures", "ped-anova") == []
+    assert drawn(study_of(0), tmp_path / "figures", "ped-anova") == []
     assert not (tmp_path / "figures").exists()
 
 
@@ -261,7 +265,7 @@ def test_trials_without_a_value_or_a_journal_are_no_obstacle(tmp_path: Path) -> 
     lost = {"origin": 0, "outcome": "diverged", "last": {"metrics": {}, "epoch": 0}}
     params: Any = {"params": {"optimizer.lr": 0.1}, "distributions": {"optimizer.lr": LR}}
     study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=lost, **params))
-    found = draw(history_of(study), BY_COST, tmp_path / "figures", "fanova")
+    found = drawn(study, tmp_path / "figures", "fanova")
     assert names(found) == both("history")
 
 
@@ -270,7 +274,7 @@ def test_pictures_do_not_depend_on_anything_but_the_sweep(tmp_path: Path) -> Non
     for folder in (tmp_path / "one", tmp_path / "other"):
         folder.mkdir()
         journal(study, folder)
-        draw(history_of(study), BY_COST, folder / "figures", "ped-anova")
+        drawn(study, folder / "figures", "ped-anova")
     for stem in ("history", "importances", "slices", "curves"):
         one, other = (tmp_path / name / "figures" / f"{stem}.png" for name in ("one", "other"))
         assert one.read_bytes() == other.read_bytes()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from raytrain.say import say
 from raytrain.show.common import is_terminal, line, number, open_ui, span
+from raytrain.spaces.words import describe
 
 if TYPE_CHECKING:
     from raytrain.sweep.engine import TuneResult
@@ -74,13 +75,15 @@ def screen(progress: SweepProgress) -> Group:
     rows = [head]
     if progress.best is not None:
         best = progress.best
-        said = f"{best.value:.4f}  {best.handle}  {_short(best.params)}"
+        said = f"{best.value:.4f}  {best.handle}  {describe(best.params, '  ')}"
         rows.append(Text.assemble(("best  ", "bold"), said, overflow="ellipsis", no_wrap=True))
     table = Table.grid(padding=(0, 2))
     for one in progress.running[:_RUNNING]:
         value = "" if one.value is None else f"{one.value:.4f}"
         bar = ProgressBar(total=1.0, completed=one.progress, width=20)
-        table.add_row(f"t{one.number:04d}", bar, value, Text(_short(one.params), no_wrap=True))
+        table.add_row(
+            f"t{one.number:04d}", bar, value, Text(describe(one.params, "  "), no_wrap=True)
+        )
     more = len(progress.running) - _RUNNING
     tail = [Text(f"and {more} more", style="dim")] if more > 0 else []
     return Group(*rows, table, *tail)
@@ -120,7 +123,7 @@ def preview(told: Preview) -> Callable[[], None]:
         samples.add_column("FE per image", justify="right")
         samples.add_column("configuration")
         for values, price in told.samples:
-            samples.add_row(number(price), Text(_short(values)))
+            samples.add_row(number(price), Text(describe(values, "  ")))
         console.print(samples)
         for label, text in told.words().items():
             line(console, label, text)
@@ -214,7 +217,3 @@ def _left(progress: SweepProgress) -> str:
 
 def _of(count: int, budget: int | None) -> str:
     return str(count) if budget is None else f"{count}/{budget}"
-
-
-def _short(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{path.rsplit('.', 1)[-1]}={number(v)}" for path, v in values.items())

@@ -20,11 +20,9 @@ from raytrain.checkpoint import to_yaml
 from raytrain.config import RunConfig
 from raytrain.data.loader import Splits
 from raytrain.loop import preflight
-from raytrain.request import parse_overrides
 from raytrain.say import say
 from raytrain.session import interruptible, session, slots
-from raytrain.spaces.plan import Budget, pruner_of
-from raytrain.spaces.reading import read_space
+from raytrain.spaces.plan import pruner_of
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
 from raytrain.sweep.execute import execute
@@ -37,12 +35,11 @@ from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.population import PopulationLedger, check_population
 from raytrain.sweep.study import open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
+from raytrain.sweep.wanted import wanted_space
 from raytrain.tracking import Tracker, tracked
 from raytrain.types import RequestError
 
 Watch = Callable[[SweepProgress], None]
-
-_TRIALS = 20  # where no budget of any kind is given
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def tune(
             execute(ledger, base, concurrent)
             finals = _finals(ledger, space, tracker, final, seeds, concurrent, watch)
         weights = importances(study, importance)
-        best_file = _leave(tracker, ledger, fidelity, splits, importance)
+        best_file = _leave(tracker, ledger, fidelity, splits, weights)
         _leave_finals(tracker, folder, finals)
         run_id = tracker.run_id(PARENT, 20.0)
     return TuneResult(
@@ -142,42 +139,6 @@ def tune(
         space_file=space_file,
         tracking_uri=tracker.uri,
     )
-
-
-def wanted_space(
-    space: SearchSpace | str | Path | None,
-    overrides: Iterable[str] = (),
-    resume: str | None = None,
-    trials: int | None = None,
-) -> SearchSpace:
-    """The space that a command means, its budget filled in.
-
-    Raises:
-        RequestError: naming file, line and path.
-    """
-    words = list(overrides)
-    if space is None and resume is None:
-        raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
-    if space is None:
-        storage = Path(parse_overrides(words).get("storage", "runs"))
-        found = sorted(storage.glob(f"*/{resume}/space.yaml"))
-        if not found:
-            raise RequestError(f"--resume: there is no sweep {resume} below {storage}")
-        space = found[0]
-    if not isinstance(space, SearchSpace):
-        space = read_space(Path(space), words)
-    budget = space.budget if trials is None else space.budget.model_copy(update={"trials": trials})
-    return space.model_copy(update={"budget": _filled(budget, space)})
-
-
-def _filled(budget: Budget, space: SearchSpace) -> Budget:
-    """A number of trials, where nothing says when to end; a population is as many as it has members."""
-    if space.search.sampler == "pbt":
-        return budget.model_copy(update={"trials": space.search.population.size})
-    unlimited = budget.trials is None and budget.fe_per_image is None and budget.hours is None
-    if unlimited and space.search.sampler != "grid":
-        return budget.model_copy(update={"trials": _TRIALS})
-    return budget
 
 
 @contextmanager
@@ -226,14 +187,18 @@ def _open_parent(
 
 
 def _leave(
-    tracker: Tracker, ledger: Ledger, fidelity: Fidelity, splits: Splits, importance: Method
+    tracker: Tracker,
+    ledger: Ledger,
+    fidelity: Fidelity,
+    splits: Splits,
+    weights: list[Importance],
 ) -> Path | None:
     """What a sweep leaves on its parent run and beside its study."""
     folder, progress, best = ledger.folder, ledger.progress(), ledger.best()
     table = folder / "trials.parquet"
     ledger.journal.write_parquet(table)
     tracker.artifact(PARENT, table)
-    for figure in _drawn(ledger, fidelity, importance):
+    for figure in _drawn(ledger, fidelity, weights):
         tracker.artifact(PARENT, figure, "figures")
     tracker.log(
         PARENT,
@@ -255,9 +220,9 @@ def _leave(
     return best_file
 
 
-def _drawn(ledger: Ledger, fidelity: Fidelity, importance: Method) -> list[Path]:
+def _drawn(ledger: Ledger, fidelity: Fidelity, weights: list[Importance]) -> list[Path]:
     try:
-        return draw(ledger.history, fidelity, ledger.folder / "figures", importance)
+        return draw(ledger.history, fidelity, ledger.folder / "figures", weights)
     except Exception as error:  # a picture is not worth a sweep
         say(f"raytrain: the figures could not be drawn ({type(error).__name__}: {error})")
         return []

@@ -15,7 +15,7 @@ import numpy as np
 from raytrain.spaces.plan import Objective
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.history import History
-from raytrain.sweep.importance import Method, importances
+from raytrain.sweep.importance import Importance
 from raytrain.sweep.paper import (
     MANY,
     SMALL,
@@ -45,7 +45,9 @@ _LOOKS = {  # outcome -> marker, colour, what it is called
 }
 
 
-def draw(history: History, fidelity: Fidelity, folder: Path, importance: Method) -> list[Path]:
+def draw(
+    history: History, fidelity: Fidelity, folder: Path, weights: list[Importance]
+) -> list[Path]:
     """The files that show something: history, importances, slices, front, curves.
 
     Curves are read from the journal beside `folder`. Of several objectives all but the front show the
@@ -56,7 +58,6 @@ def draw(history: History, fidelity: Fidelity, folder: Path, importance: Method)
         return []
     folder.mkdir(parents=True, exist_ok=True)
     objective = history.space.objective[0]
-    weights = importances(history.study, importance)
     order = [weight.key for weight in weights]
     curves = _read_curves(RowLog(folder.parent / "rows.jsonl"), fidelity, objective)
     figures = {

@@ -9,6 +9,7 @@ from typing import Any
 from raytrain import provenance
 from raytrain.checkpoint import to_yaml
 from raytrain.config import RunConfig
+from raytrain.spaces.words import describe
 from raytrain.sweep.tally import ENDED, TrialRow
 from raytrain.tracking import Tracker
 
@@ -72,12 +73,3 @@ class Mirror:
             if row.metrics:  # the last row may have died with the driver
                 self.row(handle, row.metrics, row.epochs)
             self.end(handle, row.state, row.error)
-
-
-def describe(values: Mapping[str, Any]) -> str:
-    """Values by the last part of their path: `lr=0.1 steps=4`."""
-    short = {path.rsplit(".", 1)[-1]: value for path, value in values.items()}
-    return " ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in short.items()
-    )

@@ -18,7 +18,7 @@ from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.price import price
 
 _SHOWN = 5
-_PRICED = 48  # random configurations behind the estimate
+_PRICED = 24  # random configurations behind the estimate
 _TRIES = 100  # draws for each of them, until the constraints hold
 
 

@@ -1,0 +1,22 @@
+"""Configurations in few words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_KINDS = ("name", "kind", "norm")  # what a record is: told by the record's own name
+
+
+def describe(values: Mapping[str, Any], separator: str = " ") -> str:
+    """Values by the last telling part of their path: `algorithm=trades lr=0.1 steps=4`."""
+    return separator.join(f"{_name(path)}={_value(value)}" for path, value in values.items())
+
+
+def _name(path: str) -> str:
+    *parents, last = path.split(".")
+    return parents[-1] if last in _KINDS and parents else last
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
