@@ -323,3 +323,15 @@ def test_all_algorithms_are_in_the_space_of_all() -> None:
         if recipe["name"] in ("pgd", "trades", "mart", "dynamic"):
             reach = recipe["steps"] * recipe["step_size"] / run.threat.eps
             assert 1 - 1e-9 <= reach <= 4 + 1e-9
+
+
+@pytest.mark.parametrize("file", ["README.md", "search_spaces/README.md"])
+def test_the_examples_of_the_documentation_are_valid(file: str, tmp_path: Path) -> None:
+    text = (FOLDER.parent / file).read_text()
+    blocks = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    spaces = [block for block in blocks if "\nspace:" in block]
+    assert spaces
+    for number, block in enumerate(spaces):
+        example = tmp_path / f"example{number}.yaml"
+        example.write_text(block)
+        read_space(example)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 20  # trials in the table at the end; the Parquet file has them all
 _RUNNING = 12  # trials under way on the screen
+_ERRORS = 3  # of different kinds
 _SECONDS = 0.2  # between two drawings
 
 
@@ -95,6 +96,7 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
     def show() -> None:
         console = Console()
         console.print(_trials_table(result))
+        _say_errors(console, result)
         _say_best(console, result)
         _say_importances(console, result)
         _say_finals(console, result)
@@ -157,6 +159,17 @@ def _trials_table(result: TuneResult) -> Table:
 
 def _starred(result: TuneResult) -> list[TrialRow]:
     return result.front or ([] if result.best is None else [result.best])
+
+
+def _say_errors(console: Console, result: TuneResult) -> None:
+    """What went wrong, each kind once."""
+    said: dict[str, list[str]] = {}
+    for row in result.trials:
+        if row.error is not None and row.state in ("diverged", "failed"):
+            said.setdefault(row.error, []).append(row.handle)
+    for error, handles in list(said.items())[:_ERRORS]:
+        more = f" and {len(handles) - 1} more" if len(handles) > 1 else ""
+        line(console, "failed", f"{handles[0]}{more}: {error}")
 
 
 def _say_best(console: Console, result: TuneResult) -> None:

@@ -25,7 +25,7 @@ from raytrain.session import interruptible, session, slots
 from raytrain.spaces.plan import pruner_of
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
-from raytrain.sweep.execute import execute
+from raytrain.sweep.execute import execute, slot_for
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.figures import draw
 from raytrain.sweep.final import FinalRow, Finals, summarised, test_once
@@ -116,7 +116,7 @@ def tune(
             ledger = kind(study, space, tracker, folder, fidelity, watch)
             ledger.recover()
             plan_first(ledger, space, tracker.uri)
-            execute(ledger, base, concurrent)
+            execute(ledger, slot_for(base), concurrent)
             finals = _finals(ledger, space, tracker, final, seeds, concurrent, watch)
         weights = importances(study, importance)
         best_file = _leave(tracker, ledger, fidelity, splits, weights)
@@ -267,7 +267,7 @@ def _finals(
         for number in range(known, len(finals.runs)):
             second.enqueue({"run": number})
         study.set_user_attr("planned", True)
-    execute(second, space.base_run, concurrent)
+    execute(second, slot_for(space.base_run), concurrent)
     _leave_run_ids(tracker, second)
     done = [row for row in second.history.rows() if row.state == "complete"]
     storage = space.base_run.storage

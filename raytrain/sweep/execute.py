@@ -18,15 +18,15 @@ from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.slots import GroupSlot, SingleSlot
 
 
-def execute(ledger: Ledger, base: RunConfig, concurrent: int) -> None:
-    """Train what the ledger asks for, `concurrent` trials at once, until it asks for no more.
+def execute(ledger: Ledger, slot: Any, concurrent: int) -> None:
+    """Train what the ledger asks for in `concurrent` slots, until it asks for no more.
 
     Tune is started afresh at every launch; it remembers nothing that the ledger does not.
     """
     notes = ledger.folder / "ray"
     try:
         ray_tune.Tuner(
-            _trainable(base),
+            slot,
             tune_config=ray_tune.TuneConfig(
                 num_samples=-1,
                 metric="epoch",
@@ -47,7 +47,8 @@ def execute(ledger: Ledger, base: RunConfig, concurrent: int) -> None:
         shutil.rmtree(notes, ignore_errors=True)  # Tune's notes: never read again
 
 
-def _trainable(base: RunConfig) -> Any:
+def slot_for(base: RunConfig) -> Any:
+    """The Trainable that trials of this size run in, with what it needs of the cluster."""
     if base.workers == 1:
         needs = {name: need for name, need in worker_resources(base).items() if need}
         return ray_tune.with_resources(SingleSlot, ray_tune.PlacementGroupFactory([needs]))

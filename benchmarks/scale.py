@@ -1,0 +1,232 @@
+"""Ten thousand trials on 64 slots: what the driver pays per trial, and where that stops being flat.
+
+    python benchmarks/scale.py                     # 10,000 trials, 64 slots
+    python benchmarks/scale.py --trials 500 --slots 8
+
+Everything is real but the training: Ray Tune with 64 slots (64 logical nodes of one CPU each, on this
+machine), the Optuna study in its journal file, TPE over 8 dimensions with ASHA, MLflow in SQLite through
+the spool. A stub trial hands over three rows at once, so the driver is asked for more trials per second
+than any cluster that trains would. Writes scale.md, scale.parquet and scale.png beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytrain import session  # first: it sets what Ray reads
+from raytrain.provenance import hardware
+
+HERE = Path(__file__).parent
+ROWS = 3
+SPACE: dict[str, Any] = {
+    "optimizer.lr": {"float": [0.001, 1.0], "log": True},
+    "optimizer.weight_decay": {"float": [1e-5, 1e-2], "log": True},
+    "optimizer.momentum": {"float": [0.5, 0.99]},
+    "algorithm.step_size": {"float": [0.05, 1.0], "unit": "eps"},
+    "algorithm.steps": {"int": [1, 10]},
+    "algorithm.start": {"choice": ["uniform", "zero"]},
+    "algorithm.attack_bn": {"choice": ["eval", "train"]},
+    "ema": {"float": [0.9, 0.999]},
+}
+
+
+def stub(values: dict[str, Any], epoch: int) -> float:
+    """An objective with an optimum inside, that grows with training."""
+    off = abs(values["optimizer.momentum"] - 0.9) + abs(values["ema"] - 0.99)
+    return (1 - off) * epoch / ROWS
+
+
+def slot_class() -> Any:
+    """A slot without torch: what a trial costs here is what the driver does."""
+    from ray import tune as ray_tune
+
+    class StubSlot(ray_tune.Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._values, self._epoch = new_config["job"], 0
+            return True
+
+        def step(self) -> dict[str, Any]:
+            self._epoch += 1
+            final = self._epoch == ROWS
+            metrics = {
+                "cost/fe": 10.0 * self._epoch,
+                "valid/robust": self._values["of"][self._epoch - 1],
+            }
+            row = {
+                "metrics": json.dumps(metrics),
+                "epoch": self._epoch,
+                "final": final,
+                "done": final,
+            }
+            return {**row, "progress": self._epoch / ROWS}
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            pass
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            pass
+
+    return StubSlot
+
+
+def measured(trials: int, slots: int, every: int) -> list[dict[str, float]]:
+    """One row per `every` trials: seconds per trial and per suggestion, memory of the driver."""
+    import ray
+    from ray import tune as ray_tune
+
+    from raytrain.spaces.space import SearchSpace
+    from raytrain.sweep.execute import execute
+    from raytrain.sweep.fidelity import Fidelity
+    from raytrain.sweep.ledger import Ledger, Live
+    from raytrain.sweep.mirror import PARENT
+    from raytrain.sweep.study import open_study
+    from raytrain.tracking import tracked
+
+    space = SearchSpace.model_validate(
+        {
+            "name": "scale",
+            "base": {"epochs": ROWS},
+            "space": SPACE,
+            "search": {"first_rung": 1, "reduction": 3, "defaults": False},
+            "budget": {"trials": trials},
+        }
+    )
+    rows: list[dict[str, float]] = []
+    class Measured(Ledger):
+        suggesting: list[float] = []
+        telling: list[float] = []
+        last = time.perf_counter()
+
+        def begin(self, tune_id: str) -> dict[str, Any] | None:
+            began = time.perf_counter()
+            job = super().begin(tune_id)
+            if job is not None:
+                self.suggesting.append(time.perf_counter() - began)
+            return job
+
+        def end(self, tune_id: str, result: dict[str, Any] | None, lost: bool) -> None:
+            began = time.perf_counter()
+            super().end(tune_id, result, lost)
+            self.telling.append(time.perf_counter() - began)
+            ended = self.progress().finished
+            if ended % every == 0 and self.suggesting:
+                now = time.perf_counter()
+                row = {
+                    "trials": float(ended),
+                    "ms_per_trial": 1000 * (now - self.last) / every,
+                    "ms_per_suggestion": 1000 * statistics.median(self.suggesting),
+                    "ms_per_end": 1000 * statistics.median(self.telling),
+                    "mb": resident(),
+                }
+                rows.append(row)
+                print("  ".join(f"{k} {v:.1f}" for k, v in row.items()), flush=True)
+                self.last, self.suggesting, self.telling = now, [], []
+
+        def _job(self, live: Live) -> Any:
+            return {"of": [stub(live.values, epoch) for epoch in range(1, ROWS + 1)]}
+
+    ray.init(address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "sweep"
+            study = open_study("scale", folder, space, space.hash(), False, float(ROWS))
+            uri = f"sqlite:///{name}/mlflow.db"
+            with tracked(uri, "scale", folder / "mlflow.jsonl") as tracker:
+                tracker.open(PARENT, "scale", {}, {})
+                ledger = Measured(
+                    study, space, tracker, folder, Fidelity(False, float(ROWS), 1000)
+                )
+                one = ray_tune.with_resources(
+                    slot_class(), ray_tune.PlacementGroupFactory([{"CPU": 1}])
+                )
+                execute(ledger, one, slots)
+                print("trials done; MLflow is given what is left", flush=True)
+    finally:
+        ray.shutdown()
+    return rows
+
+
+def resident() -> float:
+    """Memory of this process now, MB."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def report(rows: list[dict[str, float]], slots: int) -> str:
+    """Markdown."""
+    lines = [
+        "| trials so far | ms per trial | ms per suggestion | ms per end | driver, MB |",
+        "|---|---|---|---|---|",
+    ]
+    shown = rows if len(rows) <= 12 else [rows[round(i * (len(rows) - 1) / 11)] for i in range(12)]
+    for row in shown:
+        lines.append(
+            f"| {row['trials']:,.0f} | {row['ms_per_trial']:.1f} | {row['ms_per_suggestion']:.1f} | "
+            f"{row['ms_per_end']:.1f} | {row['mb']:.0f} |"
+        )
+    return "\n".join(
+        [*lines, "", f"{slots} slots, {ROWS} rows per trial. {hardware()}; {_versions()}.", ""]
+    )
+
+
+def figure(rows: list[dict[str, float]], file: Path) -> None:
+    """Time and memory against the number of trials."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(6.4, 5.0), layout="constrained")
+    times, memory = picture.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    trials = [row["trials"] for row in rows]
+    for name, label, colour in (
+        ("ms_per_trial", "driver, per trial in all", "#0072b2"),
+        ("ms_per_suggestion", "of that, asking for it (TPE, journal)", "#d55e00"),
+        ("ms_per_end", "of that, ending it", "#009e73"),
+    ):
+        times.plot(trials, [row[name] for row in rows], label=label, color=colour, lw=2)
+    times.set_ylabel("milliseconds")
+    times.set_ylim(bottom=0)
+    times.legend(frameon=False)
+    memory.plot(trials, [row["mb"] for row in rows], color="#333333", lw=2)
+    memory.set_ylabel("driver's memory, MB")
+    memory.set_ylim(bottom=0)
+    memory.set_xlabel("trials so far")
+    for axes in (times, memory):
+        axes.grid(alpha=0.3)
+    picture.savefig(file, dpi=160)
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    assert session
+    return ", ".join(f"{name} {version(name)}" for name in ("ray", "optuna", "mlflow", "raytrain"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--every", type=int, default=None, help="trials between two measurements")
+    options = parser.parse_args()
+    every = options.every or max(1, options.trials // 40)
+    rows = measured(options.trials, options.slots, every)
+    text = report(rows, options.slots)
+    print(text)
+    (HERE / "scale.md").write_text(text)
+    pq.write_table(pa.Table.from_pylist(rows), HERE / "scale.parquet")
+    figure(rows, HERE / "scale.png")
+
+
+if __name__ == "__main__":
+    main()
