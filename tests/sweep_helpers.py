@@ -107,8 +107,8 @@ def space_of(**changes: Any) -> SearchSpace:
     return SearchSpace.model_validate({**SPACE, **changes})
 
 
-def opened(folder: Path, space: SearchSpace, resume: bool) -> optuna.Study:
-    return open_study(folder.name, folder, space, space.hash(), resume, 4.0)
+def opened(folder: Path, space: SearchSpace, resume: bool, length: float = 4.0) -> optuna.Study:
+    return open_study(folder.name, folder, space, space.hash(), resume, length)
 
 
 @dataclass
@@ -119,11 +119,12 @@ class Launch:
     store: Store = field(default_factory=Store)
     space: SearchSpace = field(default_factory=space_of)
     seen: list[SweepProgress] = field(default_factory=list)
+    length: float = 4.0
     deaths: Callable[[str], None] | None = None  # called before everything that outlives a driver
 
     def __post_init__(self) -> None:
         resume = (self.folder / "study.log").is_file()
-        study = opened(self.folder, self.space, resume)
+        study = opened(self.folder, self.space, resume, self.length)
         fidelity = Fidelity.of(self.space.base_run, 10)
         tracker = FakeTracker(self.store)
         if self.deaths is not None:
