@@ -67,6 +67,9 @@ class FakeTracker(Tracker):
         assert parent == PARENT
         return [handle for handle, status in self.store.status.items() if status == "RUNNING"]
 
+    def last_step(self, handle: str) -> int:
+        return max(self.store.rows[handle], default=0)
+
     def log(self, handle: str, metrics: Mapping[str, float], step: int = 0) -> None:
         del metrics
         self.store.rows[handle].append(step)

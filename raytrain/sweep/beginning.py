@@ -9,8 +9,10 @@ from typing import Any
 import optuna
 import yaml
 
+from raytrain import provenance
 from raytrain.config import RunConfig
 from raytrain.request import override, validated
+from raytrain.spaces.abstract import same
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.history import queued_params
 from raytrain.sweep.ledger import Ledger
@@ -67,7 +69,7 @@ def _learn(
         if _key(params) in seen:
             continue
         seen.add(_key(params))
-        if space.run(space.values(params)).signature() == run.signature():
+        if _comparable(space.run(space.values(params)), run):
             if _key(params) not in before:  # a kill in the middle of this
                 _tell(ledger.study, space, params, metrics)
         else:
@@ -76,6 +78,12 @@ def _learn(
     for _, params in again[: space.search.earlier_best]:
         if _key(params) not in queued:
             ledger.enqueue(params)
+
+
+def _comparable(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs compute the same. MLflow has their step sizes in pixels, not as shares of eps."""
+    mine, its = provenance.parameters(one), provenance.parameters(other)
+    return mine.keys() == its.keys() and all(same(mine[path], its[path]) for path in mine)
 
 
 def _finite(metrics: Mapping[str, float], wanted: list[str]) -> bool:

@@ -1,0 +1,154 @@
+"""What a sweep begins with is planned once, whenever the driver dies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from sweep_helpers import METRIC, Launch, space_of
+
+from raytrain.request import as_run
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep import beginning
+from raytrain.sweep.beginning import plan_first
+
+BASE = {"epochs": 4, "threat": {"norm": "linf", "eps": 0.2}, "optimizer": {"lr": 0.1}}
+RATES = {"space": {"optimizer.lr": {"float": [0.01, 0.3], "log": True}}, "base": BASE}
+GRID = {
+    "space": {"optimizer.lr": {"choice": [0.02, 0.1, 0.3]}, "threat.eps": {"choice": [0.1, 0.2]}},
+    "search": {"sampler": "grid"},
+    "budget": {},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def queue(launch: Launch) -> list[dict[str, Any]]:
+    return [t.system_attrs["fixed_params"] for t in launch.trials(TrialState.WAITING)]
+
+
+def test_a_grid_is_planned_once_wherever_drivers_die(tmp_path: Path) -> None:
+    space, calls, limit = space_of(**GRID), 0, 0
+
+    def die(name: str) -> None:
+        nonlocal calls
+        if name == "create_new_trial" or name == "set_study_user_attr":
+            calls += 1
+            if limit and calls == limit:
+                raise Killed
+
+    before = None
+    for at in (4, 3, 2, 0):
+        limit = at
+        store = {} if before is None else {"store": before.store}
+        launch = Launch(tmp_path / "s", space=space, deaths=die, **store)
+        launch.ledger.recover()
+        calls, before = 0, launch
+        try:
+            plan_first(launch.ledger, space, "")
+        except Killed:
+            continue
+    assert queue(launch) == list(space.grid()) and len(queue(launch)) == 6
+    plan_first(launch.ledger, space, "")
+    assert len(launch.trials()) == 6
+    for number in range(6):
+        launch.complete(f"t{number}", 0.1)
+    with pytest.raises(StopIteration):
+        launch.ledger.begin("more")
+
+
+def test_defaults_come_first_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    launch = Launch(tmp_path / "s", space=space_of(**RATES))
+    plan_first(launch.ledger, launch.space, "")
+    assert queue(launch) == [{"optimizer.lr": 0.1}]
+    launch.complete("a", 0.2)
+    assert launch.trials()[0].params == {"optimizer.lr": 0.1}
+    search = {"sampler": "random", "pruner": "none", "defaults": False}
+    other = Launch(tmp_path / "o", space=space_of(**RATES, search=search))
+    plan_first(other.ledger, other.space, "")
+    assert queue(other) == []
+
+
+def run_of(robust: float, **changes: Any) -> tuple[dict[str, str], dict[str, float]]:
+    """A finished run of MLflow: parameters as text, metrics."""
+    from raytrain import provenance
+
+    run = as_run(BASE, {path.replace("__", "."): value for path, value in changes.items()})
+    return {k: str(v) for k, v in provenance.parameters(run).items()}, {METRIC: robust}
+
+
+def with_earlier(
+    monkeypatch: pytest.MonkeyPatch, runs: list[tuple[dict[str, str], dict[str, float]]]
+) -> SearchSpace:
+    monkeypatch.setattr(beginning, "finished_runs", lambda uri, name: runs)
+    search = {"sampler": "tpe", "pruner": "none", "defaults": False, "earlier": "old"}
+    return space_of(**RATES, search={**search, "earlier_best": 2})
+
+
+def told(launch: Launch) -> list[FrozenTrial]:
+    return launch.trials(TrialState.COMPLETE)
+
+
+def test_comparable_runs_are_told_and_the_best_of_the_others_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan = float("nan")
+    runs = [
+        run_of(0.4, optimizer__lr=0.02),
+        run_of(0.9, optimizer__lr=0.02),  # the same configuration once more
+        run_of(0.5, optimizer__lr=0.05),
+        run_of(nan, optimizer__lr=0.06),
+        run_of(0.6, optimizer__lr=0.9),  # outside
+        run_of(0.1, optimizer__lr=0.03, epochs=9),
+        run_of(0.3, optimizer__lr=0.04, epochs=9),
+        run_of(0.2, optimizer__lr=0.07, epochs=9),
+        ({"no": "run"}, {METRIC: 1.0}),
+    ]
+    launch = Launch(tmp_path / "s", space=with_earlier(monkeypatch, runs))
+    plan_first(launch.ledger, launch.space, "")
+    assert [(t.params["optimizer.lr"], t.value) for t in told(launch)] == [
+        (0.02, 0.4),
+        (0.05, 0.5),
+    ]
+    assert [list(t.constraints) for t in told(launch)] == [["valid/robust_drop", "trained"]] * 2
+    assert queue(launch) == [{"optimizer.lr": 0.04}, {"optimizer.lr": 0.07}]
+    assert launch.ledger.progress().finished == 0 and launch.ledger.best() is None
+    assert launch.store.status == {} and launch.ledger.history.rows() == []
+    later = launch.again()
+    later.ledger.recover()
+    plan_first(later.ledger, later.space, "")
+    assert later.ledger.progress().finished == 0
+    assert (len(told(later)), len(queue(later))) == (2, 2)
+    later.complete("a", 0.2)
+    assert later.trials(TrialState.COMPLETE)[-1].params == {"optimizer.lr": 0.04}
+
+
+@pytest.mark.parametrize("dies_at", range(1, 6))
+def test_earlier_runs_are_told_once_wherever_the_driver_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    runs = [run_of(0.1, optimizer__lr=lr) for lr in (0.02, 0.05)]
+    runs += [run_of(0.1, optimizer__lr=lr, epochs=9) for lr in (0.03, 0.06)]
+    space, calls = with_earlier(monkeypatch, runs), 0
+
+    def die(name: str) -> None:
+        nonlocal calls
+        calls += name in ("create_new_trial", "set_study_user_attr") and armed
+        if calls == dies_at:
+            calls += 1
+            raise Killed
+
+    armed = False
+    launch = Launch(tmp_path / "s", space=space, deaths=die)
+    armed = True
+    with pytest.raises(Killed):
+        plan_first(launch.ledger, space, "")
+    later = launch.again()
+    later.ledger.recover()
+    plan_first(later.ledger, space, "")
+    assert sorted(t.params["optimizer.lr"] for t in told(later)) == [0.02, 0.05]
+    assert sorted(q["optimizer.lr"] for q in queue(later)) == [0.03, 0.06]
