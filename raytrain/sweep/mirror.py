@@ -44,7 +44,12 @@ class Mirror:
         self._tracker.text(handle, to_yaml(run), "run.yaml")
 
     def row(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
-        """One epoch."""
+        """One epoch, if it is not there: a trial that goes on may tell its last one again."""
+        if epoch > self._tracker.last_step(handle):
+            self._tracker.log(handle, metrics, epoch)
+
+    def note(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
+        """More about an epoch that is there."""
         self._tracker.log(handle, metrics, epoch)
 
     def pause(self, handle: str) -> None:

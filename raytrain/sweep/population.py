@@ -191,7 +191,7 @@ class PopulationLedger(Ledger):
     def _note(self, live: Live, donor: int) -> None:
         numbers = {path: v for path, v in live.values.items() if isinstance(v, int | float)}
         metrics = {f"population/{path}": float(value) for path, value in numbers.items()}
-        self._mirror.row(
+        self._mirror.note(
             self._handle(live), {**metrics, "population/from": float(donor)}, live.epoch
         )
         line = {"member": live.origin, "epoch": live.epoch, "from": donor, "values": live.values}

@@ -33,6 +33,7 @@ class AbstractSlot(tune.Trainable):
     _rows: Iterator[Report]
     _until = 1.0
     _kept: Path  # the last row, in the folder of the trial
+    _again: dict[str, Any] | None = None  # that row, to be told once more
     _begun = 0  # trials in this process
 
     @abstractmethod
@@ -52,14 +53,19 @@ class AbstractSlot(tune.Trainable):
             # collection takes longer than all else that a new trial needs.
             gc.freeze()
         self._until, self._kept = job.until, Path(job.folder) / "row.json"
+        # A driver may have died before the row of the last checkpoint reached it.
+        self._again = self._last() if job.resume else None
         self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
         return True
 
     def step(self) -> dict[str, Any]:
+        if self._again is not None and not self._again["final"]:
+            again, self._again = self._again, None
+            return {**again, "done": False}
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch, whose row may have been lost
-            last = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+            last = self._last() or {}
             return {**_row({}, 0, 1.0, final=True), **last, "final": True, "done": True}
         except Exception as error:
             # Whatever a configuration makes the network, the data or the optimiser do.
@@ -69,6 +75,9 @@ class AbstractSlot(tune.Trainable):
         result = _row(report.metrics(), report.epoch, report.progress, final=report.final)
         _write(self._kept, json.dumps(result))
         return {**result, "done": report.final or report.progress >= self._until}
+
+    def _last(self) -> dict[str, Any] | None:
+        return json.loads(self._kept.read_text()) if self._kept.is_file() else None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""

@@ -140,9 +140,13 @@ class Delivery:
         key = f"{self.spool.key}/{handle}"
         # An earlier try may have made the run although nobody heard the answer.
         unsure = self._passes > 1 or self.spool.at < self._doubtful
-        found = self._store.find(key) if unsure else None
-        parent = None if record["parent"] is None else self._id(record["parent"])
-        self.spool.named(handle, found or self._store.create(key, record, parent))
+        run_id = self._store.find(key) if unsure else None
+        if run_id is None:
+            parent = None if record["parent"] is None else self._id(record["parent"])
+            run_id = self._store.create(key, record, parent)
+            if unsure:  # that try may have arrived in the meantime
+                run_id = self._store.find(key) or run_id
+        self.spool.named(handle, run_id)
 
     def _artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -31,6 +32,7 @@ _REFUSALS = {  # to ask again would not help; permissions and addresses may be p
     "RESOURCE_DOES_NOT_EXIST",
 }
 _MISSING = {"INVALID_PARAMETER_VALUE", "NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"}
+_LATE = 1.0  # seconds that an answer may take
 _METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 things at most
 
 
@@ -58,7 +60,8 @@ class Store:
         self.experiment_id = _experiment_id(self.client, self.uri, experiment)
 
     def create(self, key: str, record: Mapping[str, Any], parent: str | None) -> str:
-        """Make a run and return its id."""
+        """Make a run and return its id; `key` is its own."""
+        began = time.monotonic()
         nesting = {"mlflow.parentRunId": parent} if parent else {}
         run = self.client.create_run(
             self.experiment_id,
@@ -66,12 +69,17 @@ class Store:
             run_name=record["name"],
             tags={**_SOURCE, **record["tags"], **nesting, KEY: key},
         )
-        return run.info.run_id
+        # MLflow's client asks again by itself when an answer is late, and may so have made two.
+        late = time.monotonic() - began > _LATE
+        return (self.find(key) if late else None) or run.info.run_id
 
     def find(self, key: str) -> str | None:
-        """The run that was made under `key`, if there is one."""
+        """The run that was made under `key`, if there is one; of several, all but one are deleted."""
         found = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'")
-        return found[0].info.run_id if found else None
+        first, *others = sorted(run.info.run_id for run in found) or [None]
+        for run_id in others:
+            self.client.delete_run(run_id)
+        return first
 
     def batch(self, run_id: str, points: Iterable[Any]) -> None:
         """Log metrics, parameters and tags in as few calls as MLflow allows."""
