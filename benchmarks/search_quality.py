@@ -134,7 +134,8 @@ class Silent(Tracker):
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
             return object.__getattribute__(self, name)
-        return (lambda *_, **__: False) if name == "known" else (lambda *_, **__: None)
+        answers = {"known": False, "last_step": 0}
+        return lambda *_, **__: answers.get(name)
 
 
 def ours(table: Table, seed: int, budget: float, search: dict[str, Any]) -> Found:
@@ -205,7 +206,7 @@ def stock(table: Table, seed: int, budget: float) -> Found:
         metric="value",
         mode="max",
         max_t=math.ceil(table.length),
-        grace_period=round(table.length / 9),
+        grace_period=round(table.length / 3),
         reduction_factor=3,
     )
     found, spent, number = Found([], []), 0.0, 0

@@ -83,12 +83,14 @@ def test_values_that_are_no_numbers_are_passed_over() -> None:
 
 @pytest.mark.parametrize(
     ("search", "length", "first"),
-    [({}, 27.0, 3), ({"first_rung": 7.0}, 27.0, 7), ({}, 2.0, 1), ({"reduction": 2}, 100.0, 25)],
+    [({}, 27.0, 9), ({"first_rung": 7.0}, 27.0, 7), ({}, 1.0, 1), ({"reduction": 2}, 100.0, 50)],
 )
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
-def test_the_first_rung_is_what_was_asked_for_or_a_run_over_the_reduction_squared(
+def test_the_first_rung_is_what_was_asked_for_or_a_share_of_a_run(
     search: dict[str, Any], length: float, first: int, kind: Any
 ) -> None:
+    if kind == "hyperband" and "first_rung" not in search:
+        first = max(1, round(first / search.get("reduction", 3)))
     pruner = pruner_for(kind, Search.model_validate(search), length)
     found = pruner._first if isinstance(pruner, MedianAtCost) else pruner._min_resource  # pyright: ignore
     assert found == first

@@ -114,7 +114,7 @@ class Search(Spec):
         PositiveFloat | None,
         Field(
             description="cost before a trial may be stopped: epochs, or FE per image where runs are "
-            "measured in them; default: a run / reduction^2"
+            "measured in them; default: a run / reduction"
         ),
     ] = None
     reduction: Annotated[int, Field(ge=2, description="share that goes on is 1/reduction")] = 3

@@ -82,12 +82,18 @@ class History:
 
     def values(self, trial: FrozenTrial) -> dict[str, Any]:
         """What a trial varies, by path, in the units of the run."""
-        params = trial.user_attrs.get("now") or queued_params(trial)
+        params = current_params(trial)
         return self.space.values(params) if params else {}
 
     def handle(self, origin: int) -> str:
         """What a trial is called in MLflow's spool and on disk."""
         return f"{self._prefix}{origin:04d}"
+
+
+def current_params(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters a trial has now: a member of a population changes them."""
+    now = trial.user_attrs.get("now")
+    return queued_params(trial) if now is None else now["params"]
 
 
 def queued_params(trial: FrozenTrial) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Live:
     progress: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     cut: bool = False  # by the end of the budget
+    offset: int = 0  # epochs it has trained that its checkpoint does not know of
 
 
 class Ledger:
@@ -256,7 +257,7 @@ class Ledger:
 
     def _record(self, live: Live, result: dict[str, Any]) -> bool:
         """Log a row once; returns whether it has a finite objective."""
-        metrics, epoch = json.loads(result["metrics"]), result["epoch"]
+        metrics, epoch = json.loads(result["metrics"]), result["epoch"] + live.offset
         value = metrics.get(self.space.objective[0].metric)
         finite = value is not None and math.isfinite(value)
         if epoch <= live.epoch:

@@ -24,10 +24,10 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from raytrain.checkpoint import LAST
+from raytrain.checkpoint import BEST, LAST
 from raytrain.spaces.plan import Population
 from raytrain.spaces.space import SearchSpace
-from raytrain.sweep.history import queued_params
+from raytrain.sweep.history import current_params
 from raytrain.sweep.ledger import Ledger, Live
 from raytrain.types import RequestError, mix
 from raytrain.worker import Job
@@ -47,7 +47,7 @@ def check_population(space: SearchSpace) -> None:
         root, last = path.split(".")[0], path.rsplit(".", 1)[-1]
         if path.startswith("$"):
             continue
-        if root not in _MOVABLE or last in _KINDS or condition:
+        if root not in _MOVABLE or path == root or last in _KINDS or condition:
             raise RequestError(
                 f"space.{path}: pbt changes numbers of running trials; expected unconditional "
                 f"fields of {', '.join(_MOVABLE)}, and no choice of another kind"
@@ -60,7 +60,8 @@ class PopulationLedger(Ledger):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._paused: deque[Live] = deque()
-        self._scores: dict[int, dict[int, float]] = {}  # intervals passed -> member -> score
+        # intervals passed -> member -> its score there, and the epoch of its checkpoint
+        self._scores: dict[int, dict[int, tuple[float, int]]] = {}
 
     @property
     def _rules(self) -> Population:
@@ -81,7 +82,7 @@ class PopulationLedger(Ledger):
         for trial in self.history.trials():
             for passed, score in trial.user_attrs.get("scores", {}).items():
                 member = trial.user_attrs["origin"]
-                self._scores.setdefault(int(passed), {})[member] = score
+                self._scores.setdefault(int(passed), {})[member] = (score[0], score[1])
         return super().recover()
 
     # ---------------------------------------------------------------- within
@@ -93,9 +94,10 @@ class PopulationLedger(Ledger):
         now = trial.user_attrs.get("now")
         if now is None:
             return super()._begun(trial, values)
-        live = super()._begun(trial, self.space.values(now))
+        live = super()._begun(trial, self.space.values(now["params"]))
         if live is not None:
-            self._take(live.origin, now)
+            live.offset = now["offset"]
+            self._take(live.origin, now["params"])
         return live
 
     def _job(self, live: Live) -> Job:
@@ -115,46 +117,78 @@ class PopulationLedger(Ledger):
     def _ended(self, live: Live, result: dict[str, Any]) -> None:
         if result.get("final") or live.cut:
             super()._ended(live, result)
+            self._forget_states()
             return
         self._record(live, result)
         value = self._value(live)
         if value is not None and math.isfinite(value):
+            self._keep_state(live)
             self._keep_score(live, value)
         self._paused.append(live)
 
+    def _keep_state(self, live: Live) -> None:
+        """The checkpoints of this interval, for whoever copies them later: links, which cost no space
+        until the member has trained on.
+        """
+        for name in (LAST, BEST):
+            source = self._folder_of(live.origin) / name
+            if source.is_file():
+                kept = self._state(live.origin, self._passed(live), name)
+                kept.unlink(missing_ok=True)
+                kept.hardlink_to(source)
+
+    def _state(self, member: int, passed: int, name: str) -> Path:
+        return self._folder_of(member) / f"at{passed}-{name}"
+
+    def _forget_states(self) -> None:
+        """Drop the checkpoints of intervals that every member has left behind."""
+        lowest = min((self._passed(live) for live in self._under_way()), default=math.inf)
+        begun = self._tally.finished + len(self._under_way())
+        if begun < self._rules.size:
+            return
+        for passed in [passed for passed in self._scores if passed < lowest]:
+            for member in self._scores.pop(passed):
+                for name in (LAST, BEST):
+                    self._state(member, passed, name).unlink(missing_ok=True)
+
     def _keep_score(self, live: Live, value: float) -> None:
-        self._scores.setdefault(self._passed(live), {})[live.origin] = value
+        score = (value, live.epoch - live.offset)
+        self._scores.setdefault(self._passed(live), {})[live.origin] = score
         mine = {str(k): of[live.origin] for k, of in self._scores.items() if live.origin in of}
         live.trial.set_user_attr("scores", mine)
 
     def _exchange(self, live: Live) -> None:
-        """Go on from a better member, if this one is among the worst at its cost."""
-        donor = self._donor(live, self._scores.get(self._passed(live), {}))
-        if donor is None:
-            return
-        source = self._folder_of(donor) / LAST
-        if not source.is_file():
+        """Go on from a better member, as it was at the same cost, if this one is among the worst."""
+        passed = self._passed(live)
+        scores = self._scores.get(passed, {})
+        donor = self._donor(live, {member: score for member, (score, _) in scores.items()})
+        if donor is None or not self._state(donor, passed, LAST).is_file():
             return
         params = self._changed(donor, mix(self.space.search.seed, live.origin, live.epoch))
-        shutil.copyfile(source, self._copy_for(live.origin, params))
-        live.trial.set_user_attr(
-            "now", params
-        )  # decided: the rest is done, if need be, by `_begun`
+        for name in (LAST, BEST):
+            source = self._state(donor, passed, name)
+            if source.is_file():
+                shutil.copyfile(source, self._copy_for(live.origin, params, name))
+        live.offset = live.epoch - scores[donor][1]
+        # With this it is decided: the rest is done, if need be, by `_begun`.
+        live.trial.set_user_attr("now", {"params": params, "offset": live.offset})
         self._take(live.origin, params)
         live.values = self.space.values(params)
         live.run = self.space.run(live.values)
         self._note(live, donor)
+        self._forget_states()
 
-    def _copy_for(self, member: int, params: Mapping[str, Any]) -> Path:
+    def _copy_for(self, member: int, params: Mapping[str, Any], name: str) -> Path:
         """Where a donor's checkpoint waits until these parameters are the member's."""
         number = mix(json.dumps(dict(params), sort_keys=True))
-        return self._folder_of(member) / f".{LAST}.{number:x}"
+        return self._folder_of(member) / f".{name}.{number:x}"
 
     def _take(self, member: int, params: Mapping[str, Any]) -> None:
-        """Put the copy that waits for these parameters in place; any other was never decided on."""
-        copy, folder = self._copy_for(member, params), self._folder_of(member)
-        if copy.is_file():
-            copy.replace(folder / LAST)
+        """Put the copies that wait for these parameters in place; any other was never decided on."""
+        for name in (LAST, BEST):
+            copy = self._copy_for(member, params, name)
+            if copy.is_file():
+                copy.replace(self._folder_of(member) / name)
 
     def _donor(self, live: Live, scores: Mapping[int, float]) -> int | None:
         sign = self.space.objective[0].sign
@@ -169,7 +203,7 @@ class PopulationLedger(Ledger):
     def _changed(self, donor: int, seed: int) -> dict[str, Any]:
         """The donor's parameters, each drawn anew or moved by the factor."""
         attempts = [t for t in self.history.trials() if t.user_attrs.get("origin") == donor]
-        params = attempts[-1].user_attrs.get("now") or queued_params(attempts[-1])
+        params = current_params(attempts[-1])
         shapes, draw = attempts[0].distributions, random.Random(seed)
         for _ in range(_TRIES):
             changed = {
@@ -221,7 +255,7 @@ def _drawn(shape: FloatDistribution | IntDistribution, draw: random.Random) -> A
     return _on_grid(min(max(drawn, shape.low), shape.high), shape)
 
 
-def _on_grid(value: float, shape: FloatDistribution | IntDistribution) -> Any:
+def _on_grid(value: float | int, shape: FloatDistribution | IntDistribution) -> Any:
     if shape.step:
         steps = round((value - shape.low) / shape.step)
         value = min(shape.low + steps * shape.step, shape.high)

@@ -114,7 +114,7 @@ def _early_share(base: RunConfig, search: Search, pruner: Pruner) -> float:
     if pruner != "asha":
         return 1.0
     length = Fidelity.of(base, 1).length
-    rung = max(1.0, search.first_rung or length / search.reduction**2)
+    rung = max(1.0, search.first_rung or length / search.reduction)
     spent, before, share = 0.0, 0.0, 1.0
     while rung < length:
         spent += share * (rung - before)

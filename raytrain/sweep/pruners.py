@@ -13,7 +13,10 @@ from raytrain.spaces.plan import Pruner, Search
 
 def pruner_for(kind: Pruner, search: Search, length: float) -> optuna.pruners.BasePruner:
     """The pruner `kind` for runs of `length`: epochs, or forward-equivalents per image."""
-    first = max(1, round(search.first_rung or length / search.reduction**2))
+    # Not earlier by default: while a learning rate rises, or an attack, ranks say little. Hyperband
+    # hedges against that by itself, given a few brackets.
+    rungs = 2 if kind == "hyperband" else 1
+    first = max(1, round(search.first_rung or length / search.reduction**rungs))
     if kind == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(
             min_resource=first, reduction_factor=search.reduction
