@@ -104,6 +104,7 @@ def measured(trials: int, slots: int, every: int) -> list[dict[str, float]]:
         }
     )
     rows: list[dict[str, float]] = []
+
     class Measured(Ledger):
         suggesting: list[float] = []
         telling: list[float] = []

@@ -322,8 +322,10 @@ def figure(rows: list[dict[str, Any]], budget: float, file: Path) -> None:
         axes.plot(costs, means, label=name, color=colour, lw=2)
     axes.set_xlabel("spent, forward-equivalents per image")
     axes.set_ylabel("robust validation accuracy of the best so far, %")
+    finals = [100 * row["final"] for row in rows]
+    axes.set_ylim(min(finals) - 8, max(finals) + 1)  # the way up from nothing is not of interest
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     picture.savefig(file, dpi=160)
 
 
