@@ -14,7 +14,18 @@ import numpy as np
 import torch
 
 from raytrain import provenance
-from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, leave_run_file, load, to_yaml
+from raytrain.checkpoint import (
+    BEST,
+    LAST,
+    Saved,
+    find,
+    folder_of,
+    is_run_id,
+    leave_run_file,
+    load,
+    run_id_of,
+    to_yaml,
+)
 from raytrain.config import RunConfig
 from raytrain.data.loader import Part, open_test, sweep
 from raytrain.judge import Evaluation, Flags, judge
@@ -138,7 +149,7 @@ def evaluate(
         report, flags = _judged_somewhere(run, saved)
     table = file.with_name(f"{file.stem}-{report.attack}.parquet")
     _write_flags(flags, table)
-    run_id = file.parent.name if _is_run_id(file.parent.name) else None
+    run_id = run_id_of(file.parent)
     if run_id is not None:
         _record(run, run_id, report, table, storage)
     return EvalResult(report, file, table, run_id, f"{run.threat.norm} {run.threat.eps:.5g}")
@@ -179,7 +190,7 @@ def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
 
 def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
     """The handle of the MLflow run to write to, and the epochs it already has."""
-    if folder is not None and _is_run_id(folder.name):
+    if folder is not None and is_run_id(folder.name):
         handle = folder.name
         if not tracker.knows(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
@@ -227,7 +238,7 @@ def _checkpoint(name: str, which: Literal["best", "last"], storage: Path, uri: s
     try:
         folder = folder_of(name, storage)
     except RequestError:
-        if not _is_run_id(name):
+        if not is_run_id(name):
             raise
         return fetch(uri, name, f"checkpoints/{which}.pt", storage / "fetched" / name)
     if folder.is_file():
@@ -279,7 +290,3 @@ def _record(run: RunConfig, run_id: str, report: EvalReport, table: Path, storag
         tracker.adopt(run_id, run_id)
         tracker.log(run_id, {**accuracies, **counts})
         tracker.artifact(run_id, table, "evaluation")
-
-
-def _is_run_id(name: str) -> bool:
-    return len(name) == 32 and all(c in "0123456789abcdef" for c in name)

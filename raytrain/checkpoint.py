@@ -18,6 +18,7 @@ from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
+RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
 _FORMAT = 2
 
 
@@ -171,11 +172,29 @@ def folder_of(name: str, storage: Path) -> Path:
     if path.exists():
         return path.resolve()
     found = [*storage.glob(f"*/{name}"), *storage.glob(f"*/*/trials/{name}")]
+    if is_run_id(name):
+        files = [
+            *storage.glob(f"*/*/trials/*/{RUN_ID}"),
+            *storage.glob(f"*/*/*/trials/*/{RUN_ID}"),
+        ]
+        found += [file.parent for file in files if file.read_text() == name]
     if found:
         return found[0].resolve()
     raise RequestError(
         f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
     )
+
+
+def run_id_of(folder: Path) -> str | None:
+    """The id of the MLflow run whose checkpoints are in a folder, if that is known there."""
+    if (folder / RUN_ID).is_file():
+        return (folder / RUN_ID).read_text()
+    return folder.name if is_run_id(folder.name) else None
+
+
+def is_run_id(name: str) -> bool:
+    """Whether a name looks like an id that MLflow gives."""
+    return len(name) == 32 and all(c in "0123456789abcdef" for c in name)
 
 
 def restore(state: TrainState, saved: Saved, place: Place) -> None:

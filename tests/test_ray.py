@@ -153,23 +153,27 @@ def test_a_sweep_ends_with_one_parent_whose_children_have_all_finished(
     assert (parent.info.run_id, parent.info.status) == (told["run_id"], "FINISHED")
     assert [run.info.status for run in children] == ["FINISHED"] * 3
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert {run.info.run_id for run in children} == {trial["run_id"] for trial in told["trials"]}
+    assert {run.info.run_id for run in children} == {
+        told["run_ids"][trial["handle"]] for trial in told["trials"]
+    }
 
 
 def test_a_sweep_meets_its_budget_in_the_study(sweep: tuple[Path, dict[str, Any]]) -> None:
     folder, told = sweep
     trials = trials_of(folder, "s")
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
-    assert {t["number"]: t["value"] for t in told["trials"]} == {t.number: t.value for t in trials}
+    values = {t["number"]: t["values"] for t in told["trials"]}
+    assert values == {t.number: [t.value] for t in trials}
 
 
 def test_the_rows_of_a_trial_are_the_same_in_the_study_and_in_mlflow(
     sweep: tuple[Path, dict[str, Any]],
 ) -> None:
-    folder, _ = sweep
+    folder, told = sweep
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     for trial in trials_of(folder, "s"):
-        history = client.get_metric_history(trial.user_attrs["run_id"], "valid/robust")
+        run_id = told["run_ids"][f"t{trial.number:04d}"]
+        history = client.get_metric_history(run_id, "valid/robust")
         assert {point.step: point.value for point in history} == trial.intermediate_values
         assert sorted(trial.intermediate_values) == [1, 2, 3]
 
@@ -180,9 +184,9 @@ def test_the_best_configuration_of_a_sweep_reads_back_as_a_run(
     folder, told = sweep
     run = as_run(told["best_file"])
     assert run.optimizer.lr == told["best"]["params"]["optimizer.lr"]
-    assert told["best"]["value"] == max(trial["value"] for trial in told["trials"])
+    assert told["best"]["values"] == max(trial["values"] for trial in told["trials"])
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    tags = client.get_run(told["best"]["run_id"]).data.tags
+    tags = client.get_run(told["run_ids"][told["best"]["handle"]]).data.tags
     assert tags["signature"] == run.signature()
     assert read_yaml(Path(told["space_file"]))["name"] == "tiny"
 
@@ -195,10 +199,12 @@ def test_the_best_trial_of_a_sweep_can_be_evaluated_by_the_id_of_its_run(
     folder, told = sweep
     store = f"sqlite:///{folder / 'mlflow.db'}"
     result = raytrain.evaluate(
-        told["best"]["run_id"], {"steps": 1, "tracking_uri": store}, storage=folder / "runs"
+        told["run_ids"][told["best"]["handle"]],
+        {"steps": 1, "tracking_uri": store},
+        storage=folder / "runs",
     )
-    assert result.run_id == told["best"]["run_id"]
-    run = MlflowClient(store).get_run(told["best"]["run_id"])
+    assert result.run_id == told["run_ids"][told["best"]["handle"]]
+    run = MlflowClient(store).get_run(told["run_ids"][told["best"]["handle"]])
     assert run.data.metrics["test/pgd1"] == result.report.robust
     assert run.info.status == "FINISHED"
 
@@ -241,12 +247,10 @@ def test_a_sweep_whose_driver_was_killed_resumes_without_repeating_a_trial(
 
     (parent,), children = runs_of(tmp_path)
     assert parent.info.status == "FINISHED"
-    finished = {run.info.run_id: run for run in children if run.info.status == "FINISHED"}
-    assert set(finished) == {trial.user_attrs["run_id"] for trial in complete}
-    # A run that was opened in the very moment of death belongs to no trial.
-    assert {run.info.status for run in children} - {"FINISHED"} <= {"KILLED"}
+    finished = {run.data.tags["trial"]: run for run in children}
+    assert {run.info.status for run in children} == {"FINISHED"} and len(children) == 7
     for trial in complete:
-        metrics = finished[trial.user_attrs["run_id"]].data.metrics
+        metrics = finished[f"t{trial.user_attrs['origin']:04d}"].data.metrics
         assert metrics["valid/robust"] == trial.value
     assert json.loads(again.stdout.splitlines()[-1])["run_id"] == parent.info.run_id
 

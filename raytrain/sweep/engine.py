@@ -16,7 +16,7 @@ import yaml
 
 from raytrain import provenance
 from raytrain.api import leave_network
-from raytrain.checkpoint import to_yaml
+from raytrain.checkpoint import RUN_ID, to_yaml
 from raytrain.config import RunConfig
 from raytrain.data.loader import Splits
 from raytrain.loop import preflight
@@ -33,7 +33,7 @@ from raytrain.sweep.importance import Importance, Method, importances
 from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.population import PopulationLedger, check_population
-from raytrain.sweep.study import open_study
+from raytrain.sweep.study import check_name, open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.sweep.wanted import wanted_space
 from raytrain.tracking import Tracker, tracked
@@ -48,6 +48,7 @@ class TuneResult:
 
     name: str
     run_id: str | None  # of the parent run in MLflow; None if MLflow did not answer
+    run_ids: dict[str, str]  # of all runs, by handle
     objectives: list[str]
     directions: list[int]  # 1: larger is better, -1: smaller
     best: TrialRow | None
@@ -97,18 +98,19 @@ def tune(
         check_population(space)
     name = resume or name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = (base.storage / base.experiment / name).resolve()
+    check_name(name, folder, resume is not None, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
-    study = open_study(
-        name, folder, space, space.hash(), resume is not None, fidelity.length, space.study
-    )
     spool = folder / "mlflow.jsonl"
     with (
         interruptible(),
-        _alone(folder),
         tracked(base.tracking_uri, base.experiment, spool) as tracker,
+        _alone(folder),
     ):
         with session(base, trials=space.budget.concurrent or 1):
             concurrent = slots(base, space.budget.concurrent)
+            study = open_study(
+                name, folder, space, space.hash(), resume is not None, fidelity.length, space.study
+            )
             space_file = folder / "space.yaml"
             space_file.write_text(_space_yaml(space))
             _open_parent(tracker, study, name, space, space_file)
@@ -121,10 +123,11 @@ def tune(
         weights = importances(study, importance)
         best_file = _leave(tracker, ledger, fidelity, splits, weights)
         _leave_finals(tracker, folder, finals)
-        run_id = tracker.run_id(PARENT, 20.0)
+        run_ids = _run_ids(tracker, ledger)
     return TuneResult(
         name=name,
-        run_id=run_id,
+        run_id=run_ids.get(PARENT),
+        run_ids=run_ids,
         objectives=[one.metric for one in space.objective],
         directions=[one.sign for one in space.objective],
         best=ledger.best(),
@@ -208,7 +211,6 @@ def _leave(
             **{f"sweep/{outcome}": float(n) for outcome, n in progress.outcomes.items()},
         },
     )
-    _leave_run_ids(tracker, ledger)
     if best is None or best.value is None:
         return None
     tracker.log(PARENT, {**best.metrics, "sweep/best": best.value})
@@ -228,14 +230,19 @@ def _drawn(ledger: Ledger, fidelity: Fidelity, weights: list[Importance]) -> lis
         return []
 
 
-def _leave_run_ids(tracker: Tracker, ledger: Ledger) -> None:
-    """The id of each trial's run in its folder, for commands that are given one of the two."""
-    if not tracker.flush(20.0):
-        return
-    for row in ledger.history.rows():
-        folder = ledger.folder / "trials" / row.handle
-        if folder.is_dir() and (run_id := tracker.run_id(row.handle, 0.0)):
-            (folder / "run_id").write_text(run_id)
+def _run_ids(tracker: Tracker, ledger: Ledger) -> dict[str, str]:
+    """The ids of the runs in MLflow, as far as it has given them; also left in the trials' folders, for
+    commands that are given one of the two.
+    """
+    tracker.flush(20.0)
+    found: dict[str, str] = {}
+    for handle in (PARENT, *(row.handle for row in ledger.history.rows())):
+        if run_id := tracker.run_id(handle, 0.0):
+            found[handle] = run_id
+            folder = ledger.folder / "trials" / handle
+            if folder.is_dir():
+                (folder / RUN_ID).write_text(run_id)
+    return found
 
 
 def _finals(
@@ -268,7 +275,7 @@ def _finals(
             second.enqueue({"run": number})
         study.set_user_attr("planned", True)
     execute(second, slot_for(space.base_run), concurrent)
-    _leave_run_ids(tracker, second)
+    _run_ids(tracker, second)
     done = [row for row in second.history.rows() if row.state == "complete"]
     storage = space.base_run.storage
     return summarised([(row, test_once(folder / "trials" / row.handle, storage)) for row in done])

@@ -17,6 +17,18 @@ from raytrain.types import RequestError, mix
 JOURNAL = "study.log"
 
 
+def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
+    """Whether a sweep of this name is or is not there, as far as that is told by its folder.
+
+    Raises:
+        RequestError: if it is the other way round.
+    """
+    if url is None and resume and not (folder / JOURNAL).is_file():
+        raise RequestError(f"--resume: there is no sweep {name} in {folder.parent}")
+    if url is None and not resume and (folder / JOURNAL).is_file():
+        raise RequestError(f"--name: a sweep {name} exists; continue it with --resume {name}")
+
+
 def open_study(
     name: str,
     folder: Path,
@@ -35,8 +47,8 @@ def open_study(
         RequestError: if it exists and was not to be resumed, or has another `fingerprint`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if url is None and resume and not (folder / JOURNAL).is_file():
-        raise RequestError(f"--resume: there is no sweep {name} in {folder.parent}")
+    if resume is not None:
+        check_name(name, folder, resume, url)
     folder.mkdir(parents=True, exist_ok=True)
     storage = _storage(url, folder)
     full = name if url is None else f"{folder.parent.name}/{name}"
