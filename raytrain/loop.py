@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +80,22 @@ def fit(
 
 
 def kept(
-    run: RunConfig, place: Place, folder: Path, resume: Saved | None = None
+    run: RunConfig,
+    place: Place,
+    folder: Path,
+    resume: Saved | None = None,
+    note: Callable[[Report], None] | None = None,
 ) -> Iterator[Report]:
     """`fit`, with `last.pt` and `best.pt` in `folder`: each written before its epoch is reported.
+
+    `note` is given every row before that: what it keeps is never behind a checkpoint.
 
     Raises:
         TrainingFailed: on every worker, also if the folder cannot be written.
     """
     for report, state in fit(run, place, resume):
+        if note is not None:
+            note(report)
         if report.improved:
             save(state, run, folder / BEST, place)
         if state.epoch % run.checkpoint_every == 0 or report.final:

@@ -12,7 +12,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -151,13 +151,18 @@ def work(settings: dict[str, Any]) -> None:
             tell("failed", str(error), 10)
 
 
-def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
-    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
+def job_rows(
+    job: Job, place: Place, resume: bool, note: Callable[[Report], None] | None = None
+) -> Iterator[Report]:
+    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one.
+
+    `note` is given each of them before its checkpoint is written.
+    """
     from raytrain.loop import kept
 
     folder = Path(job.folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
-    return kept(RunConfig.model_validate_json(job.run), place, folder, saved)
+    return kept(RunConfig.model_validate_json(job.run), place, folder, saved, note)
 
 
 class Group:

@@ -72,9 +72,11 @@ class AbstractSlot(tune.Trainable):
             if any(mark in str(error) for mark in _POISON):
                 raise
             return {**_row({}, 0, 0.0, final=False), "failed": _told(error), "done": True}
-        result = _row(report.metrics(), report.epoch, report.progress, final=report.final)
-        _write(self._kept, json.dumps(result))
-        return {**result, "done": report.final or report.progress >= self._until}
+        return {**_told_of(report), "done": report.final or report.progress >= self._until}
+
+    def keep(self, report: Report) -> None:
+        """Write a row to the folder of the trial."""
+        _write(self._kept, json.dumps(_told_of(report)))
 
     def _last(self) -> dict[str, Any] | None:
         return json.loads(self._kept.read_text()) if self._kept.is_file() else None
@@ -95,6 +97,10 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
         "final": final,
         "done": final,
     }
+
+
+def _told_of(report: Report) -> dict[str, Any]:
+    return _row(report.metrics(), report.epoch, report.progress, final=report.final)
 
 
 def _write(file: Path, text: str) -> None:
@@ -127,7 +133,7 @@ class SingleSlot(AbstractSlot):
     """Trials of one worker, in this process."""
 
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
-        return job_rows(job, here(run.device), job.resume)
+        return job_rows(job, here(run.device), job.resume, self.keep)
 
     def cleanup(self) -> None:
         self._rows = iter(())
@@ -150,7 +156,12 @@ class GroupSlot(AbstractSlot):
                 run.max_failures,
             )
         self._group.submit(job)
-        return self._group.rows()
+        return self._keeping(self._group.rows())
+
+    def _keeping(self, rows: Iterator[Report]) -> Iterator[Report]:
+        for report in rows:
+            self.keep(report)
+            yield report
 
     def cleanup(self) -> None:
         if self._group is not None:
