@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from sweep_helpers import METRIC, Launch, space_of
+from sweep_helpers import METRIC, Launch, Store, space_of
 
 from raytrain.request import as_run
 from raytrain.spaces.space import SearchSpace
@@ -44,8 +44,8 @@ def test_a_grid_is_planned_once_wherever_drivers_die(tmp_path: Path) -> None:
     before = None
     for at in (4, 3, 2, 0):
         limit = at
-        store = {} if before is None else {"store": before.store}
-        launch = Launch(tmp_path / "s", space=space, deaths=die, **store)
+        store = Store() if before is None else before.store
+        launch = Launch(tmp_path / "s", store, space, deaths=die)
         launch.ledger.recover()
         calls, before = 0, launch
         try:

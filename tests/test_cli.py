@@ -422,17 +422,20 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
 def test_progress_that_nobody_reads_any_more_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from raytrain.show.sweeps import Trials
     from raytrain.show.training import Epochs
-    from raytrain.sweep import SweepProgress
+    from raytrain.spaces.plan import Budget
+    from raytrain.sweep.tally import Tally
 
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError(text)
 
-    row = Report(1, 2.3, 1.0, 0.1, 0.1, 0.2, 0.1, 640, 128, 0.5, 0.2, 0.1, 0.1, True)
+    row = Report(1, 2.3, 1.0, 0.1, 0.1, 0.2, 0.1, 640, 128, 0.5, 0.2, 0.1, 0.1, 0.1, True)
+    tally = Tally(Budget(trials=3), 1)
+    tally.outcomes["complete"] += 1
     with Epochs() as epochs, Trials() as trials:
         monkeypatch.setattr(sys, "stderr", Gone())
         epochs(as_run(None), row)
-        trials(SweepProgress(1, 3, 0, 0, 0.1, 0))
+        trials(tally.progress((), 0.0, 0.0))
 
 
 def test_a_storage_that_cannot_be_written_is_named_and_leaves_no_run_running(here: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from sweep_helpers import METRIC, SPACE, Launch, failed, space_of
+from sweep_helpers import METRIC, SPACE, Launch, Store, failed, space_of
 
 from raytrain.config import RunConfig
 from raytrain.spaces.space import SearchSpace
@@ -156,8 +156,8 @@ def sweep_of(name: str) -> SearchSpace:
 
 
 def launched(folder: Path, name: str, world: World, before: Launch | None) -> Launch:
-    store = {} if before is None else {"store": before.store}
-    return Launch(folder, space=sweep_of(name), deaths=world.count, **store)
+    store = Store() if before is None else before.store
+    return Launch(folder, store, sweep_of(name), deaths=world.count)
 
 
 def finished(folder: Path, name: str, dies_at: list[int]) -> tuple[Launch, World]:

@@ -171,8 +171,9 @@ def test_validation_is_under_the_full_radius_or_its_own() -> None:
     never = {"curriculum": {"eps": {"start": 0, "end": 0}}, "epochs": 8, "model": "small_cnn"}
     full, _ = trained(run_of(**never))
     none, _ = trained(run_of(**never, evaluation={"eps": 0, "steps": 1}))
-    assert full[-1].clean == none[-1].clean == none[-1].robust
-    assert full[-1].robust is not None and full[-1].robust < full[-1].clean
+    clean, robust = full[-1].clean, full[-1].robust
+    assert clean == none[-1].clean == none[-1].robust
+    assert clean is not None and robust is not None and robust < clean
     assert run_of(evaluation={"eps": 0.05, "steps": 3}).evaluation.name == "pgd3-eps0.05"
     with pytest.raises(ValidationError):
         RunConfig.model_validate({"evaluation": {"eps": -1}})

@@ -15,7 +15,7 @@ from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.pruners import MedianAtCost, pruner_for
 
 
-def study_of(*finished: dict[int, float], direction: str = "maximize") -> optuna.Study:
+def study_of(*finished: dict[int, float], direction: Any = "maximize") -> optuna.Study:
     """A study whose finished trials reported these values at these costs."""
     study = optuna.create_study(direction=direction)
     for values in finished:

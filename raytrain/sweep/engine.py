@@ -15,21 +15,17 @@ import optuna
 import yaml
 
 from raytrain import provenance
-from raytrain.api import leave_network
-from raytrain.checkpoint import RUN_ID, to_yaml
-from raytrain.config import RunConfig
-from raytrain.data.loader import Splits
+from raytrain.checkpoint import to_yaml
 from raytrain.loop import preflight
-from raytrain.say import say
 from raytrain.session import interruptible, session, slots
 from raytrain.spaces.plan import pruner_of
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
 from raytrain.sweep.execute import execute, slot_for
 from raytrain.sweep.fidelity import Fidelity
-from raytrain.sweep.figures import draw
-from raytrain.sweep.final import FinalRow, Finals, summarised, test_once
+from raytrain.sweep.final import FinalRow, leave_finals, train_finals
 from raytrain.sweep.importance import Importance, Method, importances
+from raytrain.sweep.leaving import TABLE, leave, leave_run_ids
 from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.population import PopulationLedger, check_population
@@ -119,11 +115,11 @@ def tune(
             ledger.recover()
             plan_first(ledger, space, tracker.uri)
             execute(ledger, slot_for(base), concurrent)
-            finals = _finals(ledger, space, tracker, final, seeds, concurrent, watch)
+            finals = train_finals(ledger, space, tracker, final, seeds, concurrent, watch)
         weights = importances(study, importance)
-        best_file = _leave(tracker, ledger, fidelity, splits, weights)
-        _leave_finals(tracker, folder, finals)
-        run_ids = _run_ids(tracker, ledger)
+        best_file = leave(tracker, ledger, splits, weights)
+        leave_finals(tracker, folder, finals)
+        run_ids = leave_run_ids(tracker, ledger)
     return TuneResult(
         name=name,
         run_id=run_ids.get(PARENT),
@@ -137,7 +133,7 @@ def tune(
         importances=weights,
         finals=finals,
         best_file=best_file,
-        table=folder / "trials.parquet",
+        table=folder / TABLE,
         folder=folder,
         space_file=space_file,
         tracking_uri=tracker.uri,
@@ -187,128 +183,6 @@ def _open_parent(
         )
         tracker.text(PARENT, to_yaml(base), "base.yaml")
     tracker.artifact(PARENT, space_file)
-
-
-def _leave(
-    tracker: Tracker,
-    ledger: Ledger,
-    fidelity: Fidelity,
-    splits: Splits,
-    weights: list[Importance],
-) -> Path | None:
-    """What a sweep leaves on its parent run and beside its study."""
-    folder, progress, best = ledger.folder, ledger.progress(), ledger.best()
-    table = folder / "trials.parquet"
-    ledger.journal.write_parquet(table)
-    tracker.artifact(PARENT, table)
-    for figure in _drawn(ledger, fidelity, weights):
-        tracker.artifact(PARENT, figure, "figures")
-    tracker.log(
-        PARENT,
-        {
-            "sweep/trials": float(progress.finished),
-            "sweep/fe_per_image": progress.fe_per_image,
-            **{f"sweep/{outcome}": float(n) for outcome, n in progress.outcomes.items()},
-        },
-    )
-    if best is None or best.value is None:
-        return None
-    tracker.log(PARENT, {**best.metrics, "sweep/best": best.value})
-    tracker.tag(PARENT, {"best_trial": best.handle})
-    best_file = folder / "best.yaml"
-    best_file.write_text(to_yaml(_run_of(ledger, best)))
-    tracker.artifact(PARENT, best_file)
-    leave_network(tracker, best.handle, folder / "trials" / best.handle, splits.valid)
-    return best_file
-
-
-def _drawn(ledger: Ledger, fidelity: Fidelity, weights: list[Importance]) -> list[Path]:
-    try:
-        return draw(ledger.history, fidelity, ledger.folder / "figures", weights)
-    except Exception as error:  # a picture is not worth a sweep
-        say(f"raytrain: the figures could not be drawn ({type(error).__name__}: {error})")
-        return []
-
-
-def _run_ids(tracker: Tracker, ledger: Ledger) -> dict[str, str]:
-    """The ids of the runs in MLflow, as far as it has given them; also left in the trials' folders, for
-    commands that are given one of the two.
-    """
-    tracker.flush(20.0)
-    found: dict[str, str] = {}
-    for handle in (PARENT, *(row.handle for row in ledger.history.rows())):
-        if run_id := tracker.run_id(handle, 0.0):
-            found[handle] = run_id
-            folder = ledger.folder / "trials" / handle
-            if folder.is_dir():
-                (folder / RUN_ID).write_text(run_id)
-    return found
-
-
-def _finals(
-    ledger: Ledger,
-    space: SearchSpace,
-    tracker: Tracker,
-    count: int,
-    seeds: int,
-    concurrent: int,
-    watch: Watch | None,
-) -> list[FinalRow]:
-    """Train the best again and evaluate them; what an earlier launch did is not done twice."""
-    ranked = _ranked(ledger, space)[:count]
-    if not ranked:
-        return []
-    finals = Finals.of(
-        space.base_run, space.objective, [(row, _run_of(ledger, row)) for row in ranked], seeds
-    )
-    folder = ledger.folder / f"final-{finals.hash()[:6]}"
-    name = f"{ledger.study.study_name}-{folder.name}"
-    length = Fidelity.of(space.base_run, 1).length
-    exists = (folder / "study.log").is_file() if space.study is None else None
-    study = open_study(name, folder, finals, finals.hash(), exists, length, space.study)
-    fidelity = Fidelity.of(space.base_run, ledger.fidelity.num_images)
-    second = Ledger(study, finals, tracker, folder, fidelity, watch, prefix="final")
-    second.recover()
-    if not study.user_attrs.get("planned"):
-        known = len(second.history.trials())
-        for number in range(known, len(finals.runs)):
-            second.enqueue({"run": number})
-        study.set_user_attr("planned", True)
-    execute(second, slot_for(space.base_run), concurrent)
-    _run_ids(tracker, second)
-    done = [row for row in second.history.rows() if row.state == "complete"]
-    storage = space.base_run.storage
-    return summarised([(row, test_once(folder / "trials" / row.handle, storage)) for row in done])
-
-
-def _ranked(ledger: Ledger, space: SearchSpace) -> list[TrialRow]:
-    """Finished trials, best first by validation; of several objectives, the front by the first."""
-    several = len(space.objective) > 1
-    rows = ledger.history.front() if several else ledger.history.rows()
-    done = [row for row in rows if row.state == "complete" and row.value is not None]
-    return sorted(done, key=lambda row: -space.objective[0].sign * row.values[0])
-
-
-def _leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
-    if not finals:
-        return
-    file = folder / "final.yaml"
-    file.write_text(yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
-    tracker.artifact(PARENT, file)
-    first = finals[0]
-    tracker.log(
-        PARENT,
-        {
-            "final/clean": first.clean,
-            "final/robust": first.robust,
-            "final/robust_std": first.robust_std,
-            "final/seeds": float(first.seeds),
-        },
-    )
-
-
-def _run_of(ledger: Ledger, row: TrialRow) -> RunConfig:
-    return ledger.space.run(row.params)
 
 
 def _space_yaml(space: SearchSpace) -> str:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from raytrain import api
 from raytrain.checkpoint import BEST, LAST
 from raytrain.config import RunConfig
 from raytrain.spaces.plan import Budget, Limit, Objectives, Search
-from raytrain.sweep.tally import TrialRow
+from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.execute import execute, slot_for
+from raytrain.sweep.fidelity import Fidelity
+from raytrain.sweep.leaving import leave_run_ids
+from raytrain.sweep.ledger import Ledger
+from raytrain.sweep.mirror import PARENT
+from raytrain.sweep.study import JOURNAL, open_study
+from raytrain.sweep.tally import SweepProgress, TrialRow
+from raytrain.tracking import Tracker
 
 _TEST = "test.json"
 
@@ -88,6 +98,61 @@ class FinalRow:
     fe_per_sample: float
 
 
+def train_finals(
+    ledger: Ledger,
+    space: SearchSpace,
+    tracker: Tracker,
+    count: int,
+    seeds: int,
+    concurrent: int,
+    watch: Callable[[SweepProgress], None] | None,
+) -> list[FinalRow]:
+    """Train the best again and evaluate them; what an earlier launch did is not done twice."""
+    ranked = _ranked(ledger, space)[:count]
+    if not ranked:
+        return []
+    finals = Finals.of(
+        space.base_run, space.objective, [(row, space.run(row.params)) for row in ranked], seeds
+    )
+    folder = ledger.folder / f"final-{finals.hash()[:6]}"
+    name = f"{ledger.study.study_name}-{folder.name}"
+    length = Fidelity.of(space.base_run, 1).length
+    exists = (folder / JOURNAL).is_file() if space.study is None else None
+    study = open_study(name, folder, finals, finals.hash(), exists, length, space.study)
+    fidelity = Fidelity.of(space.base_run, ledger.fidelity.num_images)
+    second = Ledger(study, finals, tracker, folder, fidelity, watch, prefix=f"{folder.name}-")
+    second.recover()
+    if not study.user_attrs.get("planned"):
+        known = len(second.history.trials())
+        for number in range(known, len(finals.runs)):
+            second.enqueue({"run": number})
+        study.set_user_attr("planned", True)
+    execute(second, slot_for(space.base_run), concurrent)
+    leave_run_ids(tracker, second)
+    done = [row for row in second.history.rows() if row.state == "complete"]
+    storage = space.base_run.storage
+    return summarised([(row, test_once(folder / "trials" / row.handle, storage)) for row in done])
+
+
+def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
+    """The table of the finals, and the first of them on the sweep's own run."""
+    if not finals:
+        return
+    file = folder / "final.yaml"
+    file.write_text(yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
+    tracker.artifact(PARENT, file)
+    first = finals[0]
+    tracker.log(
+        PARENT,
+        {
+            "final/clean": first.clean,
+            "final/robust": first.robust,
+            "final/robust_std": first.robust_std,
+            "final/seeds": float(first.seeds),
+        },
+    )
+
+
 def test_once(folder: Path, storage: Path) -> dict[str, Any]:
     """The verdict of the test set on the training in `folder`; remembered, so that it is given once."""
     kept = folder / _TEST
@@ -127,3 +192,11 @@ def _mean(rank: int, rows: list[tuple[TrialRow, dict[str, Any]]]) -> FinalRow:
         attack=rows[0][1]["attack"],
         fe_per_sample=statistics.fmean(costs),
     )
+
+
+def _ranked(ledger: Ledger, space: SearchSpace) -> list[TrialRow]:
+    """Finished trials, best first by validation; of several objectives, the front by the first."""
+    several = len(space.objective) > 1
+    rows = ledger.history.front() if several else ledger.history.rows()
+    done = [row for row in rows if row.state == "complete" and row.value is not None]
+    return sorted(done, key=lambda row: -space.objective[0].sign * row.values[0])

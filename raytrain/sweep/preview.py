@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,7 +89,7 @@ def look_ahead(space: SearchSpace) -> Preview:
     )
 
 
-def _drawn(space: SearchSpace, seed: int) -> Mapping[str, Any] | None:
+def _drawn(space: SearchSpace, seed: int) -> dict[str, Any] | None:
     """A random configuration that the constraints allow."""
     source = random.Random(seed)
     for _ in range(_TRIES):
