@@ -35,7 +35,7 @@ WORK: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=20, help="measured trials of each recipe")
     parser.add_argument("--trainer-trials", type=int, default=None, help="of the slowest recipe")
     parser.add_argument("--out", type=Path, default=None)

@@ -215,7 +215,7 @@ def _versions() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--every", type=int, default=None, help="trials between two measurements")

@@ -337,7 +337,7 @@ def _versions() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--runs", type=int, default=30, help="budget, in whole runs")
     parser.add_argument("--table", type=Path, default=HERE / "curves-digits.parquet")

@@ -162,7 +162,10 @@ def job_rows(
 
     folder = Path(job.folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
-    return kept(RunConfig.model_validate_json(job.run), place, folder, saved, note)
+    for report in kept(RunConfig.model_validate_json(job.run), place, folder, saved, note):
+        yield report
+        if report.progress >= job.until:
+            return  # not one epoch further: whoever pauses a trial wants its checkpoint as it is
 
 
 class Group:

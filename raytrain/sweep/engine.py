@@ -61,7 +61,8 @@ class TuneResult:
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        return asdict(self)
+        progress = {**asdict(self.progress), "budget": self.progress.budget.model_dump()}
+        return {**asdict(self), "progress": progress}
 
 
 def tune(

@@ -24,7 +24,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from raytrain.checkpoint import BEST, LAST
+from raytrain.checkpoint import BEST, LAST, ROW
 from raytrain.spaces.plan import Population
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.history import current_params
@@ -34,6 +34,7 @@ from raytrain.worker import Job
 
 _MOVABLE = ("optimizer", "algorithm", "outer", "curriculum", "threat")
 _KINDS = ("name", "kind", "norm")  # these choose other memories: a checkpoint would not fit
+_STATE = (LAST, BEST, ROW)  # what a member is, on disk
 _TRIES = 20  # perturbations that may break the constraints, before the donor's numbers are kept
 
 
@@ -130,7 +131,7 @@ class PopulationLedger(Ledger):
         """The checkpoints of this interval, for whoever copies them later: links, which cost no space
         until the member has trained on.
         """
-        for name in (LAST, BEST):
+        for name in _STATE:
             source = self._folder_of(live.origin) / name
             if source.is_file():
                 kept = self._state(live.origin, self._passed(live), name)
@@ -148,7 +149,7 @@ class PopulationLedger(Ledger):
             return
         for passed in [passed for passed in self._scores if passed < lowest]:
             for member in self._scores.pop(passed):
-                for name in (LAST, BEST):
+                for name in _STATE:
                     self._state(member, passed, name).unlink(missing_ok=True)
 
     def _keep_score(self, live: Live, value: float) -> None:
@@ -165,7 +166,7 @@ class PopulationLedger(Ledger):
         if donor is None or not self._state(donor, passed, LAST).is_file():
             return
         params = self._changed(donor, mix(self.space.search.seed, live.origin, live.epoch))
-        for name in (LAST, BEST):
+        for name in _STATE:
             source = self._state(donor, passed, name)
             if source.is_file():
                 shutil.copyfile(source, self._copy_for(live.origin, params, name))
@@ -185,7 +186,7 @@ class PopulationLedger(Ledger):
 
     def _take(self, member: int, params: Mapping[str, Any]) -> None:
         """Put the copies that wait for these parameters in place; any other was never decided on."""
-        for name in (LAST, BEST):
+        for name in _STATE:
             copy = self._copy_for(member, params, name)
             if copy.is_file():
                 copy.replace(self._folder_of(member) / name)

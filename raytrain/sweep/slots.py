@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from ray import tune
 
+from raytrain.checkpoint import ROW
 from raytrain.config import RunConfig
 from raytrain.place import here
 from raytrain.record import Report
@@ -52,7 +53,7 @@ class AbstractSlot(tune.Trainable):
             # Libraries that the first trial has loaded are here to stay: to look through them at every
             # collection takes longer than all else that a new trial needs.
             gc.freeze()
-        self._until, self._kept = job.until, Path(job.folder) / "row.json"
+        self._until, self._kept = job.until, Path(job.folder) / ROW
         # A driver may have died before the row of the last checkpoint reached it.
         self._again = self._last() if job.resume else None
         self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
@@ -137,6 +138,7 @@ class SingleSlot(AbstractSlot):
 
     def cleanup(self) -> None:
         self._rows = iter(())
+        gc.unfreeze()
 
 
 class GroupSlot(AbstractSlot):
