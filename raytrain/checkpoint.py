@@ -19,7 +19,7 @@ from raytrain.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
 RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
-ROW = "row.json"  # and the row that belongs to the last checkpoint
+ROWS = "rows.json"  # and the last rows, up to the last checkpoint
 _FORMAT = 2
 
 

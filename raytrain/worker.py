@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raytrain.checkpoint import LAST, load
+from raytrain.checkpoint import LAST, ROWS, load
 from raytrain.config import RunConfig
 from raytrain.place import Place
 from raytrain.record import Report
@@ -151,21 +152,46 @@ def work(settings: dict[str, Any]) -> None:
             tell("failed", str(error), 10)
 
 
-def job_rows(
-    job: Job, place: Place, resume: bool, note: Callable[[Report], None] | None = None
-) -> Iterator[Report]:
-    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one.
-
-    `note` is given each of them before its checkpoint is written.
-    """
+def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
+    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
     from raytrain.loop import kept
 
     folder = Path(job.folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
+    note = Recent(folder, resume).add if place.leads else None
     for report in kept(RunConfig.model_validate_json(job.run), place, folder, saved, note):
         yield report
         if report.progress >= job.until:
             return  # not one epoch further: whoever pauses a trial wants its checkpoint as it is
+
+
+class Recent:
+    """The last rows of a job, in a file beside its checkpoints and written before them.
+
+    A driver may die before rows reach it that a checkpoint is already beyond: up to two of a group,
+    which runs ahead. Whoever resumes the job is told these again.
+    """
+
+    _MOST = 4
+
+    def __init__(self, folder: Path, resume: bool = True) -> None:
+        self._file = folder / ROWS
+        self.rows: list[Report] = []
+        if resume and self._file.is_file():
+            self.rows = [_report(row) for row in json.loads(self._file.read_text())]
+
+    def add(self, report: Report) -> None:
+        """Keep a row; those of epochs that are trained again are forgotten."""
+        before = [row for row in self.rows if row.epoch < report.epoch]
+        self.rows = [*before, report][-self._MOST :]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_name(f".{self._file.name}")
+        temporary.write_text(json.dumps([asdict(row) for row in self.rows]))
+        temporary.replace(self._file)
+
+
+def _report(row: dict[str, Any]) -> Report:
+    return Report(**{**row, "fosc_below": tuple(row["fosc_below"])})
 
 
 class Group:

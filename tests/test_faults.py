@@ -49,15 +49,18 @@ def slot_of(folder: Path, resume: bool) -> SingleSlot:
     return SingleSlot({"job": Job.of(run, folder, resume)})
 
 
-def test_a_resumed_trial_begins_with_the_row_of_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_trial_begins_with_the_rows_up_to_its_checkpoint(tmp_path: Path) -> None:
     slot = slot_of(tmp_path, resume=False)
     first, second = slot.train(), slot.train()
     again = slot_of(tmp_path, resume=True)
-    told = again.train()
-    assert (told["epoch"], told["metrics"]) == (2, second["metrics"]) and not told["done"]
-    assert first["epoch"] == 1 and [again.train()["epoch"], slot.train()["epoch"]] == [3, 3]
-    last = slot_of(tmp_path, resume=True).train()
-    assert last["epoch"] == 3 and last["final"] and last["done"]
+    told = [again.train(), again.train()]
+    assert [row["metrics"] for row in told] == [first["metrics"], second["metrics"]]
+    assert [row["epoch"] for row in told] == [1, 2] and not told[1]["done"]
+    assert [again.train()["epoch"], slot.train()["epoch"]] == [3, 3]
+    ended = slot_of(tmp_path, resume=True)
+    told = [ended.train() for _ in range(3)]
+    assert [(row["epoch"], row["done"]) for row in told] == [(1, False), (2, False), (3, True)]
+    assert told[-1]["final"]
 
 
 def test_a_row_is_kept_before_the_checkpoint_of_its_epoch(tmp_path: Path) -> None:
@@ -67,9 +70,9 @@ def test_a_row_is_kept_before_the_checkpoint_of_its_epoch(tmp_path: Path) -> Non
     second = slot.train()
     (tmp_path / "last.pt").write_bytes(first)  # killed in between
     again = slot_of(tmp_path, resume=True)
-    told = [again.train() for _ in range(3)]
-    assert [row["epoch"] for row in told] == [2, 2, 3]
-    assert told[0]["metrics"] == second["metrics"]
+    told = [again.train() for _ in range(4)]
+    assert [row["epoch"] for row in told] == [1, 2, 2, 3]
+    assert told[1]["metrics"] == second["metrics"]
 
 
 def test_a_new_trial_is_told_nothing_of_an_earlier_one_in_its_folder(tmp_path: Path) -> None:

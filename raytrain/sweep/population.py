@@ -24,7 +24,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from raytrain.checkpoint import BEST, LAST, ROW
+from raytrain.checkpoint import BEST, LAST, ROWS
 from raytrain.spaces.plan import Population
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.history import current_params
@@ -34,7 +34,7 @@ from raytrain.worker import Job
 
 _MOVABLE = ("optimizer", "algorithm", "outer", "curriculum", "threat")
 _KINDS = ("name", "kind", "norm")  # these choose other memories: a checkpoint would not fit
-_STATE = (LAST, BEST, ROW)  # what a member is, on disk
+_STATE = (LAST, BEST, ROWS)  # what a member is, on disk
 _TRIES = 20  # perturbations that may break the constraints, before the donor's numbers are kept
 
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from ray import tune
 
-from raytrain.checkpoint import ROW
 from raytrain.config import RunConfig
 from raytrain.place import here
 from raytrain.record import Report
 from raytrain.types import RequestError, TrainingFailed
-from raytrain.worker import Group, Job, job_rows
+from raytrain.worker import Group, Job, Recent, job_rows
 
 _POISON = ("CUDA error", "cuDNN error", "NCCL error")
 """After these a process cannot be trusted with another trial: it is given up, and the trial tried again."""
@@ -33,8 +32,8 @@ class AbstractSlot(tune.Trainable):
 
     _rows: Iterator[Report]
     _until = 1.0
-    _kept: Path  # the last row, in the folder of the trial
-    _again: dict[str, Any] | None = None  # that row, to be told once more
+    _again: Iterator[Report]  # rows that are told once more
+    _folder: Path  # of the trial
     _begun = 0  # trials in this process
 
     @abstractmethod
@@ -53,34 +52,29 @@ class AbstractSlot(tune.Trainable):
             # Libraries that the first trial has loaded are here to stay: to look through them at every
             # collection takes longer than all else that a new trial needs.
             gc.freeze()
-        self._until, self._kept = job.until, Path(job.folder) / ROW
-        # A driver may have died before the row of the last checkpoint reached it.
-        self._again = self._last() if job.resume else None
+        self._until, folder = job.until, Path(job.folder)
+        # A driver may have died before the rows up to the last checkpoint reached it.
+        self._again = iter(Recent(folder).rows if job.resume else [])
+        self._folder = folder
         self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
         return True
 
     def step(self) -> dict[str, Any]:
-        if self._again is not None and not self._again["final"]:
-            again, self._again = self._again, None
-            return {**again, "done": False}
+        again = next(self._again, None)
+        if again is not None and not again.final:
+            return {**_told_of(again), "done": False}
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch, whose row may have been lost
-            last = self._last() or {}
-            return {**_row({}, 0, 1.0, final=True), **last, "final": True, "done": True}
+            last = Recent(self._folder).rows[-1:]
+            told = _told_of(last[0]) if last else _row({}, 0, 1.0, final=True)
+            return {**told, "final": True, "done": True}
         except Exception as error:
             # Whatever a configuration makes the network, the data or the optimiser do.
             if any(mark in str(error) for mark in _POISON):
                 raise
             return {**_row({}, 0, 0.0, final=False), "failed": _told(error), "done": True}
         return {**_told_of(report), "done": report.final or report.progress >= self._until}
-
-    def keep(self, report: Report) -> None:
-        """Write a row to the folder of the trial."""
-        _write(self._kept, json.dumps(_told_of(report)))
-
-    def _last(self) -> dict[str, Any] | None:
-        return json.loads(self._kept.read_text()) if self._kept.is_file() else None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""
@@ -102,13 +96,6 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
 
 def _told_of(report: Report) -> dict[str, Any]:
     return _row(report.metrics(), report.epoch, report.progress, final=report.final)
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 def _told(error: Exception) -> str:
@@ -134,7 +121,7 @@ class SingleSlot(AbstractSlot):
     """Trials of one worker, in this process."""
 
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
-        return job_rows(job, here(run.device), job.resume, self.keep)
+        return job_rows(job, here(run.device), job.resume)
 
     def cleanup(self) -> None:
         self._rows = iter(())
@@ -158,12 +145,7 @@ class GroupSlot(AbstractSlot):
                 run.max_failures,
             )
         self._group.submit(job)
-        return self._keeping(self._group.rows())
-
-    def _keeping(self, rows: Iterator[Report]) -> Iterator[Report]:
-        for report in rows:
-            self.keep(report)
-            yield report
+        return self._group.rows()
 
     def cleanup(self) -> None:
         if self._group is not None:
