@@ -62,7 +62,7 @@ class AbstractSlot(tune.Trainable):
     def step(self) -> dict[str, Any]:
         again = next(self._again, None)
         if again is not None and not again.final:
-            return {**_told_of(again), "done": False}
+            return {**_told_of(again), "done": again.progress >= self._until}
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch, whose row may have been lost
