@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -103,6 +104,7 @@ def measured(trials: int, slots: int, every: int) -> list[dict[str, float]]:
             "budget": {"trials": trials},
         }
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # as the commands do
     rows: list[dict[str, float]] = []
 
     class Measured(Ledger):
