@@ -1,12 +1,13 @@
 """Ten thousand trials on 64 slots: what the driver pays per trial, and where that stops being flat.
 
     python benchmarks/scale.py                     # 10,000 trials, 64 slots
-    python benchmarks/scale.py --trials 500 --slots 8
+    python benchmarks/scale.py --ray --trials 500 --slots 8
 
-Everything is real but the training: Ray Tune with 64 slots (64 logical nodes of one CPU each, on this
-machine), the Optuna study in its journal file, TPE over 8 dimensions with ASHA, MLflow in SQLite through
-the spool. A stub trial hands over three rows at once, so the driver is asked for more trials per second
-than any cluster that trains would. Writes scale.md, scale.parquet and scale.png beside this file.
+Everything is real but the training and the cluster: the ledger, the Optuna study in its journal file, TPE
+over 8 dimensions with ASHA, MLflow in SQLite through the spool. 64 simulated nodes hand over the three
+rows of a stub trial as fast as the driver takes them, so it is asked for more trials per second than any
+cluster that trains would. With --ray the slots are real actors under Ray Tune, on one machine. Writes
+scale.md, scale.parquet and scale.png beside this file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +62,7 @@ def slot_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             self._epoch += 1
-            final = self._epoch == ROWS
-            metrics = {
-                "cost/fe": 10.0 * self._epoch,
-                "valid/robust": self._values["of"][self._epoch - 1],
-            }
-            row = {
-                "metrics": json.dumps(metrics),
-                "epoch": self._epoch,
-                "final": final,
-                "done": final,
-            }
-            return {**row, "progress": self._epoch / ROWS}
+            return row_of(self._values, self._epoch)
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
             pass
@@ -82,7 +73,7 @@ def slot_class() -> Any:
     return StubSlot
 
 
-def measured(trials: int, slots: int, every: int) -> list[dict[str, float]]:
+def measured(trials: int, slots: int, every: int, with_ray: bool) -> list[dict[str, float]]:
     """One row per `every` trials: seconds per trial and per suggestion, memory of the driver."""
     import ray
     from ray import tune as ray_tune
@@ -140,25 +131,54 @@ def measured(trials: int, slots: int, every: int) -> list[dict[str, float]]:
         def _job(self, live: Live) -> Any:
             return {"of": [stub(live.values, epoch) for epoch in range(1, ROWS + 1)]}
 
-    ray.init(address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name) / "sweep"
-            study = open_study("scale", folder, space, space.hash(), False, float(ROWS))
-            uri = f"sqlite:///{name}/mlflow.db"
-            with tracked(uri, "scale", folder / "mlflow.jsonl") as tracker:
-                tracker.open(PARENT, "scale", {}, {})
-                ledger = Measured(
-                    study, space, tracker, folder, Fidelity(False, float(ROWS), 1000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "sweep"
+        study = open_study("scale", folder, space, space.hash(), False, float(ROWS))
+        with tracked(f"sqlite:///{name}/mlflow.db", "scale", folder / "mlflow.jsonl") as tracker:
+            tracker.open(PARENT, "scale", {}, {})
+            ledger = Measured(study, space, tracker, folder, Fidelity(False, float(ROWS), 1000))
+            if not with_ray:
+                simulate(ledger, slots)
+            else:
+                ray.init(
+                    address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False
                 )
-                one = ray_tune.with_resources(
-                    slot_class(), ray_tune.PlacementGroupFactory([{"CPU": 1}])
-                )
-                execute(ledger, one, slots)
-                print("trials done; MLflow is given what is left", flush=True)
-    finally:
-        ray.shutdown()
+                needs = ray_tune.PlacementGroupFactory([{"CPU": 1}])
+                execute(ledger, ray_tune.with_resources(slot_class(), needs), slots)
+                ray.shutdown()
+            print("trials done; MLflow is given what is left", flush=True)
     return rows
+
+
+def row_of(job: dict[str, Any], epoch: int) -> dict[str, Any]:
+    """What a slot hands over after an epoch of the stub."""
+    final = epoch == ROWS
+    metrics = {"cost/fe": 10.0 * epoch, "valid/robust": job["of"][epoch - 1]}
+    row = {"metrics": json.dumps(metrics), "epoch": epoch, "final": final, "done": final}
+    return {**row, "progress": epoch / ROWS}
+
+
+def simulate(ledger: Any, slots: int) -> None:
+    """Nodes that answer in turn."""
+    running: deque[tuple[str, Any, int]] = deque()
+    begun, over = 0, False
+    while running or not over:
+        while not over and len(running) < slots:
+            try:
+                started = ledger.begin(str(begun))
+            except StopIteration:
+                over = True
+                break
+            if started is None:
+                break
+            running.append((str(begun), started["job"], 1))
+            begun += 1
+        name, job, epoch = running.popleft()
+        row = row_of(job, epoch)
+        if row["done"] or ledger.row(name, row):
+            ledger.end(name, row, lost=False)
+        else:
+            running.append((name, job, epoch + 1))
 
 
 def resident() -> float:
@@ -221,9 +241,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--every", type=int, default=None, help="trials between two measurements")
+    parser.add_argument("--ray", action="store_true", help="real actors under Ray Tune")
     options = parser.parse_args()
     every = options.every or max(1, options.trials // 40)
-    rows = measured(options.trials, options.slots, every)
+    rows = measured(options.trials, options.slots, every, options.ray)
     text = report(rows, options.slots)
     print(text)
     (HERE / "scale.md").write_text(text)
