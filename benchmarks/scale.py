@@ -173,6 +173,8 @@ def simulate(ledger: Any, slots: int) -> None:
                 break
             running.append((str(begun), started["job"], 1))
             begun += 1
+        if not running:
+            continue
         name, job, epoch = running.popleft()
         row = row_of(job, epoch)
         if row["done"] or ledger.row(name, row):
