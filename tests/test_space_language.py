@@ -615,3 +615,13 @@ def test_words_may_change_the_search_and_the_budget(tmp_path: Path) -> None:
         read_space(file, ["search.samplr=gp"])
     with pytest.raises(RequestError, match=r"^budget.trials=0: budget.trials: expected"):
         read_space(file, ["budget.trials=0"])
+
+
+def test_a_password_does_not_get_into_the_file_of_a_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("study: postgresql://me:secret@host/name\n")
+    with pytest.raises(RequestError, match=r"study: .*without a password") as error:
+        read_space(file)
+    assert "secret" not in str(error.value)
+    file.write_text("study: postgresql://me@host:5432/name\n")
+    assert read_space(file).study == "postgresql://me@host:5432/name"

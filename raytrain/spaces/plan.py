@@ -159,6 +159,11 @@ class Budget(Spec):
     ] = None
 
 
+def sees_stopped(search: Search, objectives: Objectives) -> bool:
+    """Whether the sampler looks at trials that were stopped early (pbt looks at none)."""
+    return len(objectives) == 1 and search.sampler in (*_LEARNS_FROM_STOPPED, "pbt")
+
+
 def pruner_of(search: Search, objectives: Objectives) -> Pruner:
     """The pruner in use."""
     if search.pruner is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
@@ -70,6 +71,11 @@ class SearchSpace(Spec):
     def _makes_sense(self) -> SearchSpace:
         check_plan(self.search, self.objective)
         check_limits(self.feasible)
+        if self.study is not None and re.match(r"[^/]*://[^/@:]*:[^/@]*@", self.study):
+            raise ValueError(
+                "study: the file is kept and shown in MLflow; expected a URL without a password, which "
+                "belongs to the driver's own means (PGPASSWORD, ~/.pgpass)"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from raytrain.sweep.study import check_name, open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.sweep.wanted import wanted_space
 from raytrain.tracking import Tracker, tracked
-from raytrain.types import RequestError
 
 Watch = Callable[[SweepProgress], None]
 
@@ -98,11 +94,8 @@ def tune(
     check_name(name, folder, resume is not None, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     spool = folder / "mlflow.jsonl"
-    with (
-        interruptible(),
-        tracked(base.tracking_uri, base.experiment, spool) as tracker,
-        _alone(folder),
-    ):
+    # The spool is locked: a second driver would take the trials of the first for dead.
+    with interruptible(), tracked(base.tracking_uri, base.experiment, spool) as tracker:
         with session(base, trials=space.budget.concurrent or 1):
             concurrent = slots(base, space.budget.concurrent)
             study = open_study(
@@ -139,26 +132,6 @@ def tune(
         space_file=space_file,
         tracking_uri=tracker.uri,
     )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One driver per sweep: a second one would take the trials of the first for dead.
-
-    Raises:
-        RequestError: if another process runs this sweep.
-    """
-    file = os.open(folder / "driver.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RequestError(
-                f"--resume: the sweep {folder.name} is being run by another process on this machine"
-            ) from None
-        yield
-    finally:
-        os.close(file)
 
 
 def _open_parent(

@@ -18,11 +18,10 @@ from raytrain.config import RunConfig
 from raytrain.spaces.plan import Budget, Limit, Objectives, Search
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.execute import execute, slot_for
-from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.leaving import leave_run_ids
 from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
-from raytrain.sweep.study import JOURNAL, open_study
+from raytrain.sweep.study import open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.tracking import Tracker
 
@@ -116,10 +115,8 @@ def train_finals(
     )
     folder = ledger.folder / f"final-{finals.hash()[:6]}"
     name = f"{ledger.study.study_name}-{folder.name}"
-    length = Fidelity.of(space.base_run, 1).length
-    exists = (folder / JOURNAL).is_file() if space.study is None else None
-    study = open_study(name, folder, finals, finals.hash(), exists, length, space.study)
-    fidelity = Fidelity.of(space.base_run, ledger.fidelity.num_images)
+    fidelity = ledger.fidelity
+    study = open_study(name, folder, finals, finals.hash(), None, fidelity.length, space.study)
     second = Ledger(study, finals, tracker, folder, fidelity, watch, prefix=f"{folder.name}-")
     second.recover()
     if not study.user_attrs.get("planned"):

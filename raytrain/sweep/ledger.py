@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raytrain.checkpoint import leave_run_file
 from raytrain.config import RunConfig
+from raytrain.spaces.plan import sees_stopped
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.history import History, Proposes, queued_params
 from raytrain.sweep.mirror import Mirror
@@ -30,8 +31,6 @@ from raytrain.types import RequestError, TrainingFailed
 from raytrain.worker import Job
 
 _TRIES = 1000  # proposals in a row that may break the constraints of the space
-
-
 _CARRIED = ("origin", "last", "now", "scores")  # attributes that the next attempt begins with
 
 
@@ -75,8 +74,7 @@ class Ledger:
         self._tally = Tally(space.budget, space.objective[0].sign)
         self._waiting = 0  # trials that are queued in the study
         self._aside: dict[int, dict[str, Any]] = {}  # origin -> last row of those begun and queued
-        several = len(space.objective) > 1
-        learns = not several and space.search.sampler in ("tpe", "random", "grid", "pbt")
+        learns = sees_stopped(space.search, space.objective)
         self._verdicts = Verdicts(study, space.objective, space.feasible, learns)
 
     # ---------------------------------------------------------------- what Tune asks

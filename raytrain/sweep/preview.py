@@ -14,7 +14,8 @@ from raytrain.spaces.draws import Draw
 from raytrain.spaces.plan import Budget, Pruner, Search, pruner_of
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.fidelity import Fidelity
-from raytrain.sweep.price import price
+from raytrain.sweep.price import is_bound, price
+from raytrain.sweep.pruners import first_rung
 
 _SHOWN = 5
 _PRICED = 24  # random configurations behind the estimate
@@ -33,6 +34,7 @@ class Preview:
     run_min: float
     run_mean: float
     run_max: float
+    bound: bool  # whether runs may cost less: their attacks stop on their own, or they do
     trials: int | None  # that the budget allows for
     total: float | None  # if no trial is stopped early
     early_stopped: float | None  # if the pruner stops as many as it may
@@ -46,8 +48,8 @@ class Preview:
     def words(self) -> dict[str, str]:
         """The estimate, for people."""
         said = {
-            "one run": f"{self.run_mean:,.0f} FE per image on average, {self.run_min:,.0f} to "
-            f"{self.run_max:,.0f}; {self.images:,} training images",
+            "one run": f"{'at most ' if self.bound else ''}{self.run_mean:,.0f} FE per image on average, "
+            f"{self.run_min:,.0f} to {self.run_max:,.0f}; {self.images:,} training images",
         }
         if self.trials is not None and self.total is not None:
             about = f"about {self.trials} trials, {self.total:,.0f} FE per image"
@@ -67,7 +69,8 @@ def look_ahead(space: SearchSpace) -> Preview:
     """
     splits = preflight(space.base_run)
     drawn = [values for seed in range(_PRICED) if (values := _drawn(space, seed)) is not None]
-    prices = [price(space.run(values)) for values in drawn]
+    runs = [space.run(values) for values in drawn]
+    prices = [price(run) for run in runs]
     mean = statistics.fmean(prices)
     trials = _trials(space, mean)
     total = None if trials is None else trials * mean
@@ -81,6 +84,7 @@ def look_ahead(space: SearchSpace) -> Preview:
         run_min=min(prices),
         run_mean=mean,
         run_max=max(prices),
+        bound=any(is_bound(run) for run in runs),
         trials=trials,
         total=total,
         early_stopped=None if total is None or share == 1 else total * share,
@@ -113,7 +117,7 @@ def _early_share(base: RunConfig, search: Search, pruner: Pruner) -> float:
     if pruner != "asha":
         return 1.0
     length = Fidelity.of(base, 1).length
-    rung = max(1.0, search.first_rung or length / search.reduction)
+    rung = float(first_rung(pruner, search, length))
     spent, before, share = 0.0, 0.0, 1.0
     while rung < length:
         spent += share * (rung - before)

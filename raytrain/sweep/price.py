@@ -58,11 +58,6 @@ def is_bound(run: RunConfig) -> bool:
     return isinstance(stop, Gap) and (stop.c_max >= 0 or stop.anchor == "start")
 
 
-def said(run: RunConfig) -> str:
-    """Such as `345 FE/image`, or `at most 345 FE/image`."""
-    return f"{'at most ' if is_bound(run) else ''}{price(run):.4g} FE/image"
-
-
 # -------------------------------------------------------------------- over training
 
 

@@ -13,10 +13,7 @@ from raytrain.spaces.plan import Pruner, Search
 
 def pruner_for(kind: Pruner, search: Search, length: float) -> optuna.pruners.BasePruner:
     """The pruner `kind` for runs of `length`: epochs, or forward-equivalents per image."""
-    # Not earlier by default: while a learning rate rises, or an attack, ranks say little. Hyperband
-    # hedges against that by itself, given a few brackets.
-    rungs = 2 if kind == "hyperband" else 1
-    first = max(1, round(search.first_rung or length / search.reduction**rungs))
+    first = first_rung(kind, search, length)
     if kind == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(
             min_resource=first, reduction_factor=search.reduction
@@ -30,6 +27,16 @@ def pruner_for(kind: Pruner, search: Search, length: float) -> optuna.pruners.Ba
     if kind == "median":
         return MedianAtCost(first, search.startup)
     return optuna.pruners.NopPruner()
+
+
+def first_rung(kind: Pruner, search: Search, length: float) -> int:
+    """What a trial costs before it may be stopped.
+
+    By default not early: while a learning rate rises, or an attack, ranks say little. Hyperband hedges
+    against that by itself, given a few brackets.
+    """
+    rungs = 2 if kind == "hyperband" else 1
+    return max(1, round(search.first_rung or length / search.reduction**rungs))
 
 
 class MedianAtCost(optuna.pruners.BasePruner):

@@ -42,7 +42,6 @@ class Tracker:
         self.uri, self.experiment = self._store.uri, experiment
         self.experiment_id = self._store.experiment_id
         self._spool = _spool(self._store, spool)
-        self._complained = False
         self._writer = Writer(self._store, self._spool, orphans)
 
     def open(
