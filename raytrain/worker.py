@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
 import threading
 import time
@@ -158,7 +159,10 @@ def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
 
     folder = Path(job.folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
-    note = Recent(folder, resume).add if place.leads else None
+    recent = Recent(folder, resume)
+    if saved is not None and recent.reached(saved.epoch, job.until):
+        return
+    note = recent.add if place.leads else None
     for report in kept(RunConfig.model_validate_json(job.run), place, folder, saved, note):
         yield report
         if report.progress >= job.until:
@@ -169,7 +173,8 @@ class Recent:
     """The last rows of a job, in a file beside its checkpoints and written before them.
 
     A driver may die before rows reach it that a checkpoint is already beyond: up to two of a group,
-    which runs ahead. Whoever resumes the job is told these again.
+    which runs ahead. Whoever resumes the job is told these again. So may the worker that is about to
+    tell one: what a group that was started anew goes on after is told from here.
     """
 
     _MOST = 4
@@ -179,6 +184,15 @@ class Recent:
         self.rows: list[Report] = []
         if resume and self._file.is_file():
             self.rows = [_report(row) for row in json.loads(self._file.read_text())]
+
+    def between(self, epoch: int, other: int | None = None) -> list[Report]:
+        """The rows of the epochs after one and, if given, before another."""
+        end = math.inf if other is None else other
+        return [row for row in self.rows if epoch < row.epoch < end]
+
+    def reached(self, epoch: int, until: float) -> bool:
+        """Whether a job that pauses at `until` was to do so after `epoch`."""
+        return until < 1 and any(r.epoch == epoch and r.progress >= until for r in self.rows)
 
     def add(self, report: Report) -> None:
         """Keep a row; those of epochs that are trained again are forgotten."""
@@ -210,6 +224,8 @@ class Group:
         self._bus = _bus_class().remote(failures)
         name = f"{name}-{time.time_ns():x}"
         self._folder = storage.resolve() / "ray" / name
+        self._folder_of_job = Path()
+        self._told = 0  # the last epoch that whoever resumes the job has been told of
         self._ended: str | None = None  # why the group is gone, if it is
         self._thread = threading.Thread(
             target=self._hold,
@@ -221,14 +237,19 @@ class Group:
 
     def submit(self, job: Job) -> None:
         """Begin a job; one that is running is dropped at its next epoch."""
+        self._folder_of_job = Path(job.folder)
+        before = Recent(self._folder_of_job, job.resume).rows
+        self._told = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(job))
 
     def rows(self) -> Iterator[Report]:
-        """The rows of the job until it ends; after a restart of the group an epoch may come twice.
+        """The rows of the job until it ends; after a restart of the group an epoch may come twice,
+        and none is missing.
 
         Raises:
             TrainingFailed: if the job failed, or its workers died too often.
         """
+        folder, last = self._folder_of_job, self._told
         while True:
             polled = self._ray.get(self._bus.poll.remote(1.0))
             if polled is None and self._ended is not None:
@@ -237,10 +258,15 @@ class Group:
                 continue
             kind, value = polled
             if kind == "done":
+                yield from Recent(folder).between(last)
                 return
             if kind != "row":
                 raise TrainingFailed(str(value))
-            yield Report(**value)
+            report = Report(**value)
+            if report.epoch > last + 1:  # a worker died between a checkpoint and its row
+                yield from Recent(folder).between(last, report.epoch)
+            yield report
+            last = max(last, report.epoch)
 
     def close(self, seconds: float = 60.0) -> None:
         """Let the workers finish their epoch and leave."""

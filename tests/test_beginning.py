@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from sweep_helpers import METRIC, Launch, Store, space_of
+from sweep_helpers import METRIC, Launch, Store, failed, row, space_of
 
+from raytrain import provenance
 from raytrain.request import as_run
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep import beginning
 from raytrain.sweep.beginning import plan_first
+from raytrain.sweep.mirror import PARENT, Mirror
+from raytrain.tracking import Tracker
+from raytrain.types import RequestError
 
 BASE = {"epochs": 4, "threat": {"norm": "linf", "eps": 0.2}, "optimizer": {"lr": 0.1}}
 RATES = {"space": {"optimizer.lr": {"float": [0.01, 0.3], "log": True}}, "base": BASE}
@@ -75,8 +79,6 @@ def test_defaults_come_first_unless_they_are_not_wanted(tmp_path: Path) -> None:
 
 def run_of(robust: float, **changes: Any) -> tuple[dict[str, str], dict[str, float]]:
     """A finished run of MLflow: parameters as text, metrics."""
-    from raytrain import provenance
-
     run = as_run(BASE, {path.replace("__", "."): value for path, value in changes.items()})
     return {k: str(v) for k, v in provenance.parameters(run).items()}, {METRIC: robust}
 
@@ -152,3 +154,48 @@ def test_earlier_runs_are_told_once_wherever_the_driver_dies(
     plan_first(later.ledger, space, "")
     assert sorted(t.params["optimizer.lr"] for t in told(later)) == [0.02, 0.05]
     assert sorted(q["optimizer.lr"] for q in queue(later)) == [0.03, 0.06]
+
+
+# --- what a real sweep left in a real store ----------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType")
+def test_a_sweep_learns_from_the_runs_that_another_one_left_in_mlflow(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    first = Launch(tmp_path / "first", space=space_of(**RATES, budget={"trials": 5}))
+    tracker = Tracker(uri, "first", tmp_path / "first.jsonl")
+    base = first.space.base_run
+    tracker.open(PARENT, "first", provenance.parameters(base), {"sweep": "first"})
+    first.ledger._mirror = Mirror(tracker, "first", first.folder)
+    for number, value in enumerate((0.3, 0.5, 0.4)):
+        first.complete(f"t{number}", 0.1, 0.2, 0.25, value)
+    first.begin("failing")
+    first.ledger.end("failing", failed("it diverged"), lost=False)
+    first.begin("stopped")
+    first.ledger.end("stopped", row(1, 0.9), lost=False)
+    done = first.trials(TrialState.COMPLETE)[:3]
+    made = {t.params["optimizer.lr"]: t.values[0] for t in done}
+    assert sorted(made.values()) == [0.3, 0.4, 0.5]
+    best = sorted(made, key=lambda rate: -made[rate])
+    tracker.log(PARENT, {METRIC: 0.5})  # as a sweep says of its best
+    final = as_run(BASE, {"optimizer.lr": best[0], "seed": 1})
+    first.ledger._mirror.begin("final", final, {})
+    first.ledger._mirror.row("final", {METRIC: 0.45}, 4)
+    first.ledger._mirror.end("final", "complete")
+    tracker.shut("FINISHED")
+
+    search = {"sampler": "tpe", "pruner": "none", "defaults": False, "earlier": "first"}
+    same = Launch(tmp_path / "same", space=space_of(**RATES, search=search))
+    plan_first(same.ledger, same.space, uri)
+    assert {t.params["optimizer.lr"]: t.value for t in told(same)} == made
+    assert queue(same) == [] and same.ledger.progress().finished == 0
+
+    longer = {**RATES, "base": {**BASE, "epochs": 8}}
+    other = Launch(tmp_path / "other", space=space_of(**longer, search=search))
+    plan_first(other.ledger, other.space, uri)
+    assert [q["optimizer.lr"] for q in queue(other)] == best and told(other) == []
+
+    nowhere = space_of(**RATES, search={**search, "earlier": "none"})
+    with pytest.raises(RequestError, match=r"^search.earlier: .* has no experiment 'none'"):
+        plan_first(Launch(tmp_path / "nowhere", space=nowhere).ledger, nowhere, uri)

@@ -617,9 +617,18 @@ def test_words_may_change_the_search_and_the_budget(tmp_path: Path) -> None:
         read_space(file, ["budget.trials=0"])
 
 
-def test_a_password_does_not_get_into_the_file_of_a_sweep(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@host/name",
+        "postgresql+psycopg://me:sec/secret@host:5432/name",
+        "postgresql://me@host/name?password=secret",
+        "mysql://me@host/name?charset=utf8&passwd=secret",
+    ],
+)
+def test_a_password_does_not_get_into_the_file_of_a_sweep(tmp_path: Path, url: str) -> None:
     file = tmp_path / "s.yaml"
-    file.write_text("study: postgresql://me:secret@host/name\n")
+    file.write_text(f"study: {url}\n")
     with pytest.raises(RequestError, match=r"study: .*without a password") as error:
         read_space(file)
     assert "secret" not in str(error.value)

@@ -57,27 +57,37 @@ def _learn(
     queued: set[str],
 ) -> None:
     """Tell the sampler of earlier runs that this sweep could have made; queue the best of the others."""
-    again: list[tuple[float, dict[str, Any]]] = []
     trials = ledger.history.trials()
     before = {_key(t.params) for t in trials if t.user_attrs.get("outcome") == _EARLIER}
+    usable = list(_usable(space, runs))
     seen: set[str] = set()
-    for flat, metrics in runs:
-        run, wanted = _run_of(flat), [one.metric for one in space.objective]
-        params = None if run is None else space.encode(run)
-        if run is None or params is None or not _finite(metrics, wanted):
-            continue
-        if _key(params) in seen:
-            continue
-        seen.add(_key(params))
-        if _comparable(space.run(space.values(params)), run):
+    for params, metrics, comparable in usable:
+        if comparable and _key(params) not in seen:
+            seen.add(_key(params))
             if _key(params) not in before:  # a kill in the middle of this
                 _tell(ledger.study, space, params, metrics)
-        else:
-            again.append((space.objective[0].sign * metrics[wanted[0]], params))
-    again.sort(key=lambda found: -found[0])
-    for _, params in again[: space.search.earlier_best]:
-        if _key(params) not in queued:
-            ledger.enqueue(params)
+    first = space.objective[0]
+    others = [(first.sign * metrics[first.metric], params) for params, metrics, _ in usable]
+    others.sort(key=lambda found: -found[0])
+    left = space.search.earlier_best
+    for _, params in others:
+        if left > 0 and _key(params) not in seen:
+            seen.add(_key(params))
+            left -= 1
+            if _key(params) not in queued:
+                ledger.enqueue(params)
+
+
+def _usable(
+    space: SearchSpace, runs: list[tuple[dict[str, str], dict[str, float]]]
+) -> Iterator[tuple[dict[str, Any], dict[str, float], bool]]:
+    """Runs whose values this space can propose, and whether they are runs that it would make of them."""
+    wanted = [one.metric for one in space.objective]
+    for flat, metrics in runs:
+        run = _run_of(flat)
+        params = None if run is None else space.encode(run)
+        if run is not None and params is not None and _finite(metrics, wanted):
+            yield params, metrics, _comparable(space.run(space.values(params)), run)
 
 
 def _comparable(one: RunConfig, other: RunConfig) -> bool:

@@ -16,16 +16,34 @@ from raytrain.types import RequestError, mix
 
 JOURNAL = "study.log"
 
+_DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mysql+pymysql",
+}
+"""Dialects whose driver is an extra of this package, wherever the URL names none itself."""
+_EXTRAS = {"postgresql+psycopg": "postgresql", "mysql+pymysql": "mysql"}
+_PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL says otherwise
+
 
 def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
-    """Whether a sweep of this name is or is not there, as far as that is told by its folder.
+    """Whether a sweep of this name is or is not there, before anything of a new one is left behind.
 
     Raises:
-        RequestError: if it is the other way round.
+        RequestError: if it is the other way round, or the database at `url` cannot be used.
     """
-    if url is None and resume and not (folder / JOURNAL).is_file():
-        raise RequestError(f"--resume: there is no sweep {name} in {folder.parent}")
-    if url is None and not resume and (folder / JOURNAL).is_file():
+    if url is None:
+        place, exists = str(folder.parent), (folder / JOURNAL).is_file()
+    else:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = _database(url)
+        place = _shown(url)
+        exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
+        storage.remove_session()
+        storage.engine.dispose()
+    if resume and not exists:
+        raise RequestError(f"--resume: there is no sweep {name} in {place}")
+    if exists and not resume:
         raise RequestError(f"--name: a sweep {name} exists; continue it with --resume {name}")
 
 
@@ -50,16 +68,9 @@ def open_study(
     if resume is not None:
         check_name(name, folder, resume, url)
     folder.mkdir(parents=True, exist_ok=True)
-    storage = _storage(url, folder)
-    full = name if url is None else f"{folder.parent.name}/{name}"
-    exists = full in optuna.get_all_study_names(storage)
-    if exists and resume is False:
-        raise RequestError(f"--name: a sweep {name} exists; continue it with --resume {name}")
-    if not exists and resume:
-        raise RequestError(f"--resume: there is no sweep {full} in {_without_password(url or '')}")
     study = optuna.create_study(
-        study_name=full,
-        storage=storage,
+        study_name=_name_in(url, name, folder),
+        storage=_storage(url, folder),
         directions=["maximize" if one.mode == "max" else "minimize" for one in space.objective],
         load_if_exists=True,
         pruner=pruner_for(pruner_of(space.search, space.objective), space.search, length),
@@ -78,23 +89,62 @@ def open_study(
     return study
 
 
+def _name_in(url: str | None, name: str, folder: Path) -> str:
+    """What a sweep is called in its storage: a database holds those of several experiments."""
+    return name if url is None else f"{folder.parent.name}/{name}"
+
+
 def _storage(url: str | None, folder: Path) -> BaseStorage:
     if url is None:
         return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    return _database(url)
+
+
+def _database(url: str) -> optuna.storages.RDBStorage:
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except Exception as error:
-        # sqlalchemy's own kinds, or a driver that is not installed: all mean the same to the user.
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
+    except ImportError:
         raise RequestError(
-            f"study: {_without_password(url)} cannot be used ({problem[:200]}); expected a database "
-            "URL such as postgresql://host/name, its driver installed"
+            f"study: {_shown(url)} needs a database driver that is not installed; {_remedy(url)}"
+        ) from None
+    except Exception as error:
+        # sqlalchemy's own kinds and those of each driver: all mean the same to the user.
+        raise RequestError(
+            f"study: {_shown(url)} cannot be used ({_reason(error)}); expected the URL of a database "
+            "that answers, such as postgresql://host/name"
         ) from None
 
 
-def _without_password(url: str) -> str:
+def _with_driver(url: str) -> str:
+    """The URL with the driver that is meant where it names none, and an end to its waiting."""
+    from sqlalchemy import make_url
+
+    made = make_url(url)
+    made = made.set(drivername=_DRIVERS.get(made.drivername, made.drivername))
+    if made.drivername == "postgresql+psycopg" and "connect_timeout" not in made.query:
+        made = made.update_query_dict({"connect_timeout": _PATIENCE})
+    return made.render_as_string(hide_password=False)
+
+
+def _remedy(url: str) -> str:
+    scheme = url.partition("://")[0]
+    extra = _EXTRAS.get(_DRIVERS.get(scheme, scheme))
+    if extra is None:
+        return f"expected the package that SQLAlchemy uses for {scheme}"
+    return f"expected the extra {extra}: uv pip install -e '.[{extra}]'"
+
+
+def _reason(error: Exception) -> str:
+    """What a driver says, without sqlalchemy's frame around it."""
+    said = getattr(error, "orig", None) or error
+    text = str(said.args[-1] if isinstance(said.args[-1:], tuple) and said.args else said)
+    return (text.splitlines() or [type(error).__name__])[0][:200]
+
+
+def _shown(url: str) -> str:
+    """The URL without what may be secret: its user and its settings."""
     scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
+    return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
 
 
 def _sampler(search: Search, seed: int) -> optuna.samplers.BaseSampler:

@@ -21,6 +21,7 @@ _DEFAULTS = {  # each may be overridden from outside
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _REFUSALS = {  # to ask again would not help; permissions and addresses may be put right
     "ALREADY_EXISTS",
@@ -159,6 +160,21 @@ def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
         ) from None
 
 
+def reader(uri: str | None) -> Any:
+    """A client of a store that is there, for reading only.
+
+    Raises:
+        RequestError: if it does not answer, or is a file that does not exist.
+    """
+    uri = tracking_uri(uri)
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.is_file():  # MLflow would make an empty one
+        raise RequestError(f"{file}: no such MLflow database; `raytrain train` makes one")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    return _connect(uri)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, short enough for a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -212,7 +228,7 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
 def finished_runs(
     uri: str | None, experiment: str, most: int = 2000
 ) -> list[tuple[dict[str, str], dict[str, float]]]:
-    """Parameters and last metrics of the latest finished runs of an experiment.
+    """Parameters and last metrics of the latest runs of an experiment that were trained to the end.
 
     Raises:
         RequestError: if there is no such experiment.
@@ -226,4 +242,10 @@ def finished_runs(
     runs = client.search_runs(
         [found.experiment_id], "attributes.status = 'FINISHED'", max_results=most
     )
-    return [(run.data.params, run.data.metrics) for run in runs]
+    return [(run.data.params, run.data.metrics) for run in runs if _whole(run.data.tags)]
+
+
+def _whole(tags: Mapping[str, str]) -> bool:
+    """Whether a finished run is one training: no sweep's own run, and no trial that was stopped early."""
+    of_sweep = "sweep" in tags and "trial" not in tags
+    return not of_sweep and tags.get("outcome") != "stopped"
