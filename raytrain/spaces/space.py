@@ -36,6 +36,9 @@ from raytrain.types import RequestError, Spec
 Answer = Callable[[Variable, AbstractSearched, float], Any]
 """Who decides the value of a dimension, given how many pixels its unit is."""
 
+_PASSWORD = re.compile(r"^[^:/]*://[^:/]*:[^@]*@|[?&](password|passwd|passphrase)=", re.IGNORECASE)
+"""In a URL, where SQLAlchemy would look for one."""
+
 
 class SearchSpace(Spec):
     """A study: `base` with the fields of `space` varied, to the best of `objective`.
@@ -71,10 +74,10 @@ class SearchSpace(Spec):
     def _makes_sense(self) -> SearchSpace:
         check_plan(self.search, self.objective)
         check_limits(self.feasible)
-        if self.study is not None and re.match(r"[^/]*://[^/@:]*:[^/@]*@", self.study):
+        if self.study is not None and _PASSWORD.search(self.study):
             raise ValueError(
                 "study: the file is kept and shown in MLflow; expected a URL without a password, which "
-                "belongs to the driver's own means (PGPASSWORD, ~/.pgpass)"
+                "belongs to the driver's own means (PGPASSWORD, ~/.pgpass, ?read_default_file=~/.my.cnf)"
             )
         return self
 
