@@ -3,6 +3,7 @@
     raytrain.train({"algorithm": "dynamic", "epochs": 15})
     raytrain.tune("search_spaces/quickstart.yaml")
     raytrain.evaluate(run_id)
+    raytrain.export(run_id, "my-model")
 
 Nothing heavy is imported until one of these names is used.
 """
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from raytrain.api import evaluate as evaluate
     from raytrain.api import train as train
     from raytrain.config import RunConfig as RunConfig
+    from raytrain.exports.leave import ExportResult as ExportResult
+    from raytrain.exports.leave import export as export
+    from raytrain.exports.tensors import load_exported as load_exported
     from raytrain.spaces.space import SearchSpace as SearchSpace
     from raytrain.sweep.engine import TuneResult as TuneResult
     from raytrain.sweep.engine import tune as tune
@@ -30,6 +34,9 @@ _HOMES = {
     "TuneResult": "raytrain.sweep.engine",
     "SearchSpace": "raytrain.spaces.space",
     "RunConfig": "raytrain.config",
+    "export": "raytrain.exports.leave",
+    "load_exported": "raytrain.exports.tensors",
+    "ExportResult": "raytrain.exports.leave",
     "RequestError": "raytrain.types",
     "TrainingFailed": "raytrain.types",
 }

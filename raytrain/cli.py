@@ -140,6 +140,48 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="new or empty; default: exports/NAME"),
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="safetensors,robustbench,onnx (default: all that are possible)"
+        ),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--license", help="of the weights, as the Hugging Face hub names it")
+    ] = "unknown",
+    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Weights for others, with a model card: `raytrain export RUN --to FOLDER`."""
+    with outcome(debug):
+        from raytrain.exports import leave
+        from raytrain.show.exports import export_summary
+        from raytrain.types import RequestError
+
+        if which not in (None, "best", "last"):
+            raise RequestError(f"--which: expected best or last, found {which}")
+        wanted = None if formats is None else [word for word in formats.split(",") if word]
+        result = leave.export(
+            run, to, which=which, formats=wanted, storage=storage, licence=licence
+        )
+        say(export_summary(result), result.json(), as_json)
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
     uri: Annotated[
