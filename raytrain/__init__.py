@@ -3,6 +3,7 @@
     raytrain.train({"algorithm": "dynamic", "epochs": 15})
     raytrain.tune("search_spaces/quickstart.yaml")
     raytrain.evaluate(run_id)
+    raytrain.compare(["sweep-a", "sweep-b"])
     raytrain.export(run_id, "my-model")
 
 Nothing heavy is imported until one of these names is used.
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from raytrain.api import evaluate as evaluate
     from raytrain.api import train as train
     from raytrain.config import RunConfig as RunConfig
+    from raytrain.report.compare import Comparison as Comparison
+    from raytrain.report.compare import compare as compare
     from raytrain.exports.leave import ExportResult as ExportResult
     from raytrain.exports.leave import export as export
     from raytrain.exports.tensors import load_exported as load_exported
@@ -32,6 +35,8 @@ _HOMES = {
     "EvalResult": "raytrain.api",
     "tune": "raytrain.sweep.engine",
     "TuneResult": "raytrain.sweep.engine",
+    "compare": "raytrain.report.compare",
+    "Comparison": "raytrain.report.compare",
     "SearchSpace": "raytrain.spaces.space",
     "RunConfig": "raytrain.config",
     "export": "raytrain.exports.leave",

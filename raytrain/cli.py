@@ -182,6 +182,36 @@ def export(
 
 
 @app.command()
+def compare(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|SWEEP|EXPERIMENT]...",
+            help="ids of runs, or names of experiments, sweeps or runs; default: experiment raytrain",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="default: comparisons/ and the words")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="open the report in a browser")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Runs beside one another, at their cost: `raytrain compare SWEEP_A SWEEP_B --open`."""
+    with outcome(debug):
+        from raytrain.report.compare import compare as compared
+        from raytrain.show.comparison import compare_summary
+
+        result = compared(words or (), to=to, uri=uri)
+        say(compare_summary(result), result.json(), as_json)
+        if open_it:
+            typer.launch(result.report.as_uri())
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
     uri: Annotated[

@@ -62,7 +62,7 @@ def draw(
     curves = _read_curves(RowLog(folder.parent / "rows.jsonl"), fidelity, objective)
     figures = {
         "history": _history(trials, objective),
-        "importances": _importances([(w.key, w.value, w.trials) for w in weights]),
+        "importances": importance_bars([(w.key, w.value, w.trials) for w in weights]),
         "slices": slices(trials, objective, order),
         "front": _front(trials, history),
         "curves": _curves(curves, trials, objective),
@@ -124,7 +124,7 @@ def _history(trials: list[Ended], objective: Objective) -> Figure:
     return figure
 
 
-def _importances(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
+def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
     """Bars, the number of trials beside each."""
     if not weights:
         return None

@@ -6,7 +6,7 @@ Workers never import mlflow. From the bottom up: `book` (what a file says about 
 """
 
 from raytrain.tracking.book import Status
-from raytrain.tracking.stores import fetch, finished_runs, tracking_uri
+from raytrain.tracking.stores import fetch, finished_runs, reader, tracking_uri
 from raytrain.tracking.tracker import Tracker, tracked
 
-__all__ = ["Status", "Tracker", "fetch", "finished_runs", "tracked", "tracking_uri"]
+__all__ = ["Status", "Tracker", "fetch", "finished_runs", "reader", "tracked", "tracking_uri"]

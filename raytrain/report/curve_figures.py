@@ -1,0 +1,146 @@
+"""What happened during training, against what it had cost by then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raytrain.report.arenas import Arena
+from raytrain.report.looks import Look, best_first, looks_of, title_of
+from raytrain.report.rows import Row
+from raytrain.report.runs import Trained
+from raytrain.sweep.paper import SMALL, cost_axis, sheet, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DENSE = 300  # lines: more are drawn as pixels
+
+LEARNING = {
+    "valid/robust": "robust accuracy in validation, %",
+    "valid/clean": "clean accuracy in validation, %",
+}
+INSIDE = {
+    "train/fosc": "mean FOSC, nats",
+    "train/inner_steps": "mean inner steps",
+}
+
+
+def curves_figure(
+    arena: Arena, images: dict[str, float], metrics: dict[str, str]
+) -> Figure | None:
+    """A panel for each metric that was measured: means over seeds, with the range of the seeds."""
+    rows = [row for row in best_first(arena) if row.home]
+    told = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
+    if not told:
+        return None
+    figure = sheet(7.6, 3.6)
+    panels: list[Any] = list(figure.subplots(1, len(told), squeeze=False).flat)
+    looks = looks_of(arena)
+    for axes, (metric, name) in zip(panels, told.items(), strict=True):
+        style(axes)
+        for row in reversed(rows):  # the best on top
+            _draw(axes, row, metric, images, looks[row.letter], len(rows))
+        cost_axis(axes, "cost so far, FE per training image")
+        axes.set_ylabel(name)
+        if not name.endswith("%"):
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    _legend(figure, rows, looks)
+    return figure
+
+
+def _has(row: Row, metric: str) -> bool:
+    return any(run.curves.get(metric) for run in row.setting.runs)
+
+
+def curve_of(run: Trained, metric: str, images: dict[str, float]) -> np.ndarray:
+    """FE per training image and the metric's value at each epoch that has both, (epochs, 2)."""
+    cost, values = run.curves.get("cost/fe", {}), run.curves.get(metric, {})
+    if run.id not in images:
+        return np.empty((0, 2))
+    both = [(cost[e] / images[run.id], values[e]) for e in sorted(values) if e in cost]
+    return np.array(both, dtype=float).reshape(-1, 2)
+
+
+def over_seeds(curves: list[np.ndarray]) -> np.ndarray:
+    """Cost, mean, smallest and largest where all seeds have a value, (points, 4).
+
+    Points are those of the first curve; the others are interpolated between their own.
+    """
+    curves = [curve for curve in curves if len(curve)]
+    if not curves:
+        return np.empty((0, 4))
+    low, high = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+    slack = 1e-9 + 1e-3 * high
+    x = curves[0][:, 0]
+    x = x[(x >= low - slack) & (x <= high + slack)]
+    if len(x) == 0:
+        return np.empty((0, 4))
+    values = np.stack([np.interp(x, curve[:, 0], curve[:, 1]) for curve in curves])
+    return np.column_stack([x, values.mean(0), values.min(0), values.max(0)])
+
+
+def _draw(
+    axes: Axes, row: Row, metric: str, images: dict[str, float], look: Look, count: int
+) -> None:
+    points = over_seeds([curve_of(run, metric, images) for run in row.setting.runs])
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points) == 0:
+        return
+    factor = 100.0 if metric.startswith("valid/") else 1.0
+    x, (mean, low, high) = points[:, 0], factor * points[:, 1:].T
+    faint = 1.0 if look.named else min(0.6, max(0.06, 25 / count))
+    line: Any = look.line
+    axes.plot(
+        x,
+        mean,
+        color=look.colour,
+        linestyle=line,
+        linewidth=1.8 if look.named else 0.8,
+        marker=look.marker if len(x) == 1 else None,
+        alpha=faint,
+        rasterized=count > _DENSE,
+        zorder=3 if look.named else 2,
+    )
+    if look.named:
+        axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+        axes.annotate(
+            row.letter,
+            (x[-1], mean[-1]),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            size=SMALL,
+            weight="bold",
+        )
+
+
+def _legend(figure: Figure, rows: list[Row], looks: dict[str, Look]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=looks[row.letter].colour,
+            linestyle=looks[row.letter].line,  # pyright: ignore[reportArgumentType]
+            linewidth=1.8,
+            label=title_of(row),
+        )
+        for row in rows
+        if looks[row.letter].named
+    ]
+    if len(handles) < len(rows):
+        more = len(rows) - len(handles)
+        handles.append(Line2D([], [], color="#8c8c8c", linewidth=0.8, label=f"{more} others"))
+    columns = 1 if max(len(str(one.get_label())) for one in handles) > 46 else 2
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=SMALL,
+        columnspacing=2,
+    )

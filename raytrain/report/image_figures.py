@@ -1,0 +1,141 @@
+"""Accuracy class by class, and images with what was done to them."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raytrain.data.catalogue import SOURCES
+from raytrain.report.arenas import Arena
+from raytrain.report.evaluations import called
+from raytrain.report.looks import best_first, title_of
+from raytrain.report.rows import VALID, Row
+from raytrain.sweep.paper import SMALL, TEXT, sheet, short
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from matplotlib.figure import Figure
+
+_ROWS, _CLASSES = 16, 20
+_SETTINGS, _EXAMPLES = 3, 8
+_DARK, _LIGHT = "#111111", "#fdfdfd"  # on a coloured cell, whatever the page's own ink is
+
+
+def class_names(data: str) -> tuple[str, ...]:
+    """Names of the classes of a known data set; else none."""
+    return SOURCES[data].classes if data in SOURCES else ()
+
+
+def by_class(row: Row, attack: str) -> dict[int, float]:
+    """Share of each class's images that survive, mean over seeds."""
+    shares: dict[int, list[float]] = {}
+    for one in row.best:
+        if one.flags is None or attack not in one.flags.column_names:
+            continue
+        labels = one.flags["label"].to_numpy()
+        held = np.asarray(one.flags[attack].to_numpy(zero_copy_only=False), dtype=bool)
+        for label in np.unique(labels):
+            shares.setdefault(int(label), []).append(float(held[labels == label].mean()))
+    return {label: float(np.mean(values)) for label, values in sorted(shares.items())}
+
+
+def class_figure(arena: Arena) -> Figure | None:
+    """A cell for each configuration and class: clean on the left, attacked on the right."""
+    if arena.attack == VALID:
+        return None
+    rows = [row for row in best_first(arena) if by_class(row, arena.attack)][:_ROWS]
+    if not rows:
+        return None
+    labels = sorted({label for row in rows for label in by_class(row, arena.attack)})
+    labels = _hardest(rows, arena.attack, labels)
+    names = class_names(arena.data)
+    words = [short(names[k], 11) if k < len(names) else str(k) for k in labels]
+    figure = sheet(7.6, 1.2 + 0.34 * len(rows) * 2)
+    panels: list[Any] = list(figure.subplots(2, 1, squeeze=False).flat)
+    for axes, attack in zip(panels, ("clean", arena.attack), strict=True):
+        table = np.array([[by_class(r, attack).get(k, np.nan) for k in labels] for r in rows])
+        grid = np.arange(len(labels) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
+        axes.pcolormesh(*grid, 100 * table, cmap="cividis", vmin=0, vmax=100)
+        for (y, x), value in np.ndenumerate(100 * table):
+            if np.isfinite(value):
+                ink = _DARK if value > 55 else _LIGHT
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", size=SMALL, color=ink)
+        axes.invert_yaxis()
+        axes.set_yticks(range(len(rows)), [title_of(row, 30) for row in rows], size=SMALL)
+        axes.set_xticks(range(len(labels)), words, size=SMALL)
+        if max(map(len, words)) > 5:
+            axes.tick_params(axis="x", rotation=30)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{called(attack)} accuracy by class, %", size=TEXT, loc="left")
+    return figure
+
+
+def _hardest(rows: list[Row], attack: str, labels: list[int]) -> list[int]:
+    """All classes, or those that fare worst where there are too many."""
+    if len(labels) <= _CLASSES:
+        return labels
+    told = [by_class(row, attack) for row in rows]
+    mean = {k: float(np.mean([one[k] for one in told if k in one])) for k in labels}
+    return sorted(sorted(labels, key=lambda k: mean[k])[:_CLASSES])
+
+
+def examples_figure(arena: Arena) -> Figure | None:
+    """Images, the perturbation that was found, and the two together."""
+    rows = [(row, table) for row in best_first(arena) if (table := _examples(row)) is not None]
+    rows = rows[:_SETTINGS]
+    if not rows:
+        return None
+    columns = max(min(_EXAMPLES, len(table)) for _, table in rows)
+    figure = sheet(7.6, len(rows) * 3 * 7.6 / max(columns, 6) * 0.82 + 0.35 * len(rows))
+    parts: Any = figure.subfigures(len(rows), 1, squeeze=False)
+    names = class_names(arena.data)
+    for part, (row, table) in zip(parts.flat, rows, strict=True):
+        part.suptitle(
+            f"{title_of(row)}: {called(table['attack'][0].as_py())}", size=TEXT, x=0.01, ha="left"
+        )
+        grid = part.subplots(3, columns, squeeze=False)
+        for place in range(columns):
+            _example(grid[:, place], table, place, names)
+        for line, word in enumerate(("image", "perturbation", "attacked")):
+            grid[line, 0].set_ylabel(word, size=SMALL)
+    return figure
+
+
+def _examples(row: Row) -> pa.Table | None:
+    return next((one.examples for one in row.best if one.examples), None)
+
+
+def _example(cells: Any, table: pa.Table, place: int, names: tuple[str, ...]) -> None:
+    for axes in cells:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    if place >= len(table):
+        return
+    one = {name: table[name][place].as_py() for name in table.column_names}
+    for axes, kind in zip(cells, ("image", "perturbation", "adversarial"), strict=True):
+        pixels = _decoded(one[kind])
+        colours = {} if pixels.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 255}
+        axes.imshow(pixels, interpolation="nearest", **colours)
+    cells[0].set_title(_name(one["label"], names), size=SMALL, pad=3)
+    fooled = one["attacked"] != one["label"]
+    cells[2].set_xlabel(
+        _name(one["attacked"], names),
+        size=SMALL,
+        labelpad=3,
+        color="#d55e00" if fooled else "black",
+        weight="bold" if fooled else "normal",
+    )
+
+
+def _decoded(png: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def _name(label: int, names: tuple[str, ...]) -> str:
+    return short(names[label], 10) if 0 <= label < len(names) else str(label)

@@ -1,0 +1,62 @@
+"""Which parameters mattered, over configurations rather than over the trials of one study."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
+from optuna.trial import create_trial
+
+from raytrain.report.arenas import Arena
+from raytrain.report.settings import as_values, varied
+from raytrain.sweep.importance import Importance, importances
+
+_WIDE = (
+    20.0  # a positive range whose ends are further apart than this factor is taken as logarithmic
+)
+
+
+def importance_of(arena: Arena) -> list[Importance]:
+    """PED-ANOVA shares of the parameters in robust validation accuracy; empty if there is too little.
+
+    Only configurations that were trained to their end for the arena's own threat model count, each once,
+    by the mean over its seeds at the last epoch.
+    """
+    rows = [row for row in arena.rows if row.home and row.setting.first.state == "finished"]
+    keys = [key for key in varied(row.setting for row in rows) if not key.startswith("data.")]
+    told = [as_values(row.setting.first.params) for row in rows]
+    spaces = {key: _space([values[key] for values in told if key in values]) for key in keys}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize")
+    for row, values in zip(rows, told, strict=True):
+        cell = row.valid(last=True)
+        if cell is None:
+            continue
+        params = {key: _fitting(values[key], spaces[key]) for key in keys if key in values}
+        study.add_trial(
+            create_trial(
+                params=params,
+                distributions={key: spaces[key] for key in params},
+                value=cell.value,
+                user_attrs={"outcome": "complete"},
+            )
+        )
+    return importances(study)
+
+
+def _space(values: list[Any]) -> BaseDistribution:
+    """The range of what was tried."""
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    if len(numbers) < len(values):
+        return CategoricalDistribution(sorted({str(value) for value in values}))
+    low, high = min(numbers), max(numbers)
+    return FloatDistribution(low, high, log=low > 0 and high / low > _WIDE)
+
+
+def _fitting(value: Any, space: BaseDistribution) -> Any:
+    return str(value) if isinstance(space, CategoricalDistribution) else float(value)

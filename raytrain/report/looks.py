@@ -1,0 +1,62 @@
+"""How configurations look in every figure: one letter, one colour, one marker each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytrain.report.arenas import Arena
+from raytrain.report.evaluations import called
+from raytrain.report.rows import VALID, Row, order
+from raytrain.sweep.paper import short
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
+"""Of Okabe and Ito, and a brown for their yellow: told apart by colour-blind readers."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "h")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+GREY = "#8c8c8c"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Grey for those that there are no colours for."""
+
+    colour: str = GREY
+    marker: str = "o"
+    line: object = "-"
+    named: bool = False
+
+
+def best_first(arena: Arena) -> list[Row]:
+    """The rows by what they are judged by, whatever they cost."""
+    return sorted(arena.rows, key=lambda row: order(row, arena.attack))
+
+
+def looks_of(arena: Arena) -> dict[str, Look]:
+    """By letter: a colour for the best, and for what is on the Pareto front."""
+    rows = best_first(arena)
+    chosen = rows if len(rows) <= len(COLOURS) else _worth_a_colour(rows)
+    looks = {
+        row.letter: Look(colour, marker, line, named=True)
+        for row, colour, marker, line in zip(chosen, COLOURS, MARKERS, LINES, strict=False)
+    }
+    return {row.letter: looks.get(row.letter, Look()) for row in rows}
+
+
+def _worth_a_colour(rows: list[Row]) -> list[Row]:
+    front = [row for row in rows if row.front][: len(COLOURS) - 2]
+    rest = [row for row in rows if row not in front]
+    chosen = [*front, *rest][: len(COLOURS)]
+    return [row for row in rows if row in chosen]
+
+
+def title_of(row: Row, longest: int = 44) -> str:
+    """`A pgd steps=10`, with the marks that every number of the row has."""
+    marks = f" {row.marks}" if row.marks else ""
+    return f"{row.letter}  {short(row.label, longest)}{marks}"
+
+
+def axis_of(attack: str) -> str:
+    """What is on an axis of robust accuracy."""
+    if attack == VALID:
+        return "robust accuracy in validation, %"
+    return f"{called(attack)} accuracy on the test set, %"

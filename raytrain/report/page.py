@@ -1,0 +1,123 @@
+"""The report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from raytrain.report.arenas import Arena
+from raytrain.report.figures import draw_arena
+from raytrain.report.pairs import Pair
+from raytrain.report.parts import Part, in_short, part_of
+from raytrain.report.runs import Trained
+from raytrain.report.settings import Setting
+from raytrain.report.tables import write_tables
+
+_HERE = Path(__file__).parent
+
+
+REPORT = "report.html"
+OURS = (REPORT, "figures", "data")
+"""What a comparison leaves in its folder."""
+GENERATOR = '<meta name="generator" content="raytrain compare">'
+"""By which a report is known."""
+
+_DRAWN = 6  # arenas with figures
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that a report tells."""
+
+    title: str
+    uri: str  # of the store
+    settings: list[Setting]
+    arenas: list[Arena]
+    pairs: dict[str, list[Pair]]  # by title of the arena
+    images: dict[str, float]  # training images by id of the run
+    notes: list[str]  # what concerns all arenas
+
+
+def write_report(told: Told, folder: Path) -> None:
+    """Report, figures and data into an empty folder."""
+    parts = []
+    for number, arena in enumerate(told.arenas, start=1):
+        prefix = f"{number}-" if len(told.arenas) > 1 else ""
+        pairs, figures = told.pairs[arena.title], []
+        if number <= _DRAWN:
+            figures = draw_arena(arena, pairs, told.images, folder / "figures", prefix)
+        parts.append(part_of(arena, pairs, figures))
+    files = write_tables(folder / "data", told.settings, told.arenas, told.pairs, told.images)
+    names = [file.name for file in files if file.parent.name == "data"]
+    (folder / REPORT).write_text(_page(told, parts, names), encoding="utf-8")
+
+
+def _page(told: Told, parts: Sequence[Part], files: Sequence[str]) -> str:
+    """The HTML; nothing in it is taken as such but the figures."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = [
+        {**vars(part), "figures": [{**vars(f), "svg": Markup(f.svg)} for f in part.figures]}
+        for part in parts
+    ]
+    runs = sum(len(one.runs) + len(one.repeats) for one in told.settings)
+    return environment.get_template("page.html").render(
+        title=told.title,
+        generator=Markup(GENERATOR),
+        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        count=f"{_some(runs, 'run')} of {_some(len(told.settings), 'configuration')}",
+        when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version("raytrain"),
+        uri=without_password(told.uri),
+        short=[in_short(arena, told.pairs[arena.title]) for arena in told.arenas],
+        notes=told.notes,
+        parts=shown,
+        runs=_runs(told.settings, told.arenas),
+        files=", ".join(files),
+    )
+
+
+def without_password(uri: str) -> str:
+    """The address of a store as it may be shown."""
+    split = urlsplit(uri)
+    return uri.replace(f"{split.netloc}", split.netloc.rpartition("@")[2]) if split.netloc else uri
+
+
+def _some(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _runs(settings: Sequence[Setting], arenas: Sequence[Arena]) -> list[dict[str, Any]]:
+    letters = {id(row.setting): row.letter for arena in arenas for row in arena.rows}
+    told = [
+        _run(run, letters.get(id(one), ""), run in one.repeats)
+        for one in settings
+        for run in (*one.runs, *one.repeats)
+    ]
+    return sorted(told, key=lambda run: (len(run["letter"]), run["letter"]))
+
+
+def _run(run: Trained, letter: str, repeat: bool) -> dict[str, Any]:
+    dirty = " (changed)" if run.tags.get("git_dirty") else ""
+    return {
+        "letter": letter,
+        "name": run.name,
+        "note": " (repeats a seed; not averaged)" if repeat else "",
+        "id": run.id,
+        "seed": run.seed,
+        "epochs": run.epochs,
+        "state": run.state,
+        "failed": run.failed_checks,
+        "checks": run.tags.get("checks", "not run"),
+        "commit": run.tags.get("git_commit", "-")[:10] + dirty,
+        "hardware": run.tags.get("hardware", "-"),
+    }

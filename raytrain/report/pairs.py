@@ -1,0 +1,105 @@
+"""The leading configuration against the others, image by image."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from raytrain.evaluation.confidence import align, holm, paired
+from raytrain.report.arenas import Arena
+from raytrain.report.evaluations import Evaluated
+from raytrain.report.rows import VALID, Row
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The leader less another one, in shares of the same test images."""
+
+    leader: Row
+    other: Row
+    attack: str
+    difference: float  # mean over the pairs of seeds
+    low: float | None  # Tango's limits; of a single pair of seeds only
+    high: float | None
+    only_leader: int  # images that only the leader holds, summed over the pairs
+    only_other: int
+    seeds: int  # pairs
+    ahead: int  # pairs in which the leader is the better one
+    p: float
+    holm: float = 1.0  # p, adjusted for all that the leader is compared with
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        return "told apart" if self.holm < LEVEL else "not told apart"
+
+
+def pairs_of(arena: Arena) -> list[Pair]:
+    """The leader against every other trusted row that has flags of the same images, in table order.
+
+    Runs are paired by seed, or in order where no seed is shared. Over several pairs p is twice the
+    median (Rueger 1978; Meinshausen, Meier and Buehlmann 2009, JASA 104:1671), which holds however the
+    pairs depend on one another.
+    """
+    leader = arena.leader
+    if leader is None or arena.attack == VALID:
+        return []
+    others = [row for row in arena.rows if row is not leader and row.trusted]
+    found = [pair for row in others if (pair := _pair(leader, row, arena.attack)) is not None]
+    adjusted = holm([pair.p for pair in found])
+    return [replace(pair, holm=p) for pair, p in zip(found, adjusted, strict=True)]
+
+
+def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
+    told = [
+        paired(one, two)
+        for first, second in _together(leader, other, attack)
+        for one, two in [_flags(first, second, attack)]
+    ]
+    if not told:
+        return None
+    single = told[0] if len(told) == 1 else None
+    p_values = [one.p for one in told]
+    return Pair(
+        leader=leader,
+        other=other,
+        attack=attack,
+        difference=statistics.fmean(one.difference for one in told),
+        low=None if single is None else single.low,
+        high=None if single is None else single.high,
+        only_leader=sum(one.only_first for one in told),
+        only_other=sum(one.only_second for one in told),
+        seeds=len(told),
+        ahead=sum(one.difference > 0 for one in told),
+        p=p_values[0] if single else min(1.0, 2 * statistics.median(p_values)),
+    )
+
+
+def _together(leader: Row, other: Row, attack: str) -> list[tuple[Evaluated, Evaluated]]:
+    """Evaluations with flags of the same images, paired by seed."""
+    one, two = _by_seed(leader, attack), _by_seed(other, attack)
+    shared = [seed for seed in one if seed in two]
+    if shared:
+        return [(one[seed], two[seed]) for seed in shared]
+    return list(zip(one.values(), two.values(), strict=False))
+
+
+def _by_seed(row: Row, attack: str) -> dict[str, Evaluated]:
+    mine = {id(one) for one in row.best}
+    return {
+        run.seed: one
+        for run in row.setting.runs
+        for one in run.evaluations
+        if id(one) in mine and one.flags is not None and attack in one.flags.column_names
+    }
+
+
+def _flags(first: Evaluated, second: Evaluated, attack: str) -> tuple[np.ndarray, np.ndarray]:
+    """Verdicts on the same images in the same order; an arena holds one test set only."""
+    assert first.flags is not None and second.flags is not None
+    one, two = align(first.flags, second.flags)
+    return tuple(np.asarray(t[attack].to_numpy(), dtype=bool) for t in (one, two))  # pyright: ignore[reportReturnType]

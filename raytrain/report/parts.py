@@ -1,0 +1,223 @@
+"""What the page shows of one arena, as plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytrain.report.arenas import Arena
+from raytrain.report.cells import Cell
+from raytrain.report.cost_figures import p_text
+from raytrain.report.evaluations import called
+from raytrain.report.pairs import LEVEL, Pair
+from raytrain.report.rows import VALID, Row
+
+_ROWS = 40  # of a table; the others fold away
+_COLUMNS = ("aa", "apgd", "pgd20")  # attacks with a column beside the one that is ranked by
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on the page."""
+
+    kind: str
+    name: str  # of its files
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One arena on the page."""
+
+    title: str
+    threat: str
+    judged_by: str
+    notes: tuple[str, ...]
+    heads: list[str]
+    rows: list[dict[str, Any]]
+    more: list[dict[str, Any]]
+    legend: str
+    failed: list[str]
+    hint: dict[str, str] | None
+    leader: str
+    pairs: list[dict[str, Any]]
+    figures: list[Drawn] = field(default_factory=list)
+
+
+def part_of(arena: Arena, pairs: list[Pair], figures: list[Drawn]) -> Part:
+    """An arena with its figures."""
+    columns = columns_of(arena)
+    rows = [_row(arena, row, columns) for row in arena.rows]
+    _say_bands(arena, rows)
+    leader = arena.leader
+    return Part(
+        title=arena.title,
+        threat=arena.threat,
+        judged_by=arena.judged_by,
+        notes=arena.notes,
+        heads=_heads(arena, columns),
+        rows=rows[:_ROWS],
+        more=rows[_ROWS:],
+        legend=_legend(arena),
+        failed=[f"{row.letter}: {said}" for row in arena.rows for said in row.failed if said],
+        hint=_hint(arena),
+        leader=leader.letter if leader else "",
+        pairs=[_pair(pair) for pair in pairs],
+        figures=figures,
+    )
+
+
+def columns_of(arena: Arena) -> list[str]:
+    """Clean, what is ranked by, and the other strong attacks that somebody has."""
+    if not arena.attacks:
+        return []
+    first = [] if arena.attack == VALID else [arena.attack]
+    others = [a for a in arena.attacks if a in _COLUMNS]
+    return ["clean", *dict.fromkeys([*first, *others])]
+
+
+def _heads(arena: Arena, columns: list[str]) -> list[str]:
+    tests = [f"{called(name)}, %" for name in columns]
+    if arena.attack != VALID:
+        tests.append(f"{called(arena.attack)} at the last epoch")
+    valid = ["validation, clean", "validation, robust", "the same, last epoch"]
+    costs = ["best / last epoch", "FE per image", "seconds", "seeds"]
+    return [*tests, *valid, *costs]
+
+
+def _row(arena: Arena, row: Row, columns: list[str]) -> dict[str, Any]:
+    cells = [_cell(row.score(name), row.marks) for name in columns]
+    if arena.attack != VALID:
+        cells.append(_cell(row.score(arena.attack, last=True), row.marks))
+    cells += [
+        _cell(row.valid("valid/clean"), row.marks),
+        _cell(row.valid(), row.marks),
+        _cell(row.valid(last=True), row.marks),
+        {"value": epochs_of(row)},
+        {"value": "-" if row.cost is None else f"{row.cost:,.0f}"},
+        {"value": seconds_of(row)},
+        {"value": str(len(row.setting.runs))},
+    ]
+    states = dict.fromkeys(run.state for run in row.setting.runs)
+    kinds = ["" if row.trusted else "distrusted", "leader" if row is arena.leader else ""]
+    return {
+        "letter": row.letter,
+        "marks": row.marks,
+        "label": row.label,
+        "front": row.front,
+        "cells": cells,
+        "state": ", ".join(states),
+        "kind": " ".join(filter(None, kinds)),
+    }
+
+
+def _cell(cell: Cell | None, marks: str) -> dict[str, str]:
+    if cell is None:
+        return {"value": "-"}
+    value, _, interval = cell.text.partition(" ")
+    return {"value": value, "interval": interval, "marks": marks}
+
+
+def epochs_of(row: Row) -> str:
+    """`7 / 10`, or the ranges over seeds."""
+    best = sorted(run.best_epoch for run in row.setting.runs if run.best_epoch is not None)
+    last = sorted(run.epochs for run in row.setting.runs)
+    return f"{_range(best)} / {_range(last)}"
+
+
+def _range(values: list[int]) -> str:
+    if not values:
+        return "-"
+    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def seconds_of(row: Row) -> str:
+    """Of training, mean over seeds."""
+    known = [s for run in row.setting.runs if (s := run.metrics.get("cost/seconds")) is not None]
+    if not known:
+        return "-"
+    mean = sum(known) / len(known)
+    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
+
+
+def _say_bands(arena: Arena, rows: list[dict[str, Any]]) -> None:
+    """A line above the first row of each band."""
+    bands = dict.fromkeys(row.band for row in arena.rows)
+    for band in bands:
+        costs = [row.cost for row in arena.rows if row.band == band]
+        first = next(k for k, row in enumerate(arena.rows) if row.band == band)
+        known = [cost for cost in costs if cost is not None]
+        if not known:
+            rows[first]["band"] = "cost not recorded"
+            continue
+        low, high = f"{min(known):,.0f}", f"{max(known):,.0f}"
+        span = low if low == high else f"{low} to {high}"
+        rows[first]["band"] = f"{span} FE per training image"
+
+
+def _legend(arena: Arena) -> str:
+    said = (
+        "Means ± standard deviations over seeds; a single seed is followed by the 95 % interval of "
+        "its images. Bold: the leader. ◆: on the Pareto front of cost and accuracy."
+    )
+    if any(not row.trusted for row in arena.rows):
+        said += " ⚠: a check failed, not to be believed."
+    return said
+
+
+def _hint(arena: Arena) -> dict[str, str] | None:
+    """What to run for a number that is missing."""
+    lacking = [row for row in arena.rows if not row.best and row.home]
+    if not lacking:
+        return None
+    run = max(lacking, key=lambda row: cell.value if (cell := row.valid()) else -1.0).setting
+    count = len(lacking)
+    text = f"{count} configuration{' was' if count == 1 else 's were'} not evaluated. For the best"
+    return {
+        "text": f"{text} of them in validation:",
+        "command": f"raytrain evaluate {run.first.id}",
+    }
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    limits = "-"
+    if pair.low is not None and pair.high is not None:
+        limits = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    one, other = pair.leader.cost, pair.other.cost
+    return {
+        "letter": pair.other.letter,
+        "marks": pair.other.marks,
+        "label": pair.other.label,
+        "cells": [
+            f"{100 * pair.difference:+.1f}",
+            limits,
+            f"{pair.only_leader:,}",
+            f"{pair.only_other:,}",
+            f"{pair.ahead} of {pair.seeds}",
+            p_text(pair.p).removeprefix("p ").removeprefix("= "),
+            p_text(pair.holm).removeprefix("p ").removeprefix("= "),
+        ],
+        "verdict": pair.verdict,
+        "cost": f"{other / one:.2f}" if one and other else "-",
+    }
+
+
+def in_short(arena: Arena, pairs: list[Pair]) -> str:
+    """One or two sentences about an arena."""
+    leader = arena.leader
+    cell = None if leader is None else leader.judged(arena.attack)
+    if leader is None or cell is None:
+        return f"{arena.title}: nothing here can be ranked."
+    cost = "" if leader.cost is None else f" at {leader.cost:,.0f} FE per image"
+    marks = f" {leader.marks}" if leader.marks else ""
+    what = "in validation" if arena.attack == VALID else f"under {called(arena.attack)}"
+    said = f"{arena.title}: {leader.letter} ({leader.label}){marks} leads with {cell.text} % {what}{cost}."
+    alike = [pair.other.letter for pair in pairs if pair.holm >= LEVEL]
+    if pairs and not alike:
+        said += f" On the same images it is ahead of all {len(pairs)} others beyond chance."
+    elif alike:
+        some = ", ".join(alike[:8]) + (" and others" if len(alike) > 8 else "")
+        said += f" On the same images it cannot be told from {some}."
+    return said

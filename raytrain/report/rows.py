@@ -1,0 +1,167 @@
+"""A configuration beside others, and the order of several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from raytrain.report.cells import Cell, of_shares, of_values
+from raytrain.report.evaluations import Evaluated, called, strongest
+from raytrain.report.runs import Trained, split_of
+from raytrain.report.settings import Setting
+
+VALID = "valid"
+"""What configurations are judged by where none was evaluated on the test set."""
+
+_ALIKE = 1.1  # costs within this factor of one another count as equal
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration in one arena."""
+
+    setting: Setting
+    home: bool  # trained for this arena's threat model
+    best: tuple[Evaluated, ...] = ()  # of the best checkpoints here, by seed
+    last: tuple[Evaluated, ...] = ()  # of the last ones
+    cost: float | None = None  # FE per training image, mean over seeds
+    letter: str = ""
+    band: int = 0  # of cost, from the cheapest
+    rank: int | None = None  # in its band; None where it has not what is ranked by
+    front: bool = False
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return self.setting.label
+
+    @property
+    def trusted(self) -> bool:
+        """No check has failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What failed, each once."""
+        from_tags = [run.failed_checks for run in self.setting.runs if run.failed_checks]
+        told = [sentence for one in (*self.best, *self.last) for sentence in one.failed]
+        return tuple(dict.fromkeys(told or from_tags))
+
+    @property
+    def marks(self) -> str:
+        """Behind every number of this row: ⚠ a check failed, † trained for another threat model."""
+        return ("" if self.trusted else "⚠") + ("" if self.home else "†")
+
+    def score(self, attack: str, last: bool = False) -> Cell | None:
+        """Accuracy under an attack (or `clean`), of the best or the last checkpoints."""
+        found = self.last if last else self.best
+        return of_shares([one.shares[attack] for one in found if attack in one.shares])
+
+    def valid(self, metric: str = "valid/robust", last: bool = False) -> Cell | None:
+        """The same on the validation split, at the best or the last epoch."""
+        runs = self.setting.runs if self.home else ()
+        return of_values([r.metrics.get(metric) if last else r.at_best(metric) for r in runs])
+
+    def judged(self, attack: str) -> Cell | None:
+        """What it is ranked by."""
+        return self.valid() if attack == VALID else self.score(attack)
+
+    def gap(self, attack: str) -> tuple[str, Cell | None, Cell | None]:
+        """Where it was measured, and robust accuracy at the best and at the last epoch."""
+        if attack != VALID and (last := self.score(attack, last=True)) is not None:
+            return "test", self.score(attack), last
+        return "validation", self.valid(), self.valid(last=True)
+
+
+def shared_attack(rows: list[Row]) -> str:
+    """The strongest attack that all evaluated rows have; else the one that most have."""
+    evaluated = [row for row in rows if row.best]
+    attacks = strongest([a for row in evaluated for one in row.best for a in one.attacks])
+    if not attacks:
+        return VALID
+    return max(attacks, key=lambda a: sum(row.score(a) is not None for row in evaluated))
+
+
+def value_of(row: Row, attack: str) -> float | None:
+    cell = row.judged(attack)
+    return None if cell is None else cell.value
+
+
+def ranked(rows: list[Row], attack: str) -> list[Row]:
+    """By cost in bands, within a band by what is judged; what fails a check has no rank."""
+    free = sorted((row for row in rows if row.cost is None), key=lambda row: row.label)
+    dear = sorted((row for row in rows if row.cost is not None), key=lambda row: row.cost or 0.0)
+    bands: list[list[Row]] = []
+    for row in dear:
+        if not bands or (row.cost or 0.0) > _ALIKE * (bands[-1][0].cost or 0.0):
+            bands.append([])
+        bands[-1].append(row)
+    front = {id(row) for row in _front(dear, attack)}
+    done: list[Row] = []
+    if free:
+        bands.append(free)
+    for number, band in enumerate(bands):
+        band.sort(key=lambda row: order(row, attack))
+        ranks = iter(range(1, len(band) + 1))
+        for row in band:
+            counts = row.trusted and value_of(row, attack) is not None
+            rank = next(ranks) if counts else None
+            done.append(replace(row, band=number, rank=rank, front=id(row) in front))
+    return done
+
+
+def order(row: Row, attack: str) -> tuple[bool, bool, float, float]:
+    value, valid = value_of(row, attack), row.valid()
+    return (
+        value is None,
+        not row.trusted,
+        -(value or 0.0),
+        -(valid.value if valid is not None else 0.0),
+    )
+
+
+def _front(dear: list[Row], attack: str) -> list[Row]:
+    """Rows, by cost, that no cheaper or equally dear one equals or beats; only what can be trusted."""
+    front: list[Row] = []
+    best = -1.0
+    known = [row for row in dear if row.trusted and value_of(row, attack) is not None]
+    for row in sorted(known, key=lambda row: (row.cost or 0.0, -(value_of(row, attack) or 0.0))):
+        if (value_of(row, attack) or 0.0) > best:
+            best = value_of(row, attack) or 0.0
+            front.append(row)
+    return front
+
+
+def notes_on(rows: list[Row], attack: str) -> list[str]:
+    notes = []
+    ways = {validation_of(run) for row in rows if row.home for run in row.setting.runs}
+    if len(ways) > 1:
+        notes.append(
+            "Validation was not done alike in all rows (another split or attack): do not compare "
+            "the validation columns down the table."
+        )
+    lacking = [row for row in rows if attack != VALID and row.score(attack) is None]
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of {len(rows)} configurations have no {called(attack)} on this test "
+            "set and are not ranked; see the command below the table."
+        )
+    distrusted = [row for row in rows if not row.trusted]
+    if distrusted:
+        notes.append(
+            f"{len(distrusted)} of {len(rows)} configurations failed a check (⚠): their robust "
+            "accuracy is not to be believed, and they are neither ranked nor on the front."
+        )
+    if any(not row.home for row in rows):
+        notes.append(
+            "† was trained for another threat model than the one it is measured under here."
+        )
+    machines = {run.tags.get("hardware") for row in rows for run in row.setting.runs}
+    if len(machines) > 1:
+        notes.append("Seconds are of different hardware; forward-equivalents are not.")
+    return notes
+
+
+def validation_of(run: Trained) -> str:
+    """Runs that agree in this have comparable numbers in validation."""
+    attack = sorted((k, v) for k, v in run.params.items() if k.startswith("evaluation."))
+    return repr((split_of(run), attack))

@@ -1,0 +1,163 @@
+"""What MLflow holds of a run: its configuration, its curves and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytrain.report.evaluations import Evaluated
+from raytrain.report.words import parent_of
+
+Curve = dict[int, float]  # by epoch
+
+CURVES = (
+    "valid/robust",
+    "valid/clean",
+    "train/fosc",
+    "train/inner_steps",
+    "cost/fe",
+    "cost/samples",
+)
+"""Metrics that are read epoch by epoch."""
+
+_ENDS = {  # MLflow's word where no sweep said how a trial ended
+    "FINISHED": "finished",
+    "FAILED": "failed",
+    "KILLED": "interrupted",
+    "RUNNING": "running, or its driver died",
+    "SCHEDULED": "not begun",
+}
+_OUTCOMES = {"complete": "finished", "stopped": "stopped early", "cut": "cut by the budget"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run. `params` are flat, by dotted path, as the strings that MLflow keeps."""
+
+    id: str
+    name: str
+    began: int  # milliseconds since 1970
+    status: str  # MLflow's own word
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]  # the last value of each
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    evaluations: tuple[Evaluated, ...] = ()
+
+    @property
+    def seed(self) -> str:
+        """Of the training; a run that does not say counts as seed 0."""
+        return self.params.get("seed", "0")
+
+    @property
+    def state(self) -> str:
+        """How it ended, in words."""
+        outcome = self.tags.get("outcome")
+        if "stopped_by" in self.tags:
+            return "stopped by a sentinel"
+        if outcome is None:
+            return _ENDS.get(self.status, self.status.lower())
+        return _OUTCOMES.get(outcome, outcome)
+
+    @property
+    def data(self) -> str:
+        """The data set by name."""
+        return self.params.get("data.name", self.tags.get("data", "unknown data"))
+
+    @property
+    def contract(self) -> str:
+        """The threat model it was trained for: the contract's hash, else norm and radius."""
+        return self.tags.get("contract") or self.contract_text
+
+    @property
+    def contract_text(self) -> str:
+        """The same in words."""
+        norm, eps = self.params.get("threat.norm"), self.params.get("threat.eps")
+        plain = self.tags.get("threat") or (f"{norm} {eps}" if norm else "unknown threat")
+        return self.tags.get("contract_text") or plain.replace(" ", " eps ", 1)
+
+    @property
+    def failed_checks(self) -> str:
+        """What an evaluation found wrong, such as `zero_gradients`; empty if nothing."""
+        checks = self.tags.get("checks", "")
+        return checks.partition(":")[2].strip() or checks if checks.startswith("FAILED") else ""
+
+    @property
+    def epochs(self) -> int:
+        """Of the last row; 0 if there is none."""
+        return max((max(curve) for curve in self.curves.values() if curve), default=0)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first one with the highest validation robustness: that of the best checkpoint."""
+        curve = self.curves.get("valid/robust", {})
+        return min(curve, key=lambda epoch: (-curve[epoch], epoch)) if curve else None
+
+    def at_best(self, metric: str) -> float | None:
+        """A metric of the best epoch."""
+        best = self.best_epoch
+        return None if best is None else self.curves.get(metric, {}).get(best)
+
+
+def images_of(runs: Iterable[Trained]) -> dict[str, float]:
+    """Training images of each run, by its id; runs on the same split help one another.
+
+    MLflow holds only the images that were trained on. An epoch leaves out what does not fill a batch, so
+    the number lies between an epoch's images and a batch more; a run that was to spend so many
+    forward-equivalents per image, and spent them, tells it.
+    """
+    splits: dict[tuple[str, ...], list[Trained]] = {}
+    for run in runs:
+        splits.setdefault(split_of(run), []).append(run)
+    return {run.id: images for some in splits.values() for run, images in _images(some)}
+
+
+def split_of(run: Trained) -> tuple[str, ...]:
+    """What decides which images are trained on and which are held back."""
+    names = ("name", "train_size", "validation", "split_seed", "image_column", "label_column")
+    return tuple(run.params.get(f"data.{name}", "") for name in names)
+
+
+def _images(runs: list[Trained]) -> Iterable[tuple[Trained, float]]:
+    epochs = [samples for run in runs if (samples := _one_epoch(run))]
+    if not epochs:
+        return []
+    fewest = max(epochs)
+    exact = [told for run in runs if (told := _told(run)) and _fits(told, fewest, run)]
+    return [(run, min(exact, default=fewest)) for run in runs]
+
+
+def _one_epoch(run: Trained) -> float:
+    samples = run.curves.get("cost/samples", {})
+    return samples[min(samples)] / min(samples) if samples and min(samples) > 0 else 0.0
+
+
+def _told(run: Trained) -> float:
+    budget, spent = run.params.get("fe_per_image"), run.metrics.get("cost/fe", 0.0)
+    return spent / float(budget) if budget and run.state == "finished" else 0.0
+
+
+def _fits(images: float, fewest: float, run: Trained) -> bool:
+    return fewest <= images < fewest + float(run.params.get("batch_size", "128"))
+
+
+def read(client: Any, run: Any, evaluations: tuple[Evaluated, ...]) -> Trained:
+    """A run of MLflow with its curves."""
+    metrics = {name: float(value) for name, value in run.data.metrics.items()}
+    return Trained(
+        id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id[:8],
+        began=int(run.info.start_time or 0),
+        status=str(run.info.status),
+        params=dict(run.data.params),
+        tags={**run.data.tags, **({"parent": p} if (p := parent_of(run)) else {})},
+        metrics=metrics,
+        curves={name: _curve(client, run, name) for name in CURVES if name in metrics},
+        evaluations=evaluations,
+    )
+
+
+def _curve(client: Any, run: Any, metric: str) -> Curve:
+    points = client.get_metric_history(run.info.run_id, metric)
+    return {int(point.step): float(point.value) for point in points if point.step > 0}
