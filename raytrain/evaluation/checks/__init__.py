@@ -1,0 +1,93 @@
+"""Checks before belief: an accuracy under attack is worth nothing if the attack was blocked.
+
+Each is a function on a bare network that maps pixels in [0, 1] to logits, ours or any other, and
+leaves it as it was. A failed check does not hide a number; it says that it is not to be believed,
+why, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from raytrain.balls import AbstractBall
+from raytrain.evaluation.checks.attacked import falls_with_eps, large_eps, more_steps
+from raytrain.evaluation.checks.black_box import black_box, under_noise
+from raytrain.evaluation.checks.forward import (
+    batch,
+    modes,
+    pixel_range,
+    probabilities,
+    randomised,
+)
+from raytrain.evaluation.checks.gradients import zero_gradients
+from raytrain.evaluation.checks.probe import Finding
+from raytrain.evaluation.confidence import Flags
+from raytrain.types import Images, Labels, RequestError, Rows, mix
+
+MOST = 128
+"""Images that `before_belief` looks at: about 150 passes, forward and backward, of one batch."""
+
+
+def before_belief(
+    model: nn.Module, images: Images, labels: Labels, ball: AbstractBall, seed: int
+) -> list[Finding]:
+    """Every check that needs no flags, on at most 128 of the images, drawn by `seed`.
+
+    `modes` judges the model as it was handed over; all others run in eval mode, as evaluation does.
+    Of images out of range only their range is told, and of a randomised model not whether its
+    logits depend on the batch: neither would mean anything. Raises RequestError if there is no
+    image, or if the model does not answer one row of logits for each.
+    """
+    if len(images) == 0 or len(images) != len(labels):
+        raise RequestError(
+            "images: expected at least one, and a label for each, "
+            f"found {len(images)} and {len(labels)}"
+        )
+    findings = [pixel_range(images), modes(model)]
+    if not findings[0].passed:
+        return findings
+    rows = _some(len(images), seed).to(images.device)
+    images, labels = images[rows], labels[rows]
+    findings.append(randomised(model, images, seed))
+    if findings[-1].passed:
+        findings.append(batch(model, images, seed))
+    return [
+        *findings,
+        probabilities(model, images, seed),
+        zero_gradients(model, images, labels, seed),
+        falls_with_eps(model, images, labels, ball, seed),
+        large_eps(model, images, labels, ball, seed),
+        more_steps(model, images, labels, ball, seed),
+    ]
+
+
+def after(white: Flags, black: Mapping[str, Flags]) -> list[Finding]:
+    """The checks that need flags: `white` survived all attacks with gradients, `black` each without."""
+    return [black_box(white, black)]
+
+
+def _some(count: int, seed: int) -> Rows:
+    """At most 128 of `count` images, drawn because test sets may be sorted by class."""
+    generator = torch.Generator().manual_seed(mix(seed, "checked images"))
+    return torch.randperm(count, generator=generator)[:MOST].sort().values
+
+
+__all__ = [
+    "Finding",
+    "after",
+    "batch",
+    "before_belief",
+    "black_box",
+    "falls_with_eps",
+    "large_eps",
+    "modes",
+    "more_steps",
+    "pixel_range",
+    "probabilities",
+    "randomised",
+    "under_noise",
+    "zero_gradients",
+]
