@@ -117,6 +117,8 @@ def train(
                     continue  # repeated after a restart of the workers
                 done = report.epoch
                 tracker.log(handle, metrics, done)
+                if report.stopped_by is not None:
+                    tracker.tag(handle, {"stopped_by": report.stopped_by})
                 if watch is not None:
                     watch(run, report)
         leave_network(tracker, handle, folder, splits.valid)

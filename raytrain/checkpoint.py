@@ -41,6 +41,11 @@ class Saved:
         return self.content["counters"]["waited"]
 
     @property
+    def seen(self) -> dict[str, float]:
+        """What sentinels had seen at the last validation."""
+        return self.content["counters"].get("seen", {})
+
+    @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The network that is to be judged: the averaged one where averages were kept."""
         averaged = self.content["ema"]
@@ -96,6 +101,7 @@ def _content(
             "seconds": state.seconds,
             "best": state.best,
             "waited": state.waited,
+            "seen": dict(state.seen),
         },
     }
 
@@ -223,7 +229,7 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
     counters = content["counters"]
     state.epoch, state.step = counters["epoch"], counters["step"]
     state.seconds, state.best = counters["seconds"], counters["best"]
-    state.waited = counters["waited"]
+    state.waited, state.seen = counters["waited"], dict(counters.get("seen", {}))
     _set_random_states(content["random"], place)
 
 

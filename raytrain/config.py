@@ -29,6 +29,7 @@ from raytrain.network import Precision
 from raytrain.optim import Sgd
 from raytrain.outer import Outer, Plain
 from raytrain.schedules import Ramp
+from raytrain.sentinels import Sentinels
 from raytrain.types import RequestError, Spec, named
 
 RUNTIME = frozenset(
@@ -101,6 +102,12 @@ class RunConfig(Spec):
         BeforeValidator(_patience),
         Field(description="validations without a gain in valid/robust before the run ends"),
     ] = None
+    sentinels: Annotated[
+        Sentinels | None,
+        Field(
+            description="signs of false robustness, looked for at validations; null: not at all"
+        ),
+    ] = Sentinels()
     precision: Annotated[
         Precision, Field(description="fp32, bf16 (autocast) or fp64; evaluation is never bf16")
     ] = "fp32"
@@ -209,9 +216,15 @@ class RunConfig(Spec):
         text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def out_of_patience(self, waited: int) -> bool:
-        """Whether a run ends after so many validations in a row without a gain."""
-        return self.early_stop is not None and waited >= self.early_stop.patience
+    def ends_by(self, waited: int, seen: Mapping[str, float]) -> str | None:
+        """Why a run ends after a validation, as `field: what was seen`; None if it goes on.
+
+        It may be the level of a sentinel, or too many validations in a row without a gain.
+        """
+        alarm = None if self.sentinels is None else self.sentinels.alarm(seen)
+        if alarm is None and self.early_stop is not None and waited >= self.early_stop.patience:
+            return f"early_stop: {waited} validations without a gain"
+        return alarm
 
     def check_radius(self, shape: tuple[int, ...]) -> None:
         """Refuse a radius that covers the whole pixel cube: it was meant in another unit.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from raytrain.balls import AbstractBall
 from raytrain.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import Source
-from raytrain.data.loader import Splits, num_steps, open_splits, sweep, visit
+from raytrain.data.loader import Part, Splits, num_steps, open_splits, sweep, visit
 from raytrain.judge import judge
 from raytrain.memory import Setting
 from raytrain.meter import Meter
@@ -25,7 +25,8 @@ from raytrain.objectives import CrossEntropy
 from raytrain.oracle import Oracle
 from raytrain.pace import AbstractPace, ByCost, ByEpochs
 from raytrain.place import Place
-from raytrain.record import FOSC_EDGES, Report
+from raytrain.record import FOSC_EDGES, Report, robust_drop
+from raytrain.sentinels import probe, readings
 from raytrain.state import Outcome, TrainState
 from raytrain.types import Batch, RequestError, TrainingFailed, mix
 
@@ -73,9 +74,9 @@ def fit(
     state = start(run, splits, place)
     if resume is not None:
         restore(state, resume, place)
-        state.stopped = run.out_of_patience(state.waited)
+        state.stopped_by = run.ends_by(state.waited, state.seen)
     pace = pace_of(run, splits, place)
-    while not (pace.over(state) or state.stopped):
+    while not (pace.over(state) or state.stopped_by):
         yield _epoch(run, state, pace, splits, place), state
 
 
@@ -115,10 +116,11 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
         by_epochs = run.fe_per_image is None
         end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
         raise RequestError(f"{end} have been trained already; expected more, to go on")
-    if run.out_of_patience(saved.waited):
+    if why := run.ends_by(saved.waited, saved.seen):
+        rule = why.partition(":")[0]
         raise RequestError(
-            f"early_stop: the run has stopped early after {saved.epoch} epochs; early_stop=null "
-            "goes on to the end"
+            f"{why}: the run has stopped early after {saved.epoch} epochs; {rule}=null goes on to the "
+            "end"
         )
 
 
@@ -208,14 +210,8 @@ def _epoch(
     fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.outcome, place)
     own = trained.algorithm.measures(state, trained.batch)
     over = pace.over(state)
-    clean, robust, improved = None, None, False
-    if state.epoch % run.evaluation.every == 0 or over:
-        batches = sweep(splits.valid, run.evaluation.batch_size, mix(run.seed, "valid"))
-        judged, _ = judge(state.judged, batches, run.threat, run.evaluation, place, run.precision)
-        clean, robust = judged.clean, judged.robust
-        improved = robust > state.best
-        _be_patient(run, state, robust)
-        state.best = max(state.best, robust)
+    due = state.epoch % run.evaluation.every == 0 or over
+    valid = _validate(run, state, splits.valid, place) if due else _Validated()
     meter = state.meter.over(place)
     return Report(
         epoch=state.epoch,
@@ -229,22 +225,46 @@ def _epoch(
         fe=meter.fe,
         samples=meter.samples,
         seconds=state.seconds,
-        clean=clean,
-        robust=robust,
-        best=None if robust is None else state.best,
-        improved=improved,
-        final=state.stopped or over,
-        stopped_early=state.stopped and not over,
+        clean=valid.clean,
+        robust=valid.robust,
+        best=state.best if due else None,
+        improved=valid.improved,
+        final=over or state.stopped_by is not None,
+        stopped_early=state.stopped_by is not None and not over,
+        stopped_by=None if over else state.stopped_by,
         fosc_below=tuple(float((fosc <= edge).double().mean()) for edge in FOSC_EDGES),
         own=own,
+        sentinels=valid.sentinels,
     )
 
 
-def _be_patient(run: RunConfig, state: TrainState, robust: float) -> None:
-    """Count validations without a gain; stop training at too many of them."""
+@dataclass(frozen=True)
+class _Validated:
+    """What a validation found; in an epoch without one, nothing."""
+
+    clean: float | None = None
+    robust: float | None = None
+    improved: bool = False
+    sentinels: Mapping[str, float] = field(default_factory=dict)
+
+
+def _validate(run: RunConfig, state: TrainState, part: Part, place: Place) -> _Validated:
+    """Judge the network, look at the sentinels, and stop training if a rule says so."""
+    batch_size, model = run.evaluation.batch_size, state.judged
+    batches = sweep(part, batch_size, mix(run.seed, "valid"))
+    judged, flags = judge(model, batches, run.threat, run.evaluation, place, run.precision)
+    improved = judged.robust > state.best
     gain = 0.0 if run.early_stop is None else run.early_stop.min_gain
-    state.waited = 0 if robust > state.best + gain else state.waited + 1
-    state.stopped = run.out_of_patience(state.waited)
+    state.waited = 0 if judged.robust > state.best + gain else state.waited + 1
+    state.best = max(state.best, judged.robust)
+    seen: dict[str, float] = {}
+    if run.sentinels is not None:
+        ball, corners = run.evaluation.ball(run.threat), run.sentinels.corners
+        probed = probe(part, flags, run.sentinels.images, batch_size, run.seed)
+        seen = readings(model, probed, ball, corners, place, run.precision)
+    state.seen = {**seen, "robust_drop": robust_drop(state.best, judged.robust)}
+    state.stopped_by = run.ends_by(state.waited, state.seen)
+    return _Validated(judged.clean, judged.robust, improved, seen)
 
 
 @dataclass(frozen=True)

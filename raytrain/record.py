@@ -33,9 +33,13 @@ class Report:
     best: float | None = None  # highest `robust` so far
     improved: bool = False  # whether `best` is of this epoch
     final: bool = False  # the last row of its run
-    stopped_early: bool = False  # final for lack of progress, before all epochs were done
+    stopped_early: bool = False  # final before all epochs were done
+    stopped_by: str | None = None  # why, in a sentence
     fosc_below: tuple[float, ...] = ()  # shares of samples with FOSC at most FOSC_EDGES
     own: Mapping[str, float] = field(default_factory=dict)  # what the algorithm measures itself
+    sentinels: Mapping[str, float] = field(
+        default_factory=dict
+    )  # readings, where there was a validation
 
     def metrics(self) -> dict[str, float]:
         """Flat names for MLflow and Tune; what was not measured is left out."""
@@ -49,7 +53,9 @@ class Report:
             "valid/clean": self.clean,
             "valid/robust": self.robust,
             "valid/robust_best": self.best,
-            "valid/robust_drop": self._drop(),
+            "valid/robust_drop": None
+            if self.best is None or self.robust is None
+            else robust_drop(self.best, self.robust),
             "cost/fe": float(self.fe),
             "cost/fe_per_sample": self.fe / max(1, self.samples),
             "cost/samples": float(self.samples),
@@ -57,12 +63,14 @@ class Report:
         }
         measured = {name: value for name, value in named.items() if value is not None}
         shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
-        return {**measured, **{_below(edge): share for edge, share in shares}, **self.own}
+        below = {_below(edge): share for edge, share in shares}
+        seen = {f"sentinel/{name}": value for name, value in self.sentinels.items()}
+        return {**measured, **below, **seen, **self.own}
 
-    def _drop(self) -> float | None:
-        if self.best is None or self.robust is None:
-            return None
-        return 0.0 if self.best == 0 else 1 - self.robust / self.best
+
+def robust_drop(best: float, robust: float) -> float:
+    """The share of the best robustness that has been lost."""
+    return 0.0 if best == 0 else 1 - robust / best
 
 
 OWN_METRICS = {
@@ -88,6 +96,12 @@ METRICS = {
     "valid/robust": "validation accuracy under the evaluation attack",
     "valid/robust_best": "highest valid/robust so far",
     "valid/robust_drop": "share of it that has been lost since: overfitting, sudden or slow",
+    "sentinel/fgsm": "accuracy of the probe under one FGSM step of eps",
+    "sentinel/robust": "accuracy of the probe under the evaluation attack",
+    "sentinel/fgsm_gap": "how far the first is above the second: catastrophic overfitting",
+    "sentinel/zero_grad": "share of the probe's correct images without an input gradient",
+    "sentinel/noise_gap": "share of the probe that the attack misses and random corners hit",
+    "sentinel/fe": "forward-equivalents of looking at the probe, once",
     "cost/fe": "forward-equivalents spent on training",
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",

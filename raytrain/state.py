@@ -42,7 +42,10 @@ class TrainState:
     seconds: float = 0.0  # spent training, evaluation left out
     best: float = float("-inf")  # best validation robust accuracy so far
     waited: int = 0  # validations since the last one that counted as better
-    stopped: bool = False  # early, for lack of progress
+    seen: dict[str, float] = field(
+        default_factory=dict
+    )  # what sentinels saw at the last validation
+    stopped_by: str | None = None  # why training ends early
 
     @property
     def judged(self) -> nn.Module:

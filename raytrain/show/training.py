@@ -53,10 +53,7 @@ class Epochs:
         else:
             say(f"{_where(run, report)}  {note}")
         if report.stopped_early:
-            waited = 0 if run.early_stop is None else run.early_stop.patience
-            said = (
-                f"stopped early after {_where(run, report)}: {waited} validations without a gain"
-            )
+            said = f"stopped early after {_where(run, report)}: {report.stopped_by}"
             self._bar.console.print(said) if is_terminal() else say(said)
 
 

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from raytrain.config import RUNTIME, RunConfig
 from raytrain.request import override, validated
+from raytrain.sentinels import Sentinels
 from raytrain.spaces.abstract import AbstractSearched, Suggests
 from raytrain.spaces.checks import check
 from raytrain.spaces.dimensions import Derived, Entry, Real
@@ -69,6 +70,20 @@ class SearchSpace(Spec):
     ] = None
 
     _laid_out: tuple[Any, Any, tuple[Variable, ...], Lookup] | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_are_limits(cls, values: Any) -> Any:
+        """What ends a run makes its trial infeasible, unless `feasible` bounds that metric itself."""
+        if not isinstance(values, dict):
+            return values
+        given = values.get("feasible", CATASTROPHIC)
+        levels = _levels(values.get("base"))
+        if not levels or not isinstance(given, dict):
+            return values
+        limits = {metric: Limit(max=level) for metric, level in levels.items()}
+        merged = {**limits, **given} if "feasible" in values else {**given, **limits}
+        return {**values, "feasible": merged}
 
     @model_validator(mode="after")
     def _makes_sense(self) -> SearchSpace:
@@ -269,3 +284,14 @@ class SearchSpace(Spec):
         except ValueError as error:
             where = ("constraints", str(self.constraints.index(text)))
             raise RequestError(f"constraints: {error}", where) from None
+
+
+def _levels(base: Any) -> dict[str, float]:
+    """The levels of sentinels in a base run, by metric; none where it is not understood."""
+    sentinels = base.get("sentinels") if isinstance(base, dict) else None
+    if sentinels is None:
+        return {}
+    try:
+        return Sentinels.model_validate(sentinels).stop.limits()
+    except ValidationError:  # for the base run itself to tell
+        return {}

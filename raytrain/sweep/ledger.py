@@ -265,6 +265,8 @@ class Ledger:
             live.origin, live.trial.number, epoch, live.progress, live.values, metrics
         )
         self._mirror.row(self._handle(live), metrics, epoch)
+        if why := result.get("stopped_by"):
+            self._mirror.stopped(self._handle(live), why)
         last = {"epoch": epoch, "progress": live.progress, "metrics": metrics}
         live.trial.set_user_attr("last", last)
         self._report(live)

@@ -52,6 +52,10 @@ class Mirror:
         """More about an epoch that is there."""
         self._tracker.log(handle, metrics, epoch)
 
+    def stopped(self, handle: str, why: str) -> None:
+        """A rule of the run itself ends it: the trial's last row says so."""
+        self._tracker.tag(handle, {"stopped_by": why})
+
     def pause(self, handle: str) -> None:
         """A trial stops for now; `begin` goes on with it."""
         self._tracker.close(handle, "KILLED")

@@ -36,12 +36,12 @@ class Ended:
 
 def label(metric: str) -> str:
     """A metric with its unit."""
-    shares = ("valid/", "fosc_histogram/", "engm/clipped")
+    shares = ("valid/", "fosc_histogram/", "engm/clipped", "sentinel/")
     units = {"train/inner_steps": "", "train/lr": "", "cost/seconds": "s", "cost/samples": ""}
-    if metric.startswith(shares):
-        unit = "%"
-    elif metric.startswith("cost/fe"):
+    if metric.startswith("cost/fe") or metric == "sentinel/fe":
         unit = "FE"
+    elif metric.startswith(shares):
+        unit = "%"
     else:
         unit = units.get(metric, "nats" if metric.startswith(("train/", "l2l/")) else "")
     return f"{metric}, {unit}" if unit else metric

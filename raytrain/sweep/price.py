@@ -50,7 +50,7 @@ def price(run: RunConfig) -> float:
 
 def is_bound(run: RunConfig) -> bool:
     """Whether a run may cost less than its price: attacks stop on their own, or the run does."""
-    if run.early_stop is not None:
+    if run.early_stop is not None or (run.sentinels and run.sentinels.stop.limits()):
         return True
     if run.fe_per_image is not None:
         return False

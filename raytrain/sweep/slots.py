@@ -95,7 +95,8 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
 
 
 def _told_of(report: Report) -> dict[str, Any]:
-    return _row(report.metrics(), report.epoch, report.progress, final=report.final)
+    row = _row(report.metrics(), report.epoch, report.progress, final=report.final)
+    return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
 
 
 def _told(error: Exception) -> str:
