@@ -12,7 +12,10 @@ from raytrain.evaluation.checks.probe import Finding, logits_of, percent, still
 from raytrain.types import Images
 
 SAME = 1e-4
-"""Changes below this share of an image's logit range are rounding, of kernels for other batch sizes too."""
+"""Changes below this share of an image's logit range are rounding in the same kernels."""
+
+SAME_AMONG_OTHERS = 1e-2
+"""The like for a batch of another size, which may run in other kernels: TF32 keeps three digits."""
 
 ONE = 1e-3
 """How far from one the sum of a row of probabilities may round, also in half precision."""
@@ -85,7 +88,7 @@ def batch(model: nn.Module, images: Images, seed: int) -> Finding:
     with still(model, seed, images.device):
         among = logits_of(model, torch.cat([1 - images, images]))[len(images) :]
     change = _change(alone, among)
-    if change <= SAME:
+    if change <= SAME_AMONG_OTHERS:
         return Finding("batch", True, "An image's logits do not depend on its batch.", change)
     sentence = (
         "An image's logits depend on the other images of its batch (they move by up to "
