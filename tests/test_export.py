@@ -31,7 +31,8 @@ from raytrain.checkpoint import leave_run_file, load, save
 from raytrain.cli import app
 from raytrain.config import RunConfig
 from raytrain.data.digits import read_digits
-from raytrain.data.loader import open_splits
+from raytrain.data.images import Split
+from raytrain.data.loader import open_splits, open_test
 from raytrain.exports import formats
 from raytrain.exports import onnx as onnx_format
 from raytrain.exports.check import same_logits
@@ -92,7 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as photographs of 32 pixels: a colour per image, in Parquet."""
     folder = tmp_path_factory.mktemp("coloured")
-    for split, number in (("train", 200), ("test", 30)):
+    sizes: dict[Split, int] = {"train": 200, "test": 30}
+    for split, number in sizes.items():
         images = read_digits(split)
         grey = images.pixels[:number].repeat_interleave(4, 2).repeat_interleave(4, 3)
         tint = torch.rand(number, 3, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -120,14 +122,9 @@ def untrained(folder: Path, **config: Any) -> Path:
     return folder / "best.pt"
 
 
-def test_images(checkpoint: Path, number: int) -> Tensor:
+def other_images(checkpoint: Path, number: int) -> Tensor:
     """Other images than those that the export checks itself on."""
-    from raytrain.data.loader import open_test
-
     return open_test(load(checkpoint).run.data, Place())[0].pixels[-number:].float() / 255
-
-
-test_images.__test__ = False
 
 
 def logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -197,7 +194,7 @@ class TestWeights:
         data = {"name": "digits" if name.startswith("small") else str(coloured)}
         file = untrained(tmp_path / "run", data=data, model=name)
         result = export(file, "out", formats=["safetensors"])
-        images = test_images(file, 7)
+        images = other_images(file, 7)
         assert torch.equal(
             logits(load_exported("out"), images), logits(network(load(file)), images)
         )
@@ -220,7 +217,7 @@ class TestWeights:
     def test_double_precision_leaves_as_single(self, tmp_path: Path) -> None:
         file = untrained(tmp_path / "run", precision="fp64")
         export(file, "out", formats=["safetensors"])
-        images = test_images(file, 7)
+        images = other_images(file, 7)
         assert torch.equal(
             logits(load_exported("out"), images), logits(network(load(file)).float(), images)
         )
@@ -235,7 +232,7 @@ class TestWeights:
         model = {"name": "elsewhere:tied", "kwargs": {"width": 12}}
         file = untrained(tmp_path / "run", model=model)
         export(file, "out", formats=["safetensors"])
-        images = test_images(file, 7)
+        images = other_images(file, 7)
         back = load_exported("out")
         assert torch.equal(logits(back, images), logits(network(load(file)), images))
         assert "`elsewhere:tied` must be importable" in Path("out/README.md").read_text()
@@ -289,7 +286,7 @@ class TestRobustBench:
         (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
         Path("theirs.py").write_text(code)
         net = runpy.run_path("theirs.py")["net"]
-        images = test_images(file, 7)
+        images = other_images(file, 7)
         assert torch.equal(logits(net, images), logits(model, images))
         assert result.checked["robustbench"].difference == 0
 
@@ -361,6 +358,8 @@ class TestRobustBench:
         ("norm", "eps", "text"),
         [
             ("linf", 8 / 255, "8/255"),
+            ("linf", 0.0313725, "8/255"),
+            ("linf", 0.0313, "0.0313"),
             ("linf", 0.1, "0.1"),
             ("linf", 0.3, "0.3"),
             ("linf", 0.001, "0.001"),
@@ -421,7 +420,7 @@ class TestOnnx:
         "name",
         [
             "small_cnn",
-            "wideresnet-10-1",
+            pytest.param("wideresnet-10-1", marks=pytest.mark.slow),
             pytest.param("small_cnn_nobn", marks=pytest.mark.slow),
             pytest.param("resnet18", marks=pytest.mark.slow),
             pytest.param("preact_resnet18", marks=pytest.mark.slow),
@@ -437,8 +436,8 @@ class TestOnnx:
         session = onnxruntime.InferenceSession("out/model.onnx")
         model = network(load(file))
         for number in (1, 3, 17):
-            images = test_images(file, number)
-            (found,) = session.run(None, {"images": images.numpy()})
+            images = other_images(file, number)
+            (found,) = map(np.asarray, session.run(None, {"images": images.numpy()}))
             expected = logits(model, images)
             assert found.shape == expected.shape
             assert float((torch.from_numpy(found) - expected).abs().max()) < 1e-5
@@ -594,6 +593,14 @@ class TestCard:
         assert "**AutoAttack was not run**" in text
         (found,) = front(Path("out"))["model-index"][0]["results"]
         assert all("FAILED CHECKS" in one["name"] for one in found["metrics"])
+
+    def test_an_evaluation_that_is_not_trusted_is_as_loud(
+        self, trained: Path, tmp_path: Path
+    ) -> None:
+        numbers = {**evaluation(epoch_of(trained), aa=300), "trusted": False}
+        folder = with_numbers(trained / "best.pt", tmp_path / "run", numbers)
+        assert export(folder, "out", formats=["safetensors"]).failed_checks == ("trusted",)
+        assert "WARNING: CHECKS FAILED" in Path("out/README.md").read_text()
 
     def test_numbers_of_another_epoch_or_checkpoint_are_left_out(
         self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -47,6 +47,9 @@ class Finding(_Read):
     sentence: str
 
 
+_DOUBT = Finding(check="trusted", passed=False, sentence="The evaluation doubts its own numbers.")
+
+
 class Contract(_Read):
     """The threat model under which the numbers were measured; eps in pixels of [0, 1]."""
 
@@ -72,7 +75,8 @@ class Evaluated(_Read):
     @property
     def failed(self) -> list[Finding]:
         """The checks that say: do not believe these numbers."""
-        return [finding for finding in self.findings if not finding.passed]
+        failed = [finding for finding in self.findings if not finding.passed]
+        return failed or ([_DOUBT] if self.trusted is False else [])
 
     def hardest(self) -> tuple[str, Accuracy] | None:
         """The attack that left the least, AutoAttack before all others; None without any attack."""

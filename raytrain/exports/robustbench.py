@@ -152,9 +152,12 @@ def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
 
 
 def eps_text(norm: str, eps: float) -> str:
-    """A radius as papers write it: `0.3` if that is all of it, else `8/255` for whole grey levels."""
+    """A radius as papers write it: `0.3` if that is all of it, else `8/255` for whole grey levels.
+
+    Six digits are enough to know it: evaluations record no more.
+    """
     levels, short = eps * 255, f"{eps:.3g}"
-    if norm == "linf" and float(short) != eps and abs(levels - round(levels)) < 1e-6:
+    if norm == "linf" and float(short) != eps and abs(levels - round(levels)) < 1e-5 * levels:
         return f"{round(levels)}/255"
     return f"{eps:.6g}"
 

@@ -116,8 +116,6 @@ def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> 
 
 def _checkpoint(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
     """The file; where `which` is None, best.pt, or else last.pt."""
-    if which not in (None, "best", "last"):
-        raise RequestError(f"--which: expected best or last, found {which}")
     wanted = BEST if which is None else f"{which}.pt"
     try:
         folder = folder_of(name, storage)

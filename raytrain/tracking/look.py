@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain.say import say
-from raytrain.tracking.stores import _connect, first_line, tracking_uri
+from raytrain.tracking.stores import first_line, reader, tracking_uri
 from raytrain.types import RequestError
 
 
@@ -35,7 +35,7 @@ def look_up(uri: str | None, run_id: str, folder: str, file: str) -> Seen | None
 
 
 def _seen(uri: str, run_id: str, folder: str, file: str) -> Seen:
-    client = _connect(uri)
+    client = reader(uri)
     run = client.get_run(run_id)
     texts = {}
     with tempfile.TemporaryDirectory() as scratch:
