@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.report.arenas import Arena
 from raytrain.report.cells import Cell
-from raytrain.report.looks import Look, axis_of, best_first, looks_of, title_of
+from raytrain.report.looks import (
+    Look,
+    axis_of,
+    best_first,
+    head_room,
+    letter_legend,
+    letters,
+    looks_of,
+    title_of,
+)
 from raytrain.report.pairs import LEVEL, Pair
 from raytrain.report.rows import VALID
 from raytrain.sweep.paper import MANY, SMALL, TEXT, cost_axis, paper, sheet, style
@@ -31,9 +40,9 @@ def cost_figure(arena: Arena) -> Figure | None:
     attacks = [a for a in attacks if any(row.cost and row.judged(a) for row in arena.rows)]
     if not attacks:
         return None
-    figure = sheet(7.6, 4.0 if len(attacks) == 1 else 3.8)
-    panels: list[Any] = list(figure.subplots(1, len(attacks), squeeze=False).flat)
     looks = looks_of(arena)
+    figure = sheet(7.6, 3.5 + head_room(2 + sum(look.named for look in looks.values())))
+    panels: list[Any] = list(figure.subplots(1, len(attacks), squeeze=False).flat)
     for axes, attack in zip(panels, attacks, strict=True):
         style(axes)
         _cost_panel(axes, arena, attack, looks)
@@ -62,21 +71,18 @@ def _cost_panel(axes: Axes, arena: Arena, attack: str, looks: dict[str, Look]) -
             zorder=4 if look.named else 2,
             rasterized=len(known) > MANY,
         )
-        if len(known) <= _LETTERED or look.named:
-            axes.annotate(
-                f"{row.letter}{row.marks}",
-                (cost, 100 * cell.value),
-                (6, 5),
-                textcoords="offset points",
-                size=SMALL,
-                weight="bold",
-            )
     if attack == arena.attack:
         _front(axes, arena)
     cost_axis(axes, "cost of training, FE per training image")
     axes.margins(x=0.08, y=0.1)
     axes.set_xlim(left=0)
     axes.set_ylabel(axis_of(attack))
+    places = [
+        (cost, 100 * cell.value, f"{row.letter}{row.marks}")
+        for row, cost, cell in known
+        if len(known) <= _LETTERED or looks[row.letter].named
+    ]
+    letters(axes, places)
 
 
 def _whiskers(axes: Axes, cost: float, cell: Cell, look: Look, count: int) -> None:
@@ -120,16 +126,7 @@ def _named(figure: Figure, axes: Axes, arena: Arena, looks: dict[str, Look]) -> 
         dot = {"marker": "o", "markersize": 4, "color": "#8c8c8c", "linestyle": "none"}
         handles.append(Line2D([], [], **dot, label=f"{others} other configurations"))
     handles += axes.get_legend_handles_labels()[0]
-    columns = 1 if max(len(one.get_label()) for one in handles) > 46 else 2
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        fontsize=SMALL,
-        handletextpad=0.4,
-        columnspacing=2,
-    )
+    letter_legend(figure, handles)
 
 
 def gap_figure(arena: Arena) -> Figure | None:
@@ -146,23 +143,30 @@ def gap_figure(arena: Arena) -> Figure | None:
         axes.scatter(x[:1], [place], marker="s", s=34, color="#d55e00", zorder=3)
         axes.scatter(x[1:], [place], marker="o", s=34, color="#0072b2", zorder=2)
         axes.annotate(
-            f"{x[0] - x[1]:+.1f}".replace("-", "\N{MINUS SIGN}"),
+            _signed(x[0] - x[1]),
             (max(x), place),
             (8, 0),
             textcoords="offset points",
             va="center",
             size=SMALL,
         )
-    words = [f"{title_of(row)} ({where})" for row, where, _, _ in known]
+    places = {where for _, where, _, _ in known}
+    apart = len(places) > 1
+    words = [title_of(row) + (f" ({where})" if apart else "") for row, where, _, _ in known]
     axes.set_yticks(range(len(known)), words)
     axes.set_ylim(len(known) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("robust accuracy, %")
+    attack = arena.attack if places == {"test"} else VALID
+    axes.set_xlabel("robust accuracy, %" if apart else axis_of(attack))
     axes.scatter([], [], marker="o", color="#0072b2", label="best epoch")
     axes.scatter([], [], marker="s", color="#d55e00", label="last epoch (difference beside)")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
     return figure
+
+
+def _signed(points: float) -> str:
+    return "0" if abs(points) < 0.05 else f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def pairs_figure(pairs: list[Pair]) -> Figure | None:

@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytrain.report.arenas import Arena
-from raytrain.report.looks import Look, best_first, looks_of, title_of
+from raytrain.report.looks import (
+    Look,
+    best_first,
+    head_room,
+    letter_legend,
+    letters,
+    looks_of,
+    title_of,
+)
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained
-from raytrain.sweep.paper import SMALL, cost_axis, sheet, style
+from raytrain.sweep.paper import cost_axis, sheet, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,17 +44,21 @@ def curves_figure(
     told = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
     if not told:
         return None
-    figure = sheet(7.6, 3.6)
-    panels: list[Any] = list(figure.subplots(1, len(told), squeeze=False).flat)
     looks = looks_of(arena)
+    figure = sheet(7.6, 3.1 + head_room(1 + sum(look.named for look in looks.values())))
+    panels: list[Any] = list(figure.subplots(1, len(told), squeeze=False).flat)
     for axes, (metric, name) in zip(panels, told.items(), strict=True):
         style(axes)
-        for row in reversed(rows):  # the best on top
-            _draw(axes, row, metric, images, looks[row.letter], len(rows))
+        ends = [
+            end
+            for row in reversed(rows)  # the best on top
+            if (end := _draw(axes, row, metric, images, looks[row.letter], len(rows)))
+        ]
         cost_axis(axes, "cost so far, FE per training image")
         axes.set_ylabel(name)
         if not name.endswith("%"):
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        letters(axes, ends)
     _legend(figure, rows, looks)
     return figure
 
@@ -84,11 +96,12 @@ def over_seeds(curves: list[np.ndarray]) -> np.ndarray:
 
 def _draw(
     axes: Axes, row: Row, metric: str, images: dict[str, float], look: Look, count: int
-) -> None:
+) -> tuple[float, float, str] | None:
+    """The line of a row; where it ends and its letter, if it is one of the named."""
     points = over_seeds([curve_of(run, metric, images) for run in row.setting.runs])
     points = points[np.isfinite(points).all(axis=1)]
     if len(points) == 0:
-        return
+        return None
     factor = 100.0 if metric.startswith("valid/") else 1.0
     x, (mean, low, high) = points[:, 0], factor * points[:, 1:].T
     faint = 1.0 if look.named else min(0.6, max(0.06, 25 / count))
@@ -104,17 +117,10 @@ def _draw(
         rasterized=count > _DENSE,
         zorder=3 if look.named else 2,
     )
-    if look.named:
-        axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
-        axes.annotate(
-            row.letter,
-            (x[-1], mean[-1]),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            size=SMALL,
-            weight="bold",
-        )
+    if not look.named:
+        return None
+    axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    return float(x[-1]), float(mean[-1]), row.letter + row.marks
 
 
 def _legend(figure: Figure, rows: list[Row], looks: dict[str, Look]) -> None:
@@ -135,12 +141,4 @@ def _legend(figure: Figure, rows: list[Row], looks: dict[str, Look]) -> None:
     if len(handles) < len(rows):
         more = len(rows) - len(handles)
         handles.append(Line2D([], [], color="#8c8c8c", linewidth=0.8, label=f"{more} others"))
-    columns = 1 if max(len(str(one.get_label())) for one in handles) > 46 else 2
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        fontsize=SMALL,
-        columnspacing=2,
-    )
+    letter_legend(figure, handles)

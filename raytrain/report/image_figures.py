@@ -16,10 +16,12 @@ from raytrain.sweep.paper import SMALL, TEXT, sheet, short
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _ROWS, _CLASSES = 16, 20
 _SETTINGS, _EXAMPLES = 3, 8
+_CELL, _TEXT = 1.12, 0.25  # from one picture to the next; room for a word, in pictures
 _DARK, _LIGHT = "#111111", "#fdfdfd"  # on a coloured cell, whatever the page's own ink is
 
 
@@ -89,18 +91,22 @@ def examples_figure(arena: Arena) -> Figure | None:
     if not rows:
         return None
     columns = max(min(_EXAMPLES, len(table)) for _, table in rows)
-    figure = sheet(7.6, len(rows) * 3 * 7.6 / max(columns, 6) * 0.82 + 0.35 * len(rows))
-    parts: Any = figure.subfigures(len(rows), 1, squeeze=False)
+    figure = sheet(7.6, len(rows) * (0.5 + 3 * 7.6 / max(columns, 6) * 0.85))
     names = class_names(arena.data)
-    for part, (row, table) in zip(parts.flat, rows, strict=True):
-        part.suptitle(
-            f"{title_of(row)}: {called(table['attack'][0].as_py())}", size=TEXT, x=0.01, ha="left"
-        )
-        grid = part.subplots(3, columns, squeeze=False)
-        for place in range(columns):
-            _example(grid[:, place], table, place, names)
-        for line, word in enumerate(("image", "perturbation", "attacked")):
-            grid[line, 0].set_ylabel(word, size=SMALL)
+    panels: Any = figure.subplots(len(rows), 1, squeeze=False)
+    for axes, (row, table) in zip(panels.flat, rows, strict=True):
+        title = f"{title_of(row)}: {called(table['attack'][0].as_py())}"
+        axes.set_title(title, size=TEXT, loc="left", pad=6)
+        for place in range(min(columns, len(table))):
+            _example(axes, table, place, names)
+        axes.set_xlim(0, max(columns, 6) * _CELL)
+        axes.set_ylim(3 * _CELL + _TEXT, -_TEXT)
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        lines = [k * _CELL + 0.5 for k in range(3)]
+        axes.set_yticks(lines, ["image", "perturbation", "attacked"], size=SMALL)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     return figure
 
 
@@ -108,27 +114,21 @@ def _examples(row: Row) -> pa.Table | None:
     return next((one.examples for one in row.best if one.examples), None)
 
 
-def _example(cells: Any, table: pa.Table, place: int, names: tuple[str, ...]) -> None:
-    for axes in cells:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-    if place >= len(table):
-        return
+def _example(axes: Axes, table: pa.Table, place: int, names: tuple[str, ...]) -> None:
+    """A column of three pictures, each one unit wide, with the classes above and below."""
     one = {name: table[name][place].as_py() for name in table.column_names}
-    for axes, kind in zip(cells, ("image", "perturbation", "adversarial"), strict=True):
-        pixels = _decoded(one[kind])
-        colours = {} if pixels.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 255}
-        axes.imshow(pixels, interpolation="nearest", **colours)
-    cells[0].set_title(_name(one["label"], names), size=SMALL, pad=3)
+    left = place * _CELL
+    for line, kind in enumerate(("image", "perturbation", "adversarial")):
+        pixels, top = _decoded(one[kind]), line * _CELL
+        colours: Any = {} if pixels.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 255}
+        extent = (left, left + 1, top + 1, top)
+        axes.imshow(pixels, interpolation="nearest", extent=extent, **colours)
+    middle: Any = {"ha": "center", "size": SMALL}
+    axes.text(left + 0.5, -0.06, _name(one["label"], names), va="bottom", **middle)
     fooled = one["attacked"] != one["label"]
-    cells[2].set_xlabel(
-        _name(one["attacked"], names),
-        size=SMALL,
-        labelpad=3,
-        color="#d55e00" if fooled else "black",
-        weight="bold" if fooled else "normal",
-    )
+    look: Any = {"color": "#d55e00", "weight": "bold"} if fooled else {}
+    below = 2 * _CELL + 1.06
+    axes.text(left + 0.5, below, _name(one["attacked"], names), va="top", **middle, **look)
 
 
 def _decoded(png: bytes) -> np.ndarray:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from raytrain.report.arenas import Arena
 from raytrain.report.evaluations import called
 from raytrain.report.rows import VALID, Row, order
-from raytrain.sweep.paper import short
+from raytrain.sweep.paper import SMALL, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
 """Of Okabe and Ito, and a brown for their yellow: told apart by colour-blind readers."""
@@ -60,3 +66,42 @@ def axis_of(attack: str) -> str:
     if attack == VALID:
         return "robust accuracy in validation, %"
     return f"{called(attack)} accuracy on the test set, %"
+
+
+def head_room(labels: int) -> float:
+    """Inches that a legend of so many labels takes above the axes."""
+    return 0.18 * -(-labels // 2)
+
+
+def letter_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Two columns above the axes."""
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=2,
+        frameon=False,
+        fontsize=SMALL,
+        handletextpad=0.5,
+        columnspacing=2,
+    )
+
+
+def letters(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
+    """A bold letter beside each point (x, y), moved up or down where two would lie on one another."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    near, gap = 0.06 * (right - left), 0.05 * (high - low)
+    done: list[tuple[float, float]] = []
+    for x, y, text in sorted(places, key=lambda place: -place[1]):
+        below = [other for at, other in done if abs(at - x) < near]
+        free = min([y, *(other - gap for other in below if other - gap < y)])
+        done.append((x, free))
+        axes.annotate(
+            text,
+            (x, free),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            size=SMALL,
+            weight="bold",
+            annotation_clip=False,
+        )

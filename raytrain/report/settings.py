@@ -11,6 +11,7 @@ from raytrain.report.runs import Trained
 from raytrain.spaces.words import describe
 
 _APART = ("seed",)  # what seeds of one configuration differ in
+_SPELLED = ("evaluation.", "sentinels.", "data.")  # whose last words alone would mislead
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def _label(run: Trained, shared: list[str], own: list[str]) -> str:
     outer = run.params.get("outer.name", "sgd")
     head = _algorithm(run) + ("" if outer == "sgd" else f" + {outer}")
     told = {name: _value(run.params[name]) for name in names if name in run.params}
-    return f"{head} {describe(told)}".strip()
+    plain = {name: value for name, value in told.items() if not name.startswith(_SPELLED)}
+    spelled = [f"{name}={value}" for name, value in told.items() if name.startswith(_SPELLED)]
+    return " ".join(filter(None, [head, describe(plain), *spelled]))
 
 
 def _algorithm(run: Trained) -> str:
@@ -85,6 +88,7 @@ def _differing(runs: list[Trained]) -> list[str]:
     """Parameters in which they differ, in the order of the configuration."""
     names = dict.fromkeys(name for run in runs for name in run.params if name not in _APART)
     hidden = ("algorithm.name", "outer.name")
+    runs = [run for run in runs if run.params]
     return [n for n in names if n not in hidden and len({r.params.get(n) for r in runs}) > 1]
 
 

@@ -75,7 +75,9 @@ def _meant(client: Any, word: str) -> list[Any]:
             f"{word}: {len(runs)} runs have this name ({ids}{more}); expected one id, or run:{name} "
             "for all of them"
         )
-    runs = [one for run in runs for one in _unfolded(client, run)]
+    if kind != "experiment":
+        runs = [one for run in runs for one in _unfolded(client, run)]
+    runs = [run for run in runs if not _is_sweep(run)]
     if not runs:
         raise RequestError(f"{word}: there is no run in this {kind} yet; expected at least one")
     return runs
@@ -87,8 +89,8 @@ def _by_name(client: Any, kind: str, name: str) -> list[Any]:
         if found is None or found.lifecycle_stage == "deleted":
             return []
         runs = list(_search(client, [found.experiment_id]))
-        inside = {run.info.run_id for run in runs}
-        return [run for run in runs if not (_is_sweep(run) and inside)]
+        parents = {parent_of(run) for run in runs}
+        return [run for run in runs if run.info.run_id not in parents]
     every = [one.experiment_id for one in client.search_experiments()]
     if (quoted := _quoted(name)) is None or not every:
         return []
@@ -100,10 +102,9 @@ def _by_name(client: Any, kind: str, name: str) -> list[Any]:
 
 def _unfolded(client: Any, run: Any) -> list[Any]:
     """A run, or the trials of the sweep that it stands for."""
-    if not _is_sweep(run):
-        return [run]
     below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
-    return list(_search(client, [run.info.experiment_id], below))
+    trials = list(_search(client, [run.info.experiment_id], below))
+    return trials or ([] if _is_sweep(run) else [run])
 
 
 def _is_sweep(run: Any) -> bool:
