@@ -29,7 +29,6 @@ from typer.testing import CliRunner
 import raytrain
 from raytrain.checkpoint import leave_run_file, load, save
 from raytrain.cli import app
-from raytrain.config import RunConfig
 from raytrain.data.digits import read_digits
 from raytrain.data.images import Split
 from raytrain.data.loader import open_splits, open_test
@@ -778,13 +777,20 @@ def test_mlflow_tells_numbers_commit_and_hardware(
     numbers = evaluation(epoch_of(trained), aa=190)
     client.log_text(run_id, json.dumps(numbers), "evaluation/test/evaluation.json")
     client.log_text(run_id, "", "evaluation/test/flags.parquet")
-    folder = with_numbers(trained / "best.pt", tmp_path / run_id, evaluation(99, aa=1))
-    leave_run_file(RunConfig.model_validate(load(trained / "best.pt").run.model_dump()), folder)
+    (tmp_path / "copies").mkdir()
+    folder = tmp_path / "copies" / run_id
+    with_numbers(trained / "best.pt", folder, evaluation(99, aa=1))
+    leave_run_file(as_run(trained / "run.yaml"), folder)
     result = export(folder, "out", formats=["safetensors"], tracking_uri=uri)
     text = Path("out/README.md").read_text()
     assert result.evaluated and "190 of 397" in text
     assert "| git commit | `c0ffee` with local changes |" in text
     assert "| hardware | 3x H |" in text and "torch 9" in text
+    client.log_artifact(run_id, str(trained / "best.pt"), "checkpoints")
+    client.log_artifact(run_id, str(trained / "run.yaml"))
+    fetched = export(run_id, "two", formats=["safetensors"], tracking_uri=uri)
+    assert fetched.evaluated and fetched.name == result.name
+    assert fetched.checkpoint.is_relative_to(tmp_path / "runs" / "fetched")
     assert look_up(uri, "f" * 32, "evaluation", "evaluation.json") is None
     assert look_up(f"sqlite:///{tmp_path}/none.db", run_id, "evaluation", "x") is None
     assert not (tmp_path / "none.db").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,10 @@ def _checkpoint(name: str, which: str | None, storage: Path, uri: str | None) ->
     except RequestError:
         if not is_run_id(name):
             raise
-        return fetch(uri, name, f"checkpoints/{wanted}", storage / "fetched" / name)
+        file = fetch(uri, name, f"checkpoints/{wanted}", storage / "fetched" / name)
+        with suppress(RequestError):  # only for the paths as they were given
+            fetch(uri, name, "run.yaml", file.parent)
+        return file
     if which is None or folder.is_file():
         return find(folder)
     if not (folder / wanted).is_file():
