@@ -12,16 +12,16 @@ Nothing heavy is imported until one of these names is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytrain.api import EvalResult as EvalResult
     from raytrain.api import TrainResult as TrainResult
-    from raytrain.api import evaluate as evaluate
     from raytrain.api import train as train
     from raytrain.config import RunConfig as RunConfig
-    from raytrain.report.compare import Comparison as Comparison
-    from raytrain.report.compare import compare as compare
+    from raytrain.examine import EvalResult as EvalResult
+    from raytrain.examine import evaluate as evaluate
     from raytrain.exports.leave import ExportResult as ExportResult
     from raytrain.exports.leave import export as export
     from raytrain.exports.tensors import load_exported as load_exported
+    from raytrain.report.compare import Comparison as Comparison
+    from raytrain.report.compare import compare as compare
     from raytrain.spaces.space import SearchSpace as SearchSpace
     from raytrain.sweep.engine import TuneResult as TuneResult
     from raytrain.sweep.engine import tune as tune
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "train": "raytrain.api",
-    "evaluate": "raytrain.api",
+    "evaluate": "raytrain.examine",
     "TrainResult": "raytrain.api",
-    "EvalResult": "raytrain.api",
+    "EvalResult": "raytrain.examine",
     "tune": "raytrain.sweep.engine",
     "TuneResult": "raytrain.sweep.engine",
     "compare": "raytrain.report.compare",

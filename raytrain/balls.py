@@ -16,7 +16,7 @@ where pixels are saturated.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -37,6 +37,7 @@ from raytrain.types import (
 class AbstractBall(Spec):
     """All perturbations of one image with norm at most `eps` that keep its pixels in [0, 1]."""
 
+    norm: Any  # each ball's own word
     eps: Annotated[
         Number, Field(ge=0, description="radius, in pixels of [0, 1]; may be written 8/255")
     ]

@@ -118,24 +118,42 @@ def evaluate(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="such as steps=50 restarts=10"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
+        ),
     ] = None,
     which: Annotated[str, typer.Option(help="best or last: which checkpoint")] = "best",
+    another_contract: Annotated[
+        bool,
+        typer.Option(
+            "--another-contract",
+            help="allow threat.* to differ from training; the numbers are labelled",
+        ),
+    ] = False,
     storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
         "runs"
     ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Clean and PGD accuracy on the test set: `raytrain evaluate RUN steps=50 restarts=5`."""
+    """Clean, PGD and AutoAttack accuracy on the test set: `raytrain evaluate RUN attacks=pgd,aa`."""
     with outcome(debug):
-        from raytrain import api
-        from raytrain.show.training import evaluate_summary
+        from raytrain.examine import evaluate
+        from raytrain.show.evaluation import Stages, evaluate_summary
         from raytrain.types import RequestError
 
         if which not in ("best", "last"):
             raise RequestError(f"--which: expected best or last, found {which}")
-        result = api.evaluate(run, overrides or (), which=which, storage=storage)
+        with Stages() as stages:
+            result = evaluate(
+                run,
+                overrides or (),
+                which=which,
+                another_contract=another_contract,
+                storage=storage,
+                watch=stages,
+            )
         say(evaluate_summary(result), result.json(), as_json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,19 +12,43 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Uniform
+from raytrain.attacks.answers import Answers
+from raytrain.attacks.standard import CHEAP, survivors
 from raytrain.balls import AbstractBall
 from raytrain.meter import Meter
 from raytrain.network import Precision
-from raytrain.objectives import CrossEntropy
+from raytrain.objectives import AbstractObjective, CrossEntropy
 from raytrain.oracle import Oracle
 from raytrain.place import Place
 from raytrain.record import EvalReport
-from raytrain.types import Batch, Clock, Dice, Number, Spec, StepSize, mix
+from raytrain.types import (
+    Batch,
+    Clock,
+    Dice,
+    Mask,
+    Number,
+    Rows,
+    Spec,
+    StepSize,
+    mix,
+)
 
 
 class Evaluation(Spec):
-    """PGD-`steps` with random starts; a sample counts as robust if it survives every restart."""
+    """The attack of validation; a sample counts as robust if it survives every attempt.
 
+    `pgd` is PGD-`steps` with random starts. `apgd` is the cheap tier of AutoAttack, APGD on the
+    cross-entropy and targeted APGD: about a hundred times the cost of PGD-10 where a network holds, and
+    within 0.02 points of all of AutoAttack in published logs.
+    """
+
+    attack: Annotated[
+        Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, dear")
+    ] = "pgd"
+    images: Annotated[
+        PositiveInt | None,
+        Field(description="the first so many validation images; default: all"),
+    ] = None
     steps: Annotated[PositiveInt, Field(description="PGD steps")] = 10
     step_size: StepSize = "eps/4"
     restarts: PositiveInt = 1
@@ -38,9 +62,10 @@ class Evaluation(Spec):
 
     @property
     def name(self) -> str:
-        """Such as `pgd20`, `pgd20x5` with five restarts, `pgd20-eps0.1` under a radius of its own."""
+        """Such as `pgd20`, `pgd20x5` with five restarts, `apgd-eps0.1` under a radius of its own."""
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
-        return f"pgd{self.steps}{restarts}" + ("" if self.eps is None else f"-eps{self.eps:.4g}")
+        attack = "apgd" if self.attack == "apgd" else f"pgd{self.steps}{restarts}"
+        return attack + ("" if self.eps is None else f"-eps{self.eps:.4g}")
 
     def ball(self, threat: AbstractBall) -> AbstractBall:
         """The threat model that is evaluated under."""
@@ -67,20 +92,17 @@ def judge(
     """Attack every sample of `batches` in eval mode; the report is over all workers, the flags are
     this one's.
 
-    Always in float32 or wider, whatever precision the network was trained in.
+    Always in float32 or wider, whatever precision the network was trained in; `apgd` is float32.
     """
     meter, ball = Meter(), evaluation.ball(ball)
-    attack = ProjectedAscent(
-        start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
-    )
+    wide: Precision = "fp64" if precision == "fp64" else "fp32"
     index, clean, robust = [], [], []
     for batch in batches:
-        right, survived = _verdicts(
-            model, batch, ball, attack, evaluation.restarts, meter, precision
-        )
+        oracle = Oracle(model, CrossEntropy(), batch, meter, attack_bn="eval", precision=wide)
+        right = oracle.correct(torch.zeros_like(batch.images))
         index.append(batch.index)
         clean.append(right)
-        robust.append(survived)
+        robust.append(_robust(model, batch, right, ball, evaluation, meter, wide))
     flags = Flags(torch.cat(index), torch.cat(clean), torch.cat(robust))
     counts = torch.tensor(
         [len(flags.index), int(flags.clean.sum()), int(flags.robust.sum()), meter.fe],
@@ -91,7 +113,7 @@ def judge(
     return report, flags
 
 
-def _verdicts(
+def survived(
     model: nn.Module,
     batch: Batch,
     ball: AbstractBall,
@@ -99,24 +121,61 @@ def _verdicts(
     restarts: int,
     meter: Meter,
     precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """Clean and worst-case correctness; samples that have fallen are not attacked again."""
-    wide: Precision = "fp64" if precision == "fp64" else "fp32"
-    oracle = Oracle(model, CrossEntropy(), batch, meter, attack_bn="eval", precision=wide)
-    clean = oracle.correct(torch.zeros_like(batch.images))
-    robust = clean.clone()
+    objective: AbstractObjective | None = None,
+    rows: Rows | None = None,
+) -> Mask:
+    """Which of the `rows` of `batch` (default: all) keep their label through every restart of an
+    attack: a mask over the whole batch, false elsewhere.
+
+    Those that have fallen are not attacked again. `objective` is what the attack maximises: the
+    cross-entropy if not given.
+    """
+    standing = torch.zeros(len(batch), dtype=torch.bool, device=batch.labels.device)
+    standing[slice(None) if rows is None else rows] = True
     for restart in range(restarts):
-        rows = robust.nonzero().flatten()
+        rows = standing.nonzero().flatten()
         if len(rows) == 0:
             break
         fresh = Batch(batch.images, batch.labels, batch.index, _reseeded(batch.dice, restart))
         start = attack.start.delta(ball, fresh, None)[rows]
-        standing = Oracle(
-            model, CrossEntropy(), batch[rows], meter, attack_bn="eval", precision=wide
+        oracle = Oracle(
+            model,
+            CrossEntropy() if objective is None else objective,
+            batch[rows],
+            meter,
+            attack_bn="eval",
+            precision=precision,
         )
-        found = attack.maximise(standing, ball, start, Clock(1.0, 1.0))
-        robust[rows] = standing.correct(found.delta)
-    return clean, robust
+        found = attack.maximise(oracle, ball, start, Clock(1.0, 1.0))
+        standing[rows] = oracle.correct(found.delta)
+    return standing
+
+
+def _robust(
+    model: nn.Module,
+    batch: Batch,
+    right: Mask,
+    ball: AbstractBall,
+    evaluation: Evaluation,
+    meter: Meter,
+    precision: Precision,
+) -> Mask:
+    """Of the samples that are `right` on clean images, those that survive the evaluation's attack."""
+    if evaluation.attack == "pgd":
+        attack = ProjectedAscent(
+            start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
+        )
+        rows = right.nonzero().flatten()
+        return survived(
+            model, batch, ball, attack, evaluation.restarts, meter, precision, rows=rows
+        )
+    robust, answers = right.clone(), Answers(model, meter)
+    for stage in CHEAP:
+        rows = robust.nonzero().flatten()
+        if len(rows):
+            part = batch[rows]
+            robust[rows] = survivors(stage, answers, part.images, part.labels, ball, seed=0)
+    return robust
 
 
 def _reseeded(dice: Dice, restart: int) -> Dice:

@@ -251,7 +251,7 @@ class _Validated:
 def _validate(run: RunConfig, state: TrainState, part: Part, place: Place) -> _Validated:
     """Judge the network, look at the sentinels, and stop training if a rule says so."""
     batch_size, model = run.evaluation.batch_size, state.judged
-    batches = sweep(part, batch_size, mix(run.seed, "valid"))
+    batches = sweep(part, batch_size, mix(run.seed, "valid"), run.evaluation.images)
     judged, flags = judge(model, batches, run.threat, run.evaluation, place, run.precision)
     improved = judged.robust > state.best
     gain = 0.0 if run.early_stop is None else run.early_stop.min_gain

@@ -135,6 +135,31 @@ class Mart(AttackedByCrossEntropy):
         return boosted + self.beta * kl_divergence(clean, moved) * (1.0000001 - sure)
 
 
+@final
+class Margin(AbstractObjective):
+    """max_{k != y} z_k(x + delta) - z_y(x + delta): positive where the image is misclassified.
+
+    The loss of Carlini & Wagner 2017 (arXiv 1608.04644, f_6 without the cut at zero) for PGD, as
+    Madry et al. 2018 use it. Its gradient does not vanish where the softmax saturates.
+    """
+
+    name: Literal["margin"] = "margin"
+
+    def inner(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        del reference
+        logits = wide(predict(batch.images + delta))
+        own = torch.arange(logits.shape[1], device=logits.device) == batch.labels[:, None]
+        others = logits.masked_fill(own, -torch.inf).amax(1)
+        return others - logits.gather(1, batch.labels[:, None]).squeeze(1)
+
+    def outer(
+        self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
+    ) -> PerSample:
+        return self.inner(predict, batch, delta, reference)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> PerSample:
     """Per-sample cross-entropy, in at least float32 whatever precision the network ran in."""
     return F.cross_entropy(wide(logits), labels, reduction="none", label_smoothing=smoothing)

@@ -13,22 +13,33 @@ from typing import Any
 import torch
 
 from raytrain.config import RUNTIME, RunConfig
+from raytrain.data.loader import open_source
+from raytrain.evaluation.contract import Contract
 from raytrain.types import in_pixels
 
 
 def tags(run: RunConfig) -> dict[str, str]:
     """What runs are searched and grouped by in MLflow."""
+    contract = contract_of(run)
     return {
         "algorithm": run.algorithm.name,
         "data": run.data.name,
         "model": run.model.name,
         "threat": f"{run.threat.norm} {run.threat.eps:.5g}",
+        "contract": contract.hash,
+        "contract_text": contract.text,
         "outer": run.outer.name,
         "signature": run.signature(),
         "seed": str(run.seed),
         "workers": str(run.workers),
         **_machine(),
     }
+
+
+def contract_of(run: RunConfig) -> Contract:
+    """The threat-model contract of a run; reads its training images where nobody has yet."""
+    source = open_source(run.data)
+    return Contract.of(run.threat, source.mean, source.std)
 
 
 def parameters(run: RunConfig) -> dict[str, Any]:

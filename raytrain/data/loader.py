@@ -18,7 +18,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from raytrain.data.augment import random_view
-from raytrain.data.sources import Images, Source, Split, read, source_of
+from raytrain.data.sources import SOURCES, Images, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
 from raytrain.place import Place
 from raytrain.store import cut
@@ -68,6 +68,11 @@ def open_splits(spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32
         _part(pixels, labels, held, place, dtype),
         source,
     )
+
+
+def open_source(spec: DataSpec) -> Source:
+    """What is known of a data set: channels, classes, the normaliser's numbers."""
+    return SOURCES[spec.name] if spec.name in SOURCES else _training_set(spec)[2]
 
 
 def open_test(
@@ -152,11 +157,12 @@ def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "s
     return chosen * batch_size + torch.arange(batch_size)
 
 
-def sweep(part: Part, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Every image once, in order, un-augmented: for evaluation."""
+def sweep(part: Part, batch_size: int, seed: int, images: int | None = None) -> Iterator[Batch]:
+    """Every image once (or the first so many `images`), in order, un-augmented: for evaluation."""
     place, device = part.place, part.pixels.device
-    for first in range(0, part.num_images, batch_size):
-        width = min(batch_size, part.num_images - first)
+    count = part.num_images if images is None else min(images, part.num_images)
+    for first in range(0, count, batch_size):
+        width = min(batch_size, count - first)
         slots = slice((place.rank - first) % place.world, None, place.world)
         index = torch.arange(first, first + width, device=device)[slots]
         yield part.batch(index, Dice(mix(seed, "sweep", first), width, slots, device))

@@ -1,4 +1,4 @@
-"""The output of `raytrain train` and `raytrain evaluate`."""
+"""The output of `raytrain train`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrain.say import say
 from raytrain.show.common import is_terminal, line, number, open_ui
 
 if TYPE_CHECKING:
-    from raytrain.api import EvalResult, TrainResult
+    from raytrain.api import TrainResult
 
 
 class Epochs:
@@ -78,22 +78,5 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
         line(console, "checkpoints", str(result.checkpoints))
         line(console, "test set", f"raytrain evaluate {result.run_id}")
         line(console, "MLflow UI", open_ui(result.tracking_uri))
-
-    return show
-
-
-def evaluate_summary(result: EvalResult) -> Callable[[], None]:
-    """The end of `raytrain evaluate`."""
-
-    def show() -> None:
-        report = result.report
-        table = Table(title=f"test set, {report.images} images, {result.threat}")
-        for column in ("clean", report.attack):
-            table.add_column(column, justify="right")
-        table.add_row(f"{report.clean:.2%}", f"{report.robust:.2%}")
-        console = Console()
-        console.print(table)
-        line(console, "checkpoint", str(result.checkpoint))
-        line(console, "per sample", str(result.flags))
 
     return show

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from raytrain import api
 from raytrain.checkpoint import BEST, LAST
 from raytrain.config import RunConfig
+from raytrain.examine import evaluate
 from raytrain.spaces.plan import Budget, Limit, Objectives, Search
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.execute import execute, slot_for
@@ -156,8 +156,16 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
     if kept.is_file():
         return json.loads(kept.read_text())
     which = "best" if (folder / BEST).is_file() else "last"
-    result = api.evaluate(folder / (BEST if which == "best" else LAST), storage=storage)
-    told = {**asdict(result.report), "which": which}
+    result = evaluate(folder / (BEST if which == "best" else LAST), storage=storage)
+    told = {
+        "clean": result.accuracies["clean"].value,
+        "robust": result.accuracies[result.strongest].value,
+        "attack": result.strongest,
+        "images": result.images,
+        "fe": result.fe,
+        "which": which,
+        "trusted": result.trusted,
+    }
     temporary = kept.with_name(f".{_TEST}")
     temporary.write_text(json.dumps(told))
     temporary.replace(kept)

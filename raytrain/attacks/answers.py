@@ -1,0 +1,103 @@
+"""A network as an attack from a library meets it: float32, fixed weights, every pass counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from raytrain.meter import Meter
+from raytrain.types import Images, Labels
+
+Logits = Float[Tensor, "n classes"]
+Ask = Callable[[Images], Logits]
+
+
+class Answers:
+    """Logits of images, from frozen copies of the network in eval mode and float32.
+
+    Weights take no gradient, so a library that calls `.backward()` pays for the input alone.
+    Attacks ask a copy in which BatchNorm is folded into the convolution before it, the same function
+    up to rounding; verdicts are the network's own.
+    """
+
+    def __init__(self, model: nn.Module, meter: Meter) -> None:
+        self._own = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self._fast = folded(self._own)
+        self.meter = meter
+        self._sieve: Sieve | None = None
+
+    def __call__(self, images: Images) -> Logits:
+        if self._sieve is not None:
+            return self._sieve.answer(self._pass, images)
+        return self._pass(images)
+
+    def classes(self, images: Images) -> Labels:
+        """What the network itself takes the images for."""
+        self.meter.forwards += len(images)
+        with torch.no_grad():
+            return self._own(images).argmax(1)
+
+    @contextmanager
+    def sieving(self, labels: Labels) -> Iterator[Sieve]:
+        """Inside, row k of every question is an attempt on the k-th of `labels`, until one succeeds."""
+        self._sieve = Sieve(labels)
+        try:
+            yield self._sieve
+        finally:
+            self._sieve = None
+
+    def _pass(self, images: Images) -> Logits:
+        self.meter.forwards += len(images)
+        if torch.is_grad_enabled() and images.requires_grad:
+            self.meter.input_backwards += len(images)
+        return self._fast(images)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A network in eval mode with BatchNorm folded into the convolutions; itself if it cannot be traced."""
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(model).eval().requires_grad_(False)
+    except Exception:
+        # Networks from elsewhere may branch on their values, which no tracer follows.
+        return model
+
+
+class Sieve:
+    """Rows that have been misclassified once are not asked about again: they keep their logits.
+
+    Sound only while every question lies inside the threat model, as all of APGD's steps do.
+    """
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self.fallen: Bool[Tensor, " n"] = torch.zeros_like(labels, dtype=torch.bool)
+        self.found: Images | None = None  # for rows that have fallen: what they fell to
+        self._logits: Logits | None = None
+
+    def answer(self, ask: Ask, images: Images) -> Logits:
+        """The logits of `images`, those of fallen rows without the network and without gradient."""
+        if self._logits is None or self.found is None or not bool(self.fallen.any()):
+            logits = ask(images)
+        else:
+            standing = (~self.fallen).nonzero().flatten()
+            logits = self._logits
+            if len(standing):
+                logits = logits.index_copy(0, standing, ask(images[standing]))
+            elif images.requires_grad:
+                logits = logits + 0 * images.flatten(1).sum(1, keepdim=True)
+        self._note(images.detach(), logits.detach())
+        return logits
+
+    def _note(self, images: Images, logits: Logits) -> None:
+        if self.found is None or self._logits is None:
+            self.found, self._logits = images.clone(), logits.clone()
+        fresh = ~self.fallen & (logits.argmax(1) != self._labels)
+        self.found[fresh], self._logits[fresh] = images[fresh], logits[fresh]
+        self.fallen = self.fallen | fresh

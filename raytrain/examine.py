@@ -1,0 +1,331 @@
+"""`raytrain evaluate`: attacks on the test set, wherever they run, and the record they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from raytrain.api import Overrides, own_tracker
+from raytrain.checkpoint import Saved, find, folder_of, is_run_id, load, run_id_of
+from raytrain.config import RunConfig
+from raytrain.data.loader import open_test
+from raytrain.evaluation.checks import Finding
+from raytrain.evaluation.confidence import Share
+from raytrain.evaluation.contract import Contract
+from raytrain.evaluation.exam import Exam
+from raytrain.evaluation.examiner import Examiner
+from raytrain.evaluation.examples import examples_table
+from raytrain.evaluation.journal import Journal
+from raytrain.evaluation.runner import Verdicts, Watch, Work, run
+from raytrain.evaluation.table import accuracies, findings_after, flags_table
+from raytrain.evaluation.unit import Unit, Verdict
+from raytrain.loop import network
+from raytrain.place import here
+from raytrain.provenance import contract_of, hardware
+from raytrain.request import override, parse_overrides, validated
+from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
+from raytrain.tracking import fetch
+from raytrain.types import RequestError, TrainingFailed
+
+_RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
+_RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
+FLAGS, RECORD, EXAMPLES, JOURNAL = (
+    "flags.parquet",
+    "evaluation.json",
+    "examples.parquet",
+    "verdicts.jsonl",
+)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An evaluation on the test set: `accuracies` has `clean` and every attack, weak to strong."""
+
+    scope: str  # test, or test_last; with the threat model, if it is not that of training
+    accuracies: dict[str, Share]
+    findings: list[Finding]
+    contract: Contract
+    same_contract: bool  # as the network was trained for
+    images: int
+    fe: int  # forward-equivalents that it cost
+    seconds: float  # spent attacking, over all processes and launches
+    epoch: int  # of the checkpoint
+    checkpoint: Path
+    folder: Path  # of flags.parquet, evaluation.json and examples.parquet
+    run_id: str | None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no check has failed."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def strongest(self) -> str:
+        """The attack that left least, of the ones that were asked for."""
+        return min(self.attacks, key=lambda name: self.accuracies[name].value)
+
+    @property
+    def attacks(self) -> list[str]:
+        """All names but `clean`."""
+        return [name for name in self.accuracies if name != "clean"]
+
+    def json(self) -> dict[str, Any]:
+        """Plain values, for `--json` and `evaluation.json`."""
+        return {
+            "scope": self.scope,
+            "checkpoint": str(self.checkpoint),
+            "folder": str(self.folder),
+            "run_id": self.run_id,
+            **self.record(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it: nothing about this machine's folders."""
+        return {
+            "scope": self.scope,
+            "checkpoint": self.checkpoint.stem,
+            "epoch": self.epoch,
+            "contract": self.contract.json(),
+            "same_contract": self.same_contract,
+            "images": self.images,
+            "accuracies": {name: asdict(share) for name, share in self.accuracies.items()},
+            "findings": [asdict(finding) for finding in self.findings],
+            "trusted": self.trusted,
+            "fe": self.fe,
+            "seconds": self.seconds,
+            "hardware": hardware(),
+            "versions": {name: version(name) for name in ("raytrain", "torch", "pyautoattack")},
+        }
+
+
+def evaluate(
+    run_or_checkpoint: str | Path,
+    overrides: Overrides = (),
+    *,
+    which: Literal["best", "last"] = "best",
+    another_contract: bool = False,
+    storage: Path = Path("runs"),
+    watch: Watch | None = None,
+) -> EvalResult:
+    """Attack a network on the test set, image by image, and record it on the run it belongs to.
+
+    `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which` picks
+    one of a run's checkpoints. `overrides` are fields of the `Exam` (`attacks=pgd,aa`, `steps=50`),
+    or `data.*`, `workers`, `device` and `tracking_uri` of the run; with `another_contract` also
+    `threat.*`, and the numbers are labelled so. Work that an interrupted evaluation has done is not
+    done again. With several workers, or RAY_ADDRESS, images are shared out among processes.
+
+    Raises:
+        RequestError: if there is no such run, or the request does not fit it.
+        TrainingFailed: if the result cannot be written.
+    """
+    run_changes, exam = _wanted(overrides)
+    file = _checkpoint(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
+    saved = load(file)
+    config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
+    contract, trained = contract_of(config), contract_of(saved.run)
+    if contract != trained and not another_contract:
+        raise RequestError(
+            f"threat: the network was trained for {trained.text}; expected the same, or "
+            "--another-contract, which labels the numbers as those of another threat model"
+        )
+    scope = _scope(file, contract, trained)
+    folder = file.parent / "evaluation" / scope
+    with interruptible():
+        verdicts, findings = _examined(config, saved, exam, contract, folder, watch)
+        result = EvalResult(
+            scope=scope,
+            accuracies=accuracies(exam, verdicts),
+            findings=[*findings, *findings_after(exam, verdicts)],
+            contract=contract,
+            same_contract=contract == trained,
+            images=len(verdicts.labels),
+            fe=verdicts.fe,
+            seconds=verdicts.seconds,
+            epoch=saved.epoch,
+            checkpoint=file,
+            folder=folder,
+            run_id=run_id_of(file.parent),
+        )
+        _leave(result, config, saved, exam, verdicts)
+        if result.run_id is not None:
+            _record(result, config, result.run_id, storage)
+    return result
+
+
+# ------------------------------------------------------------------ what is asked
+
+
+def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
+    """The changes to the run, and the exam."""
+    words = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    own = {path: value for path, value in words.items() if path in Exam.model_fields}
+    rest = {path: value for path, value in words.items() if path not in own}
+    for path in rest:
+        if path.split(".")[0] not in _RUN_FIELDS:
+            raise RequestError(
+                f"{path}: expected a field of the evaluation ({', '.join(Exam.model_fields)}), or "
+                f"one of {', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
+            )
+    return rest, validated(Exam, own)
+
+
+def _checkpoint(name: str, which: Literal["best", "last"], storage: Path, uri: str | None) -> Path:
+    """The checkpoint that was meant, fetched from MLflow if this machine does not have it."""
+    try:
+        folder = folder_of(name, storage)
+    except RequestError:
+        if not is_run_id(name):
+            raise
+        return fetch(uri, name, f"checkpoints/{which}.pt", storage / "fetched" / name)
+    if folder.is_file():
+        return folder
+    return find(folder / f"{which}.pt" if (folder / f"{which}.pt").is_file() else folder)
+
+
+def _scope(file: Path, contract: Contract, trained: Contract) -> str:
+    """What metrics and files of an evaluation are named after."""
+    of = "test_last" if file.stem == "last" else "test"
+    return of if contract == trained else f"{of}_{contract.norm}-{contract.eps:g}"
+
+
+# ------------------------------------------------------------------ who attacks
+
+
+def _examined(
+    config: RunConfig,
+    saved: Saved,
+    exam: Exam,
+    contract: Contract,
+    folder: Path,
+    watch: Watch | None,
+) -> tuple[Verdicts, list[Finding]]:
+    """All verdicts, and the findings of the checks that need none."""
+    part, _ = open_test(config.data, here("cpu"))
+    count = min(part.num_images, exam.images or part.num_images)
+    pixels, labels = part.pixels[:count], part.labels[:count]
+    key = {
+        "weights": _digest(saved.weights.values()),
+        "images": _digest([pixels, labels]),
+        "contract": contract.hash,
+        "exam": exam.model_dump(mode="json", exclude={"attacks", "checks", "images"}),
+        "versions": {name: version(name) for name in ("torch", "pyautoattack")},
+    }
+    journal = Journal(folder / JOURNAL, key)
+    with _workers(config, saved, exam) as (work, check):
+        findings = check() if exam.checks else []
+        return run(exam, labels.numpy(), work, journal, watch), findings
+
+
+Check = Any  # () -> list[Finding]
+
+
+@contextmanager
+def _workers(config: RunConfig, saved: Saved, exam: Exam) -> Iterator[tuple[Work, Check]]:
+    """Whoever does units: this process, or as many as the run has workers, on a Ray cluster."""
+    if config.workers == 1 and wanted_cluster() is None:
+        examiner = examiner_of(config, saved, exam)
+        yield lambda units: map(examiner.examine, units), examiner.findings
+        return
+    import ray
+    from ray.util import ActorPool
+
+    # One process is one worker here: none of them waits for another.
+    alone = config.model_copy(update={"workers": 1})
+    with session(alone, trials=config.workers):
+        count = slots(alone, config.workers)
+        needs = worker_resources(config)
+        kind: Any = ray.remote(
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"],
+            max_restarts=config.max_failures,
+            max_task_retries=config.max_failures,
+        )(_RemoteExaminer)
+        content = ray.put(saved)
+        actors = [kind.remote(config, content, exam) for _ in range(count)]
+
+        def work(units: list[Unit]) -> Iterator[Verdict]:
+            pool: Any = ActorPool(actors)
+            yield from pool.map_unordered(lambda actor, unit: actor.examine.remote(unit), units)
+
+        yield work, lambda: ray.get(actors[0].findings.remote())
+
+
+class _RemoteExaminer:
+    """An examiner as a Ray actor."""
+
+    def __init__(self, config: RunConfig, saved: Saved, exam: Exam) -> None:
+        self._examiner = examiner_of(config, saved, exam)
+
+    def examine(self, unit: Unit) -> Verdict:
+        return self._examiner.examine(unit)
+
+    def findings(self) -> list[Finding]:
+        return self._examiner.findings()
+
+
+def examiner_of(config: RunConfig, saved: Saved, exam: Exam) -> Examiner:
+    """An examiner of a checkpoint, on the device of this process."""
+    place = here(config.device)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    part, _ = open_test(config.data, place, dtype)
+    model = network(saved).to(place.device)
+    return Examiner(model, part, config.threat, exam, config.precision)
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------ what is left
+
+
+def _leave(
+    result: EvalResult, config: RunConfig, saved: Saved, exam: Exam, verdicts: Verdicts
+) -> None:
+    """The files of an evaluation.
+
+    Raises:
+        TrainingFailed: if they cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    record = {**result.record(), "seed": exam.seed, "exam": exam.model_dump(mode="json")}
+    text = json.dumps(record, indent=1)
+    flags = flags_table(exam, verdicts).replace_schema_metadata({"raytrain": text})
+    examples = examples_table(examiner_of(config, saved, exam), verdicts, config.threat)
+    try:
+        pq.write_table(flags, result.folder / FLAGS)
+        pq.write_table(examples, result.folder / EXAMPLES)
+        (result.folder / RECORD).write_text(text)
+    except OSError as error:
+        raise TrainingFailed(
+            f"{result.folder}: could not be written ({error.strerror or error})"
+        ) from error
+
+
+def _record(result: EvalResult, config: RunConfig, run_id: str, storage: Path) -> None:
+    """The evaluation on its run in MLflow, if there is one."""
+    shares = {f"{result.scope}/{name}": s.value for name, s in result.accuracies.items()}
+    costs = {"images": float(result.images), "fe": float(result.fe), "seconds": result.seconds}
+    failed = [finding.check for finding in result.findings if not finding.passed]
+    with own_tracker(config, storage) as tracker:
+        if not tracker.knows(run_id):
+            return  # a checkpoint that came without its run
+        tracker.adopt(run_id, run_id)
+        tracker.log(run_id, {**shares, **{f"{result.scope}/{k}": v for k, v in costs.items()}})
+        if result.findings:
+            tracker.tag(run_id, {"checks": f"FAILED: {', '.join(failed)}" if failed else "passed"})
+        for name in (FLAGS, RECORD, EXAMPLES):
+            tracker.artifact(run_id, result.folder / name, f"evaluation/{result.scope}")
