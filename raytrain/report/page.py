@@ -60,27 +60,22 @@ def write_report(told: Told, folder: Path) -> None:
 def _page(told: Told, parts: Sequence[Part], files: Sequence[str]) -> str:
     """The HTML; nothing in it is taken as such but the figures."""
     from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    shown = [
-        {**vars(part), "figures": [{**vars(f), "svg": Markup(f.svg)} for f in part.figures]}
-        for part in parts
-    ]
     runs = sum(len(one.runs) + len(one.repeats) for one in told.settings)
     return environment.get_template("page.html").render(
         title=told.title,
-        generator=Markup(GENERATOR),
-        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        generator=GENERATOR,
+        css=(_HERE / "page.css").read_text(encoding="utf-8"),
         count=f"{_some(runs, 'run')} of {_some(len(told.settings), 'configuration')}",
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("raytrain"),
         uri=without_password(told.uri),
         short=[in_short(arena, told.pairs[arena.title]) for arena in told.arenas],
         notes=told.notes,
-        parts=shown,
+        parts=parts,
         runs=_runs(told.settings, told.arenas),
         files=", ".join(files),
     )

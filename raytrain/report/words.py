@@ -60,7 +60,8 @@ def _meant(client: Any, word: str) -> list[Any]:
         run = _existing(client, name)
         if run is not None:
             return _unfolded(client, run)
-    meanings = {kind: found for kind in kinds if (found := _by_name(client, kind, name))}
+    told = {kind: _by_name(client, kind, name) for kind in kinds}
+    meanings = {kind: found for kind, found in told.items() if found is not None}
     if not meanings:
         raise RequestError(_unknown(client, word, name, kinds))
     if len(meanings) > 1:
@@ -83,21 +84,23 @@ def _meant(client: Any, word: str) -> list[Any]:
     return runs
 
 
-def _by_name(client: Any, kind: str, name: str) -> list[Any]:
+def _by_name(client: Any, kind: str, name: str) -> list[Any] | None:
+    """What has this name; None if nothing has."""
     if kind == "experiment":
         found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage == "deleted":
-            return []
+            return None
         runs = list(_search(client, [found.experiment_id]))
         parents = {parent_of(run) for run in runs}
         return [run for run in runs if run.info.run_id not in parents]
     every = [one.experiment_id for one in client.search_experiments()]
     if (quoted := _quoted(name)) is None or not every:
-        return []
+        return None
     if kind == "sweep":
-        return [r for r in _search(client, every, f"tags.sweep = {quoted}") if _is_sweep(r)]
+        sweeps = _search(client, every, f"tags.sweep = {quoted}")
+        return [run for run in sweeps if _is_sweep(run)] or None
     named = _search(client, every, f"attributes.run_name = {quoted}")
-    return [run for run in named if not _is_sweep(run)]
+    return [run for run in named if not _is_sweep(run)] or None
 
 
 def _unfolded(client: Any, run: Any) -> list[Any]:

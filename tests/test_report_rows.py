@@ -1,0 +1,459 @@
+"""What is compared with what, ranked by what, and how sure: on runs that are made up."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_helpers import IMAGES, evaluated, flags_of, trained
+from scipy.stats import binomtest
+
+from raytrain.evaluation.confidence import holm, over_seeds, wilson
+from raytrain.report import curve_figures
+from raytrain.report.arenas import Arena, arenas_of
+from raytrain.report.cost_figures import cost_figure, gap_figure
+from raytrain.report.evaluations import called, strongest
+from raytrain.report.image_figures import by_class
+from raytrain.report.importance import importance_of
+from raytrain.report.inline import inline
+from raytrain.report.looks import looks_of
+from raytrain.report.page import without_password
+from raytrain.report.pairs import pairs_of
+from raytrain.report.parts import columns_of, in_short, part_of
+from raytrain.report.rows import VALID, Row
+from raytrain.report.runs import Trained, images_of
+from raytrain.report.settings import settings_of
+from raytrain.sweep.paper import save
+
+SHARES = st.integers(0, 1000).map(lambda k: k / 1000)
+
+
+def compared(*runs: Trained) -> list[Arena]:
+    return arenas_of(settings_of(runs), {run.id: IMAGES for run in runs})
+
+
+def alone(*runs: Trained) -> Arena:
+    (arena,) = compared(*runs)
+    return arena
+
+
+def random_flags(share: float, seed: int, count: int = 200) -> Any:
+    rng = np.random.default_rng(seed)
+    clean = rng.random(count) < 0.9
+    return flags_of({"clean": clean, "pgd20": clean & (rng.random(count) < share)})
+
+
+# --- seeds and configurations -------------------------------------------------------------------
+
+
+def test_seeds_of_a_configuration_are_one_row_with_mean_spread_and_count() -> None:
+    values = (0.41, 0.47, 0.59)
+    runs = [trained(seed=k, robust=[0.1, value]) for k, value in enumerate(values)]
+    (row,) = alone(*runs).rows
+    cell, spread = row.valid(), over_seeds(values)
+    assert cell is not None and len(row.setting.runs) == 3
+    assert (cell.value, cell.std, cell.low, cell.high) == (
+        spread.mean,
+        spread.std,
+        spread.low,
+        spread.high,
+    )
+
+
+def test_a_single_seed_has_the_interval_of_its_images() -> None:
+    (row,) = alone(trained(evaluations=[evaluated(shares={"pgd20": (53, 100)})])).rows
+    cell, share = row.score("pgd20"), wilson(53, 100)
+    assert cell is not None and cell.std is None
+    assert (cell.value, cell.low, cell.high) == (0.53, share.low, share.high)
+    assert cell.text == f"53.0 [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def test_a_repeated_seed_is_not_averaged() -> None:
+    first = trained(seed=1, robust=[0.9])
+    again = trained(seed=1, robust=[0.5], id="again", began=9)
+    (setting,) = settings_of([trained(seed=0, robust=[0.3]), first, again])
+    assert [run.id for run in setting.repeats] == [first.id]
+    (row,) = arenas_of([setting], {})[0].rows
+    cell = row.valid()
+    assert cell is not None and cell.value == 0.4 and cell.seeds == 2
+
+
+def test_of_two_runs_of_a_seed_the_evaluated_one_is_taken() -> None:
+    told = trained(evaluations=[evaluated(shares={"pgd20": (5, 10)})])
+    later = trained(id="later", began=9)
+    (setting,) = settings_of([told, later])
+    assert [run.id for run in setting.runs] == [told.id]
+
+
+def test_a_label_tells_what_differs_and_nothing_else() -> None:
+    runs = [
+        trained("pgd", params={"algorithm.steps": 5, "optimizer.lr": 0.1, "outer.name": "awp"}),
+        trained("pgd", params={"algorithm.steps": 10, "optimizer.lr": 0.1, "outer.name": "sgd"}),
+        trained("natural", params={"optimizer.lr": 0.1, "outer.name": "sgd"}),
+    ]
+    labels = {setting.label for setting in settings_of(runs)}
+    assert labels == {"pgd + awp steps=5", "pgd steps=10", "natural"}
+
+
+def test_words_that_would_mislead_are_spelled_out() -> None:
+    runs = [
+        trained(params={"algorithm.steps": steps, "evaluation.steps": judged})
+        for steps, judged in ((5, 10), (7, 20))
+    ]
+    labels = {setting.label for setting in settings_of(runs)}
+    assert labels == {"pgd steps=5 evaluation.steps=10", "pgd steps=7 evaluation.steps=20"}
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def test_the_training_images_are_those_of_an_epoch_unless_a_budget_tells_them() -> None:
+    by_epochs = trained(cost=30.0)
+    assert images_of([by_epochs]) == {by_epochs.id: IMAGES}
+    # 104 images in batches of 10: an epoch visits 100 of them.
+    fe = {"cost/fe": 50.0 * 104}
+    by_cost = trained("mart", params={"fe_per_image": 50.0}, metrics=fe)
+    assert images_of([by_epochs, by_cost]) == {by_epochs.id: 104.0, by_cost.id: 104.0}
+
+
+def test_a_budget_that_was_not_spent_tells_nothing() -> None:
+    stopped = trained(params={"fe_per_image": 50.0}, metrics={"cost/fe": 2600.0})
+    assert images_of([stopped]) == {stopped.id: IMAGES}
+
+
+def test_other_splits_have_other_images() -> None:
+    small = trained(params={"data.train_size": 50}, curves={"cost/samples": {1: 50.0}})
+    large = trained()
+    assert images_of([small, large]) == {small.id: 50.0, large.id: IMAGES}
+
+
+def test_costs_within_a_tenth_are_one_band_and_are_ranked_within_it() -> None:
+    costs = {"a": 100.0, "b": 109.0, "c": 112.0, "d": 500.0}
+    values = {"a": 0.4, "b": 0.5, "c": 0.1, "d": 0.2}
+    arena = alone(*[trained(n, cost=costs[n], robust=[values[n]]) for n in costs])
+    assert [(row.label, row.band, row.rank) for row in arena.rows] == [
+        ("b", 0, 1),
+        ("a", 0, 2),
+        ("c", 1, 1),
+        ("d", 2, 1),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), SHARES), min_size=1, max_size=8))
+def test_the_front_is_what_nothing_equally_cheap_or_cheaper_equals(
+    points: list[tuple[int, float]],
+) -> None:
+    runs = [
+        trained(f"m{k}", cost=float(cost), robust=[value])
+        for k, (cost, value) in enumerate(points)
+    ]
+    arena = alone(*runs)
+    front = {(round(row.cost or 0), cell.value) for row in arena.rows if row.front
+             for cell in [row.valid()] if cell}  # fmt: skip
+    beaten = {p for p in points if any(o[0] <= p[0] and o[1] >= p[1] and o != p for o in points)}
+    assert front == set(points) - beaten
+    assert sum(row.front for row in arena.rows) == len(front)
+
+
+# --- what may be compared -----------------------------------------------------------------------
+
+
+def test_other_threat_models_data_and_test_sets_are_apart() -> None:
+    ten = evaluated(shares={"pgd20": (5, 10)})
+    twenty = evaluated(shares={"pgd20": (5, 20)})
+    runs = [
+        trained("a", evaluations=[ten]),
+        trained("b", evaluations=[ten]),
+        trained("c", evaluations=[ten], tags={"contract": "c2"}),
+        trained("d", evaluations=[ten], params={"data.name": "mnist"}),
+        trained("e", evaluations=[twenty]),
+    ]
+    together = [{row.label[0] for row in arena.rows} for arena in compared(*runs)]
+    assert sorted(map(sorted, together)) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_equally_many_but_other_images_are_another_test_set() -> None:
+    one = evaluated(flags_of({"clean": [True] * 10, "pgd20": [True] * 10}))
+    other = evaluated(flags_of({"clean": [True] * 10, "pgd20": [True] * 10}, first=50))
+    arenas = compared(trained("a", evaluations=[one]), trained("b", evaluations=[other]))
+    assert [len(arena.rows) for arena in arenas] == [1, 1]
+
+
+def test_validation_is_ranked_only_where_it_was_done_alike() -> None:
+    runs = [trained("a"), trained("b"), trained("c", params={"evaluation.steps": 50})]
+    together = [sorted(row.label[0] for row in arena.rows) for arena in compared(*runs)]
+    assert sorted(together) == [["a", "b"], ["c"]]
+
+
+def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -> None:
+    arena = alone(
+        trained("a", evaluations=[evaluated(shares={"pgd20": (5, 10)})]),
+        trained("b", robust=[0.9], id="0" * 32),
+    )
+    assert [(row.label, row.rank, row.judged(arena.attack) is None) for row in arena.rows] == [
+        ("a", 1, False),
+        ("b", None, True),
+    ]
+    part = part_of(arena, [], [])
+    assert part.hint is not None and part.hint["command"] == f"raytrain evaluate {'0' * 32}"
+    cells = next(row["cells"] for row in part.rows if row["label"] == "b")
+    assert cells[0]["value"] == "-"
+
+
+def test_a_foreign_contract_is_an_arena_of_its_own_and_marked_everywhere() -> None:
+    foreign = evaluated(
+        shares={"clean": (9, 10), "pgd20": (1, 10)},
+        scope="test_linf-0.2",
+        contract="c2",
+        contract_text="linf eps 0.2",
+        same_contract=False,
+    )
+    home = evaluated(shares={"clean": (9, 10), "pgd20": (5, 10)})
+    native = evaluated(shares={"clean": (8, 10), "pgd20": (4, 10)}, contract_text="linf eps 0.2")
+    arenas = compared(
+        trained("a", evaluations=[home, foreign]),
+        trained("b", evaluations=[native], tags={"contract": "c2"}),
+    )
+    here = {arena.title: {row.label[0]: row for row in arena.rows} for arena in arenas}
+    assert here.keys() == {
+        "digits, linf eps 0.1, 10 test images",
+        "digits, linf eps 0.2, 10 test images",
+    }
+    away = here["digits, linf eps 0.2, 10 test images"]
+    assert (away["a"].marks, away["b"].marks) == ("†", "")
+    assert away["a"].valid() is None  # of another threat model
+    arena = next(arena for arena in arenas if len(arena.rows) == 2)
+    shown = next(row for row in part_of(arena, [], []).rows if row["label"].startswith("a"))
+    assert all("†" in cell["marks"] for cell in shown["cells"] if cell.get("interval"))
+    assert arena.leader is not None and arena.leader.label[0] == "b"
+
+
+def test_a_failed_check_is_marked_and_neither_leads_nor_ranks_nor_is_on_the_front() -> None:
+    masked = evaluated(shares={"pgd20": (9, 10)}, failed=("zero_gradients: why",))
+    honest = evaluated(shares={"pgd20": (5, 10)})
+    arena = alone(
+        trained("masked", cost=1.0, evaluations=[masked]),
+        trained("honest", cost=99.0, evaluations=[honest]),
+    )
+    rows = {row.label: row for row in arena.rows}
+    assert (rows["masked"].marks, rows["masked"].rank, rows["masked"].front) == ("⚠", None, False)
+    assert arena.leader is rows["honest"] and rows["honest"].front
+    part = part_of(arena, pairs_of(arena), [])
+    assert part.failed == [f"{rows['masked'].letter}: zero_gradients: why"]
+    shown = next(row for row in part.rows if row["label"] == "masked")
+    assert [c["marks"] for c in shown["cells"] if c.get("interval")] == ["⚠"]
+
+
+def test_the_tag_of_a_run_is_believed_where_the_files_are_missing() -> None:
+    arena = alone(
+        trained(
+            evaluations=[evaluated(shares={"pgd20": (9, 10)})],
+            tags={"checks": "FAILED: randomised"},
+        )
+    )
+    assert arena.rows[0].failed == ("randomised",) and arena.leader is None
+    assert in_short(arena, []).endswith("nothing here can be ranked.")
+
+
+def test_rows_are_ranked_by_the_strongest_attack_that_all_have() -> None:
+    both = evaluated(shares={"pgd20": (5, 10), "aa": (4, 10)})
+    one = evaluated(shares={"pgd20": (6, 10)})
+    assert alone(trained("a", evaluations=[both])).attack == "aa"
+    assert alone(*[trained(n, evaluations=[both]) for n in "ab"]).attack == "aa"
+    mixed = alone(trained("a", evaluations=[both]), trained("b", evaluations=[one]))
+    assert mixed.attack == "pgd20" and columns_of(mixed) == ["clean", "pgd20", "aa"]
+    assert alone(trained("a")).attack == VALID
+
+
+def test_attacks_by_strength_and_by_name() -> None:
+    names = ["fgsm", "pgd20", "cw20", "aa", "pgd20x5", "apgd", "pgd50"]
+    assert strongest(names) == ["aa", "apgd", "pgd20x5", "pgd50", "pgd20", "cw20", "fgsm"]
+    assert [called(n) for n in ("aa", "pgd20", "pgd20x5", "cw20")] == [
+        "AutoAttack",
+        "PGD-20",
+        "PGD-20 x5",
+        "CW-20",
+    ]
+
+
+def test_the_last_checkpoint_is_not_taken_for_the_best() -> None:
+    last = evaluated(shares={"pgd20": (3, 10)}, scope="test_last", checkpoint="last")
+    best = evaluated(shares={"pgd20": (5, 10)})
+    (row,) = alone(trained(evaluations=[best, last])).rows
+    where, before, after = row.gap("pgd20")
+    assert before is not None and after is not None
+    assert (where, before.value, after.value) == ("test", 0.5, 0.3)
+    (row,) = alone(trained(evaluations=[last])).rows
+    assert row.score("pgd20") is None
+
+
+def test_the_best_epoch_is_the_first_of_the_highest() -> None:
+    run = trained(robust=[0.1, 0.5, 0.4, 0.5, 0.2])
+    (row,) = alone(run).rows
+    where, best, last = row.gap(VALID)
+    assert run.best_epoch == 2 and best is not None and last is not None
+    assert (where, best.value, last.value) == ("validation", 0.5, 0.2)
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def test_pairs_are_mcnemars_on_the_same_images_adjusted_by_holm() -> None:
+    flags = {name: random_flags(share, k) for k, (name, share) in enumerate(
+        {"a": 0.95, "b": 0.7, "c": 0.3}.items())}  # fmt: skip
+    turned = flags["b"].sort_by([("index", "descending")])
+    arena = alone(*[
+        trained(n, evaluations=[evaluated(turned if n == "b" else flags[n])]) for n in flags
+    ])  # fmt: skip
+    pairs = pairs_of(arena)
+    told = {name: flags[name]["pgd20"].to_numpy(False) for name in flags}
+    wanted = {}
+    for name in "bc":
+        only_a, only_other = (
+            int((told["a"] & ~told[name]).sum()),
+            int((~told["a"] & told[name]).sum()),
+        )
+        wanted[name] = (only_a, only_other, binomtest(only_a, only_a + only_other).pvalue)
+    assert {p.other.label: (p.only_leader, p.only_other, p.p) for p in pairs} == wanted
+    assert [pair.holm for pair in pairs] == holm([pair.p for pair in pairs])
+    assert all(pair.low is not None and pair.low <= pair.difference for pair in pairs)
+
+
+def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
+    first = {seed: random_flags(0.8, seed) for seed in range(3)}
+    second = {seed: random_flags(0.6, 10 + seed) for seed in range(3)}
+    arena = alone(
+        *[trained("a", k, evaluations=[evaluated(first[k])]) for k in first],
+        *[trained("b", k, evaluations=[evaluated(second[k])]) for k in second],
+    )
+    (pair,) = pairs_of(arena)
+    p_values, differences = [], []
+    for k in range(3):
+        one, two = (t[k]["pgd20"].to_numpy(False) for t in (first, second))
+        only = int((one & ~two).sum())
+        p_values.append(binomtest(only, int((one != two).sum())).pvalue)
+        differences.append(one.mean() - two.mean())
+    assert pair.p == min(1.0, 2 * float(np.median(p_values))) and pair.seeds == 3
+    assert pair.difference == pytest.approx(np.mean(differences), abs=1e-12)
+    assert pair.low is None and pair.ahead == sum(d > 0 for d in differences)
+
+
+def test_what_failed_a_check_or_has_no_flags_is_in_no_pair() -> None:
+    flags = evaluated(random_flags(0.8, 0))
+    worse = random_flags(0.5, 1)
+    bare = evaluated(shares={n: (s.count, s.images) for n, s in evaluated(worse).shares.items()})
+    arenas = compared(
+        trained("a", evaluations=[flags]),
+        trained("masked", evaluations=[evaluated(worse, failed=("randomised: why",))]),
+        trained("bare", evaluations=[bare]),
+    )
+    assert [pairs_of(arena) for arena in arenas] == [[] for _ in arenas]
+
+
+def test_equals_cannot_be_told_apart() -> None:
+    same = evaluated(random_flags(0.5, 0))
+    arena = alone(trained("a", evaluations=[same]), trained("b", evaluations=[same]))
+    (pair,) = pairs_of(arena)
+    assert (pair.p, pair.holm, pair.difference, pair.verdict) == (1.0, 1.0, 0.0, "not told apart")
+    assert in_short(arena, [pair]).endswith("cannot be told from B.")
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def test_classes_are_the_means_of_their_images_over_seeds() -> None:
+    one = flags_of({"clean": [True] * 20, "aa": [True] * 10 + [False] * 10})
+    two = flags_of({"clean": [True] * 20, "aa": [False] * 20})
+    runs = [trained(seed=k, evaluations=[evaluated(f)]) for k, f in enumerate((one, two))]
+    (row,) = alone(*runs).rows
+    assert by_class(row, "aa") == {k: 0.25 for k in range(10)}
+    assert by_class(row, "clean") == {k: 1.0 for k in range(10)}
+
+
+def test_a_mean_curve_is_exact_where_the_curves_are_straight() -> None:
+    slow, fast = np.array([[1.0, 2], [3.0, 6]]), np.array([[2.0, 10], [4.0, 20]])
+    assert curve_figures.over_seeds([slow, fast]).tolist() == [[3.0, 10.5, 6.0, 15.0]]
+    assert curve_figures.over_seeds([slow]).tolist() == [[1, 2, 2, 2], [3, 6, 6, 6]]
+
+
+def test_every_letter_is_one_configuration_and_colours_are_given_once() -> None:
+    arena = alone(*[trained(f"m{k}", cost=1.0 + k, robust=[k / 40]) for k in range(40)])
+    letters = [row.letter for row in arena.rows]
+    assert len(set(letters)) == 40 and {"A", "Z", "AA", "AN"} <= set(letters)
+    named = [look for look in looks_of(arena).values() if look.named]
+    assert len(named) == len({look.colour for look in named}) == len({x.marker for x in named})
+
+
+def test_a_figure_on_a_page_has_ids_of_its_own_and_the_pages_colours(tmp_path: Path) -> None:
+    arena = alone(trained("a"), trained("b", cost=10.0))
+    figures = [cost_figure(arena), gap_figure(arena)]
+    ids: list[str] = []
+    for number, figure in enumerate(figures):
+        assert figure is not None
+        _, vectors = save(figure, tmp_path / f"{number}")
+        svg = inline(vectors, f"f{number}", 'a "b" <c>')
+        found = re.findall(r'\bid="([^"]+)"', svg)
+        used = re.findall(r'(?:url\(#|href="#)([^)"]+)', svg)
+        assert svg.startswith("<svg") and set(used) <= set(found) and used
+        assert "#000000" not in svg and "currentColor" in svg
+        assert 'aria-label="a &quot;b&quot; &lt;c>"' in svg
+        ids += found
+    assert len(ids) == len(set(ids))
+
+
+def test_the_parameter_that_decides_is_the_first() -> None:
+    rng = np.random.default_rng(0)
+    runs = []
+    for k in range(40):
+        lr, steps = float(10 ** rng.uniform(-3, 0)), int(rng.integers(1, 11))
+        value = 0.8 - 0.2 * (math.log10(lr) + 1.2) ** 2
+        params = {"optimizer.lr": lr, "algorithm.steps": steps}
+        runs.append(trained(params=params, robust=[max(0.0, value)], began=k))
+    first, second = importance_of(alone(*runs))
+    assert (first.key, second.key) == ("optimizer.lr", "algorithm.steps")
+    assert first.value > 0.6 and first.trials == 40
+
+
+def test_few_or_equal_configurations_say_nothing_of_importance() -> None:
+    assert importance_of(alone(trained("a"), trained("b"))) == []
+    equal = [trained(params={"optimizer.lr": 0.1 * k}, robust=[0.5]) for k in range(1, 9)]
+    assert importance_of(alone(*equal)) == []
+
+
+def test_stopped_trials_do_not_count_for_importance() -> None:
+    runs = [
+        trained(params={"optimizer.lr": 0.1 * k}, robust=[k / 20], tags={"outcome": "stopped"})
+        for k in range(1, 12)
+    ]
+    assert importance_of(alone(*runs)) == []
+
+
+# --- small things -------------------------------------------------------------------------------
+
+
+def test_the_state_of_a_run_in_words() -> None:
+    words = {"complete": "finished", "stopped": "stopped early", "diverged": "diverged"}
+    assert {w: trained(tags={"outcome": w}).state for w in words} == words
+    assert trained(status="RUNNING").state == "running, or its driver died"
+    assert trained(tags={"stopped_by": "fgsm_gap"}).state == "stopped by a sentinel"
+
+
+def test_a_password_is_not_shown() -> None:
+    assert without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+
+
+def test_a_run_without_anything_is_a_row() -> None:
+    bare = trained(robust=[], params={}, metrics={}, curves={})
+    arena = alone(bare)
+    (row,) = arena.rows
+    assert isinstance(row, Row) and row.cost is None and arena.leader is None
+    assert part_of(arena, [], []).rows[0]["band"] == "cost not recorded"
+    assert cost_figure(arena) is None and gap_figure(arena) is None
