@@ -13,7 +13,7 @@ from raytrain.config import RunConfig
 from raytrain.data import loader
 from raytrain.loop import fit
 from raytrain.place import Place
-from raytrain.sweep.price import is_bound, price, said
+from raytrain.sweep.price import is_bound, price
 
 IMAGES, BATCH = 64, 32
 
@@ -108,7 +108,7 @@ def test_replays_of_a_batch_are_updates_that_engm_counts() -> None:
 
 def test_a_stopping_rule_is_priced_as_never_reached() -> None:
     run = run_of({"name": "dynamic", "steps": 6, "c_max": 1.0})
-    assert is_bound(run) and said(run) == "at most 30 FE/image"
+    assert is_bound(run) and price(run) == 30
     assert spent(run) < price(run) == 2 * (2 * 6 + 3)
     own = {**ATTACK, "stop": {"kind": "gap", "c_max": 1.0}}
     assert is_bound(run_of({"name": "nested", "attack": own}))
@@ -116,7 +116,7 @@ def test_a_stopping_rule_is_priced_as_never_reached() -> None:
 
 def test_a_threshold_below_every_fosc_is_no_bound_but_the_price() -> None:
     run = run_of({"name": "dynamic", "steps": 4, "c_max": -1})
-    assert not is_bound(run) and said(run) == "22 FE/image"
+    assert not is_bound(run) and price(run) == 22
     assert price(run) == spent(run) == 2 * (2 * 4 + 3)
 
 
