@@ -204,7 +204,7 @@ def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -
     part = part_of(arena, [], [])
     assert part.hint is not None and part.hint["command"] == f"raytrain evaluate {'0' * 32}"
     cells = next(row["cells"] for row in part.rows if row["label"] == "b")
-    assert cells[0]["value"] == "-"
+    assert part.heads[0] == "PGD-20, %" and cells[0]["value"] == "-"
 
 
 def test_a_foreign_contract_is_an_arena_of_its_own_and_marked_everywhere() -> None:
@@ -433,6 +433,26 @@ def test_stopped_trials_do_not_count_for_importance() -> None:
         for k in range(1, 12)
     ]
     assert importance_of(alone(*runs)) == []
+
+
+def test_of_many_rows_the_evaluated_ones_and_the_best_of_every_band_are_shown_at_once() -> None:
+    told = [evaluated(shares={"pgd20": (5, 10)})]
+    runs = [
+        trained(f"m{k}", cost=[10.0, 99.0][k % 2], robust=[k / 100], evaluations=told * (k == 1))
+        for k in range(100)
+    ]
+    part = part_of(alone(*runs), [], [])
+    shown = {row["label"] for row in part.rows}
+    assert len(part.rows) + len(part.more) == 100 and len(part.rows) <= 41
+    assert {"m1", "m99", "m98"} <= shown and not {"m0", "m3"} & shown
+    bands = [row["band"] for row in part.rows if "band" in row]
+    assert bands == ["10 FE per training image", "99 FE per training image"]
+
+
+def test_columns_in_which_nobody_has_a_number_are_left_out() -> None:
+    part = part_of(alone(trained("a")), [], [])
+    assert not {"seconds", "validation, clean"} & set(part.heads)
+    assert all(len(row["cells"]) == len(part.heads) for row in part.rows)
 
 
 # --- small things -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LETTERED = 30  # points: with more of them only the named ones carry their letter
-_BARS = 24  # rows of a figure with a line for each
+_BARS = 16  # rows of a figure with a line for each
 _INK = "black"
 
 

@@ -34,7 +34,8 @@ _TEXTS = {  # kind -> title, caption
     ),
     "overfitting": (
         "Best and last epoch",
-        "What was lost (left) by training on after the best epoch: robust overfitting.",
+        "What was lost (to the left) by training on after the best epoch: robust overfitting. Of "
+        "more than 16 configurations the best.",
     ),
     "learning_curves": (
         "Learning curves",

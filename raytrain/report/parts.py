@@ -49,17 +49,21 @@ class Part:
 def part_of(arena: Arena, pairs: list[Pair], figures: list[Drawn]) -> Part:
     """An arena with its figures."""
     columns = columns_of(arena)
-    rows = [_row(arena, row, columns) for row in arena.rows]
-    _say_bands(arena, rows)
+    near, far = _split(arena)
+    heads = _heads(arena, columns)
+    tables = [[_row(arena, row, columns) for row in some] for some in (near, far)]
+    _drop_empty(heads, [row for table in tables for row in table])
+    for some, table in zip((near, far), tables, strict=True):
+        _say_bands(some, table)
     leader = arena.leader
     return Part(
         title=arena.title,
         threat=arena.threat,
         judged_by=arena.judged_by,
         notes=arena.notes,
-        heads=_heads(arena, columns),
-        rows=rows[:_ROWS],
-        more=rows[_ROWS:],
+        heads=heads,
+        rows=tables[0],
+        more=tables[1],
         legend=_legend(arena),
         failed=[f"{row.letter}: {said}" for row in arena.rows for said in row.failed if said],
         hint=_hint(arena),
@@ -142,12 +146,33 @@ def seconds_of(row: Row) -> str:
     return f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
 
 
-def _say_bands(arena: Arena, rows: list[dict[str, Any]]) -> None:
+def _split(arena: Arena) -> tuple[list[Row], list[Row]]:
+    """Rows that are shown at once (what was evaluated, and the best of every band), and the others."""
+    if len(arena.rows) <= _ROWS:
+        return list(arena.rows), []
+    most = max(1, _ROWS // len({row.band for row in arena.rows}))
+    seen: dict[int, int] = {}
+    near, far = [], []
+    for row in arena.rows:
+        seen[row.band] = seen.get(row.band, 0) + 1
+        (near if row.best or row.front or seen[row.band] <= most else far).append(row)
+    return near, far
+
+
+def _drop_empty(heads: list[str], rows: list[dict[str, Any]]) -> None:
+    """Leave out the columns in which nobody has a number."""
+    for place in reversed(range(len(heads))):
+        if all(row["cells"][place]["value"] == "-" for row in rows):
+            del heads[place]
+            for row in rows:
+                del row["cells"][place]
+
+
+def _say_bands(some: list[Row], rows: list[dict[str, Any]]) -> None:
     """A line above the first row of each band."""
-    bands = dict.fromkeys(row.band for row in arena.rows)
-    for band in bands:
-        costs = [row.cost for row in arena.rows if row.band == band]
-        first = next(k for k, row in enumerate(arena.rows) if row.band == band)
+    for band in dict.fromkeys(row.band for row in some):
+        costs = [row.cost for row in some if row.band == band]
+        first = next(k for k, row in enumerate(some) if row.band == band)
         known = [cost for cost in costs if cost is not None]
         if not known:
             rows[first]["band"] = "cost not recorded"
