@@ -12,7 +12,7 @@ from raytrain.report.evaluations import called
 from raytrain.report.pairs import LEVEL, Pair
 from raytrain.report.rows import VALID, Row
 
-_ROWS = 40  # of a table; the others fold away
+_ROWS, _FIRST = 40, 24  # a longer table shows about so many at once and folds the others away
 _COLUMNS = ("aa", "apgd", "pgd20")  # attacks with a column beside the one that is ranked by
 
 
@@ -150,7 +150,7 @@ def _split(arena: Arena) -> tuple[list[Row], list[Row]]:
     """Rows that are shown at once (what was evaluated, and the best of every band), and the others."""
     if len(arena.rows) <= _ROWS:
         return list(arena.rows), []
-    most = max(1, _ROWS // len({row.band for row in arena.rows}))
+    most = max(1, _FIRST // len({row.band for row in arena.rows}))
     seen: dict[int, int] = {}
     near, far = [], []
     for row in arena.rows:
