@@ -235,21 +235,25 @@ class _Exact:
     """See `exact_float32`."""
 
     def __enter__(self) -> None:
-        self._was = (
-            bool(torch.backends.cuda.matmul.allow_tf32),
-            bool(torch.backends.cudnn.allow_tf32),
-        )
-        self._set(False, False)
-        self._autocast = torch.autocast("cpu", enabled=False)
-        self._autocast.__enter__()
+        # The old names of the same switch for products may not be mixed with this one.
+        self._was = torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.allow_tf32)
+        self._set("highest", False)
+        self._autocast = [
+            torch.autocast(device, enabled=False)
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        ]
+        for autocast in self._autocast:
+            autocast.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._autocast.__exit__(*error)
+        for autocast in reversed(self._autocast):
+            autocast.__exit__(*error)
         self._set(*self._was)
 
     @staticmethod
-    def _set(matmul: bool, cudnn: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+    def _set(matmul: str, cudnn: bool) -> None:
+        torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
 
 

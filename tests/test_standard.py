@@ -1,0 +1,556 @@
+"""AutoAttack without its waste: the verdicts of the library that holds the authors' loops, at exact cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import TinyNet, ball_of, same, tiny_net, unchecked
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from raytrain.attacks import answers as answers_module
+from raytrain.attacks import standard
+from raytrain.attacks.answers import Answers, folded
+from raytrain.attacks.standard import STAGES, Standard, exact_float32, survivors
+from raytrain.balls import AbstractBall
+from raytrain.config import RunConfig
+from raytrain.data.loader import open_test
+from raytrain.loop import fit
+from raytrain.meter import Meter
+from raytrain.place import Place
+
+STEPS, QUERIES = 6, 60
+SEED = 3
+LIBRARY = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+RADII = {"linf": 0.1, "l2": 0.5, "l1": 1.2}
+"""At which the network of these tests holds for some digits and falls for others."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A network that was trained against PGD, with BatchNorm, and test images."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.images[:count], self.labels[:count]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    values = {
+        "data": {"name": "digits", "train_size": 400},
+        "model": "small_cnn",
+        "threat": {"norm": "linf", "eps": 0.1},
+        "algorithm": {"name": "fgsm_rs"},
+        "batch_size": 32,
+        "epochs": 5,
+        "evaluation": {"steps": 1, "every": 5, "images": 50},
+        "optimizer": {"lr": 0.1},
+        "device": "cpu",
+    }
+    run = RunConfig.model_validate(values)
+    with unchecked():
+        *_, (_, state) = fit(run, Place())
+    part, _ = open_test(run.data, Place())
+    return Digits(state.model.eval(), part.pixels.float() / 255, part.labels)
+
+
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard version with a few of its steps and queries."""
+    of = Standard.of
+
+    def shorter(norm: str, classes: int) -> Standard:
+        return replace(of(norm, classes), steps=STEPS, queries=QUERIES)
+
+    monkeypatch.setattr(Standard, "of", staticmethod(shorter))
+
+
+def answers_of(model: nn.Module, meter: Meter | None = None) -> Answers:
+    """As outside tests: a network whose annotations are checked cannot be traced and folded."""
+    with unchecked():
+        return Answers(model, Meter() if meter is None else meter)
+
+
+def ours(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ball: AbstractBall,
+    stages: tuple[standard.Stage, ...] = STAGES,
+    meter: Meter | None = None,
+) -> dict[str, Tensor]:
+    """Which images survive up to and with each stage."""
+    answers = answers_of(model, meter)
+    flags, after = answers.classes(images) == labels, {}
+    for stage in stages:
+        rows = flags.nonzero().flatten()
+        if len(rows):
+            left = survivors(stage, answers, images[rows], labels[rows], ball, SEED)
+            flags = flags.index_copy(0, rows, left)
+        after[stage] = flags
+    return after
+
+
+def theirs(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ball: AbstractBall,
+    stages: tuple[str, ...] = STAGES,
+    targets: int | None = None,
+    short: bool = True,
+) -> Tensor:
+    """Which images survive the library's own evaluation."""
+    with torch.random.fork_rng(devices=[]):
+        attack: Any = AutoAttack(model, norm=LIBRARY[ball.norm], eps=ball.eps, seed=SEED)  # pyright: ignore
+        attack.attacks_to_run = list(stages)
+        for apgd in (attack.apgd, attack.apgd_targeted) if short else ():
+            other = APGDAttack(model, n_iter=STEPS, eps=ball.eps, norm=LIBRARY[ball.norm])
+            for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
+                setattr(apgd, name, getattr(other, name))
+        if short:
+            attack.fab.n_iter, attack.square.n_queries = STEPS, QUERIES
+        if targets is not None:
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+        _, found = attack.run_standard_evaluation(images, labels, batch_size=250)
+    return found == labels
+
+
+# --- parity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize(("norm", "count"), [("linf", 200), ("l2", 30), ("l1", 30)])
+def test_the_ensemble_has_the_verdicts_of_the_library(
+    digits: Digits, norm: str, count: int
+) -> None:
+    images, labels = digits.first(count)
+    found = ours(digits.model, images, labels, ball_of(norm, RADII[norm]))
+    wanted = theirs(digits.model, images, labels, ball_of(norm, RADII[norm]))
+    assert torch.equal(found["square"], wanted)
+    clean = int((digits.model(images).argmax(1) == labels).sum())
+    assert 0.05 * count < int(wanted.sum()) < clean - 0.05 * count
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("norm", RADII)
+def test_every_stage_alone_has_the_verdicts_of_the_library(
+    digits: Digits, norm: str, stage: standard.Stage
+) -> None:
+    images, labels = digits.first(25)
+    ball = ball_of(norm, RADII[norm])
+    found = ours(digits.model, images, labels, ball, (stage,))[stage]
+    wanted = theirs(digits.model, images, labels, ball, (stage,))
+    assert torch.equal(found, wanted)
+    assert 0 < int(wanted.sum()) < int((digits.model(images).argmax(1) == labels).sum())
+
+
+@pytest.mark.slow
+def test_the_standard_version_at_full_length_has_the_verdicts_of_the_library(
+    digits: Digits,
+) -> None:
+    images, labels = digits.first(200)
+    ball = ball_of("linf", RADII["linf"])
+    wanted = theirs(digits.model, images, labels, ball, short=False)
+    assert torch.equal(ours(digits.model, images, labels, ball)["square"], wanted)
+
+
+def unsieved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(standard, "Apgd", APGDAttack)
+    patch.setattr(standard, "ApgdTargeted", APGDAttack_targeted)
+
+
+def unfolded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answers_module, "folded", lambda model: model)
+
+
+def unskipped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(standard, "Square", SquareAttack)
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("without", [unsieved, unfolded, unskipped])
+def test_no_saving_changes_a_verdict(
+    digits: Digits, without: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = digits.first(60)
+    ball, saving, plain = ball_of("linf", RADII["linf"]), Meter(), Meter()
+    found = ours(digits.model, images, labels, ball, meter=saving)
+    without(monkeypatch)
+    other = ours(digits.model, images, labels, ball, meter=plain)
+    assert all(torch.equal(found[stage], other[stage]) for stage in STAGES)
+    assert saving.fe < plain.fe or without is unfolded
+
+
+def test_batch_norm_is_folded_away_and_the_function_stays(digits: Digits) -> None:
+    with unchecked():
+        fast = folded(copy.deepcopy(digits.model))
+    kinds = {type(module) for module in fast.modules()}
+    assert nn.BatchNorm2d in {type(module) for module in digits.model.modules()}
+    assert nn.BatchNorm2d not in kinds and nn.Conv2d in kinds
+    images, _ = digits.first(50)
+    with torch.no_grad():
+        exact, found = copy.deepcopy(digits.model).double()(images.double()), fast(images)
+    assert float((found - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+
+
+class Branching(TinyNet):
+    """No tracer follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool(x.mean() < 2) else self.linear(x)
+
+
+@pytest.mark.usefixtures("fewer")
+def test_a_network_that_cannot_be_traced_is_attacked_as_it_is(digits: Digits) -> None:
+    images, labels = digits.first(40)
+    plain, branching = tiny_net(torch.float32), Branching()
+    branching.load_state_dict(plain.state_dict())
+    assert folded(branching) is branching
+    kept = labels < 4
+    images, labels = images[kept], plain(images[kept]).argmax(1)
+    ball = ball_of("linf", 0.02)
+    found, other = (ours(model, images, labels, ball) for model in (plain, branching))
+    assert all(torch.equal(found[stage], other[stage]) for stage in STAGES)
+    assert 0 < int(found["square"].sum()) < len(images)
+
+
+# --- few classes ------------------------------------------------------------------------------
+
+
+ALIKE = torch.tensor([8, 1, 9, 3, 5])
+
+
+class Some(nn.Module):
+    """The logits of the first of these digits alone."""
+
+    def __init__(self, model: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, ALIKE[: self.classes]]
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize(
+    ("norm", "classes"), [("linf", 2), ("linf", 3), ("linf", 4), ("linf", 5), ("l1", 3)]
+)
+def test_few_classes_run_every_stage_with_as_many_targets_as_there_are(
+    digits: Digits, norm: str, classes: int
+) -> None:
+    model = Some(digits.model, classes)
+    rows, labels = (digits.labels[:, None] == ALIKE[:classes]).nonzero()[:30].unbind(1)
+    images, ball = digits.images[rows], ball_of(norm, 2 * RADII[norm])
+    for stage in STAGES:
+        found = ours(model, images, labels, ball, (stage,))[stage]
+        assert int(found.sum()) < len(images)
+        if stage == "apgd-t" and classes < 4:
+            continue  # the library divides by the fourth logit
+        wanted = theirs(model, images, labels, ball, (stage,), targets=classes - 1)
+        assert torch.equal(found, wanted), stage
+
+
+def test_there_are_never_more_targets_than_other_classes() -> None:
+    for norm, most in (("linf", 9), ("l2", 9), ("l1", 5)):
+        targets = [Standard.of(norm, classes).targets for classes in (2, 3, 5, 10, 100)]
+        assert targets == [1, 2, 4, min(9, most), most]
+        fab = [Standard.of(norm, classes).fab_targets for classes in (2, 3, 5, 10, 100)]
+        assert fab == [1, 2, 4, 9, 9]
+
+
+# --- Square -----------------------------------------------------------------------------------
+
+
+class Recorded(nn.Module):
+    """A network that remembers what it was asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.asked = model, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.extend(x.detach().clone())
+        return self.model(x)
+
+
+def square_runs(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch, queries: int
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Meter]:
+    """What the library and what we ask of the same network for one image, and both results."""
+    unfolded(monkeypatch)
+    images, labels = digits.first(30)
+    right = (digits.model(images).argmax(1) == labels).nonzero().flatten()
+    image, label = images[right[:1]], labels[right[:1]]
+    common: dict[str, Any] = {"n_queries": queries, "eps": 0.03, "resc_schedule": False}
+    asked, results, meter = [], [], Meter()
+    for kind in (SquareAttack, standard.Square):
+        recorded = Recorded(digits.model)
+        answers = Answers(recorded, meter) if kind is standard.Square else recorded
+        attack = kind(answers, norm="Linf", seed=SEED, **common)
+        attack.init_hyperparam(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            results.append(attack.attack_single_run(image, label)[1])
+        # Answers attacks a copy of the network.
+        asked.append(answers._own.asked if isinstance(answers, Answers) else answers.asked)
+    return asked[0], asked[1], results[0], results[1], meter
+
+
+def test_square_ends_at_the_same_image_bit_for_bit_and_skips_only_what_it_has_asked(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = 600
+    library, here, wanted, found, meter = square_runs(digits, monkeypatch, queries)
+    assert torch.equal(found, wanted)
+    assert len(library) == queries + 1  # nothing breaks this image
+    left, seen, skipped = iter(here), set(), 0
+    following = next(left)
+    for image in library:
+        key = image.numpy().tobytes()
+        if following is not None and torch.equal(image, following):
+            following = next(left, None)
+        else:
+            assert key in seen  # its margin is known, and was no improvement when it was asked
+            skipped += 1
+        seen.add(key)
+    assert following is None
+    assert 0 < skipped == len(library) - len(here)
+    assert meter.forwards == len(here) and meter.input_backwards == 0
+
+
+def test_square_ends_at_the_same_images_where_some_are_broken(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfolded(monkeypatch)
+    images, labels = digits.first(80)
+    rows = (digits.model(images).argmax(1) == labels).nonzero().flatten()
+    images, labels = images[rows], labels[rows]
+    found = []
+    for kind in (SquareAttack, standard.Square):
+        predict = digits.model if kind is SquareAttack else Answers(digits.model, Meter())
+        attack = kind(predict, n_queries=150, eps=0.1, seed=SEED, resc_schedule=False)  # pyright: ignore
+        attack.init_hyperparam(images)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            found.append(attack.attack_single_run(images, labels)[1])
+    assert torch.equal(*found)
+    broken = int((digits.model(found[0]).argmax(1) != labels).sum())
+    assert 0 < broken < len(images)
+
+
+# --- cost -------------------------------------------------------------------------------------
+
+
+class Slight(nn.Module):
+    """Ten classes; logits of slope 1e-4 that no perturbation turns."""
+
+    offset: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+        self.slopes = nn.Parameter(1e-4 * rows)
+        self.register_buffer("offset", -torch.arange(10.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.slopes.T + self.offset
+
+
+ONE_RUN = STEPS + 1  # gradients of one APGD run
+COSTS = {  # per image, forwards and input backwards, without the two passes that frame a stage
+    "apgd-ce": (1 + ONE_RUN, ONE_RUN),
+    "apgd-t": (1 + 9 * (1 + ONE_RUN), 9 * ONE_RUN),
+    # of each target: two looks at the clean image, a gradient and a look per step, one at the end
+    "fab-t": (1 + 9 * (3 + 2 * STEPS), 9 * STEPS),
+}
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("stage", COSTS)
+def test_a_stage_costs_what_its_steps_and_targets_say(stage: standard.Stage) -> None:
+    meter, count = Meter(), 7
+    images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
+    left = survivors(stage, Answers(Slight(), meter), images, labels, ball_of("linf"), SEED)
+    assert bool(left.all())
+    forwards, backwards = COSTS[stage]
+    # One image tells the number of classes; the network's own verdict is one pass of each.
+    assert meter.forwards == 1 + count * (forwards + 1)
+    assert meter.input_backwards == count * backwards
+    assert meter.full_backwards == 0
+
+
+@pytest.mark.usefixtures("fewer")
+def test_square_of_a_network_that_holds_costs_a_pass_per_query_at_most() -> None:
+    def forwards(norm: str) -> int:
+        meter = Meter()
+        images, labels = torch.full((3, 1, 10, 10), 0.5), torch.zeros(3, dtype=torch.long)
+        model = nn.Sequential(nn.AvgPool2d(3, padding=1, stride=1), nn.AdaptiveAvgPool2d(8))
+        answers = Answers(nn.Sequential(model, Slight()), meter)
+        assert bool(survivors("square", answers, images, labels, ball_of(norm), SEED).all())
+        return meter.forwards
+
+    frame = 1 + 3 * (1 + 1 + 1 + 1)  # classes; of each: clean, stripes, at the end, own verdict
+    assert forwards("l2") == frame + 3 * QUERIES
+    assert frame < forwards("linf") < frame + 3 * QUERIES
+
+
+class Brittle(nn.Module):
+    """Class 0 for plain grey, class 1 for all else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = (x - 0.5).abs().flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(off), off - 1e-3, off - 2, off - 3, off - 4], 1)
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_that_falls_to_the_first_attempt_costs_no_further_pass(norm: str) -> None:
+    meter, count = Meter(), 4
+    images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
+    left = survivors("apgd-ce", Answers(Brittle(), meter), images, labels, ball_of(norm), SEED)
+    assert not left.any()
+    assert (meter.forwards, meter.input_backwards) == (1 + 3 * count, count)
+
+
+# --- what an evaluation leaves as it was -------------------------------------------------------
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    """All that may make float32 less than it says, restored afterwards."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@pytest.mark.usefixtures("fewer", "precisions")
+@pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_flags_and_random_state_are_as_before(digits: Digits, matmul: str, cudnn: bool) -> None:
+    images, labels = digits.first(20)
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    state = torch.get_rng_state()
+    with exact_float32():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    survivors("apgd-ce", answers_of(digits.model), images, labels, ball_of("linf"), SEED)
+    assert torch.get_float32_matmul_precision() == matmul
+    assert torch.backends.cudnn.allow_tf32 == cudnn
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("fewer")
+def test_verdicts_do_not_depend_on_the_random_state_or_on_autocast_outside(
+    digits: Digits,
+) -> None:
+    images, labels = digits.first(40)
+    ball = ball_of("linf", RADII["linf"])
+    answers = answers_of(digits.model)
+    wanted = survivors("apgd-ce", answers, images, labels, ball, SEED)
+    torch.manual_seed(99)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(survivors("apgd-ce", answers, images, labels, ball, SEED), wanted)
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_network_keeps_weights_gradients_mode_and_precision(
+    dtype: torch.dtype, stage: standard.Stage
+) -> None:
+    model = tiny_net(dtype, batch_norm=True).train()
+    before = copy.deepcopy(model)
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    labels = model.eval()(images).argmax(1)
+    model.train()
+    survivors(stage, Answers(model, Meter()), images, labels, ball_of("linf", 0.03), SEED)
+    assert same(model, before) and model.training and model.norm.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_every_answer_is_float32(digits: Digits) -> None:
+    wide = copy.deepcopy(digits.model).double()
+    images, _ = digits.first(3)
+    with torch.no_grad():
+        found = answers_of(wide)(images)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, answers_of(digits.model)(images))
+
+
+# --- legality ---------------------------------------------------------------------------------
+
+
+class Handed:
+    """An attack that hands over what it was given."""
+
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        del images, labels
+        return self.found
+
+
+def handed(found: Tensor, norm: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which of 0.2-grey images survive `found`, on a network that no change of theirs leaves right."""
+    monkeypatch.setattr(standard, "_attack", lambda *_: Handed(found))
+    images, labels = torch.full_like(found, 0.2), torch.zeros(len(found), dtype=torch.long)
+    answers = Answers(Moved(), Meter())
+    return survivors("apgd-ce", answers, images, labels, ball_of(norm, 0.1), SEED).tolist()
+
+
+class Moved(nn.Module):
+    """Class 0 for 0.2-grey images, class 1 for all else, NaN included."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = ((x - 0.2).abs().flatten(1).amax(1) == 0).to(x.dtype)
+        return torch.stack([same, 1 - same], 1)
+
+
+@pytest.mark.parametrize("norm", RADII)
+def test_an_image_outside_the_ball_or_the_box_is_no_success(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = torch.full((7, 1, 2, 2), 0.2)
+    inside, outside, edge, low, high, nan, far = found.flatten(1)
+    inside[0] += 0.05
+    outside[0] += 0.101
+    edge[0] = 0.3  # one rounding of float32 away from the radius
+    low[0], high[0] = -0.01, 1.01
+    nan[0] = torch.nan
+    far[:] = torch.inf
+    wanted = [False, True, False, True, True, True, True]
+    assert handed(found, norm, monkeypatch) == wanted
+
+
+def test_the_box_counts_where_the_ball_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)
+    found = images.clone()
+    found[0, 0, 0, 0], found[1, 0, 0, 0] = -0.05, 0.05
+    monkeypatch.setattr(standard, "_attack", lambda *_: Handed(found))
+
+    class AnyChange(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            off = x.abs().flatten(1).sum(1)
+            return torch.stack([torch.zeros_like(off), off - 1e-3], 1)
+
+    answers = Answers(AnyChange(), Meter())
+    left = survivors("apgd-ce", answers, images, labels, ball_of("linf", 0.1), SEED)
+    assert left.tolist() == [True, False]
