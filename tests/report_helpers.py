@@ -111,7 +111,7 @@ def write_evaluation(
         "same_contract": same,
         "images": len(flags),
         "accuracies": {n: {"count": k, "images": len(flags)} for n, k in counts.items()},
-        "findings": [{"check": failed, "passed": False, "sentence": "why"}] if failed else [],
+        "findings": [{"check": failed or "range", "passed": not failed, "sentence": "why"}],
         "trusted": not failed,
     }
     target = folder / run_id / scope

@@ -262,6 +262,12 @@ def test_the_tag_of_a_run_is_believed_where_the_files_are_missing() -> None:
     assert in_short(arena, []).endswith("nothing here can be ranked.")
 
 
+def test_findings_of_this_threat_model_are_believed_before_the_tag_of_any() -> None:
+    checked = evaluated(shares={"pgd20": (9, 10)}, checked=True)
+    arena = alone(trained(evaluations=[checked], tags={"checks": "FAILED: randomised"}))
+    assert arena.rows[0].trusted and arena.leader is arena.rows[0]
+
+
 def test_rows_are_ranked_by_the_strongest_attack_that_all_have() -> None:
     both = evaluated(shares={"pgd20": (5, 10), "aa": (4, 10)})
     one = evaluated(shares={"pgd20": (6, 10)})

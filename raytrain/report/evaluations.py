@@ -31,6 +31,7 @@ class Evaluated:
     same_contract: bool  # the one it was trained for
     shares: Mapping[str, Share]  # `clean` and every attack
     images: int
+    checked: bool = False  # whether it came with the findings of checks
     failed: tuple[str, ...] = ()  # sentences of the checks that failed
     epoch: int | None = None
     flags: pa.Table | None = None
@@ -103,7 +104,7 @@ def _evaluated(
         for one in told.get("findings", ())
         if not one["passed"]
     )
-    foreign = re.fullmatch(r"test(?:_last)?_(\w+)-(.+)", scope)
+    foreign = re.fullmatch(r"test(?:_last)?(?:_\d+)?_([a-z]\w*)-(.+)", scope)
     guess = f"{foreign[1]} eps {foreign[2]}" if foreign else ""
     return Evaluated(
         scope=scope,
@@ -113,6 +114,7 @@ def _evaluated(
         same_contract=told.get("same_contract", foreign is None),
         shares=shares,
         images=images,
+        checked=bool(told.get("findings")),
         failed=failed or (() if told.get("trusted", True) else ("checks: not trusted",)),
         epoch=told.get("epoch"),
         **{name: _table(files, file, complain, run) for name, file in _FILES.items()},

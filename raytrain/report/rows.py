@@ -42,9 +42,11 @@ class Row:
     @property
     def failed(self) -> tuple[str, ...]:
         """What failed, each once."""
-        from_tags = [run.failed_checks for run in self.setting.runs if run.failed_checks]
-        told = [sentence for one in (*self.best, *self.last) for sentence in one.failed]
-        return tuple(dict.fromkeys(told or from_tags))
+        here = (*self.best, *self.last)
+        told = [sentence for one in here for sentence in one.failed]
+        if not any(one.checked for one in here):  # the files are missing; the tag is of any scope
+            told += [run.failed_checks for run in self.setting.runs if run.failed_checks]
+        return tuple(dict.fromkeys(told))
 
     @property
     def marks(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain.record import IN_EPS
 from raytrain.report.evaluations import Evaluated
 from raytrain.report.words import parent_of
 
@@ -150,7 +151,7 @@ def read(client: Any, run: Any, evaluations: tuple[Evaluated, ...]) -> Trained:
         name=run.info.run_name or run.info.run_id[:8],
         began=int(run.info.start_time or 0),
         status=str(run.info.status),
-        params=dict(run.data.params),
+        params={name: v for name, v in run.data.params.items() if not name.endswith(IN_EPS)},
         tags={**run.data.tags, **({"parent": p} if (p := parent_of(run)) else {})},
         metrics=metrics,
         curves={name: _curve(client, run, name) for name in CURVES if name in metrics},
