@@ -24,9 +24,11 @@ from raytrain.checkpoint import (
 )
 from raytrain.config import RunConfig
 from raytrain.data.loader import Part
+from raytrain.inputs import training_inputs
 from raytrain.loop import check_resumable, network, preflight
 from raytrain.place import here
 from raytrain.record import Report
+from raytrain.registered import registered
 from raytrain.request import Configuration, as_run
 from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
 from raytrain.tracking import Tracker, tracked
@@ -100,18 +102,25 @@ def train(
                     tracker.tag(handle, {"stopped_by": report.stopped_by})
                 if watch is not None:
                     watch(run, report)
-        leave_network(tracker, handle, folder, splits.valid)
+        leave_network(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
 
 
-def leave_network(tracker: Tracker, handle: str, folder: Path, part: Part) -> None:
-    """The artifacts of a finished training: its checkpoints, and the network in MLflow's format."""
+def leave_network(
+    tracker: Tracker, handle: str, folder: Path, part: Part, metrics: Mapping[str, float]
+) -> None:
+    """The artifacts of a finished training: its checkpoints, and the network in MLflow's format.
+
+    `metrics` are those of its last epoch.
+    """
     for name in (BEST, LAST):
         if (folder / name).is_file():
             tracker.artifact(handle, folder / name, "checkpoints")
     example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
-    tracker.model(handle, network(load(folder)).float(), example)
+    saved = load(folder)
+    entry = registered(saved, metrics) if saved.run.registry else None
+    tracker.model(handle, network(saved).float(), example, entry)
 
 
 @contextmanager
@@ -148,8 +157,15 @@ def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, i
         tracker.reopen(handle)
         return handle, tracker.last_step(handle)
     name = run.run_name or provenance.describe(run)
-    tracker.open("run", name, provenance.parameters(run), provenance.tags(run))
+    tracker.open(
+        "run",
+        name,
+        provenance.parameters(run),
+        provenance.tags(run),
+        note=provenance.note(run),
+    )
     tracker.text("run", to_yaml(run), "run.yaml")
+    tracker.inputs("run", training_inputs(run.data))
     return "run", 0
 
 

@@ -43,6 +43,7 @@ RUNTIME = frozenset(
         "experiment",
         "run_name",
         "tracking_uri",
+        "registry",
         "checkpoint_every",
     }
 )
@@ -134,6 +135,9 @@ class RunConfig(Spec):
         str | None,
         Field(description="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db"),
     ] = None
+    registry: Annotated[
+        bool, Field(description="make the network a version of a registered model in MLflow")
+    ] = True
     checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
 
     @model_validator(mode="before")

@@ -8,23 +8,31 @@ import subprocess
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from raytrain.config import RUNTIME, RunConfig
 from raytrain.data.loader import open_source
 from raytrain.evaluation.contract import Contract
+from raytrain.inputs import data_name
+from raytrain.record import IN_EPS
 from raytrain.types import in_pixels
 
+Kind = Literal["train", "sweep", "trial", "final"]
 
-def tags(run: RunConfig) -> dict[str, str]:
-    """What runs are searched and grouped by in MLflow."""
+
+def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
+    """What runs are searched and grouped by in MLflow.
+
+    `kind`: a training of its own, a sweep, one of its trials, or a training of its best on a new seed.
+    """
     contract = contract_of(run)
     return {
+        "kind": kind,
         "algorithm": run.algorithm.name,
         "data": run.data.name,
-        "model": run.model.name,
+        "model": model_of(run),
         "threat": f"{run.threat.norm} {run.threat.eps:.5g}",
         "contract": contract.hash,
         "contract_text": contract.text,
@@ -42,18 +50,50 @@ def contract_of(run: RunConfig) -> Contract:
     return Contract.of(run.threat, source.mean, source.std)
 
 
+def model_of(run: RunConfig) -> str:
+    """The network by name: what `auto` stands for."""
+    return run.model.resolved(open_source(run.data).size)
+
+
 def parameters(run: RunConfig) -> dict[str, Any]:
-    """The configuration flat, by dotted path; step sizes in pixels, so that they can be plotted."""
+    """The configuration flat, by dotted path; step sizes in pixels, so that they can be plotted.
+
+    Those of the algorithm are there once more as multiples of the radius, `..._in_eps`: radii differ.
+    """
     flat = _flatten(run.model_dump(mode="json", exclude=set(RUNTIME)))
-    for path, value in flat.items():
-        if path.endswith("step_size") and isinstance(value, str):
-            flat[path] = in_pixels(value, run.threat.eps)
+    for path, value in list(flat.items()):
+        if not path.endswith("step_size"):
+            continue
+        pixels = in_pixels(value, run.threat.eps)
+        flat[path] = pixels
+        if path.startswith("algorithm."):
+            flat[path + IN_EPS] = float(f"{pixels / run.threat.eps:.6g}")
     return flat
 
 
 def describe(run: RunConfig) -> str:
     """What a run is, at a glance: its name where the user gives none."""
-    return f"{run.algorithm.name}-{_stem(run.data.name)}-{run.signature()[:6]}"
+    outer = "" if run.outer.name == "sgd" else f"-{run.outer.name}"
+    return f"{run.algorithm.name}{outer}-{data_name(run.data)}-{run.signature()[:6]}"
+
+
+def note(run: RunConfig) -> str:
+    """What a training is and what can be done with it, in Markdown; `{run_id}` stands for its id."""
+    outer = "" if run.outer.name == "sgd" else f" with {run.outer.name}"
+    cost = f"{run.epochs} epochs"
+    if run.fe_per_image is not None:
+        cost = f"{run.fe_per_image:g} forward-equivalents per image"
+    contract = contract_of(run)
+    return (
+        f"**{run.algorithm.name}**{outer} on {data_name(run.data)}, {model_of(run)}, {cost}, "
+        f"seed {run.seed}.\n\n"
+        f"Threat model `{contract.hash}`: {contract.text}.\n\n"
+        "```sh\n"
+        "raytrain evaluate {run_id} attacks=aa   # the test set, once\n"
+        "raytrain export {run_id} --to my-model  # weights for others, with a model card\n"
+        "raytrain compare {run_id} OTHER_RUN\n"
+        "```\n"
+    )
 
 
 def hardware() -> str:
@@ -98,7 +138,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[prefix + key] = value
     return flat
-
-
-def _stem(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 FOSC_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Where the histogram of FOSC is cut, in nats: each share is of the samples at or below the edge."""
 
+IN_EPS = "_in_eps"
+"""Ends the names of parameters that say a step size once more, as a multiple of the radius."""
+
 
 def _below(edge: float) -> str:
     return f"fosc_histogram/below_{edge:g}"

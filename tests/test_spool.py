@@ -21,6 +21,9 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 from raytrain.tracking import spool as spools
 from raytrain.tracking import writer as writers
 from raytrain.tracking.delivery import Delivery
+from raytrain.tracking.experiment import NOTE
+from raytrain.tracking.inputs import FIELDS
+from raytrain.tracking.notes import DIGEST
 from raytrain.tracking.spool import Spool, SpoolBusy, orphans, state_of
 from raytrain.tracking.stores import KEY, Store
 from raytrain.tracking.writer import Writer
@@ -41,6 +44,7 @@ class Server:
         self.before: Callable[[str], None] = lambda _: None
         self.after: Callable[[str], None] = lambda _: None
         self.largest = self.calls = 0
+        self.experiment: dict[str, str] = {}
 
     def create_run(
         self, experiment_id: str, start_time: int, run_name: str, tags: dict[str, str]
@@ -53,6 +57,7 @@ class Server:
                 "params": {},
                 "points": set(),
                 "texts": {},
+                "inputs": {},
                 "status": "RUNNING",
                 "deleted": False,
                 "start": start_time,
@@ -103,6 +108,16 @@ class Server:
         with self._change("text"):
             self._active(run_id)["texts"][file] = text
 
+    def log_inputs(self, run_id: str, datasets: list[Any]) -> None:
+        with self._change("inputs"):
+            known = self._active(run_id)["inputs"]
+            for one in datasets:
+                known.setdefault((one.dataset.name, one.dataset.digest), one.tags[0].value)
+
+    def set_experiment_tag(self, experiment_id: str, key: str, value: str) -> None:
+        with self._change("view"):
+            self.experiment[key] = value
+
     def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
         self.log_text(run_id, Path(path).read_text(), f"{folder}/{Path(path).name}")
 
@@ -142,7 +157,8 @@ class Server:
 
     def _info(self, run_id: str) -> Any:
         stage = "deleted" if self.runs[run_id]["deleted"] else "active"
-        return SimpleNamespace(info=SimpleNamespace(run_id=run_id, lifecycle_stage=stage))
+        info = SimpleNamespace(run_id=run_id, lifecycle_stage=stage)
+        return SimpleNamespace(info=info, data=SimpleNamespace(tags=self.runs[run_id]["tags"]))
 
 
 def store_of(server: Server, uri: str = "memory") -> Store:
@@ -170,8 +186,9 @@ def end(handle: str, status: str = "FINISHED") -> dict[str, Any]:
     return {"do": "end", "run": handle, "status": status, "ms": 9000}
 
 
+DATA = {**dict.fromkeys(FIELDS, ""), "name": "digits", "digest": "1f", "context": "training"}
 STORY = [
-    opened("p", a="1"),
+    {**opened("p", a="1"), "note": "of {run_id}"},
     opened("c", "p", b="x"),
     row("c", 1, loss=1.0, acc=0.5),
     {"do": "text", "run": "c", "text": "epochs: 3\n", "file": "run.yaml"},
@@ -181,7 +198,10 @@ STORY = [
     row("c", 3, loss=0.25, acc=0.75),
     {"do": "tag", "run": "c", "what": {"outcome": "complete"}},
     end("c"),
+    {"do": "inputs", "run": "c", "what": [DATA, {**DATA, "digest": "2e", "context": "test"}]},
     row("p", 0, best=0.75),
+    {"do": "view", "run": "p", "tag": "view", "state": "columns"},
+    {"do": "note", "run": "p", "text": "best of {run_id}"},
     end("p"),
 ]
 
@@ -195,6 +215,9 @@ def told(server: Server) -> dict[str, Any]:
         run = {**server.runs[run_id], "points": sorted(map(repr, server.runs[run_id]["points"]))}
         tags = dict(run["tags"])
         tags.pop(KEY)
+        if NOTE in tags:
+            tags[NOTE] = tags[NOTE].replace(run_id, names[run_id])
+            tags.pop(DIGEST)
         if "mlflow.parentRunId" in tags:
             tags["mlflow.parentRunId"] = names[tags["mlflow.parentRunId"]]
         found[name] = {**run, "tags": tags}
@@ -242,6 +265,10 @@ def test_the_whole_story_arrives(story: Path) -> None:
         {"run.yaml": "epochs: 3\n"},
     )
     assert run["tags"]["outcome"] == "complete" and run["tags"]["mlflow.parentRunId"] == "p"
+    assert run["inputs"] == {("digits", "1f"): "training", ("digits", "2e"): "test"}
+    assert told(server)["p"]["tags"][NOTE] == "best of p" and server.experiment == {
+        "view": "columns"
+    }
     assert server.values(server.named()["c"], "loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert (spool.waiting, spool.at) == (0, spool.end)
     spool.close()

@@ -58,6 +58,10 @@ class ModelSpec(Spec):
     def _a_string_is_a_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    def resolved(self, size: int) -> str:
+        """The name of the network for images of this height and width: never `auto`."""
+        return _automatic(size) if self.name == "auto" else self.name
+
     def build(
         self,
         channels: int,
@@ -75,7 +79,7 @@ class ModelSpec(Spec):
         return Classifier(Normalise(channels, mean, std), self._backbone(channels, size, classes))
 
     def _backbone(self, channels: int, size: int, classes: int) -> nn.Module:
-        name = _automatic(size) if self.name == "auto" else self.name
+        name = self.resolved(size)
         own = _OWN.get(name) or _wide(name)
         if own is None:
             network = self._foreign(name, channels, classes)

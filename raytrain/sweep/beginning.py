@@ -11,6 +11,7 @@ import yaml
 
 from raytrain import provenance
 from raytrain.config import RunConfig
+from raytrain.record import IN_EPS
 from raytrain.request import override, validated
 from raytrain.spaces.abstract import same
 from raytrain.spaces.space import SearchSpace
@@ -120,7 +121,8 @@ def _tell(
 def _run_of(flat: Mapping[str, str]) -> RunConfig | None:
     """The configuration that a run's flat MLflow parameters stand for; None if it is no longer valid."""
     try:
-        values = {path: yaml.safe_load(value) for path, value in flat.items()}
+        own = {path: value for path, value in flat.items() if not path.endswith(IN_EPS)}
+        values = {path: yaml.safe_load(value) for path, value in own.items()}
         return validated(RunConfig, override({}, values))
     except (RequestError, yaml.YAMLError):
         return None

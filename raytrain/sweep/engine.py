@@ -13,9 +13,9 @@ import yaml
 
 from raytrain import provenance
 from raytrain.checkpoint import to_yaml
+from raytrain.inputs import training_inputs
 from raytrain.loop import preflight
 from raytrain.session import interruptible, session, slots
-from raytrain.spaces.plan import pruner_of
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
 from raytrain.sweep.execute import execute, slot_for
@@ -25,6 +25,7 @@ from raytrain.sweep.importance import Importance, Method, importances
 from raytrain.sweep.leaving import TABLE, leave, leave_run_ids
 from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
+from raytrain.sweep.notes import sweep_note, sweep_tags, sweep_view
 from raytrain.sweep.population import PopulationLedger, check_population
 from raytrain.sweep.study import check_name, open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
@@ -114,6 +115,9 @@ def tune(
         best_file = leave(tracker, ledger, splits, weights)
         leave_finals(tracker, folder, finals)
         run_ids = leave_run_ids(tracker, ledger)
+        best, progress = ledger.best(), ledger.progress()
+        note = sweep_note(space, name, tracker.experiment_id, progress, best, run_ids)
+        tracker.note(PARENT, note)
     return TuneResult(
         name=name,
         run_id=run_ids.get(PARENT),
@@ -146,16 +150,12 @@ def _open_parent(
             PARENT,
             name,
             provenance.parameters(base),
-            {
-                **provenance.tags(base),
-                "sweep": study.study_name,
-                "sampler": space.search.sampler,
-                "pruner": pruner_of(space.search, space.objective),
-                "objective": ", ".join(one.metric for one in space.objective),
-                "mlflow.note.content": space.description,
-            },
+            {**provenance.tags(base, "sweep"), **sweep_tags(space, study.study_name)},
+            note=sweep_note(space, name, tracker.experiment_id),
         )
         tracker.text(PARENT, to_yaml(base), "base.yaml")
+    tracker.view(PARENT, name, sweep_view(space, name))
+    tracker.inputs(PARENT, training_inputs(base.data))
     tracker.artifact(PARENT, space_file)
 
 

@@ -42,7 +42,9 @@ def leave(
     best_file = folder / "best.yaml"
     best_file.write_text(to_yaml(ledger.space.run(best.params)))
     tracker.artifact(PARENT, best_file)
-    leave_network(tracker, best.handle, folder / "trials" / best.handle, splits.valid)
+    leave_network(
+        tracker, best.handle, folder / "trials" / best.handle, splits.valid, best.metrics
+    )
     return best_file
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from raytrain import provenance
 from raytrain.checkpoint import to_yaml
 from raytrain.config import RunConfig
+from raytrain.inputs import training_inputs
 from raytrain.spaces.words import describe
 from raytrain.sweep.tally import ENDED, TrialRow
 from raytrain.tracking import Tracker
@@ -21,7 +22,10 @@ class Mirror:
     """Queues what the ledger decides; nothing here waits for MLflow."""
 
     def __init__(self, tracker: Tracker, sweep: str, folder: Path) -> None:
-        self._tracker, self._sweep, self._folder = tracker, sweep, folder
+        self._tracker, self._folder = tracker, folder
+        # The last trainings of a sweep lie in a folder of it, in a study that is named after both.
+        self._sweep = sweep.removesuffix(f"-{folder.name}")
+        self._kind: provenance.Kind = "trial" if self._sweep == sweep else "final"
 
     def begin(self, handle: str, run: RunConfig, values: Mapping[str, Any]) -> None:
         """A trial begins, or goes on: its run is opened once, with what varies in its name."""
@@ -33,15 +37,17 @@ class Mirror:
                 f"{handle} {describe(values)}"[:250],
                 provenance.parameters(run),
                 {
-                    **provenance.tags(run),
+                    **provenance.tags(run, self._kind),
                     "sweep": self._sweep,
                     "trial": handle,
                     "folder": str((self._folder / "trials" / handle).resolve()),
                 },
                 parent=PARENT,
+                note=provenance.note(run),
             )
         # Also of one that goes on: its driver may have died before this.
         self._tracker.text(handle, to_yaml(run), "run.yaml")
+        self._tracker.inputs(handle, training_inputs(run.data))
 
     def row(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
         """One epoch, if it is not there: a trial that goes on may tell its last one again."""

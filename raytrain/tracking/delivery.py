@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raytrain.tracking import notes
 from raytrain.tracking.book import Record
+from raytrain.tracking.inputs import log_inputs
 from raytrain.tracking.spool import Spool
 from raytrain.tracking.stores import Store, first_line
 
@@ -107,7 +109,7 @@ class Delivery:
             self._open(handle, first)
         run_id = self._id(handle)
         if run_id and first["do"] in ("open", *_BATCHED):
-            self._store.batch(run_id, _points(records))
+            self._store.batch(run_id, _points(records, run_id))
         elif run_id:
             self._single(run_id, first)
 
@@ -117,6 +119,12 @@ class Delivery:
             client.log_text(run_id, record["text"], record["file"])
         elif deed == "artifact":
             self._artifact(run_id, Path(record["path"]), record["folder"])
+        elif deed == "inputs":
+            log_inputs(client, run_id, record["what"])
+        elif deed == "note":
+            notes.rewrite(client, run_id, record["text"])
+        elif deed == "view":
+            client.set_experiment_tag(self._store.experiment_id, record["tag"], record["state"])
         elif self._elsewhere(run_id):
             pass
         elif deed == "reopen":
@@ -161,7 +169,7 @@ class Delivery:
         run_id, what = self.spool.ids.get(handle), records[0]["do"]
         if run_id is None and what == "open":
             self.spool.named(handle, "")
-        elif run_id and (points := _points(records)) and not self._store.missing(run_id):
+        elif run_id and (points := _points(records, run_id)) and not self._store.missing(run_id):
             what = ", ".join(self._bisect(run_id, points)) or what
         if handle not in self._said:
             self._said.add(handle)
@@ -181,8 +189,8 @@ class Delivery:
         return []
 
 
-def _points(records: list[Record]) -> list[Any]:
-    """The metrics, parameters and tags of records, as MLflow's own kinds."""
+def _points(records: list[Record], run_id: str) -> list[Any]:
+    """The metrics, parameters and tags of a run's records, as MLflow's own kinds."""
     from mlflow.entities import Metric, Param, RunTag
 
     made: list[Any] = []
@@ -194,4 +202,6 @@ def _points(records: list[Record]) -> list[Any]:
             made += [RunTag(name, value) for name, value in record["what"].items()]
         elif record["do"] == "open":
             made += [Param(name, value) for name, value in record["params"].items()]
+            note = notes.tags_of(record["note"], run_id) if record.get("note") else {}
+            made += [RunTag(name, value) for name, value in note.items()]
     return made

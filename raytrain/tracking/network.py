@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
-def log_network(uri: str, run_id: str, model: Any, example: Any) -> None:
+def log_network(uri: str, run_id: str, model: Any, example: Any) -> str:
     """The network in MLflow's PyTorch flavour, exported as a graph that loads without pickles.
 
-    `example` is a numpy batch of at least two images; other batch sizes work too.
+    `example` is a numpy batch of at least two images (n, c, h, w) in [0, 1]; other batch sizes work
+    too. The signature is from images to logits (n, classes). Returns the id of the logged model.
     """
     import mlflow
+    import torch
     from mlflow import pytorch
     from mlflow.models import infer_signature
 
+    model = model.cpu().eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(example)).numpy()
+    with _quietly(), tracking_at(uri), mlflow.start_run(run_id, nested=True):
+        logged = pytorch.log_model(
+            model,
+            name="model",
+            input_example=example,
+            signature=infer_signature(example, logits),
+            pip_requirements=["torch", "numpy"],
+        )
+    return str(logged.model_id)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
     noisy = [logging.getLogger(name) for name in ("mlflow", "torch.export", "torch._dynamo")]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def tracking_at(uri: str) -> Iterator[None]:
+    """MLflow's global store, which also decides where the name of a logged model is looked up."""
+    import mlflow
+
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     try:
-        with mlflow.start_run(run_id, nested=True):
-            pytorch.log_model(
-                model.cpu().eval(),
-                name="model",
-                input_example=example,
-                signature=infer_signature(example, example[:, 0, 0, :1]),
-                pip_requirements=["torch", "numpy"],
-            )
+        yield
     finally:
         mlflow.set_tracking_uri(before)
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)

@@ -10,12 +10,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.types import RequestError
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the spool and the handle
 
 _SOURCE = {"mlflow.source.type": "JOB", "mlflow.source.name": "raytrain"}
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view the UI opens
 _DEFAULTS = {  # each may be overridden from outside
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -220,9 +220,11 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
         # Beside the database, wherever the command was started.
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
     try:
-        return client.create_experiment(name, location, tags=_EXPERIMENT_TAGS)
+        made = client.create_experiment(name, location, tags=MADE)
     except MlflowException:  # another process was faster
         return client.get_experiment_by_name(name).experiment_id
+    client.set_experiment_tag(made, NOTE, note(made))
+    return made
 
 
 def finished_runs(

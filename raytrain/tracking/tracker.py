@@ -6,16 +6,18 @@ A run is known by its handle, since MLflow gives ids only when it answers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raytrain.say import say
 from raytrain.tracking.book import Status
-from raytrain.tracking.network import log_network
+from raytrain.tracking.network import log_network, tracking_at
+from raytrain.tracking.registry import Entry, is_registered, register
 from raytrain.tracking.spool import Spool, SpoolBusy
 from raytrain.tracking.stores import Store, first_line
+from raytrain.tracking.views import TAG, View
 from raytrain.tracking.writer import Writer
 from raytrain.types import RequestError
 
@@ -51,10 +53,12 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         parent: str | None = None,
+        note: str | None = None,
     ) -> None:
         """Queue a new run, below the run `parent` if given; RUNNING until `close`.
 
-        A handle that is known is reopened: its name, parameters and parent stay as they were.
+        A handle that is known is reopened: its name, parameters and parent stay as they were. `note`
+        is its description in Markdown, `{run_id}` in it the id that it will have.
         """
         if not handle or set("'`\"\\\n") & set(handle):
             raise ValueError(f"{handle!r}: expected a word as the handle of a run")
@@ -70,6 +74,7 @@ class Tracker:
             params={key: str(value)[:6000] for key, value in params.items()},
             tags={key: str(value) for key, value in tags.items()},
             parent=parent,
+            note=note,
             ms=_now(),
         )
 
@@ -146,19 +151,53 @@ class Tracker:
         self._must_know(handle)
         self._put("artifact", handle, path=str(path.resolve()), folder=folder)
 
-    def model(self, handle: str, model: Any, example: Any) -> None:
-        """The network in MLflow's PyTorch flavour; waits until it is there, or the store is away."""
+    def note(self, handle: str, text: str) -> None:
+        """Queue another description, which is left out if somebody has edited the one that is there."""
+        self._must_know(handle)
+        self._put("note", handle, text=text)
+
+    def inputs(self, handle: str, inputs: Sequence[Mapping[str, str]]) -> None:
+        """Queue the data sets that a run has seen: fields of `tracking.inputs`, and `context`."""
+        self._must_know(handle)
+        self._put("inputs", handle, what=[dict(one) for one in inputs])
+
+    def view(self, handle: str, name: str, view: View) -> None:
+        """Queue a page of the experiment that is set up already, on behalf of a run."""
+        self._must_know(handle)
+        self._put("view", handle, tag=TAG + name, state=view.state())
+
+    def model(self, handle: str, model: Any, example: Any, entry: Entry | None = None) -> None:
+        """The network in MLflow's PyTorch flavour, and as a version of a registered model if wanted.
+
+        Waits until it is there, or the store is away. What is registered is not stored again.
+        """
         from mlflow.exceptions import MlflowException
 
         run_id = self.run_id(handle, _PATIENCE)
+        if run_id is None:
+            self._complain(f"the network of {handle} was not stored (no answer)")
+            return
         try:
-            if run_id is not None:
-                log_network(self.uri, run_id, model, example)
+            if entry is not None and self._is_registered(entry, run_id):
                 return
-            problem = "no answer"
+            model_id = log_network(self.uri, run_id, model, example)
         except (MlflowException, OSError) as error:
-            problem = first_line(error)
-        self._complain(f"the network of {handle} was not stored ({problem})")
+            self._complain(f"the network of {handle} was not stored ({first_line(error)})")
+            return
+        try:
+            if entry is not None:
+                with tracking_at(self.uri):
+                    register(self._store.client, entry, run_id, model_id)
+        except (MlflowException, OSError) as error:
+            self._complain(f"the network of {handle} was not registered ({first_line(error)})")
+
+    def _is_registered(self, entry: Entry, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return is_registered(self._store.client, entry, run_id)
+        except MlflowException:  # no registry: said when it is to be used
+            return False
 
     def close(self, handle: str, status: Status) -> None:
         """Queue the end of a run, after all its rows."""
