@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 
 from raytrain.api import Overrides, own_tracker
@@ -20,13 +21,15 @@ from raytrain.data.loader import open_test
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import Share
 from raytrain.evaluation.contract import Contract
+from raytrain.evaluation.earlier import FLAGS, RECORD, Earlier
 from raytrain.evaluation.exam import Exam
 from raytrain.evaluation.examiner import Examiner
 from raytrain.evaluation.examples import examples_table
 from raytrain.evaluation.journal import Journal
-from raytrain.evaluation.runner import Verdicts, Watch, Work, run
+from raytrain.evaluation.runner import Watch, Work, run
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
 from raytrain.evaluation.unit import Unit, Verdict
+from raytrain.inputs import as_input
 from raytrain.loop import network
 from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
@@ -37,19 +40,14 @@ from raytrain.types import RequestError, TrainingFailed
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
-FLAGS, RECORD, EXAMPLES, JOURNAL = (
-    "flags.parquet",
-    "evaluation.json",
-    "examples.parquet",
-    "verdicts.jsonl",
-)
+EXAMPLES, JOURNAL = "examples.parquet", "verdicts.jsonl"
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """An evaluation on the test set: `accuracies` has `clean` and every attack, weak to strong."""
 
-    scope: str  # test, or test_last; with the threat model, if it is not that of training
+    scope: str  # test or test_last; then how many images if not all, then another threat model
     accuracies: dict[str, Share]
     findings: list[Finding]
     contract: Contract
@@ -131,31 +129,49 @@ def evaluate(
     file = _checkpoint(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
-    contract, trained = contract_of(config), contract_of(saved.run)
+    contract = contract_of(config)
+    trained = contract_of(config.model_copy(update={"threat": saved.run.threat}))
     if contract != trained and not another_contract:
         raise RequestError(
             f"threat: the network was trained for {trained.text}; expected the same, or "
             "--another-contract, which labels the numbers as those of another threat model"
         )
-    scope = _scope(file, contract, trained)
+    part, _ = open_test(config.data, here("cpu"))
+    count = min(part.num_images, exam.images or part.num_images)
+    images = part.pixels[:count], part.labels[:count]
+    scope = _scope(file, None if count == part.num_images else count, contract, trained)
     folder = file.parent / "evaluation" / scope
+    key = {
+        "weights": _digest(saved.weights.values()),
+        "images": _digest(images),
+        "contract": contract.hash,
+        "batch_size": exam.batch_size,
+        "seed": exam.seed,
+        "versions": {name: version(name) for name in ("torch", "pyautoattack")},
+    }
     with interruptible():
-        verdicts, findings = _examined(config, saved, exam, contract, folder, watch)
+        journal = Journal(folder / JOURNAL, key)
+        with _workers(config, saved, exam) as (work, check):
+            findings = check() if exam.checks else []
+            verdicts = run(exam, images[1].numpy(), work, journal, watch)
+        earlier = Earlier.of(folder, key)
         result = EvalResult(
             scope=scope,
-            accuracies=accuracies(exam, verdicts),
-            findings=[*findings, *findings_after(exam, verdicts)],
+            accuracies=earlier.with_shares(accuracies(exam, verdicts)),
+            findings=earlier.with_findings([*findings, *findings_after(exam, verdicts)]),
             contract=contract,
             same_contract=contract == trained,
-            images=len(verdicts.labels),
-            fe=verdicts.fe,
-            seconds=verdicts.seconds,
+            images=count,
+            fe=journal.fe,
+            seconds=journal.seconds,
             epoch=saved.epoch,
             checkpoint=file,
             folder=folder,
             run_id=run_id_of(file.parent),
         )
-        _leave(result, config, saved, exam, verdicts)
+        flags = earlier.with_flags(flags_table(exam, verdicts))
+        examples = examples_table(examiner_of(config, saved, exam), verdicts, config.threat)
+        _leave(result, {"key": key, "seed": exam.seed}, flags, examples)
         if result.run_id is not None:
             _record(result, config, result.run_id, storage)
     return result
@@ -191,38 +207,15 @@ def _checkpoint(name: str, which: Literal["best", "last"], storage: Path, uri: s
     return find(folder / f"{which}.pt" if (folder / f"{which}.pt").is_file() else folder)
 
 
-def _scope(file: Path, contract: Contract, trained: Contract) -> str:
-    """What metrics and files of an evaluation are named after."""
+def _scope(file: Path, images: int | None, contract: Contract, trained: Contract) -> str:
+    """What metrics and files of an evaluation are named after: `test_last_1000_linf-0.1` has it all."""
     of = "test_last" if file.stem == "last" else "test"
-    return of if contract == trained else f"{of}_{contract.norm}-{contract.eps:g}"
+    some = "" if images is None else f"_{images}"
+    other = "" if contract == trained else f"_{contract.norm}-{contract.eps:g}"
+    return of + some + other
 
 
 # ------------------------------------------------------------------ who attacks
-
-
-def _examined(
-    config: RunConfig,
-    saved: Saved,
-    exam: Exam,
-    contract: Contract,
-    folder: Path,
-    watch: Watch | None,
-) -> tuple[Verdicts, list[Finding]]:
-    """All verdicts, and the findings of the checks that need none."""
-    part, _ = open_test(config.data, here("cpu"))
-    count = min(part.num_images, exam.images or part.num_images)
-    pixels, labels = part.pixels[:count], part.labels[:count]
-    key = {
-        "weights": _digest(saved.weights.values()),
-        "images": _digest([pixels, labels]),
-        "contract": contract.hash,
-        "exam": exam.model_dump(mode="json", exclude={"attacks", "checks", "images"}),
-        "versions": {name: version(name) for name in ("torch", "pyautoattack")},
-    }
-    journal = Journal(folder / JOURNAL, key)
-    with _workers(config, saved, exam) as (work, check):
-        findings = check() if exam.checks else []
-        return run(exam, labels.numpy(), work, journal, watch), findings
 
 
 Check = Any  # () -> list[Finding]
@@ -277,7 +270,7 @@ def examiner_of(config: RunConfig, saved: Saved, exam: Exam) -> Examiner:
     place = here(config.device)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     part, _ = open_test(config.data, place, dtype)
-    model = network(saved).to(place.device)
+    model = network(saved, config.data).to(place.device)
     return Examiner(model, part, config.threat, exam, config.precision)
 
 
@@ -292,21 +285,18 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def _leave(
-    result: EvalResult, config: RunConfig, saved: Saved, exam: Exam, verdicts: Verdicts
+    result: EvalResult, more: Mapping[str, Any], flags: pa.Table, examples: pa.Table
 ) -> None:
-    """The files of an evaluation.
+    """The files of an evaluation; the record last, since it says what the others are of.
 
     Raises:
         TrainingFailed: if they cannot be written.
     """
     import pyarrow.parquet as pq
 
-    record = {**result.record(), "seed": exam.seed, "exam": exam.model_dump(mode="json")}
-    text = json.dumps(record, indent=1)
-    flags = flags_table(exam, verdicts).replace_schema_metadata({"raytrain": text})
-    examples = examples_table(examiner_of(config, saved, exam), verdicts, config.threat)
+    text = json.dumps({**result.record(), **more}, indent=1)
     try:
-        pq.write_table(flags, result.folder / FLAGS)
+        pq.write_table(flags.replace_schema_metadata({"raytrain": text}), result.folder / FLAGS)
         pq.write_table(examples, result.folder / EXAMPLES)
         (result.folder / RECORD).write_text(text)
     except OSError as error:
@@ -320,10 +310,15 @@ def _record(result: EvalResult, config: RunConfig, run_id: str, storage: Path) -
     shares = {f"{result.scope}/{name}": s.value for name, s in result.accuracies.items()}
     costs = {"images": float(result.images), "fe": float(result.fe), "seconds": result.seconds}
     failed = [finding.check for finding in result.findings if not finding.passed]
+    part, _ = open_test(config.data, here("cpu"))
+    seen = as_input(
+        config.data, "test", part.pixels[: result.images], part.labels[: result.images]
+    )
     with own_tracker(config, storage) as tracker:
         if not tracker.knows(run_id):
             return  # a checkpoint that came without its run
         tracker.adopt(run_id, run_id)
+        tracker.inputs(run_id, [seen])
         tracker.log(run_id, {**shares, **{f"{result.scope}/{k}": v for k, v in costs.items()}})
         if result.findings:
             tracker.tag(run_id, {"checks": f"FAILED: {', '.join(failed)}" if failed else "passed"})

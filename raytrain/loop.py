@@ -17,7 +17,16 @@ from raytrain.balls import AbstractBall
 from raytrain.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import Source
-from raytrain.data.loader import Part, Splits, num_steps, open_splits, sweep, visit
+from raytrain.data.loader import (
+    Part,
+    Splits,
+    num_steps,
+    open_source,
+    open_splits,
+    sweep,
+    visit,
+)
+from raytrain.data.spec import DataSpec
 from raytrain.judge import judge
 from raytrain.memory import Setting
 from raytrain.meter import Meter
@@ -186,10 +195,12 @@ def build_model(run: RunConfig, source: Source) -> nn.Module:
     )
 
 
-def network(saved: Saved) -> torch.nn.Module:
-    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits."""
-    splits = open_splits(saved.run.data, Place())
-    model = build_model(saved.run, splits.source)
+def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
+
+    `data` is where its data set is now, if that is not where it was trained.
+    """
+    model = build_model(saved.run, open_source(data or saved.run.data))
     if saved.run.precision == "fp64":
         model = model.double()
     model.load_state_dict(saved.weights)

@@ -70,10 +70,13 @@ class Exam(Spec):
         return tuple(self.name_of(name) for name in ATTACKS if name in self.attacks)
 
     def name_of(self, attack: AttackName) -> str:
-        """Such as `pgd20`, or `pgd20x5` with five restarts."""
+        """Such as `pgd20`, `pgd20x5` with five restarts, `pgd20-eps_8` with another step size."""
         if attack not in ("pgd", "cw"):
             return attack
-        return f"{attack}{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+        restarts = f"x{self.restarts}" if self.restarts > 1 else ""
+        usual = self.step_size == Exam.model_fields["step_size"].default
+        step = "" if usual else f"-{str(self.step_size).replace('/', '_')}"
+        return f"{attack}{self.steps}{restarts}{step}"
 
 
 def standard_stage(stage: str) -> Stage | None:

@@ -14,6 +14,7 @@ from raytrain.attacks.standard import exact_float32, survivors
 from raytrain.balls import AbstractBall
 from raytrain.data.loader import Part
 from raytrain.evaluation.checks import Finding, before_belief, under_noise
+from raytrain.evaluation.checks.gradients import Connected
 from raytrain.evaluation.exam import CLEAN, NOISE, Exam, standard_stage
 from raytrain.evaluation.unit import Unit, Verdict
 from raytrain.judge import survived
@@ -41,7 +42,9 @@ class Examiner:
         self._model, self._part, self._ball, self._exam = model, part, ball, exam
         self._precision: Precision = "fp64" if precision == "fp64" else "fp32"
         self._meter = Meter()
-        self._answers = Answers(model, self._meter)
+        # A network that cuts the graph is told by the checks; attacks find a gradient of zero there.
+        self._attackable = Connected(model)
+        self._answers = Answers(self._attackable, self._meter)
 
     def examine(self, unit: Unit) -> Verdict:
         """Carry out one unit."""
@@ -71,7 +74,7 @@ class Examiner:
         batch = self._part.batch(rows, dice)
         attack = ProjectedAscent(start=Uniform(), steps=20, step_size="eps/4", bn="eval")
         oracle = Oracle(
-            self._model,
+            self._attackable,
             CrossEntropy(),
             batch,
             Meter(),
@@ -100,7 +103,7 @@ class Examiner:
             ).tolist()
         attack, objective, restarts = self._simple(stage)
         return survived(
-            self._model,
+            self._attackable,
             batch,
             self._ball,
             attack,

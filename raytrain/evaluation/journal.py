@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,16 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def fe(self) -> int:
+        """What all its verdicts cost, in forward-equivalents."""
+        return sum(verdict.fe for verdict in self._known.values())
+
+    @property
+    def seconds(self) -> float:
+        """The same in seconds of the processes that attacked."""
+        return math.fsum(verdict.seconds for verdict in self._known.values())
 
     def get(self, unit: Unit) -> Verdict | None:
         """What came of a unit, if it is known."""

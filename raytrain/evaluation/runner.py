@@ -37,8 +37,6 @@ class Verdicts:
     labels: np.ndarray
     predicted: np.ndarray
     by_stage: dict[str, np.ndarray]
-    fe: int = 0
-    seconds: float = 0.0
 
     @property
     def clean(self) -> np.ndarray:
@@ -69,8 +67,6 @@ def run(
         values = np.full(count, -1)
         for verdict in _told(stage, rows, exam.batch_size, work, journal, watch, verdicts):
             values[list(verdict.unit.rows)] = verdict.values
-            verdicts.fe += verdict.fe
-            verdicts.seconds += verdict.seconds
         if stage == CLEAN:
             verdicts.predicted = values
         else:

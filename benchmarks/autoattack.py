@@ -1,0 +1,206 @@
+"""AutoAttack's standard version, whole: raytrain's evaluation against the reference run by itself.
+
+The same network, images, seed and batch size; the reference is pyautoattack's `run_standard_evaluation`,
+whose attacks are the authors' own code. Both run on this machine one after the other, several times in
+turn; a row is the median. The flags of every image are compared.
+
+    python benchmarks/autoattack.py --data digits --images 360 --repeats 3 --out benchmarks/autoattack.md
+    python benchmarks/autoattack.py --checkpoint runs/EXPERIMENT/RUN/best.pt --images 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pyautoattack import AutoAttack
+from torch import nn
+
+from raytrain.api import train
+from raytrain.attacks.standard import STAGES
+from raytrain.balls import AbstractBall
+from raytrain.checkpoint import Saved, load
+from raytrain.data.loader import Part, open_test
+from raytrain.evaluation.exam import Exam
+from raytrain.evaluation.examiner import Examiner
+from raytrain.evaluation.journal import Journal
+from raytrain.evaluation.runner import run
+from raytrain.evaluation.table import flags_table
+from raytrain.loop import network
+from raytrain.place import here
+from raytrain.provenance import hardware
+
+NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation: the final flags, the share left after each attack, seconds of each."""
+
+    flags: np.ndarray
+    left: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def ours(model: nn.Module, part: Part, ball: AbstractBall, exam: Exam) -> Measured:
+    """raytrain: cleanly correct images, then stage by stage, journalled as always."""
+    examiner = Examiner(model, part, ball, exam)
+    labels = part.labels[: exam.images].cpu().numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "verdicts.jsonl", {})
+        seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+        def work(units: list) -> object:
+            for unit in units:
+                verdict = examiner.examine(unit)
+                stage = unit.stage.removeprefix("aa.")
+                seconds[stage] = seconds.get(stage, 0.0) + verdict.seconds
+                yield verdict
+
+        verdicts = run(exam, labels, work, journal)  # pyright: ignore[reportArgumentType]
+    table = flags_table(exam, verdicts)
+    seconds.pop("clean", None)
+    left, stages = {}, []
+    for stage in STAGES:
+        stages.append(f"aa.{stage}")
+        left[stage] = float(verdicts.survived(stages).mean())
+    return Measured(np.asarray(table["aa"]), left, seconds)
+
+
+def reference(model: nn.Module, part: Part, ball: AbstractBall, exam: Exam) -> Measured:
+    """The reference, whole; what it logs after each attack tells the time and the share left."""
+    images = part.pixels[: exam.images].float() / 255
+    labels = part.labels[: exam.images]
+    attack = AutoAttack(
+        model,
+        eps=ball.eps,
+        norm=NORMS[ball.norm],
+        seed=exam.seed,
+        device=images.device,
+        version="standard",
+    )
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    attack.logger.addHandler(listener)
+    attack.logger.setLevel(logging.DEBUG)
+    attack.logger.propagate = False
+    found, _ = attack.run_standard_evaluation(images, labels, batch_size=exam.batch_size)
+    attack.logger.removeHandler(listener)
+    with torch.no_grad():
+        flags = torch.cat(
+            [
+                model(x).argmax(1) == y
+                for x, y in zip(
+                    found.split(exam.batch_size), labels.split(exam.batch_size), strict=True
+                )
+            ]
+        )
+    left, seconds, before = {}, {}, 0.0
+    for line in told:
+        match = re.match(
+            r"robust accuracy after (\S+): ([0-9.]+)% \(total time ([0-9.]+) s\)", line
+        )
+        if match:
+            stage, now = match[1].lower(), float(match[3])
+            left[stage], seconds[stage], before = float(match[2]) / 100, now - before, now
+    return Measured(flags.cpu().numpy(), left, seconds)
+
+
+def trained(data: str, folder: Path, words: list[str]) -> Path:
+    """A network to attack, trained here with PGD."""
+    result = train(
+        None,
+        [
+            f"data={data}",
+            f"storage={folder}",
+            f"tracking_uri=sqlite:///{folder}/mlflow.db",
+            *words,
+        ],
+    )
+    return result.checkpoints / "best.pt"
+
+
+def table(rows: list[tuple[Measured, Measured]], note: str) -> str:
+    """Markdown: medians over the repeats."""
+    first, second = rows[0]
+    lines = ["| attack | left, reference | left, raytrain | reference, s | raytrain, s | ratio |"]
+    lines.append("|---|---|---|---|---|---|")
+    for stage in [*STAGES, "all"]:
+        theirs, mine = (
+            statistics.median(m.total if stage == "all" else m.seconds.get(stage, 0.0) for m in ms)
+            for ms in zip(*rows, strict=True)
+        )
+        left = [
+            f"{m.left.get(STAGES[-1] if stage == 'all' else stage, np.nan):.2%}"
+            for m in (first, second)
+        ]
+        lines.append(
+            f"| {stage} | {left[0]} | {left[1]} | {theirs:.1f} | {mine:.1f} | {theirs / mine:.2f} |"
+        )
+    differ = max(int((a.flags != b.flags).sum()) for a, b in rows)
+    lines += ["", f"Images whose final flag differs: {differ} of {len(first.flags)}. {note}", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", default="digits", help="data set, if there is no checkpoint")
+    parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--images", type=int, default=360)
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("words", nargs="*", help="fields of the training, such as epochs=15")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        file = options.checkpoint or trained(options.data, Path(folder), options.words)
+        saved: Saved = load(file)
+    place = here(options.device)
+    part, _ = open_test(saved.run.data, place)
+    model, ball = network(saved).float().to(place.device), saved.run.threat
+    exam = Exam.model_validate(
+        {
+            "attacks": "aa",
+            "images": min(options.images, part.num_images),
+            "batch_size": options.batch_size,
+            "checks": False,
+        }
+    )
+    rows = []
+    for repeat in range(options.repeats):
+        pair = reference(model, part, ball, exam), ours(model, part, ball, exam)
+        rows.append(pair)
+        print(f"{repeat + 1}: reference {pair[0].total:.1f} s, raytrain {pair[1].total:.1f} s")
+    from importlib.metadata import version
+
+    kind = type(getattr(model, "backbone", model)).__name__
+    note = (
+        f"{kind}, {Path(saved.run.data.name).stem}, {exam.images} test images, {ball.norm} "
+        f"{ball.eps:.4g}, batches of {exam.batch_size}, medians of {options.repeats}, "
+        f"{options.threads} thread. {hardware()}; torch {torch.__version__}, pyautoattack "
+        f"{version('pyautoattack')}, raytrain {version('raytrain')}."
+    )
+    text = table(rows, note)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
