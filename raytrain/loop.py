@@ -200,7 +200,8 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
 
     `data` is where its data set is now, if that is not where it was trained.
     """
-    model = build_model(saved.run, open_source(data or saved.run.data))
+    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+        model = build_model(saved.run, open_source(data or saved.run.data))
     if saved.run.precision == "fp64":
         model = model.double()
     model.load_state_dict(saved.weights)
