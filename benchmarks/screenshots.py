@@ -9,6 +9,9 @@ on two cores), and taken as it is otherwise. Chromium and the fonts of the syste
 from __future__ import annotations
 
 import argparse
+import asyncio
+import base64
+import io
 import json
 import os
 import subprocess
@@ -19,7 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import DEVNULL, PIPE
 from typing import Any
 from urllib.parse import quote
 
@@ -35,8 +38,13 @@ ALGORITHMS = (
 )
 FE_PER_IMAGE = 120
 PORT = 5077
-_PATIENCE = 180  # seconds for a page
-_LEFT, _WIDTH, _RIGHT = 196, 1400, 404  # pixels: a menu, the page, an assistant
+_PATIENCE = 15  # seconds for a page
+_MENU, _WIDTH = 196, 1400  # pixels: what is cut away on the left, and what is kept
+_CLOSE = """
+[...document.querySelectorAll("button")].filter(
+  (button) => button.closest("div")?.parentElement?.textContent.startsWith("MLflow Assistant")
+).at(-1)?.click()
+"""  # the pane of MLflow's assistant
 
 
 def main() -> None:
@@ -141,18 +149,49 @@ def shoot(address: str, picture: Path, height: int) -> None:
     """A page as a PNG with few colours."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        flags += [
-            f"--user-data-dir={profile}",
-            f"--window-size={_LEFT + _WIDTH + _RIGHT},{height}",
-        ]
-        flags += [f"--screenshot={profile}/page.png", "--virtual-time-budget=25000"]
-        command = [os.environ.get("CHROMIUM", "chromium"), *flags, address]
-        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
-        with Image.open(f"{profile}/page.png") as page:
-            cut = page.convert("RGB").crop((_LEFT, 0, _LEFT + _WIDTH, page.height))
-            cut.quantize(128).save(picture, optimize=True)
+        flags += [f"--user-data-dir={profile}", "--remote-debugging-port=0"]
+        command = [os.environ.get("CHROMIUM", "chromium"), *flags, "about:blank"]
+        browser = subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL)
+        try:
+            seen = asyncio.run(_seen(Path(profile) / "DevToolsActivePort", address, height))
+        finally:
+            browser.terminate()
+            browser.wait(30)
+    with Image.open(io.BytesIO(seen)) as page:
+        cut = page.convert("RGB").crop((_MENU, 0, page.width, page.height))
+        cut.quantize(128).save(picture, optimize=True)
+
+
+async def _seen(port_file: Path, address: str, height: int) -> bytes:
+    """What a browser shows once a page has had its time; charts are drawn in real time only."""
+    from aiohttp import ClientSession
+
+    for _ in range(100):  # Chromium chooses a free port and writes it there
+        if port_file.exists() and port_file.read_text().strip():
+            break
+        await asyncio.sleep(0.2)
+    port = port_file.read_text().split()[0]
+    async with ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json") as answer:
+            (tab, *_) = [one for one in await answer.json() if one["type"] == "page"]
+        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as tab:
+
+            async def do(method: str, **what: Any) -> Any:
+                await tab.send_json({"id": 1, "method": method, "params": what})
+                async for message in tab:
+                    told = message.json()
+                    if told.get("id") == 1:
+                        return told.get("result", told)
+
+            size = {"width": _MENU + _WIDTH, "height": height, "deviceScaleFactor": 1}
+            await do("Emulation.setDeviceMetricsOverride", **size, mobile=False)
+            await do("Page.navigate", url=address)
+            await asyncio.sleep(_PATIENCE / 2)
+            await do("Runtime.evaluate", expression=_CLOSE)
+            await asyncio.sleep(_PATIENCE / 2)
+            return base64.b64decode((await do("Page.captureScreenshot"))["data"])
 
 
 if __name__ == "__main__":

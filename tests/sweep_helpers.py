@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,10 @@ class FakeTracker(Tracker):
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         parent: str | None = None,
+        note: str | None = None,
     ) -> None:
         del params
-        assert parent == PARENT and handle not in self.store.status
+        assert note and parent == PARENT and handle not in self.store.status
         self.store.status[handle], self.store.rows[handle] = "RUNNING", []
         self.store.tags[handle], self.store.names[handle] = dict(tags), name
 
@@ -79,6 +80,10 @@ class FakeTracker(Tracker):
 
     def text(self, handle: str, text: str, file: str) -> None:
         assert as_run_text(text) is not None and file == "run.yaml" and handle in self.store.rows
+
+    def inputs(self, handle: str, inputs: Sequence[Mapping[str, str]]) -> None:
+        assert [one["context"] for one in inputs] == ["training", "validation"]
+        assert handle in self.store.rows
 
     def close(self, handle: str, status: Status) -> None:
         self.store.status[handle] = status

@@ -12,9 +12,16 @@ from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.tracking import View, link
 
 
-def searched(space: SearchSpace) -> list[str]:
-    """The parameters that vary, as MLflow has them, each once; step sizes as multiples of the radius."""
-    paths = [path for path, _, _ in space.rows() if not path.startswith("$")]
+def searched(space: SearchSpace, always: bool = False) -> list[str]:
+    """The parameters that vary, as MLflow has them, each once; step sizes as multiples of the radius.
+
+    With `always`, those that every trial has: a chart leaves out trials without one of its axes.
+    """
+    paths = [
+        path
+        for path, _, condition in space.rows()
+        if not path.startswith("$") and not (always and condition)
+    ]
     in_eps = [
         path + IN_EPS if path.startswith("algorithm.") and path.endswith("step_size") else path
         for path in paths
@@ -35,16 +42,16 @@ def sweep_tags(space: SearchSpace, name: str) -> dict[str, str]:
 
 def sweep_view(space: SearchSpace, name: str) -> View:
     """The trials of a sweep over what it searched, the best first."""
-    first, axes = space.objective[0], searched(space)[:_AXES]
+    first = space.objective[0]
     own = [one.metric for one in space.objective]
     others = [metric for metric in _OTHERS if metric not in own]
     return View(
         columns=[
             *(f"metrics.{metric}" for metric in (*own, *others)),
-            *(f"params.{path}" for path in axes),
+            *(f"params.{path}" for path in searched(space)[:_AXES]),
             "tags.outcome",
         ],
-        params=axes,
+        params=searched(space, always=True)[:_AXES],
         metrics=[*own[1:], own[0]],
         search=f"tags.sweep = '{name}' and tags.kind = 'trial'",
         order=f"metrics.{first.metric}",
@@ -53,7 +60,7 @@ def sweep_view(space: SearchSpace, name: str) -> View:
 
 
 _OTHERS = ("valid/robust", "valid/clean", "cost/fe_per_sample")
-_AXES = 12  # parameters that a chart has room for
+_AXES = 12  # parameters that a page has room for
 
 
 def sweep_note(
