@@ -78,11 +78,10 @@ class EvalResult:
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json` and `evaluation.json`."""
         return {
-            "scope": self.scope,
+            **self.record(),
             "checkpoint": str(self.checkpoint),
             "folder": str(self.folder),
             "run_id": self.run_id,
-            **self.record(),
         }
 
     def record(self) -> dict[str, Any]:

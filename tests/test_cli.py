@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 OUTSIDE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-COMMANDS = ("train", "tune", "evaluate", "ui", "algorithms")
+COMMANDS = ("train", "tune", "evaluate", "compare", "export", "ui", "algorithms")
 SMALL = (
     "data.train_size=128",
     "epochs=1",
@@ -119,7 +119,7 @@ def test_every_command_has_help(name: str) -> None:
     assert "Usage" in text and "--debug" in text
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "evaluate", "algorithms"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "ui"])
 def test_every_command_with_a_result_prints_it_as_json_on_request(name: str) -> None:
     assert "--json" in answer(name, "--help")
 
@@ -220,7 +220,8 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
         (("tune", "--resume", "nope"), ("--resume: there is no sweep nope",)),
         (("evaluate", "nonsense"), ("nonsense: neither a checkpoint nor",)),
         (("evaluate", "nonsense", "--which", "worst"), ("--which: ", "best or last")),
-        (("evaluate", "nonsense", "threat.eps=0.3"), ("threat.eps: ", "steps")),
+        (("evaluate", "nonsense", "epochs=3"), ("epochs: ", "steps", "threat")),
+        (("evaluate", "nonsense", "attacks=bim"), ("attacks", "pgd")),
         (("evaluate", "nonsense", "steps"), ("steps: expected key=value",)),
         (("ui",), ("mlflow.db: no such MLflow database",)),
     ],
@@ -334,21 +335,22 @@ def test_evaluating_prints_one_json_object_last_and_records_it_on_the_run(
 ) -> None:
     monkeypatch.chdir(home)
     run_id = last_object((home / "train.json").read_text())["run_id"]
-    told = last_object(answer("evaluate", run_id, "steps=1", "--json"))
-    assert 0 <= told["robust"] <= told["clean"] <= 1
-    assert (told["attack"], told["run_id"]) == ("pgd1", run_id)
-    flags = pq.read_table(told["flags"])
-    assert flags.column_names == ["index", "clean", "robust"]
+    told = last_object(answer("evaluate", run_id, "attacks=pgd", "steps=1", "--json"))
+    robust, clean = (told["accuracies"][name] for name in ("pgd1", "clean"))
+    assert 0 <= robust["value"] <= clean["value"] <= 1
+    assert (told["scope"], told["run_id"]) == ("test", run_id)
+    flags = pq.read_table(Path(told["folder"]) / "flags.parquet")
+    assert flags.column_names == ["index", "label", "predicted", "clean", "pgd1"]
     assert len(flags) == told["images"] > 300
-    assert sum(flags["robust"].to_pylist()) == round(told["robust"] * told["images"])
+    assert sum(flags["pgd1"].to_pylist()) == robust["count"]
     (run,) = runs_in(home)
-    assert run.data.metrics["test/pgd1"] == told["robust"]
+    assert run.data.metrics["test/pgd1"] == robust["value"]
     assert run.info.status == "FINISHED"
 
 
 def test_a_checkpoint_can_be_evaluated_where_its_run_is_unknown(home: Path, here: Path) -> None:
     checkpoints = last_object((home / "train.json").read_text())["checkpoints"]
-    words = ["evaluate", checkpoints, "steps=1", "--json", "--which", "last"]
+    words = ["evaluate", checkpoints, "attacks=fgsm", "--json", "--which", "last"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert last_object(result.stdout)["checkpoint"].endswith("last.pt")
@@ -368,11 +370,11 @@ def test_a_run_whose_checkpoints_are_not_here_is_fetched_from_mlflow_and_recorde
 ) -> None:
     run_id = last_object((home / "train.json").read_text())["run_id"]
     store = f"tracking_uri=sqlite:///{home / 'mlflow.db'}"
-    told = last_object(answer("evaluate", run_id, "steps=2", store, "--json"))
+    told = last_object(answer("evaluate", run_id, "attacks=pgd", "steps=2", store, "--json"))
     assert told["run_id"] == run_id
     assert str(here) in told["checkpoint"]
     (run,) = runs_in(home)
-    assert run.data.metrics["test/pgd2"] == told["robust"]
+    assert run.data.metrics["test/pgd2"] == told["accuracies"]["pgd2"]["value"]
 
 
 def test_a_finished_training_is_not_resumed_but_may_be_lengthened(

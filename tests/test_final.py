@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from sweep_helpers import FakeTracker, Store, row, space_of
 
-from raytrain.record import EvalReport
+from raytrain.evaluation.confidence import wilson
 from raytrain.request import as_run
 from raytrain.spaces.plan import Objective
 from raytrain.sweep import final
@@ -104,10 +104,10 @@ def test_the_test_set_is_asked_once(
     def evaluate(checkpoint: Path, storage: Path) -> Any:
         assert storage == tmp_path
         asked.append(checkpoint)
-        report = EvalReport(clean=0.8, robust=0.5, images=10, attack="pgd20x1", fe=420)
-        return SimpleNamespace(report=report)
+        shares = {"clean": wilson(8, 10), "pgd20": wilson(6, 10), "aa": wilson(5, 10)}
+        return SimpleNamespace(accuracies=shares, strongest="aa", images=10, fe=420, trusted=True)
 
-    monkeypatch.setattr(final.api, "evaluate", evaluate)
+    monkeypatch.setattr(final, "evaluate", evaluate)
     for name in files:
         (tmp_path / name).touch()
     verdicts = [final.test_once(tmp_path, tmp_path) for _ in range(3)]
@@ -117,22 +117,23 @@ def test_the_test_set_is_asked_once(
         "clean": 0.8,
         "robust": 0.5,
         "images": 10,
-        "attack": "pgd20x1",
+        "attack": "aa",
         "fe": 420,
         "which": files[-1].removesuffix(".pt"),
+        "trusted": True,
     }
 
 
 def test_seeds_of_a_configuration_are_summarised_by_mean_and_deviation() -> None:
     def one(rank: int, seed: int, clean: float, robust: float, cost: float) -> Any:
         params = {"rank": rank, "trial": 10 * rank, "seed": seed}
-        verdict = {"clean": clean, "robust": robust, "attack": "pgd20x1"}
+        verdict = {"clean": clean, "robust": robust, "attack": "aa"}
         return trained(seed, params, cost), verdict
 
     second, first = summarised(
         [one(2, 1, 0.7, 0.3, 2.0), one(1, 1, 0.8, 0.4, 3.0), one(1, 2, 0.9, 0.6, 5.0)]
     )[::-1]
-    assert (first.rank, first.trial, first.seeds, first.attack) == (1, 10, 2, "pgd20x1")
+    assert (first.rank, first.trial, first.seeds, first.attack) == (1, 10, 2, "aa")
     assert (first.clean, first.robust) == pytest.approx((0.85, 0.5))
     assert (first.clean_std, first.robust_std) == pytest.approx((0.005**0.5, 0.02**0.5))
     assert first.fe_per_sample == 4.0

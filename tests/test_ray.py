@@ -200,12 +200,12 @@ def test_the_best_trial_of_a_sweep_can_be_evaluated_by_the_id_of_its_run(
     store = f"sqlite:///{folder / 'mlflow.db'}"
     result = raytrain.evaluate(
         told["run_ids"][told["best"]["handle"]],
-        {"steps": 1, "tracking_uri": store},
+        {"attacks": "pgd", "steps": 1, "tracking_uri": store},
         storage=folder / "runs",
     )
     assert result.run_id == told["run_ids"][told["best"]["handle"]]
     run = MlflowClient(store).get_run(told["run_ids"][told["best"]["handle"]])
-    assert run.data.metrics["test/pgd1"] == result.report.robust
+    assert run.data.metrics["test/pgd1"] == result.accuracies["pgd1"].value
     assert run.info.status == "FINISHED"
 
 
