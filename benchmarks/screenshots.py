@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import Any
-from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("raytrain")
@@ -38,7 +37,7 @@ ALGORITHMS = (
 )
 FE_PER_IMAGE = 120
 PORT = 5077
-_PATIENCE = 15  # seconds for a page
+_PATIENCE = 12  # seconds for a page
 _MENU, _WIDTH = 196, 1400  # pixels: what is cut away on the left, and what is kept
 _CLOSE = """
 [...document.querySelectorAll("button")].filter(
@@ -53,7 +52,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=ROOT / ".github", help="folder of pictures")
     parser.add_argument("--only", default="", help="names of pictures, with commas")
     words = parser.parse_args()
-    words.store.mkdir(parents=True, exist_ok=True)
+    for folder in (words.store, words.to):
+        folder.mkdir(parents=True, exist_ok=True)
     if not (words.store / "mlflow.db").exists():
         make(words.store)
     wanted = set(filter(None, words.only.split(",")))
@@ -100,24 +100,15 @@ def pages(folder: Path) -> Iterator[tuple[str, str, int]]:
         return [run.info.run_id for run in found]
 
     trained = runs("tags.kind = 'train'")
-    (sweep,) = runs("tags.kind = 'sweep'")
-    ids = quote(json.dumps(trained))
-    search = quote("params.`algorithm.name` = 'dynamic' and metrics.`valid/robust` > 0.7")
     yield "mlflow-runs", f"{of}/runs?viewStateShareKey=raytrain", 720
-    yield (
-        "mlflow-compare",
-        f"#/compare-runs?runs={ids}&experiments={quote(json.dumps(where))}",
-        1100,
-    )
+    yield "mlflow-compare", f"{of}/runs?viewStateShareKey=raytrain&compareRunsMode=CHART", 840
     yield (
         "mlflow-parallel",
         f"{of}/runs?viewStateShareKey=quickstart&compareRunsMode=CHART",
-        720,
+        840,
     )
-    yield "mlflow-search", f"{of}/runs?searchFilter={search}", 560
-    yield "mlflow-run", f"{of}/runs/{trained[0]}", 1100
-    yield "mlflow-sweep", f"{of}/runs/{sweep}", 1100
-    yield "mlflow-model", "#/models/digits-small_cnn-linf-0.1", 620
+    yield "mlflow-run", f"{of}/runs/{trained[0]}", 900
+    yield "mlflow-model", "#/models/digits-small_cnn-linf-0.1", 720
 
 
 @contextmanager

@@ -79,10 +79,10 @@ def sweep_note(
         f"| `{path}` | {_cell(words)} | {_cell(when)} |" for path, words, when in space.rows()
     )
     said = [
+        _found(space, experiment_id, progress, best, ids or {}),
         space.description.strip(),
         f"{goal}; {how}; budget {_budget(space)}.",
         f"[Parallel coordinates of the trials]({charts}) and [the trials as a table]({table}).",
-        _found(space, experiment_id, progress, best, ids or {}),
         f"| searched | range | when |\n|---|---|---|\n{rows}",
         _constraints(space),
         f"```sh\nraytrain tune --resume {name}{_place(space)}\nraytrain compare sweep:{name}\n```",
