@@ -422,7 +422,7 @@ def test_an_image_that_falls_to_the_first_attempt_costs_no_further_pass(norm: st
     images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
     left = survivors("apgd-ce", Answers(Brittle(), meter), images, labels, ball_of(norm), SEED)
     assert not left.any()
-    assert (meter.forwards, meter.input_backwards) == (1 + 3 * count, count)
+    assert (meter.forwards, meter.input_backwards) == (1 + 4 * count, count)
 
 
 # --- what an evaluation leaves as it was -------------------------------------------------------
