@@ -123,7 +123,9 @@ def evaluate(
             help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
         ),
     ] = None,
-    which: Annotated[str, typer.Option(help="best or last: which checkpoint")] = "best",
+    which: Annotated[
+        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
+    ] = None,
     another_contract: Annotated[
         bool,
         typer.Option(
@@ -143,7 +145,7 @@ def evaluate(
         from raytrain.show.evaluation import Stages, evaluate_summary
         from raytrain.types import RequestError
 
-        if which not in ("best", "last"):
+        if which not in (None, "best", "last"):
             raise RequestError(f"--which: expected best or last, found {which}")
         with Stages() as stages:
             result = evaluate(

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from raytrain.api import Overrides, own_tracker
-from raytrain.checkpoint import Saved, find, folder_of, is_run_id, load, run_id_of
+from raytrain.checkpoint import Saved, load, run_id_of
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_test
 from raytrain.evaluation.checks import Finding
@@ -35,8 +35,8 @@ from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
 from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
-from raytrain.tracking import fetch
 from raytrain.types import RequestError, TrainingFailed
+from raytrain.whereabouts import Which, checkpoint_file
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
@@ -107,7 +107,7 @@ def evaluate(
     run_or_checkpoint: str | Path,
     overrides: Overrides = (),
     *,
-    which: Literal["best", "last"] = "best",
+    which: Which | None = None,
     another_contract: bool = False,
     storage: Path = Path("runs"),
     watch: Watch | None = None,
@@ -115,17 +115,18 @@ def evaluate(
     """Attack a network on the test set, image by image, and record it on the run it belongs to.
 
     `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which` picks
-    one of a run's checkpoints. `overrides` are fields of the `Exam` (`attacks=pgd,aa`, `steps=50`),
-    or `data.*`, `workers`, `device` and `tracking_uri` of the run; with `another_contract` also
-    `threat.*`, and the numbers are labelled so. Work that an interrupted evaluation has done is not
-    done again. With several workers, or RAY_ADDRESS, images are shared out among processes.
+    one of a run's checkpoints, the best one that there is if not given. `overrides` are fields of
+    the `Exam` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`, `device` and `tracking_uri` of
+    the run; with `another_contract` also `threat.*`, and the numbers are labelled so. Work that an
+    interrupted evaluation has done is not done again. With several workers, or RAY_ADDRESS, images
+    are shared out among processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
         TrainingFailed: if the result cannot be written.
     """
     run_changes, exam = _wanted(overrides)
-    file = _checkpoint(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
+    file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)
@@ -191,19 +192,6 @@ def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
                 f"one of {', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
             )
     return rest, validated(Exam, own)
-
-
-def _checkpoint(name: str, which: Literal["best", "last"], storage: Path, uri: str | None) -> Path:
-    """The checkpoint that was meant, fetched from MLflow if this machine does not have it."""
-    try:
-        folder = folder_of(name, storage)
-    except RequestError:
-        if not is_run_id(name):
-            raise
-        return fetch(uri, name, f"checkpoints/{which}.pt", storage / "fetched" / name)
-    if folder.is_file():
-        return folder
-    return find(folder / f"{which}.pt" if (folder / f"{which}.pt").is_file() else folder)
 
 
 def _scope(file: Path, images: int | None, contract: Contract, trained: Contract) -> str:

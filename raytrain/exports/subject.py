@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from raytrain import provenance
-from raytrain.checkpoint import BEST, LAST, Saved, find, folder_of, is_run_id, load, run_id_of
+from raytrain.checkpoint import LAST, Saved, is_run_id, load, run_id_of
 from raytrain.config import RUNTIME, RunConfig
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.loader import open_test
@@ -20,8 +19,8 @@ from raytrain.loop import network
 from raytrain.models import Classifier
 from raytrain.place import Place
 from raytrain.request import as_run
-from raytrain.tracking import fetch
 from raytrain.types import RequestError, Spec
+from raytrain.whereabouts import Which, checkpoint_file
 
 
 class Facts(Spec):
@@ -89,13 +88,13 @@ class Subject:
         )
 
 
-def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> Subject:
+def subject_of(name: str, which: Which | None, storage: Path, uri: str | None) -> Subject:
     """Everything about the checkpoint that `name` means, on the CPU.
 
     Raises:
         RequestError: if there is no such checkpoint, or its data set is not here.
     """
-    file = _checkpoint(name, which, storage, uri)
+    file = checkpoint_file(name, which, storage, uri)
     saved = load(file)
     test, source = open_test(saved.run.data, Place())
     model = network(saved).float().eval()
@@ -113,25 +112,6 @@ def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> 
         run_id=run_id,
         record=record_of(uri or saved.run.tracking_uri, run_id, file.parent, kind, saved.epoch),
     )
-
-
-def _checkpoint(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
-    """The file; where `which` is None, best.pt, or else last.pt."""
-    wanted = BEST if which is None else f"{which}.pt"
-    try:
-        folder = folder_of(name, storage)
-    except RequestError:
-        if not is_run_id(name):
-            raise
-        file = fetch(uri, name, f"checkpoints/{wanted}", storage / "fetched" / name)
-        with suppress(RequestError):  # only for the paths as they were given
-            fetch(uri, name, "run.yaml", file.parent)
-        return file
-    if which is None or folder.is_file():
-        return find(folder)
-    if not (folder / wanted).is_file():
-        raise RequestError(f"--which: {folder} has no {wanted}")
-    return folder / wanted
 
 
 def _as_asked(file: Path, run: RunConfig) -> RunConfig:
