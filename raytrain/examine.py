@@ -34,6 +34,7 @@ from raytrain.loop import network
 from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
+from raytrain.say import say
 from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.whereabouts import Which, checkpoint_file
@@ -303,7 +304,11 @@ def _record(result: EvalResult, config: RunConfig, run_id: str, storage: Path) -
     )
     with own_tracker(config, storage) as tracker:
         if not tracker.knows(run_id):
-            return  # a checkpoint that came without its run
+            say(
+                f"raytrain: MLflow at {tracker.uri} has no run {run_id}: the numbers are only in "
+                f"{result.folder}"
+            )
+            return
         tracker.adopt(run_id, run_id)
         tracker.inputs(run_id, [seen])
         tracker.log(run_id, {**shares, **{f"{result.scope}/{k}": v for k, v in costs.items()}})

@@ -519,6 +519,7 @@ def test_a_signature_does_not_change_with_where_a_run_happens() -> None:
         "experiment": "e",
         "run_name": "n",
         "tracking_uri": "u",
+        "registry": False,
         "checkpoint_every": 3,
     }
     assert set(elsewhere) == RUNTIME

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -421,3 +422,15 @@ def test_where_networks_are_registered_changes_nothing_of_what_is_computed() -> 
     runs = [as_run(None, [f"registry={word}"]) for word in ("true", "false")]
     assert runs[0].registry and not runs[1].registry
     assert runs[0].signature() == runs[1].signature()
+
+
+@pytest.mark.parametrize("said", [None, "sqlite:///theirs.db"])
+def test_the_store_of_a_logged_network_is_nobody_elses(
+    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if said is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", said)
+    with tracking_at(f"sqlite:///{tmp_path}/mlflow.db"):
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert os.environ.get("MLFLOW_TRACKING_URI") == said

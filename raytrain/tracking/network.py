@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def log_network(uri: str, run_id: str, model: Any, example: Any) -> str:
@@ -48,12 +51,19 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def tracking_at(uri: str) -> Iterator[None]:
-    """MLflow's global store, which also decides where the name of a logged model is looked up."""
+    """MLflow's global store, which also decides where the name of a logged model is looked up.
+
+    MLflow sets its environment variable with it; afterwards that is what it was.
+    """
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, said = mlflow.get_tracking_uri(), os.environ.get(_VARIABLE)
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+        if said is None:
+            os.environ.pop(_VARIABLE, None)
+        else:
+            os.environ[_VARIABLE] = said
