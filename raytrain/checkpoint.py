@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,15 @@ class Saved:
     def seen(self) -> dict[str, float]:
         """What sentinels had seen at the last validation."""
         return self.content["counters"].get("seen", {})
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of the network that is to be judged: of names and numbers."""
+        found = hashlib.sha256()
+        for name, tensor in self.weights.items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:12]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

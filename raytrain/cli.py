@@ -143,10 +143,7 @@ def evaluate(
     with outcome(debug):
         from raytrain.examine import evaluate
         from raytrain.show.evaluation import Stages, evaluate_summary
-        from raytrain.types import RequestError
 
-        if which not in (None, "best", "last"):
-            raise RequestError(f"--which: expected best or last, found {which}")
         with Stages() as stages:
             result = evaluate(
                 run,
@@ -190,10 +187,7 @@ def export(
     with outcome(debug):
         from raytrain.exports import leave
         from raytrain.show.exports import export_summary
-        from raytrain.types import RequestError
 
-        if which not in (None, "best", "last"):
-            raise RequestError(f"--which: expected best or last, found {which}")
         wanted = None if formats is None else [word for word in formats.split(",") if word]
         result = leave.export(
             run, to, which=which, formats=wanted, storage=storage, licence=licence

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from raytrain.api import Overrides, own_tracker
-from raytrain.checkpoint import Saved, load, run_id_of
+from raytrain.checkpoint import load, run_id_of
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_test
 from raytrain.evaluation.checks import Finding
@@ -23,21 +20,19 @@ from raytrain.evaluation.confidence import Share
 from raytrain.evaluation.contract import Contract
 from raytrain.evaluation.earlier import FLAGS, RECORD, Earlier
 from raytrain.evaluation.exam import Exam
-from raytrain.evaluation.examiner import Examiner
 from raytrain.evaluation.examples import examples_table
 from raytrain.evaluation.journal import Journal
-from raytrain.evaluation.runner import Watch, Work, run
+from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
-from raytrain.evaluation.unit import Unit, Verdict
-from raytrain.inputs import as_input
-from raytrain.loop import network
+from raytrain.inputs import Input, as_input, digest
+from raytrain.panel import panel_of
 from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
 from raytrain.say import say
-from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
+from raytrain.session import interruptible
 from raytrain.types import RequestError, TrainingFailed
-from raytrain.whereabouts import Which, checkpoint_file
+from raytrain.whereabouts import checkpoint_file
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
@@ -108,19 +103,19 @@ def evaluate(
     run_or_checkpoint: str | Path,
     overrides: Overrides = (),
     *,
-    which: Which | None = None,
+    which: str | None = None,
     another_contract: bool = False,
     storage: Path = Path("runs"),
     watch: Watch | None = None,
 ) -> EvalResult:
     """Attack a network on the test set, image by image, and record it on the run it belongs to.
 
-    `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which` picks
-    one of a run's checkpoints, the best one that there is if not given. `overrides` are fields of
-    the `Exam` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`, `device` and `tracking_uri` of
-    the run; with `another_contract` also `threat.*`, and the numbers are labelled so. Work that an
-    interrupted evaluation has done is not done again. With several workers, or RAY_ADDRESS, images
-    are shared out among processes.
+    `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which`
+    picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
+    `overrides` are fields of the `Exam` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
+    `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
+    numbers are labelled so. Work that an interrupted evaluation has done is not done again. With
+    several workers, or RAY_ADDRESS, images are shared out among processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
@@ -139,12 +134,12 @@ def evaluate(
         )
     part, _ = open_test(config.data, here("cpu"))
     count = min(part.num_images, exam.images or part.num_images)
-    images = part.pixels[:count], part.labels[:count]
+    pixels, labels = part.pixels[:count], part.labels[:count]
     scope = _scope(file, None if count == part.num_images else count, contract, trained)
     folder = file.parent / "evaluation" / scope
     key = {
-        "weights": _digest(saved.weights.values()),
-        "images": _digest(images),
+        "weights": saved.fingerprint,
+        "images": digest(pixels, labels),
         "contract": contract.hash,
         "batch_size": exam.batch_size,
         "seed": exam.seed,
@@ -152,9 +147,10 @@ def evaluate(
     }
     with interruptible():
         journal = Journal(folder / JOURNAL, key)
-        with _workers(config, saved, exam) as (work, check):
-            findings = check() if exam.checks else []
-            verdicts = run(exam, images[1].numpy(), work, journal, watch)
+        with panel_of(config, saved, exam) as panel:
+            findings = panel.findings() if exam.checks else []
+            verdicts = run(exam, labels.numpy(), panel.examine, journal, watch)
+            examples = examples_table(panel.attacked, verdicts, config.threat)
         earlier = Earlier.of(folder, key)
         result = EvalResult(
             scope=scope,
@@ -171,10 +167,10 @@ def evaluate(
             run_id=run_id_of(file.parent),
         )
         flags = earlier.with_flags(flags_table(exam, verdicts))
-        examples = examples_table(examiner_of(config, saved, exam), verdicts, config.threat)
         _leave(result, {"key": key, "seed": exam.seed}, flags, examples)
         if result.run_id is not None:
-            _record(result, config, result.run_id, storage)
+            seen = as_input(config.data, "test", pixels, labels)
+            _record(result, config, result.run_id, storage, seen)
     return result
 
 
@@ -203,72 +199,6 @@ def _scope(file: Path, images: int | None, contract: Contract, trained: Contract
     return of + some + other
 
 
-# ------------------------------------------------------------------ who attacks
-
-
-Check = Any  # () -> list[Finding]
-
-
-@contextmanager
-def _workers(config: RunConfig, saved: Saved, exam: Exam) -> Iterator[tuple[Work, Check]]:
-    """Whoever does units: this process, or as many as the run has workers, on a Ray cluster."""
-    if config.workers == 1 and wanted_cluster() is None:
-        examiner = examiner_of(config, saved, exam)
-        yield lambda units: map(examiner.examine, units), examiner.findings
-        return
-    import ray
-    from ray.util import ActorPool
-
-    # One process is one worker here: none of them waits for another.
-    alone = config.model_copy(update={"workers": 1})
-    with session(alone, trials=config.workers):
-        count = slots(alone, config.workers)
-        needs = worker_resources(config)
-        kind: Any = ray.remote(
-            num_cpus=needs["CPU"],
-            num_gpus=needs["GPU"],
-            max_restarts=config.max_failures,
-            max_task_retries=config.max_failures,
-        )(_RemoteExaminer)
-        content = ray.put(saved)
-        actors = [kind.remote(config, content, exam) for _ in range(count)]
-
-        def work(units: list[Unit]) -> Iterator[Verdict]:
-            pool: Any = ActorPool(actors)
-            yield from pool.map_unordered(lambda actor, unit: actor.examine.remote(unit), units)
-
-        yield work, lambda: ray.get(actors[0].findings.remote())
-
-
-class _RemoteExaminer:
-    """An examiner as a Ray actor."""
-
-    def __init__(self, config: RunConfig, saved: Saved, exam: Exam) -> None:
-        self._examiner = examiner_of(config, saved, exam)
-
-    def examine(self, unit: Unit) -> Verdict:
-        return self._examiner.examine(unit)
-
-    def findings(self) -> list[Finding]:
-        return self._examiner.findings()
-
-
-def examiner_of(config: RunConfig, saved: Saved, exam: Exam) -> Examiner:
-    """An examiner of a checkpoint, on the device of this process."""
-    place = here(config.device)
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    part, _ = open_test(config.data, place, dtype)
-    model = network(saved, config.data).to(place.device)
-    return Examiner(model, part, config.threat, exam, config.precision)
-
-
-def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 # ------------------------------------------------------------------ what is left
 
 
@@ -293,15 +223,13 @@ def _leave(
         ) from error
 
 
-def _record(result: EvalResult, config: RunConfig, run_id: str, storage: Path) -> None:
+def _record(
+    result: EvalResult, config: RunConfig, run_id: str, storage: Path, seen: Input
+) -> None:
     """The evaluation on its run in MLflow, if there is one."""
     shares = {f"{result.scope}/{name}": s.value for name, s in result.accuracies.items()}
     costs = {"images": float(result.images), "fe": float(result.fe), "seconds": result.seconds}
     failed = [finding.check for finding in result.findings if not finding.passed]
-    part, _ = open_test(config.data, here("cpu"))
-    seen = as_input(
-        config.data, "test", part.pixels[: result.images], part.labels[: result.images]
-    )
     with own_tracker(config, storage) as tracker:
         if not tracker.knows(run_id):
             say(

@@ -96,13 +96,21 @@ def judge(
     """
     meter, ball = Meter(), evaluation.ball(ball)
     wide: Precision = "fp64" if precision == "fp64" else "fp32"
+    answers = Answers(model, meter) if evaluation.attack == "apgd" else None
     index, clean, robust = [], [], []
     for batch in batches:
         oracle = Oracle(model, CrossEntropy(), batch, meter, attack_bn="eval", precision=wide)
         right = oracle.correct(torch.zeros_like(batch.images))
         index.append(batch.index)
         clean.append(right)
-        robust.append(_robust(model, batch, right, ball, evaluation, meter, wide))
+        if answers is not None:
+            robust.append(_after_apgd(answers, batch, right, ball))
+        else:
+            attack = ProjectedAscent(
+                start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
+            )
+            rows, restarts = right.nonzero().flatten(), evaluation.restarts
+            robust.append(survived(model, batch, ball, attack, restarts, meter, wide, rows=rows))
     flags = Flags(torch.cat(index), torch.cat(clean), torch.cat(robust))
     counts = torch.tensor(
         [len(flags.index), int(flags.clean.sum()), int(flags.robust.sum()), meter.fe],
@@ -151,25 +159,9 @@ def survived(
     return standing
 
 
-def _robust(
-    model: nn.Module,
-    batch: Batch,
-    right: Mask,
-    ball: AbstractBall,
-    evaluation: Evaluation,
-    meter: Meter,
-    precision: Precision,
-) -> Mask:
-    """Of the samples that are `right` on clean images, those that survive the evaluation's attack."""
-    if evaluation.attack == "pgd":
-        attack = ProjectedAscent(
-            start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
-        )
-        rows = right.nonzero().flatten()
-        return survived(
-            model, batch, ball, attack, evaluation.restarts, meter, precision, rows=rows
-        )
-    robust, answers = right.clone(), Answers(model, meter)
+def _after_apgd(answers: Answers, batch: Batch, right: Mask, ball: AbstractBall) -> Mask:
+    """Of the samples that are `right` on clean images, those that survive the cheap tier."""
+    robust = right.clone()
     for stage in CHEAP:
         rows = robust.nonzero().flatten()
         if len(rows):

@@ -39,7 +39,7 @@ def registered(saved: Saved, metrics: Mapping[str, float]) -> Entry:
             f"Threat model `{contract.hash}`: {contract.text}."
         ),
         judge=_judge(run),
-        weights=_digest(saved),
+        weights=saved.fingerprint,
         robust=robust,
         tags={
             "algorithm": run.algorithm.name,
@@ -64,11 +64,3 @@ def _judge(run: RunConfig) -> str:
     attack = run.evaluation.model_dump_json(exclude={"batch_size", "every"})
     text = "\n".join((provenance.contract_of(run).hash, valid["digest"], attack))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _digest(saved: Saved) -> str:
-    found = hashlib.sha256()
-    for name, tensor in saved.weights.items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().data)
-    return found.hexdigest()[:12]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from raytrain.checkpoint import BEST, find, folder_of, is_run_id
 from raytrain.tracking import fetch
@@ -13,12 +13,14 @@ from raytrain.types import RequestError
 Which = Literal["best", "last"]
 
 
-def checkpoint_file(name: str, which: Which | None, storage: Path, uri: str | None) -> Path:
+def checkpoint_file(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
     """The file; where `which` is None, best.pt, or else last.pt. MLflow is asked for what is not here.
 
     Raises:
         RequestError: if there is none.
     """
+    if which not in (None, *get_args(Which)):
+        raise RequestError(f"--which: expected best or last, found {which}")
     wanted = BEST if which is None else f"{which}.pt"
     try:
         folder = folder_of(name, storage)

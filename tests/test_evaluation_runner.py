@@ -431,7 +431,7 @@ def test_examples_are_rightly_classified_images_of_different_classes(tmp_path: P
     model, ball, exam = tiny_net(torch.float32), ball_of("linf", 0.05), Exam(attacks=("fgsm",))
     part = random_part(40, model)
     verdicts = examined(model, part, ball, exam, tmp_path)
-    table = examples_table(Examiner(model, part, ball, exam), verdicts, ball)
+    table = examples_table(Examiner(model, part, ball, exam).attacked, verdicts, ball)
     rows = table.to_pydict()
     assert len(table) == 10 and rows["index"] == sorted(set(rows["index"]))
     assert rows["label"] == rows["predicted"]
@@ -446,7 +446,7 @@ def test_there_may_be_no_example(tmp_path: Path) -> None:
     wrong = part_of(part.pixels, (model(part.pixels.float() / 255).argmax(1) + 1) % 4)
     verdicts = examined(model, wrong, ball, exam, tmp_path)
     assert not verdicts.clean.any()
-    table = examples_table(Examiner(model, wrong, ball, exam), verdicts, ball)
+    table = examples_table(Examiner(model, wrong, ball, exam).attacked, verdicts, ball)
     assert len(table) == 0 and {"image", "adversarial"} <= set(table.column_names)
     assert accuracies(exam, verdicts)["fgsm"].value == 0
 

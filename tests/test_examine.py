@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import raytrain
-from raytrain import examine
+from raytrain import examine, panel
 from raytrain.api import TrainResult
 from raytrain.attacks.answers import Answers
 from raytrain.attacks.standard import CHEAP, Standard, survivors
@@ -316,8 +316,8 @@ def test_a_defence_that_deceives_is_marked_wherever_its_numbers_are(
     check: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network, results = examine.network, []
-    monkeypatch.setattr(examine, "network", lambda *given: defence(network(*given)).eval())
+    network, results = panel.network, []
+    monkeypatch.setattr(panel, "network", lambda *given: defence(network(*given)).eval())
     monkeypatch.setattr(
         examine, "evaluate", lambda *a, **k: results.append(evaluate(*a, **k)) or results[0]
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -75,9 +77,22 @@ def _legal(found: Images, images: Images, ball: AbstractBall) -> Tensor:
     return inside & (apart <= ball.eps * (1 + 1e-4) + 1e-6)
 
 
-def exact_float32() -> Any:
-    """float32 that is float32: no TF32 in convolutions, no autocast from outside."""
-    return _Exact()
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 that is float32: no TF32 in convolutions and products, no autocast from outside."""
+    # The old names of the switch for products may not be mixed with this one.
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _attack(stage: Stage, answers: Answers, images: Images, ball: AbstractBall, seed: int) -> Any:
@@ -229,32 +244,6 @@ class _Square:
         move[:, :, window[0], window[1]] = 2 * eps * self.signs
         moved = (best + move).maximum(images - eps).minimum(images + eps)
         return moved.clamp(0, 1)
-
-
-class _Exact:
-    """See `exact_float32`."""
-
-    def __enter__(self) -> None:
-        # The old names of the same switch for products may not be mixed with this one.
-        self._was = torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.allow_tf32)
-        self._set("highest", False)
-        self._autocast = [
-            torch.autocast(device, enabled=False)
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
-        ]
-        for autocast in self._autocast:
-            autocast.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for autocast in reversed(self._autocast):
-            autocast.__exit__(*error)
-        self._set(*self._was)
-
-    @staticmethod
-    def _set(matmul: str, cudnn: bool) -> None:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def _devices(images: Tensor) -> list[int]:

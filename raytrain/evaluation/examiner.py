@@ -28,6 +28,10 @@ _CHECKED = 512  # images that the checks choose theirs from
 _DRAWS = 20  # of noise
 
 
+Attacked = tuple[Images, Delta, Labels]
+"""Images, what an attack adds to them, and what the network takes the sum for."""
+
+
 class Examiner:
     """A network, a test set and a threat model. A verdict depends on its unit and the exam alone."""
 
@@ -67,8 +71,8 @@ class Examiner:
                 self._model, batch.images, batch.labels, self._ball, self._exam.seed
             )
 
-    def attacked(self, rows: Tensor) -> tuple[Images, Delta, Labels]:
-        """Images, what PGD-20 adds to them, and what the network takes the sum for; on the CPU."""
+    def attacked(self, rows: Tensor) -> Attacked:
+        """These images under PGD-20, on the CPU."""
         rows = rows.to(self._part.pixels.device)
         dice = Dice(mix(self._exam.seed, "examples"), len(rows), slice(None), rows.device)
         batch = self._part.batch(rows, dice)

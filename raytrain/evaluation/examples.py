@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from raytrain.balls import AbstractBall
-from raytrain.evaluation.examiner import Examiner
+from raytrain.evaluation.examiner import Attacked
 from raytrain.evaluation.runner import Verdicts
 
 SHOWN = 10
 ATTACK = "pgd20"
 
 
-def examples_table(examiner: Examiner, verdicts: Verdicts, ball: AbstractBall) -> pa.Table:
+def examples_table(
+    attacked: Callable[[Tensor], Attacked], verdicts: Verdicts, ball: AbstractBall
+) -> pa.Table:
     """The first correctly classified image of each of up to ten classes, under PGD-20.
 
     `image`, `adversarial` and `perturbation` are PNG; grey is no perturbation, black and white are
@@ -29,7 +32,7 @@ def examples_table(examiner: Examiner, verdicts: Verdicts, ball: AbstractBall) -
     table["predicted"] = verdicts.predicted[rows].tolist()
     if len(rows) == 0:
         return pa.table({**table, **dict.fromkeys(_PICTURES, [])})
-    images, delta, classes = examiner.attacked(torch.from_numpy(rows))
+    images, delta, classes = attacked(torch.from_numpy(rows))
     widest = ball.eps if ball.norm == "linf" else float(delta.abs().max())
     shown = delta / (2 * max(widest, 1e-12)) + 0.5
     return pa.table(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -53,7 +53,7 @@ def export(
     run_or_checkpoint: str | Path,
     to: str | Path | None = None,
     *,
-    which: Literal["best", "last"] | None = None,
+    which: str | None = None,
     formats: Sequence[str] | None = None,
     storage: Path = Path("runs"),
     tracking_uri: str | None = None,

@@ -20,7 +20,7 @@ from raytrain.models import Classifier
 from raytrain.place import Place
 from raytrain.request import as_run
 from raytrain.types import RequestError, Spec
-from raytrain.whereabouts import Which, checkpoint_file
+from raytrain.whereabouts import checkpoint_file
 
 
 class Facts(Spec):
@@ -88,7 +88,7 @@ class Subject:
         )
 
 
-def subject_of(name: str, which: Which | None, storage: Path, uri: str | None) -> Subject:
+def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> Subject:
     """Everything about the checkpoint that `name` means, on the CPU.
 
     Raises:
