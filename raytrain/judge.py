@@ -12,8 +12,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Uniform
-from raytrain.attacks.answers import Answers
 from raytrain.attacks.standard import CHEAP, survivors
+from raytrain.attacks.standard.answers import Answers
 from raytrain.balls import AbstractBall
 from raytrain.meter import Meter
 from raytrain.network import Precision

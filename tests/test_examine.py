@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import raytrain
 from raytrain import examine, panel
 from raytrain.api import TrainResult
-from raytrain.attacks.answers import Answers
 from raytrain.attacks.standard import CHEAP, Standard, survivors
+from raytrain.attacks.standard.answers import Answers
 from raytrain.checkpoint import load, save
 from raytrain.cli import app
 from raytrain.config import RunConfig

@@ -12,13 +12,16 @@ import torch
 from helpers import TinyNet, ball_of, same, tiny_net, unchecked
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_projections import projection_linf
+from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from raytrain.attacks import answers as answers_module
 from raytrain.attacks import standard
-from raytrain.attacks.answers import Answers, folded
 from raytrain.attacks.standard import STAGES, Standard, exact_float32, survivors
+from raytrain.attacks.standard import answers as answers_module
+from raytrain.attacks.standard.answers import Answers, folded
+from raytrain.attacks.standard.fab import project_linf
 from raytrain.balls import AbstractBall
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_test
@@ -173,7 +176,13 @@ def unsieved(patch: pytest.MonkeyPatch) -> None:
 
 
 def unfolded(patch: pytest.MonkeyPatch) -> None:
+    """The network as it is, bit for bit."""
     patch.setattr(answers_module, "folded", lambda model: model)
+    patch.setattr(answers_module, "_best_layout", lambda *_: torch.contiguous_format)
+
+
+def unstopped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(standard, "Fab", lambda answers, ball, **given: FABAttack_PT(answers, **given))
 
 
 def unskipped(patch: pytest.MonkeyPatch) -> None:
@@ -181,7 +190,7 @@ def unskipped(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fewer")
-@pytest.mark.parametrize("without", [unsieved, unfolded, unskipped])
+@pytest.mark.parametrize("without", [unsieved, unfolded, unstopped, unskipped])
 def test_no_saving_changes_a_verdict(
     digits: Digits, without: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +213,34 @@ def test_batch_norm_is_folded_away_and_the_function_stays(digits: Digits) -> Non
     with torch.no_grad():
         exact, found = copy.deepcopy(digits.model).double()(images.double()), fast(images)
     assert float((found - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+
+
+class Viewing(nn.Module):
+    """Takes its activations for rows, which channels that lie innermost do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 3, 3), nn.Linear(108, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).relu()
+        return self.linear(h.view(len(h), -1))
+
+
+@pytest.mark.parametrize("kind", [Viewing, TinyNet])
+def test_channels_lie_innermost_where_the_network_takes_it(kind: type[nn.Module]) -> None:
+    model = kind().float().eval()
+    answers = answers_of(model)
+    images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(answers(images), model(images), atol=1e-6)
+    layout = torch.contiguous_format if kind is Viewing else torch.channels_last
+    assert answers._layout is layout
+    moved = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(answers(moved).square().sum(), moved)
+    plain = images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(model(plain).square().sum(), plain)
+    assert torch.allclose(grad, wanted, atol=1e-5)
 
 
 class Branching(TinyNet):
@@ -373,8 +410,8 @@ ONE_RUN = STEPS + 1  # gradients of one APGD run
 COSTS = {  # per image, forwards and input backwards, without the two passes that frame a stage
     "apgd-ce": (1 + ONE_RUN, ONE_RUN),
     "apgd-t": (1 + 9 * (1 + ONE_RUN), 9 * ONE_RUN),
-    # of each target: two looks at the clean image, a gradient and a look per step, one at the end
-    "fab-t": (1 + 9 * (3 + 2 * STEPS), 9 * STEPS),
+    # of each target: a look at the clean image, a gradient and a look per step, one at the end
+    "fab-t": (1 + 9 * (2 + 2 * STEPS), 9 * STEPS),
 }
 
 
@@ -423,6 +460,65 @@ def test_an_image_that_falls_to_the_first_attempt_costs_no_further_pass(norm: st
     left = survivors("apgd-ce", Answers(Brittle(), meter), images, labels, ball_of(norm), SEED)
     assert not left.any()
     assert (meter.forwards, meter.input_backwards) == (1 + 4 * count, count)
+
+
+class TwoSides(nn.Module):
+    """Class 0 where the mean pixel is below 0.505, class 1 above; three more that are never seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = x.flatten(1).mean(1) - 0.505
+        never = torch.full_like(off, -9.0)
+        return torch.stack([-off, off, never, never, never], 1)
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("norm", RADII)
+def test_an_image_that_falls_to_the_first_step_of_fab_costs_no_further_pass(norm: str) -> None:
+    meter, count = Meter(), 4
+    images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
+    # The boundary is 0.005 away in l-inf, 0.04 in l2 and 0.32 in l1.
+    left = survivors("fab-t", Answers(TwoSides(), meter), images, labels, ball_of(norm, 0.4), SEED)
+    assert not left.any()
+    # Of each: right at first, the target, the gradient, the look, that look judged, right at the
+    # end, judged at the end. One image tells the number of classes.
+    assert (meter.forwards, meter.input_backwards) == (1 + 7 * count, count)
+
+
+@pytest.mark.usefixtures("fewer")
+def test_fab_goes_on_where_only_the_copy_that_is_attacked_is_deceived() -> None:
+    images, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
+    meter = Meter()
+    answers = Answers(TwoSides(), meter)
+    answers._own = Slight()  # the network itself always answers 0
+    left = survivors("fab-t", answers, images, labels, ball_of("linf", 0.1), SEED)
+    assert left.all()
+    assert meter.input_backwards >= 2 * STEPS
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 64, 300])
+@pytest.mark.parametrize("far", [0.0, 0.01, 0.1, 0.5, 3.0])
+def test_the_projection_without_sorting_is_the_library_s(pixels: int, far: float) -> None:
+    generator = torch.Generator().manual_seed(pixels)
+    points = torch.rand(50, pixels, generator=generator)
+    points[points < 0.2] = 0  # at the edge there is no room
+    w = torch.randn(50, pixels, generator=generator)
+    w[:, 1::7] = 0
+    b = (w * points).sum(1) + far * torch.randn(50, generator=generator) * w.abs().sum(1)
+    found, wanted = project_linf(points, w, b), projection_linf(points, w, b)
+    assert torch.allclose(found, wanted, atol=2e-6, rtol=0)
+    assert bool((points + found >= 0).all() and (points + found <= 1).all())
+    missed = ((w * (points + found)).sum(1) - b).abs()
+    moved_all = (torch.where(found > 0, 1 - points, points) - found.abs() < 1e-6) | (w == 0)
+    assert bool(((missed < 1e-4 * pixels) | moved_all.all(1)).all())
+    assert bool((missed < 1e-4 * pixels).any()) or far >= 3
+
+
+def test_a_projection_on_no_hyperplane_moves_nothing() -> None:
+    points = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    for b in (torch.zeros(4), torch.ones(4)):
+        assert not project_linf(points, torch.zeros(4, 6), b).any()
+    broken = project_linf(points, torch.full((4, 6), torch.nan), torch.zeros(4))
+    assert broken.shape == points.shape  # and it ends
 
 
 # --- what an evaluation leaves as it was -------------------------------------------------------

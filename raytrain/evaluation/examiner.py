@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Uniform, Zero
-from raytrain.attacks.answers import Answers
 from raytrain.attacks.standard import exact_float32, survivors
+from raytrain.attacks.standard.answers import Answers
 from raytrain.balls import AbstractBall
 from raytrain.data.loader import Part
 from raytrain.evaluation.checks import Finding, before_belief, under_noise

@@ -8,19 +8,18 @@ are those of the authors' code; each subclass here gives the same verdicts for f
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from pyautoattack.fab_pt import FABAttack_PT
-from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from raytrain.attacks.answers import Answers
+from raytrain.attacks.standard.answers import Answers
+from raytrain.attacks.standard.apgd import Apgd, ApgdMargin, ApgdTargeted
+from raytrain.attacks.standard.fab import Fab
+from raytrain.attacks.standard.square import Square
 from raytrain.balls import AbstractBall
 from raytrain.types import Images, Labels
 
@@ -121,129 +120,15 @@ def _attack(stage: Stage, answers: Answers, images: Images, ball: AbstractBall, 
             answers, n_iter=numbers.steps, n_target_classes=numbers.targets, **radii, **common
         )
     if stage == "fab-t":
-        return FABAttack_PT(
+        return Fab(
             answers,
+            ball,
             n_iter=numbers.steps,
             n_target_classes=numbers.fab_targets,
             targeted=True,
             **common,
         )
     return Square(answers, n_queries=numbers.queries, resc_schedule=False, **common)
-
-
-class _EarlyExit:
-    """An APGD whose rows stop costing once they have fallen."""
-
-    model: Answers
-    eps: float
-    eps_orig: float
-
-    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
-        if self.eps != self.eps_orig:  # a larger radius on the way: nothing found there counts
-            return super().attack_single_run(x, y, x_init)  # pyright: ignore
-        with self.model.sieving(y) as sieve:
-            best, robust, loss, found = super().attack_single_run(x, y, x_init)  # pyright: ignore
-        if sieve.found is not None:
-            found[sieve.fallen] = sieve.found[sieve.fallen]
-        return best, robust, loss, found
-
-
-class Apgd(_EarlyExit, APGDAttack):
-    """APGD on the cross-entropy."""
-
-
-class ApgdTargeted(_EarlyExit, APGDAttack_targeted):
-    """APGD on the targeted DLR loss, target after target."""
-
-
-class ApgdMargin(ApgdTargeted):
-    """With two or three classes, for which the targeted DLR is not defined: the bare difference of
-    logits, its numerator."""
-
-    y_target: Tensor
-
-    def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = torch.arange(len(x), device=x.device)
-        return x[rows, self.y_target] - x[rows, y]
-
-
-class Square(SquareAttack):
-    """Square that does not ask about the same image twice; l-inf only, the other norms as they are.
-
-    All images of a batch try the same square at once. One whose best image is the same as when that
-    square was last tried, or that the square would not change, knows the answer: no improvement.
-    """
-
-    predict: Answers
-    eps: float
-
-    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.norm != "Linf":
-            return super().attack_single_run(x, y)
-        with torch.no_grad():
-            return self._linf(x, y)
-
-    def _linf(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        count, channels, height, width = x.shape
-        stripes = self.random_choice([count, channels, 1, width])
-        best = (x + self.eps * stripes).clamp(0, 1)
-        margin = self._margin(best, y)
-        queries = torch.ones(count, device=x.device)
-        changed = torch.zeros(count, dtype=torch.long, device=x.device)
-        tried: dict[tuple[int, ...], int] = {}
-        for query in range(self.n_queries):
-            if bool((margin <= 0).all()):
-                break
-            square = self._square(query, channels, height, width)
-            known, tried[square.key] = tried.get(square.key, -1), query + 1
-            rows = ((margin > 0) & (changed >= known)).nonzero().flatten()
-            proposal = square.on(best[rows], x[rows], self.eps)
-            moved = (proposal != best[rows]).flatten(1).any(1)
-            rows, proposal = rows[moved], proposal[moved]
-            if len(rows) == 0:
-                continue
-            found = self._margin(proposal, y[rows])
-            better = found < margin[rows]
-            rows = rows[better]
-            margin[rows], best[rows] = found[better], proposal[better]
-            changed[rows], queries[rows] = query + 1, float(query + 1)
-        return queries, best
-
-    def _margin(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logit of the label minus the largest other: the attack's loss, (n,)."""
-        logits = self.predict(images)
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-
-    def _square(self, query: int, channels: int, height: int, width: int) -> _Square:
-        """The next proposal, drawn as the library draws it."""
-        size = max(round(math.sqrt(self.p_selection(query) * height * width)), 1)
-        size = min(size, height, width)
-        top = int(self.random_int(0, height - size))
-        left = int(self.random_int(0, width - size))
-        return _Square(top, left, size, self.random_choice([channels, 1, 1]))
-
-
-@dataclass(frozen=True)
-class _Square:
-    """A square window in which every channel moves by 2 eps up or down."""
-
-    top: int
-    left: int
-    size: int
-    signs: Tensor
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        return self.top, self.left, self.size, *(int(s) for s in self.signs.flatten().tolist())
-
-    def on(self, best: Images, images: Images, eps: float) -> Images:
-        """`best` with the window moved, inside the ball around `images` and [0, 1]."""
-        move = torch.zeros_like(images[:1])
-        window = slice(self.top, self.top + self.size), slice(self.left, self.left + self.size)
-        move[:, :, window[0], window[1]] = 2 * eps * self.signs
-        moved = (best + move).maximum(images - eps).minimum(images + eps)
-        return moved.clamp(0, 1)
 
 
 def _devices(images: Tensor) -> list[int]:
