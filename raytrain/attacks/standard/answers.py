@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from raytrain.attacks.standard.local import Local, Region
 from raytrain.meter import Meter
 from raytrain.types import Images, Labels
 
@@ -52,14 +53,30 @@ class Answers:
         finally:
             self._sieve = None
 
+    def local(self, images: Images) -> Local | None:
+        """Activations on `images`, for questions about windows of them.
+
+        None where the network cannot be followed layer by layer, and on other devices than a CPU,
+        whose many small kernels would take longer than the whole network.
+        """
+        layout = self._settle(images)
+        if images.device.type != "cpu" or not Local.fits(self._fast):
+            return None
+        with torch.no_grad():
+            return Local(self._fast, images.contiguous(memory_format=layout), self.meter)
+
     def _pass(self, images: Images) -> Logits:
         self.meter.forwards += len(images)
         if torch.is_grad_enabled() and images.requires_grad:
             self.meter.input_backwards += len(images)
+        return self._fast(images.contiguous(memory_format=self._settle(images)))
+
+    def _settle(self, images: Images) -> torch.memory_format:
+        """The layout of images that the fast copy likes best; the copy is in it afterwards."""
         if self._layout is None:
             self._layout = _best_layout(self._fast, images.detach()[:1])
             self._fast = self._fast.to(memory_format=self._layout)  # pyright: ignore[reportCallIssue]
-        return self._fast(images.contiguous(memory_format=self._layout))
+        return self._layout
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -67,10 +84,14 @@ def folded(model: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse
 
     try:
-        return fuse(model).eval().requires_grad_(False)
+        fast = fuse(model).eval().requires_grad_(False)
     except Exception:
         # Networks from elsewhere may branch on their values, which no tracer follows.
         return model
+    for module in fast.modules():
+        if getattr(module, "inplace", False):  # what a layer was given is to be remembered
+            vars(module)["inplace"] = False
+    return fast
 
 
 def _best_layout(model: nn.Module, image: Images) -> torch.memory_format:
@@ -85,6 +106,22 @@ def _best_layout(model: nn.Module, image: Images) -> torch.memory_format:
     except RuntimeError:  # a network may view its activations as rows, which this layout forbids
         return torch.contiguous_format
     return torch.channels_last
+
+
+class Whole:
+    """The same questions as to `Local`, answered by the whole network."""
+
+    def __init__(self, ask: Ask, images: Images) -> None:
+        self._ask, self._images = ask, images
+
+    def ask(self, rows: Int[Tensor, " k"], region: Region, window: Images) -> Logits:
+        """The logits of images `rows` if `region` of them were `window`."""
+        images = self._images[rows]
+        region.of(images).copy_(window)
+        return self._ask(images)
+
+    def keep(self, chosen: Bool[Tensor, " k"]) -> None:
+        """Nothing is remembered: whoever asks changes the images."""
 
 
 class Sieve:

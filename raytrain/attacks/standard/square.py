@@ -10,10 +10,13 @@ from jaxtyping import Float
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from raytrain.attacks.standard.answers import Answers
-from raytrain.types import Images
+from raytrain.attacks.standard.answers import Answers, Whole
+from raytrain.attacks.standard.local import Local, Region, Span
 
 Windows = Float[Tensor, "n c size size"]
+
+SIDE, SMALL = 16, 4
+"""From this side of an image on, squares of at most a fourth of it change little of an answer."""
 
 
 class Square(SquareAttack):
@@ -36,36 +39,33 @@ class Square(SquareAttack):
         count, channels, height, width = x.shape
         stripes = self.random_choice([count, channels, 1, width])
         best = (x + self.eps * stripes).clamp(0, 1)
-        margin = self._margin(best, y)
+        margin = _margin(self.predict(best), y)
         queries = torch.ones(count, device=x.device)
         changed = torch.zeros(count, dtype=torch.long, device=x.device)
         tried: dict[tuple[int, ...], int] = {}
+        board: Whole | Local = Whole(self.predict, best)
+        follow = min(height, width) >= SIDE
         for query in range(self.n_queries):
             if bool((margin <= 0).all()):
                 break
             square = self._square(query, channels, height, width)
+            if follow and square.size * SMALL <= min(height, width):
+                board, follow = self.predict.local(best) or board, False
             known, tried[square.key] = tried.get(square.key, -1), query + 1
             rows = ((margin > 0) & (changed >= known)).nonzero().flatten()
-            before = square.of(best)[rows]
-            after = square.moved(before, square.of(x)[rows], self.eps)
+            before = square.region.of(best)[rows]
+            after = square.moved(before, square.region.of(x)[rows], self.eps)
             moves = (after != before).flatten(1).any(1)
             rows, after = rows[moves], after[moves]
             if len(rows) == 0:
                 continue
-            proposal = best[rows]
-            square.of(proposal).copy_(after)
-            found = self._margin(proposal, y[rows])
+            found = _margin(board.ask(rows, square.region, after), y[rows])
             better = found < margin[rows]
+            board.keep(better)
             rows = rows[better]
-            margin[rows], best[rows] = found[better], proposal[better]
+            margin[rows], square.region.of(best)[rows] = found[better], after[better]
             changed[rows], queries[rows] = query + 1, float(query + 1)
         return queries, best
-
-    def _margin(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logit of the label minus the largest other: the attack's loss, (n,)."""
-        logits = self.predict(images)
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
     def _square(self, query: int, channels: int, height: int, width: int) -> _Square:
         """The next proposal, drawn as the library draws it."""
@@ -74,6 +74,12 @@ class Square(SquareAttack):
         top = int(self.random_int(0, height - size))
         left = int(self.random_int(0, width - size))
         return _Square(top, left, size, self.random_choice([channels, 1, 1]))
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the label minus the largest other: the attack's loss, (n,)."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,11 @@ class _Square:
     def key(self) -> tuple[int, ...]:
         return self.top, self.left, self.size, *(int(s) for s in self.signs.flatten().tolist())
 
-    def of(self, images: Images) -> Windows:
-        """The window of images: a view of them."""
-        rows = slice(self.top, self.top + self.size)
-        return images[:, :, rows, self.left : self.left + self.size]
+    @property
+    def region(self) -> Region:
+        """The window."""
+        rows = Span(self.top, self.top + self.size)
+        return Region(rows, Span(self.left, self.left + self.size))
 
     def moved(self, window: Windows, clean: Windows, eps: float) -> Windows:
         """A window after the move, inside the ball around the `clean` one and [0, 1]."""

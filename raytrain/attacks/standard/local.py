@@ -1,0 +1,284 @@
+"""A network asked about images that differ from known ones in a window alone.
+
+A convolution carries a change of a few pixels to a few more, so most of an answer is known: what a
+layer computes is remembered, and only the part that the window reaches is computed again. The answer
+is the network's up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeGuard
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.nn import functional
+
+from raytrain.meter import Meter
+from raytrain.types import Images
+
+Rows = Int[Tensor, " k"]
+Maps = Float[Tensor, "n c h w"]
+
+LARGE = 0.5
+"""A change that reaches more than this share of a layer is computed as a whole."""
+
+_POINTWISE_MODULES = (nn.ReLU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.BatchNorm2d, nn.Identity)
+_POINTWISE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{f: f for f in (torch.relu, functional.relu, functional.silu, functional.gelu)},
+    **{f: f for f in (torch.add, operator.add, operator.sub, operator.mul, operator.truediv)},
+    operator.iadd: operator.add,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions from `start` up to but not including `stop`, along one side of a map."""
+
+    start: int
+    stop: int
+
+    def __or__(self, other: Span) -> Span:
+        return Span(min(self.start, other.start), max(self.stop, other.stop))
+
+    def within(self, size: int) -> Span:
+        return Span(max(self.start, 0), min(self.stop, size))
+
+    def slice(self, origin: int = 0) -> slice:
+        return slice(self.start - origin, self.stop - origin)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of positions."""
+
+    rows: Span
+    columns: Span
+
+    def __or__(self, other: Region) -> Region:
+        return Region(self.rows | other.rows, self.columns | other.columns)
+
+    @property
+    def area(self) -> int:
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+    def of(self, maps: Maps, origin: Region | None = None) -> Float[Tensor, "n c p q"]:
+        """This part of maps that begin at 0, or at the corner of `origin`: a view."""
+        top, left = (0, 0) if origin is None else (origin.rows.start, origin.columns.start)
+        return maps[:, :, self.rows.slice(top), self.columns.slice(left)]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a layer computes, where it differs from what is remembered of it."""
+
+    node: fx.Node
+    region: Region
+    values: Maps
+
+
+class Local:
+    """Activations of a traced network on some images, kept up to date as the images change.
+
+    Layers must leave their inputs as they are: see `fits`.
+    """
+
+    @staticmethod
+    def fits(network: nn.Module) -> TypeGuard[fx.GraphModule]:
+        """Whether a network maps one tensor to one, in layers that are known and change nothing in place."""
+        if not isinstance(network, fx.GraphModule):
+            return False
+        nodes = list(network.graph.nodes)
+        entries = [node for node in nodes if node.op == "placeholder"]
+        single = len(entries) == 1 and isinstance(nodes[-1].args[0], fx.Node)
+        in_place = any(getattr(module, "inplace", False) for module in network.modules())
+        return single and not in_place and not any(_changes_in_place(node) for node in nodes)
+
+    def __init__(self, network: fx.GraphModule, images: Images, meter: Meter) -> None:
+        self._network, self._meter = network, meter
+        self._modules: dict[str, Any] = dict(network.named_modules())
+        self._kept: dict[fx.Node, Maps] = {}
+        self._asked: dict[fx.Node, Any] = {}
+        self._rows = torch.arange(len(images), device=images.device)
+        nodes = [node for node in network.graph.nodes if self._is_kept(node)]
+        self._run(images)
+        self._kept = {node: self._asked[node].clone() for node in nodes}
+
+    def ask(self, rows: Rows, region: Region, window: Maps) -> Float[Tensor, "k classes"]:
+        """The logits of images `rows` if `region` of them were `window`: counted as a whole pass."""
+        (entry,) = (node for node in self._network.graph.nodes if node.op == "placeholder")
+        self._rows = rows
+        return self._run(Patch(entry, region, window))
+
+    def keep(self, chosen: Bool[Tensor, " k"]) -> None:
+        """Of the images last asked about, the `chosen` ones are now as they were asked about."""
+        rows = self._rows[chosen]
+        for node, kept in self._kept.items():
+            asked = self._asked[node]
+            if isinstance(asked, Patch):
+                asked.region.of(kept)[rows] = asked.values[chosen]
+            else:
+                kept[rows] = asked[chosen]
+
+    # -------------------------------------------------------------- one layer after another
+
+    def _run(self, images: Images | Patch) -> Any:
+        self._asked = asked = {}
+        self._meter.forwards += len(self._rows)
+        for node in self._network.graph.nodes:
+            if node.op == "output":
+                return asked[node.args[0]]
+            asked[node] = images if node.op == "placeholder" else self._answer(node, asked)
+        raise AssertionError("a traced network ends with its output")
+
+    def _answer(self, node: fx.Node, asked: dict[fx.Node, Any]) -> Any:
+        patches = [asked[n] for n in node.all_input_nodes if isinstance(asked[n], Patch)]
+        if patches and self._is_convolution(node):
+            return self._convolve(node, patches[0])
+        if patches and self._acts_pointwise(node, asked):
+            region = reduce(operator.or_, (patch.region for patch in patches))
+            values = self._apply(node, lambda n: self._part(asked[n], region))
+            return Patch(node, region, values)
+        return self._apply(node, lambda n: self._whole(asked[n]))
+
+    def _apply(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """A layer as it is, on these values of its inputs."""
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self._network)
+        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        target: Any = node.target
+        if node.op == "call_module":
+            return self._modules[target](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        function: Any = _POINTWISE_FUNCTIONS.get(target, target)
+        return function(*args, **kwargs)
+
+    def _convolve(self, node: fx.Node, patch: Patch) -> Any:
+        conv: Any = self._modules[str(node.target)]
+        size = self._kept[patch.node].shape[2:]
+        spans = [
+            _reached(conv, axis, span, size[axis])
+            for axis, span in enumerate((patch.region.rows, patch.region.columns))
+        ]
+        region, whole = Region(spans[0][0], spans[1][0]), spans[0][1] * spans[1][1]
+        if region.area > LARGE * whole:
+            return conv(self._whole(patch))
+        needed = Region(*(_needed(conv, axis, spans[axis][0]) for axis in (0, 1)))
+        values = functional.conv2d(
+            self._part(patch, needed), conv.weight, conv.bias, conv.stride, 0, conv.dilation,
+            conv.groups,
+        )  # fmt: skip
+        return Patch(node, region, values)
+
+    # -------------------------------------------------------------- what an input is, in part and whole
+
+    def _part(self, value: Any, region: Region) -> Any:
+        """A region of a patched map, zero outside the map; what is no patch holds everywhere."""
+        if not isinstance(value, Patch) or value.region == region:
+            return value.values if isinstance(value, Patch) else value
+        kept = self._kept[value.node]
+        height, width = kept.shape[2:]
+        inside = Region(region.rows.within(height), region.columns.within(width))
+        part = inside.of(kept)[self._rows]
+        both = Region(
+            _common(inside.rows, value.region.rows),
+            _common(inside.columns, value.region.columns),
+        )
+        if both.area > 0:
+            both.of(part, inside).copy_(both.of(value.values, value.region))
+        edges = (
+            inside.columns.start - region.columns.start,
+            region.columns.stop - inside.columns.stop,
+            inside.rows.start - region.rows.start,
+            region.rows.stop - inside.rows.stop,
+        )
+        return functional.pad(part, edges) if any(edges) else part
+
+    def _whole(self, value: Any) -> Any:
+        if not isinstance(value, Patch):
+            return value
+        whole = self._kept[value.node][self._rows]
+        value.region.of(whole).copy_(value.values)
+        return whole
+
+    # -------------------------------------------------------------- what kind of layer it is
+
+    def _is_convolution(self, node: fx.Node) -> bool:
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        return (
+            isinstance(module, nn.Conv2d)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
+
+    def _is_pointwise(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._modules[str(node.target)], _POINTWISE_MODULES)
+        constants = (n for n in node.all_input_nodes if n.op == "get_attr")
+        return (
+            node.op == "call_function"
+            and node.target in _POINTWISE_FUNCTIONS
+            and all(_same_everywhere(self._apply(n, _nothing)) for n in constants)
+        )
+
+    def _acts_pointwise(self, node: fx.Node, asked: dict[fx.Node, Any]) -> bool:
+        """Whether nothing but the same positions of the patches changes a position of the result."""
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if not self._is_pointwise(node) or not all(isinstance(asked[n], Patch) for n in inputs):
+            return False
+        return len(inputs) == 1 or len({self._kept[asked[n].node].shape for n in inputs}) == 1
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """Whether more of a layer is asked for than its patch."""
+        if not (
+            node.op == "placeholder" or self._is_convolution(node) or self._is_pointwise(node)
+        ):
+            return False
+        return any(
+            not self._is_pointwise(user)
+            or sum(n.op != "get_attr" for n in user.all_input_nodes) > 1
+            for user in node.users
+        )
+
+
+def _changes_in_place(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    called = node.op in ("call_method", "call_function")
+    flag = node.kwargs.get("inplace", False) or any(arg is True for arg in node.args)
+    return called and (bool(flag) or (name.endswith("_") and not name.endswith("__")))
+
+
+def _nothing(node: fx.Node) -> Any:
+    """The value of an input, for a node that has none."""
+
+
+def _same_everywhere(constant: Any) -> bool:
+    return isinstance(constant, Tensor) and (constant.dim() == 0 or constant.shape[-2:] == (1, 1))
+
+
+def _common(one: Span, other: Span) -> Span:
+    start = max(one.start, other.start)
+    return Span(start, max(start, min(one.stop, other.stop)))
+
+
+def _reached(conv: Any, axis: int, span: Span, size: int) -> tuple[Span, int]:
+    """The outputs that see any of a span of inputs, at least one; and how many outputs there are."""
+    kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    stride, padding = conv.stride[axis], conv.padding[axis]
+    outputs = (size + 2 * padding - kernel) // stride + 1
+    start = min(max(0, -(-(span.start + padding - kernel + 1) // stride)), outputs - 1)
+    stop = min((span.stop - 1 + padding) // stride + 1, outputs)
+    return Span(start, max(stop, start + 1)), outputs
+
+
+def _needed(conv: Any, axis: int, span: Span) -> Span:
+    """The inputs that a span of outputs sees; some may lie in the padding."""
+    kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    stride, padding = conv.stride[axis], conv.padding[axis]
+    return Span(span.start * stride - padding, (span.stop - 1) * stride - padding + kernel)
