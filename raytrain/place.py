@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -109,7 +112,22 @@ def here(device: Literal["auto", "cpu", "cuda"] = "auto") -> Place:
     Raises:
         RequestError: if `cuda` was asked for and there is none.
     """
+    keep_freed_memory()
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise RequestError("device: cuda was asked for and no CUDA device is visible")
     return Place(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for the next block of that size, where the C library is glibc.
+
+    Left alone, glibc returns every large block and is given it back page by page, zeroed: on a CPU
+    a sixth of a small network's training step. The process holds no more than at its peak.
+    """
+    trim, mmap, largest = -1, -3, 2**30  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, bytes
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        if mallopt(mmap, largest) or mallopt(mmap, 2**25):  # older ones take no more than that
+            mallopt(trim, largest)

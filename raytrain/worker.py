@@ -22,7 +22,7 @@ from typing import Any
 
 from raytrain.checkpoint import LAST, ROWS, load
 from raytrain.config import RunConfig
-from raytrain.place import Place
+from raytrain.place import Place, keep_freed_memory
 from raytrain.record import Report
 from raytrain.types import RequestError, TrainingFailed
 
@@ -116,6 +116,7 @@ def work(settings: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     device = get_device()
+    keep_freed_memory()
     place = Place(
         device if not isinstance(device, list) else device[0],
         context.get_world_rank(),

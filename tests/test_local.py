@@ -153,6 +153,15 @@ def test_a_question_counts_as_a_pass_and_so_does_the_beginning() -> None:
     assert (meter.forwards, meter.input_backwards) == (6, 0)
 
 
+def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, images = answers_of(made("small_cnn")), some(4)
+    need = local_of(answers, images).nbytes
+    # The images, and what each of the three layers hands on.
+    assert need == 4 * 4 * (3 * 24**2 + 32 * 24**2 + 64 * 12**2 + 64 * 6**2)
+    monkeypatch.setattr(answers_module, "REMEMBERED", need - 1)
+    assert answers.local(images) is None
+
+
 # --- networks that cannot be followed ------------------------------------------------------------
 
 

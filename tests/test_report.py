@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
-from report_helpers import IMAGES, evaluated, flags_of, trained, write_evaluation
+from report_helpers import evaluated, flags_of, trained, write_evaluation
 from typer.testing import CliRunner
 
 import raytrain
@@ -354,10 +354,9 @@ def test_two_hundred_configurations_make_a_report_that_can_be_read(tmp_path: Pat
             )
         )
     settings = settings_of(runs)
-    images = {run.id: IMAGES for run in runs}
-    arenas = arenas_of(settings, images)
+    arenas = arenas_of(settings)
     pairs = {arena.title: pairs_of(arena) for arena in arenas}
-    write_report(Told("many", "sqlite:///x", settings, arenas, pairs, images, []), tmp_path)
+    write_report(Told("many", "sqlite:///x", settings, arenas, pairs, []), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and page.seen.count("details") >= 2
     assert (tmp_path / "report.html").stat().st_size < 4e6

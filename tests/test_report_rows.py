@@ -27,7 +27,7 @@ from raytrain.report.page import without_password
 from raytrain.report.pairs import pairs_of
 from raytrain.report.parts import columns_of, in_short, part_of
 from raytrain.report.rows import VALID, Row
-from raytrain.report.runs import Trained, images_of
+from raytrain.report.runs import Trained
 from raytrain.report.settings import settings_of
 from raytrain.sweep.paper import save
 
@@ -35,7 +35,7 @@ SHARES = st.integers(0, 1000).map(lambda k: k / 1000)
 
 
 def compared(*runs: Trained) -> list[Arena]:
-    return arenas_of(settings_of(runs), {run.id: IMAGES for run in runs})
+    return arenas_of(settings_of(runs))
 
 
 def alone(*runs: Trained) -> Arena:
@@ -79,7 +79,7 @@ def test_a_repeated_seed_is_not_averaged() -> None:
     again = trained(seed=1, robust=[0.5], id="again", began=9)
     (setting,) = settings_of([trained(seed=0, robust=[0.3]), first, again])
     assert [run.id for run in setting.repeats] == [first.id]
-    (row,) = arenas_of([setting], {})[0].rows
+    (row,) = arenas_of([setting])[0].rows
     cell = row.valid()
     assert cell is not None and cell.value == 0.4 and cell.seeds == 2
 
@@ -113,24 +113,11 @@ def test_words_that_would_mislead_are_spelled_out() -> None:
 # --- cost ---------------------------------------------------------------------------------------
 
 
-def test_the_training_images_are_those_of_an_epoch_unless_a_budget_tells_them() -> None:
-    by_epochs = trained(cost=30.0)
-    assert images_of([by_epochs]) == {by_epochs.id: IMAGES}
+def test_the_training_images_are_those_of_the_data_set_or_else_of_an_epoch() -> None:
+    assert trained().images == IMAGES
     # 104 images in batches of 10: an epoch visits 100 of them.
-    fe = {"cost/fe": 50.0 * 104}
-    by_cost = trained("mart", params={"fe_per_image": 50.0}, metrics=fe)
-    assert images_of([by_epochs, by_cost]) == {by_epochs.id: 104.0, by_cost.id: 104.0}
-
-
-def test_a_budget_that_was_not_spent_tells_nothing() -> None:
-    stopped = trained(params={"fe_per_image": 50.0}, metrics={"cost/fe": 2600.0})
-    assert images_of([stopped]) == {stopped.id: IMAGES}
-
-
-def test_other_splits_have_other_images() -> None:
-    small = trained(params={"data.train_size": 50}, curves={"cost/samples": {1: 50.0}})
-    large = trained()
-    assert images_of([small, large]) == {small.id: 50.0, large.id: IMAGES}
+    assert trained(split_size=104).images == 104
+    assert trained(curves={}).images is None
 
 
 def test_costs_within_a_tenth_are_one_band_and_are_ranked_within_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from raytrain.report.evaluations import Evaluated, called, strongest
@@ -53,11 +52,11 @@ class Arena:
         return f"accuracy under {called(self.attack)} on the test set"
 
 
-def arenas_of(settings: list[Setting], images: Mapping[str, float]) -> list[Arena]:
-    """Every arena, the one with most rows first; `images` are each run's training images by its id."""
+def arenas_of(settings: list[Setting]) -> list[Arena]:
+    """Every arena, the one with most rows first."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for setting in settings:
-        for key, row in _rows(setting, _cost(setting, images)):
+        for key, row in _rows(setting, _cost(setting)):
             found.setdefault(key, []).append(row)
     _join_unevaluated(found)
     made = [_arena(key, rows) for key, rows in found.items()]
@@ -106,14 +105,9 @@ def _join_unevaluated(found: dict[tuple[str, ...], list[Row]]) -> None:
             found[near[0]] += found.pop(key)
 
 
-def _cost(setting: Setting, images: Mapping[str, float]) -> float | None:
-    return _mean(
-        [
-            run.metrics["cost/fe"] / images[run.id]
-            for run in setting.runs
-            if "cost/fe" in run.metrics and run.id in images
-        ]
-    )
+def _cost(setting: Setting) -> float | None:
+    costs = (run.per_image(run.metrics.get("cost/fe")) for run in setting.runs)
+    return _mean([cost for cost in costs if cost is not None])
 
 
 def _mean(values: list[float]) -> float | None:

@@ -17,7 +17,7 @@ from raytrain.report.evaluations import read_evaluations
 from raytrain.report.page import GENERATOR, OURS, REPORT, Told, write_report
 from raytrain.report.pairs import Pair, pairs_of
 from raytrain.report.rows import Row
-from raytrain.report.runs import Trained, images_of, read
+from raytrain.report.runs import Trained, read
 from raytrain.report.settings import Setting, settings_of
 from raytrain.report.words import Chosen, choose
 from raytrain.tracking import reader, tracked, tracking_uri
@@ -69,12 +69,11 @@ def compare(
     notes: list[str] = []
     settings = settings_of(_read(client, chosen, notes))
     runs = [run for one in settings for run in (*one.runs, *one.repeats)]
-    images = images_of(runs)
-    arenas = arenas_of(settings, images)
+    arenas = arenas_of(settings)
     pairs = {arena.title: pairs_of(arena) for arena in arenas}
     notes += _notes(settings, arenas)
     store = tracking_uri(uri)
-    told = Told(chosen.title, store, settings, arenas, pairs, images, notes)
+    told = Told(chosen.title, store, settings, arenas, pairs, notes)
     with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
         write_report(told, Path(made))
         _replace(Path(made), folder)

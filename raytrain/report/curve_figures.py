@@ -36,9 +36,7 @@ INSIDE = {
 }
 
 
-def curves_figure(
-    arena: Arena, images: dict[str, float], metrics: dict[str, str]
-) -> Figure | None:
+def curves_figure(arena: Arena, metrics: dict[str, str]) -> Figure | None:
     """A panel for each metric that was measured: means over seeds, with the range of the seeds."""
     rows = [row for row in best_first(arena) if row.home]
     told = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
@@ -52,7 +50,7 @@ def curves_figure(
         ends = [
             end
             for row in reversed(rows)  # the best on top
-            if (end := _draw(axes, row, metric, images, looks[row.letter], len(rows)))
+            if (end := _draw(axes, row, metric, looks[row.letter], len(rows)))
         ]
         cost_axis(axes, "cost so far, FE per training image")
         axes.set_ylabel(name)
@@ -67,12 +65,11 @@ def _has(row: Row, metric: str) -> bool:
     return any(run.curves.get(metric) for run in row.setting.runs)
 
 
-def curve_of(run: Trained, metric: str, images: dict[str, float]) -> np.ndarray:
+def curve_of(run: Trained, metric: str) -> np.ndarray:
     """FE per training image and the metric's value at each epoch that has both, (epochs, 2)."""
     cost, values = run.curves.get("cost/fe", {}), run.curves.get(metric, {})
-    if run.id not in images:
-        return np.empty((0, 2))
-    both = [(cost[e] / images[run.id], values[e]) for e in sorted(values) if e in cost]
+    both = [(run.per_image(cost[e]), values[e]) for e in sorted(values) if e in cost]
+    both = [point for point in both if point[0] is not None]
     return np.array(both, dtype=float).reshape(-1, 2)
 
 
@@ -95,10 +92,10 @@ def over_seeds(curves: list[np.ndarray]) -> np.ndarray:
 
 
 def _draw(
-    axes: Axes, row: Row, metric: str, images: dict[str, float], look: Look, count: int
+    axes: Axes, row: Row, metric: str, look: Look, count: int
 ) -> tuple[float, float, str] | None:
     """The line of a row; where it ends and its letter, if it is one of the named."""
-    points = over_seeds([curve_of(run, metric, images) for run in row.setting.runs])
+    points = over_seeds([curve_of(run, metric) for run in row.setting.runs])
     points = points[np.isfinite(points).all(axis=1)]
     if len(points) == 0:
         return None

@@ -63,16 +63,14 @@ _TEXTS = {  # kind -> title, caption
 }
 
 
-def draw_arena(
-    arena: Arena, pairs: list[Pair], images: dict[str, float], folder: Path, prefix: str
-) -> list[Drawn]:
+def draw_arena(arena: Arena, pairs: list[Pair], folder: Path, prefix: str) -> list[Drawn]:
     """The figures that show something; files go to `folder`, their names begin with `prefix`."""
     makers: dict[str, Callable[[], Figure | None]] = {
         "robust_vs_cost": lambda: cost_figure(arena),
         "pairs": lambda: pairs_figure(pairs),
         "overfitting": lambda: gap_figure(arena),
-        "learning_curves": lambda: curves_figure(arena, images, LEARNING),
-        "fosc_and_steps": lambda: curves_figure(arena, images, INSIDE),
+        "learning_curves": lambda: curves_figure(arena, LEARNING),
+        "fosc_and_steps": lambda: curves_figure(arena, INSIDE),
         "per_class": lambda: class_figure(arena),
         "examples": lambda: examples_figure(arena),
         "importances": lambda: importance_bars(

@@ -39,7 +39,6 @@ class Told:
     settings: list[Setting]
     arenas: list[Arena]
     pairs: dict[str, list[Pair]]  # by title of the arena
-    images: dict[str, float]  # training images by id of the run
     notes: list[str]  # what concerns all arenas
 
 
@@ -50,9 +49,9 @@ def write_report(told: Told, folder: Path) -> None:
         prefix = f"{number}-" if len(told.arenas) > 1 else ""
         pairs, figures = told.pairs[arena.title], []
         if number <= _DRAWN:
-            figures = draw_arena(arena, pairs, told.images, folder / "figures", prefix)
+            figures = draw_arena(arena, pairs, folder / "figures", prefix)
         parts.append(part_of(arena, pairs, figures))
-    files = write_tables(folder / "data", told.settings, told.arenas, told.pairs, told.images)
+    files = write_tables(folder / "data", told.settings, told.arenas, told.pairs)
     names = [file.name for file in files if file.parent.name == "data"]
     (folder / REPORT).write_text(_page(told, parts, names), encoding="utf-8")
 

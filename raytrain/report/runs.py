@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,9 @@ class Trained:
     metrics: Mapping[str, float]  # the last value of each
     curves: Mapping[str, Curve] = field(default_factory=dict)
     evaluations: tuple[Evaluated, ...] = ()
+    split_size: int | None = (
+        None  # images of the training split, where the run tells its data sets
+    )
 
     @property
     def seed(self) -> str:
@@ -95,52 +99,27 @@ class Trained:
         curve = self.curves.get("valid/robust", {})
         return min(curve, key=lambda epoch: (-curve[epoch], epoch)) if curve else None
 
+    @property
+    def images(self) -> float | None:
+        """Training images: those of the data set, else those that an epoch visits, in whole batches."""
+        samples = self.curves.get("cost/samples", {})
+        visited = samples[min(samples)] / min(samples) if samples and min(samples) > 0 else None
+        return self.split_size or visited or None
+
+    def per_image(self, fe: float | None) -> float | None:
+        """Forward-equivalents per training image."""
+        return fe / self.images if fe is not None and self.images else None
+
     def at_best(self, metric: str) -> float | None:
         """A metric of the best epoch."""
         best = self.best_epoch
         return None if best is None else self.curves.get(metric, {}).get(best)
 
 
-def images_of(runs: Iterable[Trained]) -> dict[str, float]:
-    """Training images of each run, by its id; runs on the same split help one another.
-
-    MLflow holds only the images that were trained on. An epoch leaves out what does not fill a batch, so
-    the number lies between an epoch's images and a batch more; a run that was to spend so many
-    forward-equivalents per image, and spent them, tells it.
-    """
-    splits: dict[tuple[str, ...], list[Trained]] = {}
-    for run in runs:
-        splits.setdefault(split_of(run), []).append(run)
-    return {run.id: images for some in splits.values() for run, images in _images(some)}
-
-
 def split_of(run: Trained) -> tuple[str, ...]:
     """What decides which images are trained on and which are held back."""
     names = ("name", "train_size", "validation", "split_seed", "image_column", "label_column")
     return tuple(run.params.get(f"data.{name}", "") for name in names)
-
-
-def _images(runs: list[Trained]) -> Iterable[tuple[Trained, float]]:
-    epochs = [samples for run in runs if (samples := _one_epoch(run))]
-    if not epochs:
-        return []
-    fewest = max(epochs)
-    exact = [told for run in runs if (told := _told(run)) and _fits(told, fewest, run)]
-    return [(run, min(exact, default=fewest)) for run in runs]
-
-
-def _one_epoch(run: Trained) -> float:
-    samples = run.curves.get("cost/samples", {})
-    return samples[min(samples)] / min(samples) if samples and min(samples) > 0 else 0.0
-
-
-def _told(run: Trained) -> float:
-    budget, spent = run.params.get("fe_per_image"), run.metrics.get("cost/fe", 0.0)
-    return spent / float(budget) if budget and run.state == "finished" else 0.0
-
-
-def _fits(images: float, fewest: float, run: Trained) -> bool:
-    return fewest <= images < fewest + float(run.params.get("batch_size", "128"))
 
 
 def read(client: Any, run: Any, evaluations: tuple[Evaluated, ...]) -> Trained:
@@ -156,7 +135,16 @@ def read(client: Any, run: Any, evaluations: tuple[Evaluated, ...]) -> Trained:
         metrics=metrics,
         curves={name: _curve(client, run, name) for name in CURVES if name in metrics},
         evaluations=evaluations,
+        split_size=_split_size(run),
     )
+
+
+def _split_size(run: Any) -> int | None:
+    for told in run.inputs.dataset_inputs:
+        contexts = [tag.value for tag in told.tags if tag.key == "mlflow.data.context"]
+        if contexts == ["training"] and told.dataset.profile:
+            return json.loads(told.dataset.profile).get("num_rows")
+    return None
 
 
 def _curve(client: Any, run: Any, metric: str) -> Curve:

@@ -84,7 +84,6 @@ def write_tables(
     settings: Iterable[Setting],
     arenas: Iterable[Arena],
     pairs: dict[str, list[Pair]],
-    images: dict[str, float],
 ) -> list[Path]:
     """`runs`, `scores`, `curves`, `pairs`, and in `flags/` a file per evaluation."""
     settings, arenas = list(settings), list(arenas)
@@ -97,7 +96,7 @@ def write_tables(
     ]
     scores = [line for arena in arenas for row in arena.rows for line in _scores(arena, row)]
     tables = {
-        "runs": _table([_run(run, one, images) for run, one in runs], _RUNS),
+        "runs": _table([_run(run, one) for run, one in runs], _RUNS),
         "scores": _table(scores, _SCORES),
         "curves": _table(curves, _CURVES),
         "pairs": _table([(t, *_pair(pair)) for t in pairs for pair in pairs[t]], _PAIRS),
@@ -117,8 +116,7 @@ def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table([list(column) for column in columns], schema=schema)
 
 
-def _run(run: Trained, setting: Setting, images: dict[str, float]) -> tuple[Any, ...]:
-    cost = run.metrics.get("cost/fe")
+def _run(run: Trained, setting: Setting) -> tuple[Any, ...]:
     return (
         run.id,
         setting.label,
@@ -129,7 +127,7 @@ def _run(run: Trained, setting: Setting, images: dict[str, float]) -> tuple[Any,
         run.tags.get("checks"),
         run.epochs,
         run.best_epoch,
-        cost / images[run.id] if cost is not None and run.id in images else None,
+        run.per_image(run.metrics.get("cost/fe")),
         json.dumps(dict(run.params)),
         json.dumps(dict(run.metrics)),
         json.dumps(dict(run.tags)),

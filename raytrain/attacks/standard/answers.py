@@ -14,6 +14,9 @@ from raytrain.attacks.standard.local import Local, Region
 from raytrain.meter import Meter
 from raytrain.types import Images, Labels
 
+REMEMBERED = 2**31
+"""Bytes of activations that are remembered at most."""
+
 Logits = Float[Tensor, "n classes"]
 Ask = Callable[[Images], Logits]
 
@@ -56,14 +59,17 @@ class Answers:
     def local(self, images: Images) -> Local | None:
         """Activations on `images`, for questions about windows of them.
 
-        None where the network cannot be followed layer by layer, and on other devices than a CPU,
-        whose many small kernels would take longer than the whole network.
+        None where the network cannot be followed layer by layer, where it would take more than 2 GiB,
+        and on other devices than a CPU, whose many small kernels would take longer than the whole.
         """
         layout = self._settle(images)
         if images.device.type != "cpu" or not Local.fits(self._fast):
             return None
+        images = images.contiguous(memory_format=layout)
         with torch.no_grad():
-            return Local(self._fast, images.contiguous(memory_format=layout), self.meter)
+            if Local(self._fast, images[:1], Meter()).nbytes * len(images) > REMEMBERED:
+                return None
+            return Local(self._fast, images, self.meter)
 
     def _pass(self, images: Images) -> Logits:
         self.meter.forwards += len(images)

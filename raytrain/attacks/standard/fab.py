@@ -93,21 +93,19 @@ def project_linf(points: Points, w: Points, b: Float[Tensor, " n"]) -> Points:
     library sorts all pixels instead.
     """
     excess = (w * points).sum(1) - b
-    up = (w < 0) == (excess >= 0)[:, None]  # which pixels grow
-    room, slope = torch.where(up, 1 - points, points), w.abs()
-    full, need = slope * room, excess.abs()
+    direction = w.sign() * torch.where(excess < 0, 1.0, -1.0)[:, None]
+    room, slope = torch.where(direction > 0, 1 - points, points), w.abs()
+    full, left, free = slope * room, excess.abs(), slope.sum(1)
     spent = torch.zeros_like(slope, dtype=torch.bool)
-    amount = need / slope.sum(1)
     while True:
+        amount = torch.where(free > 0, left / free, torch.inf)
         now = spent | (room < amount[:, None])
         if torch.equal(now, spent):
             break
         spent = now
-        left = need - full.masked_fill(~spent, 0).sum(1)
+        left = excess.abs() - full.masked_fill(~spent, 0).sum(1)
         free = slope.masked_fill(spent, 0).sum(1)
-        amount = torch.where(free > 0, left / free, torch.inf)
-    move = torch.minimum(room, amount[:, None])
-    return torch.where(up, move, -move).masked_fill(w == 0, 0)
+    return direction * torch.minimum(room, amount[:, None])
 
 
 _PROJECTIONS = {"linf": project_linf, "l2": projection_l2, "l1": projection_l1}

@@ -109,6 +109,11 @@ class Local:
         self._run(images)
         self._kept = {node: self._asked[node].clone() for node in nodes}
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is remembered."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
     def ask(self, rows: Rows, region: Region, window: Maps) -> Float[Tensor, "k classes"]:
         """The logits of images `rows` if `region` of them were `window`: counted as a whole pass."""
         (entry,) = (node for node in self._network.graph.nodes if node.op == "placeholder")

@@ -15,8 +15,8 @@ from raytrain.attacks.standard.local import Local, Region, Span
 
 Windows = Float[Tensor, "n c size size"]
 
-SIDE, SMALL = 16, 4
-"""From this side of an image on, squares of at most a fourth of it change little of an answer."""
+SIDE, SMALL = 16, 2
+"""From this side of an image on, squares of at most half of it leave much of an answer as it is."""
 
 
 class Square(SquareAttack):
