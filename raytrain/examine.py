@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raytrain.api import Overrides, own_tracker
+from raytrain.attacks.standard import EDITION
 from raytrain.checkpoint import load, run_id_of
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_test
@@ -143,6 +144,7 @@ def evaluate(
         "contract": contract.hash,
         "batch_size": exam.batch_size,
         "seed": exam.seed,
+        "attacks": EDITION,
         "versions": {name: version(name) for name in ("torch", "pyautoattack")},
     }
     with interruptible():

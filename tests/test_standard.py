@@ -22,6 +22,7 @@ from raytrain.attacks.standard import STAGES, Standard, exact_float32, survivors
 from raytrain.attacks.standard import answers as answers_module
 from raytrain.attacks.standard.answers import Answers, folded
 from raytrain.attacks.standard.fab import project_linf
+from raytrain.attacks.standard.local import Local
 from raytrain.balls import AbstractBall
 from raytrain.config import RunConfig
 from raytrain.data.loader import open_test
@@ -177,8 +178,7 @@ def unsieved(patch: pytest.MonkeyPatch) -> None:
 
 def unfolded(patch: pytest.MonkeyPatch) -> None:
     """The network as it is, bit for bit."""
-    patch.setattr(answers_module, "folded", lambda model: model)
-    patch.setattr(answers_module, "_best_layout", lambda *_: torch.contiguous_format)
+    patch.setattr(answers_module, "fast_copy", lambda own, *_: (own, torch.contiguous_format))
 
 
 def unstopped(patch: pytest.MonkeyPatch) -> None:
@@ -241,6 +241,77 @@ def test_channels_lie_innermost_where_the_network_takes_it(kind: type[nn.Module]
     plain = images.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(model(plain).square().sum(), plain)
     assert torch.allclose(grad, wanted, atol=1e-5)
+
+
+class Rectified(nn.Module):
+    """Its shortcut is what an in-place ReLU has left of the activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.act, self.linear = nn.ReLU(inplace=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        return self.linear((self.conv2(self.act(h)) + h).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """One convolution and one BatchNorm, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+        self.linear = nn.Linear(64, 5)
+        nn.init.constant_(self.bn.running_var, 0.05)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.bn(self.conv(x)).relu()
+        return self.linear(x.flatten(1))
+
+
+class Typed(nn.Module):
+    """What is traced is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear((x.flatten(1) - 0.5) / 0.1 if type(x) is Tensor else x.flatten(1))
+
+
+class Apart(nn.Module):
+    """Channels as images of their own, which a single image allows in every layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 1, 3)
+        self.linear = nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        n, c, height, width = h.shape
+        return self.linear(self.one(h.view(n * c, 1, height, width)).view(n, c * 36))
+
+
+@pytest.mark.parametrize("kind", [Rectified, Tied, Typed, Apart])
+def test_a_copy_that_is_another_function_is_not_attacked(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    answers = answers_of(model)
+    with torch.no_grad():
+        answers(images[:1])
+        assert torch.allclose(answers(images), model(images), atol=1e-5)
+    if kind in (Rectified, Tied, Typed):  # what tracing alone would have made of it
+        with torch.no_grad():
+            other = folded(copy.deepcopy(model))
+            for module in other.modules():
+                if hasattr(module, "inplace"):
+                    vars(module)["inplace"] = False
+            assert not torch.allclose(other(images), model(images), atol=1e-3)
 
 
 class Branching(TinyNet):
@@ -388,6 +459,34 @@ def test_square_ends_at_the_same_images_where_some_are_broken(
     assert 0 < broken < len(images)
 
 
+def test_square_has_the_library_s_verdicts_where_small_squares_are_followed(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halve = nn.Conv2d(1, 1, 2, stride=2, bias=False)
+    nn.init.constant_(halve.weight, 0.25)
+    model = nn.Sequential(halve, digits.model).eval()
+    small, labels = digits.first(60)
+    images = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    asked: list[int] = []
+    ask = Local.ask
+
+    def counted(self: Local, rows: Tensor, *given: Any) -> Tensor:
+        asked.append(len(rows))
+        return ask(self, rows, *given)
+
+    monkeypatch.setattr(Local, "ask", counted)
+    right = (model(images).argmax(1) == labels).nonzero().flatten()
+    images, labels, held = images[right], labels[right], []
+    for kind in (SquareAttack, standard.Square):
+        predict = model if kind is SquareAttack else answers_of(model)
+        attack: Any = kind(predict, n_queries=300, eps=0.12, seed=SEED, resc_schedule=False)  # pyright: ignore
+        with torch.random.fork_rng(devices=[]):
+            held.append(model(attack.perturb(images, labels)).argmax(1) == labels)
+    assert torch.equal(*held)
+    assert 0 < int(held[0].sum()) < len(images)
+    assert sum(asked) > 1000
+
+
 # --- cost -------------------------------------------------------------------------------------
 
 
@@ -484,15 +583,60 @@ def test_an_image_that_falls_to_the_first_step_of_fab_costs_no_further_pass(norm
     assert (meter.forwards, meter.input_backwards) == (1 + 7 * count, count)
 
 
+class TwoWays(nn.Module):
+    """Class 1 wins above a mean pixel of 0.505, if the network is `open` to it; class 2 below 0.49."""
+
+    def __init__(self, is_open: bool) -> None:
+        super().__init__()
+        self.off = -1e-6 if is_open else 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        first = (mean - 0.505).clamp(max=0.0) - self.off
+        zero, never = torch.zeros_like(mean), torch.full_like(mean, -9.0)
+        return torch.stack([zero, first, 0.49 - mean, never, never], 1)
+
+
 @pytest.mark.usefixtures("fewer")
-def test_fab_goes_on_where_only_the_copy_that_is_attacked_is_deceived() -> None:
+@pytest.mark.parametrize("stage", ["apgd-t", "fab-t"])
+def test_where_only_the_copy_is_deceived_other_targets_are_tried(stage: standard.Stage) -> None:
+    images, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
+    for own in (TwoWays(True), TwoWays(False)):
+        answers = Answers(TwoWays(True), Meter())
+        answers._own, answers._fast = own, TwoWays(True)
+        left = survivors(stage, answers, images, labels, ball_of("linf", 0.1), SEED)
+        assert not left.any()
+
+
+@pytest.mark.usefixtures("fewer")
+def test_square_goes_on_where_only_the_copy_is_deceived() -> None:
     images, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
     meter = Meter()
-    answers = Answers(TwoSides(), meter)
-    answers._own = Slight()  # the network itself always answers 0
-    left = survivors("fab-t", answers, images, labels, ball_of("linf", 0.1), SEED)
-    assert left.all()
-    assert meter.input_backwards >= 2 * STEPS
+    answers = Answers(Slight(), meter)
+    answers._fast = TwoSides()  # is deceived at once by most stripes
+    left = survivors("square", answers, images, labels, ball_of("linf", 0.1), SEED)
+    assert left.all() and meter.forwards > 20
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("norm", RADII)
+def test_logits_that_are_all_equal_end_no_evaluation(norm: str) -> None:
+    class Equal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).sum(1, keepdim=True) * torch.zeros(1, 5)
+
+    images, labels = torch.rand(3, 1, 10, 10), torch.zeros(3, dtype=torch.long)
+    for stage in STAGES:
+        answers = Answers(Equal(), Meter())
+        assert survivors(stage, answers, images, labels, ball_of(norm), SEED).all()
+
+
+def test_a_projection_that_rounds_stays_among_the_pixels() -> None:
+    points, w = torch.tensor([[0.581, 0.684, 0.869, 0]]), torch.tensor([[0.66, 0.39, 0.23, 1e-9]])
+    b = torch.tensor([1.2799999713897705])
+    found = project_linf(points, w, b)
+    assert bool((points + found >= 0).all() and (points + found <= 1).all())
+    assert torch.allclose(found, projection_linf(points, w, b), atol=1e-5)
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 64, 300])

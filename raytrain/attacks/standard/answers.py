@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from raytrain.attacks.standard.local import Local, Region
+from raytrain.attacks.standard.local import Local, Region, Span
 from raytrain.meter import Meter
 from raytrain.types import Images, Labels
 
@@ -26,13 +27,15 @@ class Answers:
 
     Weights take no gradient, so a library that calls `.backward()` pays for the input alone.
     Attacks ask a copy that is the same function up to rounding: BatchNorm is folded into the
-    convolution before it, and on a CPU channels lie innermost. Verdicts are the network's own.
+    convolution before it, and on a CPU channels lie innermost. Whether it is, is seen on the first
+    images; verdicts are the network's own.
     """
 
     def __init__(self, model: nn.Module, meter: Meter) -> None:
         self._own = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self._fast = folded(self._own)
-        self._layout: torch.memory_format | None = None  # not known before the first image
+        self._folded = folded(self._own)
+        self._fast: nn.Module | None = None  # not known before the first images
+        self._layout = torch.contiguous_format
         self.meter = meter
         self._sieve: Sieve | None = None
 
@@ -59,30 +62,96 @@ class Answers:
     def local(self, images: Images) -> Local | None:
         """Activations on `images`, for questions about windows of them.
 
-        None where the network cannot be followed layer by layer, where it would take more than 2 GiB,
+        None where the network cannot be followed layer by layer, where 2 GiB do not hold what is remembered,
         and on other devices than a CPU, whose many small kernels would take longer than the whole.
         """
-        layout = self._settle(images)
-        if images.device.type != "cpu" or not Local.fits(self._fast):
+        fast, images = self._settled(images), images.contiguous(memory_format=self._layout)
+        if images.device.type != "cpu" or not Local.fits(fast):
             return None
-        images = images.contiguous(memory_format=layout)
+        few = images[:2].clone()
         with torch.no_grad():
-            if Local(self._fast, images[:1], Meter()).nbytes * len(images) > REMEMBERED:
+            if not _follows(fast, few) or Local(fast, few, Meter()).nbytes * len(images) > (
+                REMEMBERED * len(few)
+            ):
                 return None
-            return Local(self._fast, images, self.meter)
+            return Local(fast, images, self.meter)
 
     def _pass(self, images: Images) -> Logits:
         self.meter.forwards += len(images)
         if torch.is_grad_enabled() and images.requires_grad:
             self.meter.input_backwards += len(images)
-        return self._fast(images.contiguous(memory_format=self._settle(images)))
+        fast = self._settled(images)
+        return fast(images.contiguous(memory_format=self._layout))
 
-    def _settle(self, images: Images) -> torch.memory_format:
-        """The layout of images that the fast copy likes best; the copy is in it afterwards."""
-        if self._layout is None:
-            self._layout = _best_layout(self._fast, images.detach()[:1])
-            self._fast = self._fast.to(memory_format=self._layout)  # pyright: ignore[reportCallIssue]
-        return self._layout
+    def _settled(self, images: Images) -> nn.Module:
+        """The copy that is attacked; `_layout` is what it wants images to be in."""
+        if self._fast is None:
+            self._fast, self._layout = fast_copy(self._own, self._folded, images.detach())
+        return self._fast
+
+
+def fast_copy(
+    own: nn.Module, short: nn.Module, images: Images
+) -> tuple[nn.Module, torch.memory_format]:
+    """The fastest copy that answers as the network does, and the layout of its images.
+
+    Asked about some of `images` and about noise: `short`, what was traced of it, may be another function
+    (weights used twice, activations overwritten, branches on types), and some networks do not take
+    channels last.
+    """
+    few = images[:4]
+    noise = torch.rand(few.shape, generator=torch.Generator().manual_seed(0)).to(few)
+    probe = torch.cat([few, noise])
+    layouts = [torch.contiguous_format]
+    if images.device.type == "cpu":  # where their convolutions are faster
+        layouts.insert(0, torch.channels_last)
+    with torch.no_grad():
+        wanted = own(probe)
+        for model in (_overwriting_nothing(short), short, own):
+            for layout in layouts:
+                fast: Any = copy.deepcopy(model)
+                with suppress(
+                    Exception
+                ):  # what tracers and layouts do not bear differs by network
+                    fast = fast.to(memory_format=layout)
+                    if _alike(fast(probe.contiguous(memory_format=layout)), wanted):
+                        return fast, layout
+    return own, torch.contiguous_format
+
+
+def _overwriting_nothing(model: nn.Module) -> nn.Module:
+    """A copy in which what a layer was given stays as it was: it is to be remembered."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            vars(module)["inplace"] = False
+    return model
+
+
+def _alike(found: Logits, wanted: Logits) -> bool:
+    scale = wanted.abs().amax().nan_to_num(0.0, 0.0, 0.0)
+    return torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(scale), equal_nan=True)
+
+
+def _follows(fast: nn.Module, few: Images) -> bool:
+    """Whether answers about windows are those of the whole network, before and after a change."""
+    height, width = few.shape[2:]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(len(few))
+    images, size = few.clone(), min(3, height, width)
+    try:
+        local = Local(fast, few, Meter())  # pyright: ignore[reportArgumentType]
+        for top, left in ((0, 0), (height // 2, width // 3), (height - size, width - size)):
+            region = Region(Span(top, top + size), Span(left, left + size))
+            region = Region(region.rows.within(height), region.columns.within(width))
+            window = torch.rand(region.of(images).shape, generator=generator)
+            region.of(images).copy_(window)
+            if not _alike(local.ask(rows, region, window), fast(images)):
+                return False
+            local.keep(torch.ones(len(rows), dtype=torch.bool))
+    except Exception:  # a network may do to its activations what nobody has thought of
+        return False
+    return True
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -90,28 +159,10 @@ def folded(model: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse
 
     try:
-        fast = fuse(model).eval().requires_grad_(False)
+        return fuse(model).eval().requires_grad_(False)
     except Exception:
         # Networks from elsewhere may branch on their values, which no tracer follows.
         return model
-    for module in fast.modules():
-        if getattr(module, "inplace", False):  # what a layer was given is to be remembered
-            vars(module)["inplace"] = False
-    return fast
-
-
-def _best_layout(model: nn.Module, image: Images) -> torch.memory_format:
-    """Channels innermost where the processor's convolutions are faster so, and the network takes it."""
-    if image.device.type != "cpu":
-        return torch.contiguous_format
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).to(memory_format=torch.channels_last)(  # pyright: ignore
-                image.contiguous(memory_format=torch.channels_last)
-            )
-    except RuntimeError:  # a network may view its activations as rows, which this layout forbids
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 class Whole:

@@ -22,10 +22,10 @@ class _EarlyExit:
         if self.eps != self.eps_orig:  # a larger radius on the way: nothing found there counts
             return super().attack_single_run(x, y, x_init)  # pyright: ignore
         with self.model.sieving(y) as sieve:
-            best, robust, loss, found = super().attack_single_run(x, y, x_init)  # pyright: ignore
+            best, _, loss, found = super().attack_single_run(x, y, x_init)  # pyright: ignore
         if sieve.found is not None:
             found[sieve.fallen] = sieve.found[sieve.fallen]
-        return best, robust, loss, found
+        return best, ~sieve.fallen, loss, found  # the network's own verdicts, not its copy's
 
 
 class Apgd(_EarlyExit, APGDAttack):

@@ -42,22 +42,21 @@ class Fab(FABAttack_PT):
         use_rand_start: bool = False,
         is_targeted: bool = True,
     ) -> Tensor:
-        """For each image the nearest one found that the network takes for another class, or itself."""
+        """For each image one within eps that the network takes for another class, or itself."""
         assert y is not None and is_targeted and not use_rand_start  # as in the standard version
         target = self.predict(x).argsort(1)[:, -self.target_class]
-        found, nearest = x.clone(), x.new_full((len(x),), torch.inf)
+        found = x.clone()
         rows, at = torch.arange(len(x), device=x.device), x
         for _ in range(self.n_iter):
             clean, label = x[rows], y[rows]
             at = self._step(at, clean, label, target[rows])
             other = self.predict(at).argmax(1) != label
-            distance = self._ball.norm_of(at - clean)
-            nearer = other & (distance < nearest[rows])
-            found[rows[nearer]], nearest[rows[nearer]] = at[nearer], distance[nearer]
-            standing = ~self._fallen(at, label, nearer & (distance <= self.eps))
+            within = self._ball.norm_of(at - clean) <= self.eps
+            fallen = self._fallen(at, label, other & within)
+            found[rows[fallen]] = at[fallen]
             at = torch.where(other[:, None, None, None], clean + (at - clean) * self.beta, at)
-            if not bool(standing.all()):
-                rows, at = rows[standing], at[standing]
+            if bool(fallen.any()):
+                rows, at = rows[~fallen], at[~fallen]
             if len(rows) == 0:
                 break
         return found
@@ -96,9 +95,9 @@ def project_linf(points: Points, w: Points, b: Float[Tensor, " n"]) -> Points:
     direction = w.sign() * torch.where(excess < 0, 1.0, -1.0)[:, None]
     room, slope = torch.where(direction > 0, 1 - points, points), w.abs()
     full, left, free = slope * room, excess.abs(), slope.sum(1)
-    spent = torch.zeros_like(slope, dtype=torch.bool)
-    while True:
-        amount = torch.where(free > 0, left / free, torch.inf)
+    spent, amount = torch.zeros_like(slope, dtype=torch.bool), torch.zeros_like(left)
+    while True:  # from below: what rounds to less than before stays as it was
+        amount = torch.where(free > 0, left / free, torch.inf).maximum(amount)
         now = spent | (room < amount[:, None])
         if torch.equal(now, spent):
             break

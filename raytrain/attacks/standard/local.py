@@ -7,6 +7,7 @@ is the network's up to rounding.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +30,10 @@ LARGE = 0.5
 """A change that reaches more than this share of a layer is computed as a whole."""
 
 _POINTWISE_MODULES = (nn.ReLU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.BatchNorm2d, nn.Identity)
-_POINTWISE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{f: f for f in (torch.relu, functional.relu, functional.silu, functional.gelu)},
-    **{f: f for f in (torch.add, operator.add, operator.sub, operator.mul, operator.truediv)},
-    operator.iadd: operator.add,
-}
+_POINTWISE_FUNCTIONS: set[Callable[..., Any]] = {
+    torch.relu, functional.relu, functional.silu, functional.gelu,
+    torch.add, operator.add, operator.sub, operator.mul, operator.truediv,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Local:
 
     @staticmethod
     def fits(network: nn.Module) -> TypeGuard[fx.GraphModule]:
-        """Whether a network maps one tensor to one, in layers that are known and change nothing in place."""
+        """Whether a network maps one tensor to one, and its layers change nothing in place."""
         if not isinstance(network, fx.GraphModule):
             return False
         nodes = list(network.graph.nodes)
@@ -102,12 +102,15 @@ class Local:
     def __init__(self, network: fx.GraphModule, images: Images, meter: Meter) -> None:
         self._network, self._meter = network, meter
         self._modules: dict[str, Any] = dict(network.named_modules())
+        self._convolutions: set[fx.Node] = set()
+        self._pointwise: set[fx.Node] = set()
+        self._sort_layers()
         self._kept: dict[fx.Node, Maps] = {}
         self._asked: dict[fx.Node, Any] = {}
         self._rows = torch.arange(len(images), device=images.device)
-        nodes = [node for node in network.graph.nodes if self._is_kept(node)]
         self._run(images)
-        self._kept = {node: self._asked[node].clone() for node in nodes}
+        self._kept = {node: self._asked[node].clone() for node in self._to_keep()}
+        self._asked = {}
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +146,7 @@ class Local:
 
     def _answer(self, node: fx.Node, asked: dict[fx.Node, Any]) -> Any:
         patches = [asked[n] for n in node.all_input_nodes if isinstance(asked[n], Patch)]
-        if patches and self._is_convolution(node):
+        if patches and node in self._convolutions:
             return self._convolve(node, patches[0])
         if patches and self._acts_pointwise(node, asked):
             region = reduce(operator.or_, (patch.region for patch in patches))
@@ -154,15 +157,14 @@ class Local:
     def _apply(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         """A layer as it is, on these values of its inputs."""
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self._network)
+            return _attribute(self._network, node)
         args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
         target: Any = node.target
         if node.op == "call_module":
             return self._modules[target](*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        function: Any = _POINTWISE_FUNCTIONS.get(target, target)
-        return function(*args, **kwargs)
+        return target(*args, **kwargs)
 
     def _convolve(self, node: fx.Node, patch: Patch) -> Any:
         conv: Any = self._modules[str(node.target)]
@@ -214,53 +216,85 @@ class Local:
 
     # -------------------------------------------------------------- what kind of layer it is
 
+    def _acts_pointwise(self, node: fx.Node, asked: dict[fx.Node, Any]) -> bool:
+        """Whether nothing but the same positions of the patches changes a position of the result."""
+        inputs = _inputs(node)
+        if node not in self._pointwise or not all(isinstance(asked[n], Patch) for n in inputs):
+            return False
+        return len(inputs) == 1 or len({self._kept[asked[n].node].shape for n in inputs}) == 1
+
+    def _sort_layers(self) -> None:
+        """Find the layers that a change of the images reaches as a change of a region."""
+        reached: set[fx.Node] = set()
+        for node in self._network.graph.nodes:
+            inputs = _inputs(node)
+            if node.op != "placeholder" and not (inputs and reached.issuperset(inputs)):
+                continue
+            if self._is_convolution(node):
+                self._convolutions.add(node)
+            elif self._is_pointwise(node):
+                self._pointwise.add(node)
+            elif node.op != "placeholder":
+                continue
+            reached.add(node)
+
+    def _to_keep(self) -> list[fx.Node]:
+        """The layers of which more is asked for than a patch."""
+        known = self._convolutions | self._pointwise
+        return [
+            node
+            for node in self._network.graph.nodes
+            if (node.op == "placeholder" or node in known)
+            and any(n not in self._pointwise or len(_inputs(n)) > 1 for n in node.users)
+        ]
+
     def _is_convolution(self, node: fx.Node) -> bool:
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
         return (
-            isinstance(module, nn.Conv2d)
+            type(module) is nn.Conv2d
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
+            and not _is_hooked(module)
         )
 
     def _is_pointwise(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self._modules[str(node.target)], _POINTWISE_MODULES)
+            module = self._modules[str(node.target)]
+            moves = isinstance(module, nn.BatchNorm2d) and module.running_mean is None
+            return type(module) in _POINTWISE_MODULES and not moves and not _is_hooked(module)
         constants = (n for n in node.all_input_nodes if n.op == "get_attr")
         return (
             node.op == "call_function"
             and node.target in _POINTWISE_FUNCTIONS
-            and all(_same_everywhere(self._apply(n, _nothing)) for n in constants)
+            and all(_same_everywhere(_attribute(self._network, n)) for n in constants)
         )
 
-    def _acts_pointwise(self, node: fx.Node, asked: dict[fx.Node, Any]) -> bool:
-        """Whether nothing but the same positions of the patches changes a position of the result."""
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if not self._is_pointwise(node) or not all(isinstance(asked[n], Patch) for n in inputs):
-            return False
-        return len(inputs) == 1 or len({self._kept[asked[n].node].shape for n in inputs}) == 1
 
-    def _is_kept(self, node: fx.Node) -> bool:
-        """Whether more of a layer is asked for than its patch."""
-        if not (
-            node.op == "placeholder" or self._is_convolution(node) or self._is_pointwise(node)
-        ):
-            return False
-        return any(
-            not self._is_pointwise(user)
-            or sum(n.op != "get_attr" for n in user.all_input_nodes) > 1
-            for user in node.users
-        )
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """What a layer is given that depends on the images."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr"]
+
+
+def _attribute(network: nn.Module, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(network)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _changes_in_place(node: fx.Node) -> bool:
+    if node.op not in ("call_method", "call_function"):
+        return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    called = node.op in ("call_method", "call_function")
-    flag = node.kwargs.get("inplace", False) or any(arg is True for arg in node.args)
-    return called and (bool(flag) or (name.endswith("_") and not name.endswith("__")))
-
-
-def _nothing(node: fx.Node) -> Any:
-    """The value of an input, for a node that has none."""
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    try:
+        names: list[str] = list(inspect.signature(node.target).parameters)  # pyright: ignore
+    except (TypeError, ValueError):  # of a method, or of a function in C
+        names = []
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return bool(given.get("inplace", False))
 
 
 def _same_everywhere(constant: Any) -> bool:

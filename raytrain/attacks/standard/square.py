@@ -39,7 +39,7 @@ class Square(SquareAttack):
         count, channels, height, width = x.shape
         stripes = self.random_choice([count, channels, 1, width])
         best = (x + self.eps * stripes).clamp(0, 1)
-        margin = _margin(self.predict(best), y)
+        margin = self._judged(_margin(self.predict(best), y), best, y)
         queries = torch.ones(count, device=x.device)
         changed = torch.zeros(count, dtype=torch.long, device=x.device)
         tried: dict[tuple[int, ...], int] = {}
@@ -60,12 +60,30 @@ class Square(SquareAttack):
             if len(rows) == 0:
                 continue
             found = _margin(board.ask(rows, square.region, after), y[rows])
+            over = (found <= 0).nonzero().flatten()
+            if len(over):
+                attempt = best[rows[over]]
+                square.region.of(attempt).copy_(after[over])
+                found[over] = self._judged(found[over], attempt, y[rows[over]])
             better = found < margin[rows]
             board.keep(better)
             rows = rows[better]
             margin[rows], square.region.of(best)[rows] = found[better], after[better]
             changed[rows], queries[rows] = query + 1, float(query + 1)
         return queries, best
+
+    def _judged(self, margin: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Margins of which none says that an image has fallen if only the attacked copy thinks so."""
+        over = (margin <= 0).nonzero().flatten()
+        if len(over):
+            stands = self.predict.classes(images[over]) == labels[over]
+            margin[over[stands]] = torch.finfo(margin.dtype).tiny
+        return margin
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's, for the other norms; it takes no margin of exactly zero for a success."""
+        margin, loss = super().margin_and_loss(x, y)  # pyright: ignore[reportGeneralTypeIssues]
+        return torch.where(margin == 0, -torch.finfo(margin.dtype).tiny, margin), loss
 
     def _square(self, query: int, channels: int, height: int, width: int) -> _Square:
         """The next proposal, drawn as the library draws it."""
