@@ -232,6 +232,7 @@ def _record(
     shares = {f"{result.scope}/{name}": s.value for name, s in result.accuracies.items()}
     costs = {"images": float(result.images), "fe": float(result.fe), "seconds": result.seconds}
     failed = [finding.check for finding in result.findings if not finding.passed]
+    failed += Earlier.failed_beside(result.folder)
     with own_tracker(config, storage) as tracker:
         if not tracker.knows(run_id):
             say(
@@ -242,7 +243,7 @@ def _record(
         tracker.adopt(run_id, run_id)
         tracker.inputs(run_id, [seen])
         tracker.log(run_id, {**shares, **{f"{result.scope}/{k}": v for k, v in costs.items()}})
-        if result.findings:
+        if result.findings or failed:
             tracker.tag(run_id, {"checks": f"FAILED: {', '.join(failed)}" if failed else "passed"})
         for name in (FLAGS, RECORD, EXAMPLES):
             tracker.artifact(run_id, result.folder / name, f"evaluation/{result.scope}")

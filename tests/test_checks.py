@@ -400,7 +400,10 @@ def test_gradients_that_mislead_many_short_steps_are_caught() -> None:
 
 
 def test_at_no_radius_nothing_rises_and_nothing_is_accused() -> None:
-    assert failed(findings(trained("natural"), ball_of("linf", 0.0))) == set()
+    found = findings(trained("natural"), ball_of("linf", 0.0))
+    assert failed(found) == set()
+    for name, by in (("falls_with_eps", "eps"), ("more_steps", "PGD's steps")):
+        assert f"does not rise with {by}" in found[name].sentence and found[name].value == 0
 
 
 # ---------------------------------------------------------------- flags
@@ -418,6 +421,7 @@ def test_a_black_box_may_break_two_in_a_thousand_and_always_one(
     (found,) = after(white, {"Square": black})
     assert found.check == "black_box" and found.passed == passed
     assert found.value == broken / images and f"Square {broken}" in found.sentence
+    assert ("too weak, or the gradients mislead" in found.sentence) != passed
 
 
 def test_images_that_two_black_boxes_break_count_once_and_fallen_ones_not_at_all() -> None:

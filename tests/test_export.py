@@ -36,7 +36,7 @@ from raytrain.exports import formats
 from raytrain.exports import onnx as onnx_format
 from raytrain.exports.check import same_logits
 from raytrain.exports.leave import ExportResult, export
-from raytrain.exports.numbers import attack_name, record_of
+from raytrain.exports.numbers import Evaluated, record_of
 from raytrain.exports.robustbench import eps_text
 from raytrain.exports.tensors import load_exported
 from raytrain.loop import kept, network, start
@@ -322,11 +322,46 @@ class TestRobustBench:
         )
         assert (one["clean_acc"], one["reported"], one["autoattack_acc"]) == ("95.72", "5.04", "")
         assert one["footnote"] == (
-            "Measured on 20 of 30 test images. The reported accuracy is under PGD, 20 steps, not "
-            "AutoAttack."
+            "Measured on 20 of 30 test images. The reported accuracy is under PGD-20, not AutoAttack."
         )
-        assert (two["reported"], two["autoattack_acc"]) == ("52.90", "52.90")
-        assert two["footnote"] == "Failed checks: zero_gradients." and two["unreliable"] is True
+        assert (two["reported"], two["autoattack_acc"]) == ("50.38", "52.90")
+        assert two["footnote"] == (
+            "The reported accuracy is under PGD-20, not AutoAttack. Failed checks: zero_gradients."
+        )
+        assert (one["unreliable"], two["unreliable"]) == (False, True)
+
+    def test_a_claim_is_unreliable_if_any_evaluation_is(
+        self, coloured: Path, tmp_path: Path
+    ) -> None:
+        """Also where the numbers of the claim passed, or there are none."""
+        file = untrained(tmp_path / "run", data=str(coloured), model="wideresnet-10-1")
+        whole = {**evaluation(0, aa=210), "same_contract": True}
+        some = {**evaluation(0, "test_1000", failed=True, aa=100), "same_contract": True}
+        other = evaluation(0, "test_linf-0.2", eps=0.2, failed=True, aa=100)
+        for name, numbers, reported in (("one", (whole, some), "52.90"), ("two", (other,), "")):
+            folder = with_numbers(file, tmp_path / f"of {name}", *numbers)
+            result = export(folder, name, formats=["robustbench"])
+            claim = json.loads(next(Path(name, "robustbench").rglob("*.json")).read_text())
+            assert claim["reported"] == claim["autoattack_acc"] == reported
+            assert claim["footnote"] == "Failed checks: zero_gradients."
+            assert claim["unreliable"] is True and result.failed_checks == ("zero_gradients",)
+
+    @pytest.mark.parametrize(
+        ("robust", "hardest"),
+        [
+            ({"pgd20": 200, "aa": 210}, "pgd20"),
+            ({"pgd50x5": 200, "aa": 200}, "aa"),
+            ({"cw50x5": 200, "pgd50": 200, "pgd50x5": 200}, "pgd50x5"),
+            ({"cw20": 190, "pgd20": 200}, "cw20"),
+            ({}, None),
+        ],
+    )
+    def test_the_hardest_attack_left_least_and_is_the_stronger_of_equals(
+        self, robust: dict[str, Any], hardest: str | None
+    ) -> None:
+        found = Evaluated.model_validate(evaluation(1, **robust)).hardest()
+        assert (None if found is None else found[0]) == hardest
+        assert found is None or found[1].count == min(robust.values())
 
     @pytest.mark.parametrize(
         ("model", "threat", "message"),
@@ -563,8 +598,8 @@ class TestCard:
         result = export(folder, "out", formats=["safetensors"], licence="cc-by-4.0")
         text = Path("out/README.md").read_text()
         assert result.evaluated and result.failed_checks == ()
-        assert "| PGD, 20 steps | 50.38% | 45.38% to 52.38% | 200 of 397 |" in text
-        assert "| AutoAttack (standard) | 47.86% | 42.86% to 49.86% | 190 of 397 |" in text
+        assert "| PGD-20 | 50.38% | 45.38% to 52.38% | 200 of 397 |" in text
+        assert "| AutoAttack | 47.86% | 42.86% to 49.86% | 190 of 397 |" in text
         assert "Checks passed: `zero_gradients`, `modes`." in text
         assert "contract `1a2b3c4d`" in text and "Measured on an abacus." in text
         assert "WARNING" not in text and "AutoAttack was not run" not in text
@@ -575,8 +610,8 @@ class TestCard:
         values = {one["name"]: one["value"] for one in found["metrics"]}
         assert values == {
             "clean accuracy": 0.957179,
-            "accuracy under PGD, 20 steps, linf eps 0.1": 0.503778,
-            "accuracy under AutoAttack (standard), linf eps 0.1": 0.478589,
+            "accuracy under PGD-20, linf eps 0.1": 0.503778,
+            "accuracy under AutoAttack, linf eps 0.1": 0.478589,
         }
         assert head["license"] == "cc-by-4.0"
         copied = Path("out/evaluation/test/evaluation.json")
@@ -592,6 +627,28 @@ class TestCard:
         assert "**AutoAttack was not run**" in text
         (found,) = front(Path("out"))["model-index"][0]["results"]
         assert all("FAILED CHECKS" in one["name"] for one in found["metrics"])
+
+    @pytest.mark.parametrize(("scope", "eps"), [("test_200", 0.1), ("test_linf-0.2", 0.2)])
+    def test_a_failure_beside_numbers_that_passed_is_told_on_the_screen_and_as_json(
+        self, scope: str, eps: float, trained: Path, tmp_path: Path
+    ) -> None:
+        epoch = epoch_of(trained)
+        passed = evaluation(epoch, aa=200)
+        other = evaluation(epoch, scope, eps, failed=True, pgd20=200)
+        folder = with_numbers(trained / "best.pt", tmp_path / "run", passed, other)
+        command = ["export", str(folder), "--format", "safetensors", "--to"]
+        screen = CliRunner().invoke(app, [*command, "out"]).stdout
+        assert "CHECKS FAILED (zero_gradients)" in screen and "with test-set" not in screen
+        told = json.loads(CliRunner().invoke(app, [*command, "two", "--json"]).stdout)
+        assert told["evaluated"] is True and told["failed_checks"] == ["zero_gradients"]
+
+    def test_a_failure_without_numbers_of_the_own_threat_model_is_told_on_the_screen(
+        self, trained: Path, tmp_path: Path
+    ) -> None:
+        other = evaluation(epoch_of(trained), "test_linf-0.2", 0.2, failed=True, aa=200)
+        folder = with_numbers(trained / "best.pt", tmp_path / "run", other)
+        command = ["export", str(folder), "--format", "safetensors", "--to", "out"]
+        assert "CHECKS FAILED (zero_gradients)" in CliRunner().invoke(app, command).stdout
 
     def test_an_evaluation_that_is_not_trusted_is_as_loud(
         self, trained: Path, tmp_path: Path
@@ -638,7 +695,49 @@ class TestCard:
         numbers = {**evaluation(1), "images": "many"}
         folder = with_numbers(trained / "best.pt", tmp_path / "run", numbers)
         assert record_of(None, None, folder, "best", 1).main is None
-        assert "evaluation.json is not of this version (images)" in capsys.readouterr().err
+        assert (
+            "evaluation.json beside the checkpoint is not of this version (images)"
+            in capsys.readouterr().err
+        )
+
+    def test_each_evaluation_is_of_the_file_beside_the_checkpoint_or_else_of_mlflow(
+        self,
+        trained: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        stored = {
+            "test": evaluation(1, aa=201),
+            "test_100": evaluation(1, "test_100", aa=202),
+            "test_200": evaluation(1, "test_200", aa=203),
+            "test_300": evaluation(3, "test_300", aa=204),
+            "test_last": evaluation(1, "test_last", aa=205),
+        }
+        texts = {f"evaluation/{k}/evaluation.json": json.dumps(v) for k, v in stored.items()}
+        seen = Seen({}, {"test/images": 9.0, "test/aa": 1.0}, texts)
+        monkeypatch.setattr("raytrain.exports.numbers.look_up", lambda *_: seen)
+        folder = with_numbers(
+            trained / "best.pt",
+            tmp_path / "run",
+            evaluation(1, failed=True, aa=101),
+            evaluation(2, "test_200", aa=102),
+            evaluation(2, "test_300", aa=103),
+            evaluation(1, "test_linf-0.2", eps=0.2, aa=104),
+        )
+        record = record_of(None, RUN_ID, folder, "best", 1)
+        counts = {one.scope: one.accuracies["aa"].count for one in record.evaluations}
+        assert counts == {"test": 101, "test_100": 202, "test_200": 203, "test_linf-0.2": 104}
+        assert record.failed == ("zero_gradients",)
+        assert {
+            k: json.loads(v)["accuracies"]["aa"]["count"] for k, v in record.texts.items()
+        } == (counts)
+        told = capsys.readouterr().err.splitlines()
+        assert [line.split(" is of epoch ")[0].split("evaluation ")[1] for line in told] == [
+            "test_200 beside the checkpoint",
+            "test_300 beside the checkpoint",
+            "test_300 in MLflow",
+        ]
 
     def test_metrics_without_files_have_wilson_intervals(
         self, trained: Path, monkeypatch: pytest.MonkeyPatch
@@ -681,18 +780,24 @@ class TestCard:
         assert str(tmp_path) not in text and str(coloured.parent) not in text
         assert "tracking_uri" not in text
 
-    @pytest.mark.parametrize(
-        ("name", "words"),
-        [
-            ("pgd20", "PGD, 20 steps"),
-            ("pgd50x5", "PGD, 50 steps, 5 random starts"),
-            ("cw20", "PGD on the CW margin, 20 steps"),
-            ("aa", "AutoAttack (standard)"),
-            ("newest", "newest"),
-        ],
-    )
-    def test_attacks_are_written_out(self, name: str, words: str) -> None:
-        assert attack_name(name) == words
+    def test_attacks_are_told_apart_in_card_and_results(
+        self, trained: Path, tmp_path: Path
+    ) -> None:
+        robust: dict[str, Any] = {"pgd20": 220, "pgd20-eps_8": 210, "cw50x5-eps_8": 200}
+        numbers = evaluation(epoch_of(trained), **robust)
+        export(
+            with_numbers(trained / "best.pt", tmp_path / "run", numbers),
+            "out",
+            formats=["safetensors"],
+        )
+        text = Path("out/README.md").read_text()
+        titles = ["clean images", "PGD-20", "PGD-20, step eps/8", "CW-50, 5 restarts, step eps/8"]
+        assert all(f"| {title} | " in text for title in titles)
+        (found,) = front(Path("out"))["model-index"][0]["results"]
+        assert [one["name"] for one in found["metrics"]] == [
+            "clean accuracy",
+            *(f"accuracy under {title}, linf eps 0.1" for title in titles[1:]),
+        ]
 
 
 class TestCommand:

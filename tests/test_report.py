@@ -317,6 +317,8 @@ def test_a_dead_sweep_is_compared_and_the_report_lies_on_its_own_run(place: Plac
     kept = Path(place.client.download_artifacts(parent, "comparison/report.html"))
     assert kept.read_text() == result.report.read_text()
     assert place.client.get_run(parent).info.status == "RUNNING"  # not ours to end
+    # One trial is not the sweep: what it is compared with says nothing of the others.
+    assert place.compare(trials["t0000"], to="one").parent is None
     assert not (result.folder / ".mlflow").exists()
 
 

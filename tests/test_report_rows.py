@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from report_helpers import IMAGES, evaluated, flags_of, trained
 from scipy.stats import binomtest
 
-from raytrain.evaluation.confidence import holm, over_seeds, wilson
+from raytrain.evaluation.confidence import holm, mcnemar, over_seeds, wilson
+from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.report import curve_figures
 from raytrain.report.arenas import Arena, arenas_of
 from raytrain.report.cost_figures import cost_figure, gap_figure
-from raytrain.report.evaluations import called, strongest
+from raytrain.report.evaluations import Evaluated
 from raytrain.report.image_figures import by_class
 from raytrain.report.importance import importance_of
 from raytrain.report.inline import inline
 from raytrain.report.looks import looks_of
 from raytrain.report.page import without_password
 from raytrain.report.pairs import pairs_of
-from raytrain.report.parts import columns_of, in_short, part_of
+from raytrain.report.parts import columns_of, in_short, part_of, seeds_of
 from raytrain.report.rows import VALID, Row
 from raytrain.report.runs import Trained
 from raytrain.report.settings import settings_of
@@ -266,13 +267,15 @@ def test_rows_are_ranked_by_the_strongest_attack_that_all_have() -> None:
 
 
 def test_attacks_by_strength_and_by_name() -> None:
-    names = ["fgsm", "pgd20", "cw20", "aa", "pgd20x5", "apgd", "pgd50"]
-    assert strongest(names) == ["aa", "apgd", "pgd20x5", "pgd50", "pgd20", "cw20", "fgsm"]
-    assert [called(n) for n in ("aa", "pgd20", "pgd20x5", "cw20")] == [
+    names = ["fgsm", "pgd20", "cw20", "aa", "pgd20x5-eps_8", "apgd", "pgd50"]
+    by_strength = ["aa", "apgd", "pgd20x5-eps_8", "pgd50", "pgd20", "cw20", "fgsm"]
+    assert strongest_first(names) == by_strength
+    assert [attack_title(n) for n in ("aa", "pgd20", "pgd20x5", "cw20-eps_8", "mine")] == [
         "AutoAttack",
         "PGD-20",
-        "PGD-20 x5",
-        "CW-20",
+        "PGD-20, 5 restarts",
+        "CW-20, step eps/8",
+        "mine",
     ]
 
 
@@ -470,3 +473,104 @@ def test_a_run_without_anything_is_a_row() -> None:
     assert isinstance(row, Row) and row.cost is None and arena.leader is None
     assert part_of(arena, [], []).rows[0]["band"] == "cost not recorded"
     assert cost_figure(arena) is None and gap_figure(arena) is None
+
+
+# --- what must not be mixed ----------------------------------------------------------------------
+
+
+def rights(count: int, of: int = 1000, **changes: Any) -> Evaluated:
+    """An evaluation in which the first `count` images hold."""
+    table = flags_of({"clean": [True] * of, "pgd20": [k < count for k in range(of)]})
+    return evaluated(table, **changes)
+
+
+def test_arenas_of_one_description_have_titles_of_their_own() -> None:
+    one, two = (rights(50, 100, digest=digest) for digest in ("aaaa", "bbbb"))
+    arenas = arenas_of(
+        settings_of([trained("a", evaluations=[one]), trained("b", evaluations=[two])])
+    )
+    titles = [arena.title for arena in arenas]
+    assert len(set(titles)) == 2 and "aaaa" in " ".join(titles) and "bbbb" in " ".join(titles)
+
+
+def test_the_same_labels_are_another_test_set_if_the_images_are_others() -> None:
+    one, two = (rights(50, 100, digest=digest) for digest in ("clear", "foggy"))
+    assert one.test_set != two.test_set
+    assert rights(50, 100).test_set == rights(60, 100).test_set != ""
+
+
+def test_seeds_that_contradict_one_another_do_not_tell_two_apart() -> None:
+    runs = [
+        trained(name, seed, evaluations=[rights(count)])
+        for name, counts in (("a", (900, 300, 900, 300)), ("b", (500,) * 4))
+        for seed, count in enumerate(counts)
+    ]
+    arena = alone(*runs)
+    (pair,) = pairs_of(arena)
+    assert (pair.ahead, pair.seeds, pair.verdict) == (2, 4, "not told apart")
+    assert "cannot be told from" in in_short(arena, [pair])
+
+
+def test_a_leader_that_is_behind_on_what_both_have_is_not_called_ahead() -> None:
+    leading = [trained("a", k, evaluations=[rights(c)]) for k, c in enumerate((500, 800, 800))]
+    arena = alone(*leading, trained("b", 0, evaluations=[rights(600)]))
+    (pair,) = pairs_of(arena)
+    assert (pair.verdict, round(pair.difference, 3)) == ("behind", -0.1)
+    said = in_short(arena, [pair])
+    assert "behind" in said and "ahead" not in said
+
+
+def test_one_pair_has_mcnemars_two_sided_p() -> None:
+    arena = alone(trained("a", evaluations=[rights(520)]), trained("b", evaluations=[rights(510)]))
+    (pair,) = pairs_of(arena)
+    assert pair.p == pytest.approx(mcnemar(10, 0)) and pair.verdict == "ahead"
+
+
+def test_a_check_that_failed_on_fewer_images_marks_the_row_on_all() -> None:
+    some = rights(40, 100, scope="test_100", failed=("black_box: no.",), checked=True)
+    every = rights(400, checked=True)
+    arenas = arenas_of(settings_of([trained("a", evaluations=[some, every])]))
+    assert len(arenas) == 2 and all(not a.rows[0].trusted and a.leader is None for a in arenas)
+
+
+def test_an_unchecked_seed_beside_a_checked_one_is_marked_by_its_tag_and_told() -> None:
+    arena = alone(
+        trained("a", 0, evaluations=[rights(900, checked=True)]),
+        trained("a", 1, evaluations=[rights(800)], tags={"checks": "FAILED: zero_gradients"}),
+    )
+    assert arena.rows[0].failed == ("zero_gradients",)
+    assert any("without checks" in note for note in arena.notes)
+
+
+def test_a_seed_that_did_not_end_is_not_averaged_beside_those_that_did() -> None:
+    ended = [trained("a", seed, robust=[0.6]) for seed in (0, 1)]
+    cut = trained("a", 2, cost=23.0, robust=[0.1], status="KILLED")
+    (setting,) = settings_of([*ended, cut])
+    assert setting.unfinished == (cut,) and len(setting.every) == 3
+    (row,) = arenas_of([setting])[0].rows
+    assert row.cost == 230.0 and row.valid().value == pytest.approx(0.6)  # pyright: ignore
+    (alone_,) = settings_of([cut])
+    assert alone_.runs == (cut,) and alone_.unfinished == ()
+
+
+def test_seeds_are_counted_by_what_they_are_ranked_by() -> None:
+    runs = [trained("a", seed) for seed in range(4)]
+    arena = alone(trained("a", 4, evaluations=[rights(500)]), *runs)
+    assert seeds_of(arena.rows[0], arena.attack) == "1 of 5"
+    assert seeds_of(arena.rows[0], VALID) == "5"
+
+
+def test_what_mattered_leaves_out_what_failed_a_check_and_how_it_was_judged() -> None:
+    runs = []
+    for k in range(24):
+        masked = k >= 20
+        params = {"optimizer.lr": 0.1 * (k % 5 + 1), "algorithm.trick": "on" if masked else "off"}
+        params["evaluation.steps"] = 10 if k else 20
+        told = rights(500, checked=True, failed=("zero_gradients: no.",) if masked else ())
+        runs.append(
+            trained(
+                "a", params=params, robust=[0.9 if masked else 0.1 * (k % 5)], evaluations=[told]
+            )
+        )
+    found = {one.key for one in importance_of(alone(*runs))}
+    assert found <= {"optimizer.lr"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -112,13 +113,18 @@ def paired(first: Flags, second: Flags, level: float = 0.95) -> Paired:
     )
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p: each disagreement goes either way with chance 1/2 if both are equally good.
+def mcnemar(
+    only_first: int, only_second: int, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> float:
+    """p: each disagreement goes either way with chance 1/2 if both are equally good.
 
-    Exact, from the binomial distribution; 1 if the two never disagree.
+    `greater`: that the first is right so much more often. Exact, from the binomial distribution; 1 if
+    the two never disagree.
     """
     disagreements = only_first + only_second
-    return float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
+    if not disagreements:
+        return 1.0
+    return float(binomtest(only_first, disagreements, alternative=alternative).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pyarrow.parquet as pq
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import Share
 
+_SAME_NETWORK = ("weights", "images", "contract")  # of a key
+
 FLAGS, RECORD = "flags.parquet", "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """Flags, accuracies and findings under the same key: weights, images, contract, seed and batches."""
+    """Flags, accuracies and findings under the same key: weights, images, contract, seed, batches, code."""
 
     flags: pa.Table | None = None
     shares: Mapping[str, Share] | None = None
@@ -27,18 +30,39 @@ class Earlier:
 
     @classmethod
     def of(cls, folder: Path, key: Mapping[str, Any]) -> Earlier:
-        """What lies in a folder, if it belongs to `key`; nothing if it does not, or is damaged."""
+        """What lies in a folder, if it belongs to `key`; nothing if it does not, or is damaged.
+
+        What failed a check is remembered of the same network, images and contract under any key.
+        """
         try:
             record = json.loads((folder / RECORD).read_text())
-            if record["key"] != key:
+            findings = tuple(Finding(**finding) for finding in record["findings"])
+            if record["key"] == key:
+                shares = {name: Share(**share) for name, share in record["accuracies"].items()}
+                return cls(pq.read_table(folder / FLAGS), shares, findings)
+            if any(record["key"][part] != key[part] for part in _SAME_NETWORK):
                 return cls()
-            return cls(
-                pq.read_table(folder / FLAGS),
-                {name: Share(**share) for name, share in record["accuracies"].items()},
-                tuple(Finding(**finding) for finding in record["findings"]),
-            )
+            return cls(findings=tuple(finding for finding in findings if not finding.passed))
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
             return cls()
+
+    @staticmethod
+    def failed_beside(folder: Path) -> list[str]:
+        """Checks that failed in the other evaluations of a run, on other images or checkpoints.
+
+        Under the run's own threat model, such as `black_box (test_1000)`.
+        """
+        failed = []
+        for file in sorted(folder.parent.glob(f"*/{RECORD}")):
+            if file.parent == folder:
+                continue
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                record = json.loads(file.read_text())
+                names = [one["check"] for one in record["findings"] if not one["passed"]]
+                failed += [
+                    f"{name} ({file.parent.name})" for name in names if record["same_contract"]
+                ]
+        return failed
 
     def with_flags(self, new: pa.Table) -> pa.Table:
         """The new table, and columns that only the earlier one has."""

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from raytrain.attacks.standard import CHEAP, STAGES, Stage
-from raytrain.evaluation.names import attack_title as attack_title
 from raytrain.types import Spec, StepSize
 
 AttackName = Literal["fgsm", "pgd", "cw", "apgd", "aa"]

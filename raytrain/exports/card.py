@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from raytrain.algorithms import CATALOGUE
+from raytrain.evaluation.names import attack_title
 from raytrain.exports import robustbench
 from raytrain.exports.check import Checked
 from raytrain.exports.front import front_matter
-from raytrain.exports.numbers import Evaluated, attack_name
+from raytrain.exports.numbers import Evaluated
 from raytrain.exports.robustbench import eps_text
 from raytrain.exports.subject import Subject
 from raytrain.meter import Meter
@@ -92,7 +93,7 @@ def _numbers(subject: Subject) -> str:
 
 def _evaluation(subject: Subject, found: Evaluated) -> str:
     rows = [
-        f"| {attack_name(name)} | {got.value:.2%} | {got.low:.2%} to {got.high:.2%} "
+        f"| {attack_title(name)} | {got.value:.2%} | {got.low:.2%} to {got.high:.2%} "
         f"| {got.count} of {got.images} |"
         for name, got in found.accuracies.items()
     ]

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from raytrain.exports.numbers import Evaluated, attack_name
+from raytrain.evaluation.names import attack_title
+from raytrain.exports.numbers import Evaluated
 from raytrain.exports.robustbench import eps_text
 from raytrain.exports.subject import Subject
 
@@ -51,7 +52,7 @@ def _result(subject: Subject, found: Evaluated) -> dict[str, Any]:
     believed = " (FAILED CHECKS, do not rely on it)" if found.failed else ""
     metrics = []
     for name, got in found.accuracies.items():
-        under = f"accuracy under {attack_name(name)}, {norm} eps {eps_text(norm, eps)}"
+        under = f"accuracy under {attack_title(name)}, {norm} eps {eps_text(norm, eps)}"
         what = "clean accuracy" if name == "clean" else under
         metrics.append({"type": "accuracy", "value": round(got.value, 6), "name": what + believed})
     return {

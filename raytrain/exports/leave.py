@@ -33,7 +33,7 @@ class ExportResult:
     checked: dict[str, Checked]  # by format
     skipped: dict[str, str]  # formats that are not possible here, and why
     evaluated: bool  # under the threat model of training
-    failed_checks: tuple[str, ...]  # of that evaluation: its numbers are not to be believed
+    failed_checks: tuple[str, ...]  # of all evaluations that the card tells of
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -81,7 +81,6 @@ def export(
     with _whole(target.resolve()) as folder:
         checked = {name: FORMATS[name](subject, folder) for name in wanted}
         _leave_words(subject, folder, checked, licence)
-    main = subject.record.main
     return ExportResult(
         folder=target.resolve(),
         name=subject.name,
@@ -89,8 +88,8 @@ def export(
         epoch=subject.saved.epoch,
         checked=checked,
         skipped=skipped,
-        evaluated=main is not None,
-        failed_checks=() if main is None else tuple(one.check for one in main.failed),
+        evaluated=subject.record.main is not None,
+        failed_checks=subject.record.failed,
     )
 
 

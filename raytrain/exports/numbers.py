@@ -1,26 +1,21 @@
-"""What was measured of a checkpoint on the test set: by `evaluate`, read from MLflow or from files."""
+"""What was measured of a checkpoint on the test set: by `evaluate`, read from files and MLflow."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raytrain.evaluation.confidence import wilson
+from raytrain.evaluation.exam import CLEAN
+from raytrain.evaluation.names import strongest_first
 from raytrain.say import say
 from raytrain.tracking.look import Seen, look_up
 
 FOLDER, FILE = "evaluation", "evaluation.json"  # evaluation/SCOPE/evaluation.json
 
 _COUNTS = {"images", "fe", "seconds"}  # metrics of a scope that are no accuracies
-_ATTACKS = {
-    "clean": "none (clean accuracy)",
-    "fgsm": "FGSM",
-    "apgd": "APGD-CE and APGD-T",
-    "aa": "AutoAttack (standard)",
-}
 
 
 class _Read(BaseModel):
@@ -79,11 +74,13 @@ class Evaluated(_Read):
         return failed or ([_DOUBT] if self.trusted is False else [])
 
     def hardest(self) -> tuple[str, Accuracy] | None:
-        """The attack that left the least, AutoAttack before all others; None without any attack."""
-        attacked = {name: got for name, got in self.accuracies.items() if name != "clean"}
-        if "aa" in attacked:
-            return "aa", attacked["aa"]
-        return min(attacked.items(), key=lambda item: item[1].value, default=None)
+        """The attack with the lowest accuracy found, of equals the stronger; None without any attack.
+
+        That need not be AutoAttack: other attacks find images that it does not.
+        """
+        names = strongest_first(name for name in self.accuracies if name != CLEAN)
+        least = min(names, key=lambda name: self.accuracies[name].value, default=None)
+        return None if least is None else (least, self.accuracies[least])
 
 
 @dataclass(frozen=True)
@@ -102,39 +99,53 @@ class Record:
         """The evaluation under the threat model of training."""
         return next((e for e in self.evaluations if e.same_contract), None)
 
-
-def attack_name(name: str) -> str:
-    """An attack in words: `pgd20x5` is PGD of 20 steps with 5 random starts."""
-    match = re.fullmatch(r"(pgd|cw)(\d+)(?:x(\d+))?(?:-.*)?", name)
-    if match is None:
-        return _ATTACKS.get(name, name)
-    kind = "PGD" if match[1] == "pgd" else "PGD on the CW margin"
-    starts = f", {match[3]} random starts" if match[3] else ""
-    return f"{kind}, {match[2]} steps{starts}"
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed in any of the evaluations, each once."""
+        names = (one.check for found in self.evaluations for one in found.failed)
+        return tuple(dict.fromkeys(names))
 
 
 def record_of(uri: str | None, run_id: str | None, folder: Path, which: str, epoch: int) -> Record:
     """The record of the checkpoint `which` of a run, of which `epoch` epochs are in the weights.
 
-    Read from MLflow if the run is known there, else from the files beside the checkpoint. Numbers
-    of another epoch, such as from before a resumption, are left out, and that is said.
+    Each evaluation is read from its file beside the checkpoint, or else from MLflow: the store may
+    have been away when it was made. Numbers of another epoch, such as from before a resumption, are
+    left out, and that is said.
     """
     seen = None if run_id is None else look_up(uri, run_id, FOLDER, FILE)
-    texts = {Path(path).parent.name: text for path, text in seen.texts.items()} if seen else {}
-    texts = texts or _files(folder)
+    stored = {Path(path).parent.name: text for path, text in seen.texts.items()} if seen else {}
+    sources = {"beside the checkpoint": _files(folder), "in MLflow": stored}
     wanted = "test_last" if which == "last" else "test"
-    mine = {scope: text for scope, text in texts.items() if _is_of(scope, wanted)}
-    found = [_parsed(scope, text) for scope, text in sorted(mine.items())]
-    right = [one for one in found if one is not None and one.epoch in (epoch, None)]
-    for one in found:
-        if one is not None and one not in right:
-            say(
-                f"raytrain: the evaluation {one.scope} is of epoch {one.epoch}, not {epoch}: left out"
-            )
-    if not texts and seen is not None:
-        right = _from_metrics(seen, wanted)
-    kept = {one.scope: mine[one.scope] for one in right if one.scope in mine}
-    return Record(seen.tags if seen else {}, tuple(right), kept)
+    scopes = sorted({scope for texts in sources.values() for scope in texts})
+    found: list[Evaluated] = []
+    kept: dict[str, str] = {}
+    for scope in scopes:
+        if not _is_of(scope, wanted):
+            continue
+        texts = {where: texts[scope] for where, texts in sources.items() if scope in texts}
+        right = _right(scope, texts, epoch)
+        if right is not None:
+            found.append(right[0])
+            kept[scope] = right[1]
+    if not scopes and seen is not None:
+        found = _from_metrics(seen, wanted)
+    return Record(seen.tags if seen else {}, tuple(found), kept)
+
+
+def _right(scope: str, texts: dict[str, str], epoch: int) -> tuple[Evaluated, str] | None:
+    """The first text that is of the epoch; the ones before it are told, by where they are."""
+    for where, text in texts.items():
+        found = _parsed(scope, text, where)
+        if found is None:
+            continue
+        if found.epoch in (epoch, None):
+            return found, text
+        say(
+            f"raytrain: the evaluation {scope} {where} is of epoch {found.epoch}, not {epoch}: "
+            "left out"
+        )
+    return None
 
 
 def _is_of(scope: str, wanted: str) -> bool:
@@ -147,12 +158,14 @@ def _files(folder: Path) -> dict[str, str]:
     return {file.parent.name: file.read_text() for file in folder.glob(f"{FOLDER}/*/{FILE}")}
 
 
-def _parsed(scope: str, text: str) -> Evaluated | None:
+def _parsed(scope: str, text: str, where: str) -> Evaluated | None:
     try:
         return Evaluated.model_validate_json(text)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        say(f"raytrain: {FOLDER}/{scope}/{FILE} is not of this version ({where}): left out")
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        say(
+            f"raytrain: {FOLDER}/{scope}/{FILE} {where} is not of this version ({field}): left out"
+        )
         return None
 
 
@@ -168,7 +181,7 @@ def _from_metrics(seen: Seen, scope: str) -> list[Evaluated]:
         return []
     counted = {
         name: wilson(round(value * images), images)
-        for name, value in sorted(shares.items(), key=lambda item: item[0] != "clean")
+        for name, value in sorted(shares.items(), key=lambda item: item[0] != CLEAN)
         if name not in _COUNTS
     }
     accuracies = {name: Accuracy(**vars(share)) for name, share in counted.items()}

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from raytrain.data.catalogue import SOURCES
+from raytrain.evaluation.names import attack_title
 from raytrain.exports.check import Checked, same_logits
-from raytrain.exports.numbers import Evaluated, attack_name
+from raytrain.exports.numbers import Record
 from raytrain.exports.subject import Subject
 from raytrain.models import load_robustbench, robustbench_state_dict
 from raytrain.models.preact_resnet import PreActResNet18
@@ -124,8 +125,9 @@ def leave_robustbench(subject: Subject, folder: Path) -> Checked:
 def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
     """The fields of a claim; what nobody knows yet is empty. Accuracies are percentages.
 
-    `reported` is the accuracy under the strongest attack of `raytrain evaluate`; `autoattack_acc`
-    only that under AutoAttack.
+    `reported` is the least accuracy that `raytrain evaluate` found under any attack, `autoattack_acc`
+    that under AutoAttack. `unreliable` if a check of any evaluation has failed, also of one under
+    another threat model or on fewer images.
     """
     found = subject.record.main
     clean = None if found is None else found.accuracies.get("clean")
@@ -144,11 +146,11 @@ def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
         "clean_acc": "" if clean is None else _percent(clean.value),
         "reported": "" if hardest is None else _percent(hardest[1].value),
         "autoattack_acc": "" if auto is None else _percent(auto.value),
-        "footnote": "" if found is None else _footnote(found, subject.num_test),
+        "footnote": _footnote(subject.record, subject.num_test),
     }
-    if found is None or found.trusted is None:
-        return claim
-    return {**claim, "unreliable": not found.trusted}
+    if subject.record.failed:
+        return {**claim, "unreliable": True}
+    return claim if found is None or found.trusted is None else {**claim, "unreliable": False}
 
 
 def eps_text(norm: str, eps: float) -> str:
@@ -166,15 +168,15 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _footnote(found: Evaluated, num_test: int) -> str:
-    words = []
-    if found.images < num_test:
+def _footnote(record: Record, num_test: int) -> str:
+    words, found = [], record.main
+    if found is not None and found.images < num_test:
         words.append(f"Measured on {found.images} of {num_test} test images.")
-    hardest = found.hardest()
+    hardest = None if found is None else found.hardest()
     if hardest is not None and hardest[0] != "aa":
-        words.append(f"The reported accuracy is under {attack_name(hardest[0])}, not AutoAttack.")
-    if found.failed:
-        words.append(f"Failed checks: {', '.join(one.check for one in found.failed)}.")
+        words.append(f"The reported accuracy is under {attack_title(hardest[0])}, not AutoAttack.")
+    if record.failed:
+        words.append(f"Failed checks: {', '.join(record.failed)}.")
     return " ".join(words)
 
 
@@ -196,5 +198,6 @@ net.load_state_dict(torch.load("{weights.as_posix()}", weights_only=True))
 
 For its model zoo, `Net` goes to `robustbench/model_zoo/`, and `model_info/` beside its own. In the
 claim, `link`, `name`, `authors` and `venue` are for you to fill in; numbers that were not measured
-are empty. `autoattack_acc` is by raytrain's own implementation of AutoAttack.
+are empty. `autoattack_acc` is under pyautoattack's attacks (the authors' loops), which raytrain
+runs one after the other; FAB's loop and projection, and Square's loop in l-inf, are rewritten.
 {board}"""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raytrain.report.evaluations import Evaluated, called, strongest
+from raytrain.evaluation.names import attack_title, strongest_first
+from raytrain.report.evaluations import Evaluated
 from raytrain.report.rows import (
     VALID,
     Row,
@@ -34,7 +35,7 @@ class Arena:
     @property
     def attacks(self) -> list[str]:
         """All attacks of some row, strongest first."""
-        return strongest([a for row in self.rows for one in row.best for a in one.attacks])
+        return strongest_first([a for row in self.rows for one in row.best for a in one.attacks])
 
     @property
     def leader(self) -> Row | None:
@@ -49,7 +50,7 @@ class Arena:
         """In words."""
         if self.attack == VALID:
             return "robust accuracy in validation, best epoch"
-        return f"accuracy under {called(self.attack)} on the test set"
+        return f"accuracy under {attack_title(self.attack)} on the test set"
 
 
 def arenas_of(settings: list[Setting]) -> list[Arena]:
@@ -59,7 +60,7 @@ def arenas_of(settings: list[Setting]) -> list[Arena]:
         for key, row in _rows(setting, _cost(setting)):
             found.setdefault(key, []).append(row)
     _join_unevaluated(found)
-    made = [_arena(key, rows) for key, rows in found.items()]
+    made = _told_apart([(key, _arena(key, rows)) for key, rows in found.items()])
     made.sort(key=lambda arena: (-sum(row.home for row in arena.rows), arena.title))
     return _lettered(made)
 
@@ -132,6 +133,21 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> Arena:
         rows=tuple(ranked(rows, attack)),
         notes=tuple(notes_on(rows, attack)),
     )
+
+
+def _told_apart(made: list[tuple[tuple[str, ...], Arena]]) -> list[Arena]:
+    """No two with one title: where words do not tell them apart, hashes do."""
+    titles = [arena.title for _, arena in made]
+    done = []
+    for number, (key, arena) in enumerate(made):
+        if titles.count(arena.title) > 1:
+            _, contract, test, _ = key
+            said = [f"contract {contract[:12]}", f"test set {test.split()[-1]}" if test else ""]
+            same = titles[:number].count(arena.title) + 1
+            words = ", ".join(filter(None, [*said, f"part {same}"]))
+            arena = replace(arena, title=f"{arena.title} ({words})")
+        done.append(arena)
+    return done
 
 
 def _short(threat: str) -> str:

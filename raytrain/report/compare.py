@@ -68,7 +68,7 @@ def compare(
     folder = _folder(to, chosen.title)
     notes: list[str] = []
     settings = settings_of(_read(client, chosen, notes))
-    runs = [run for one in settings for run in (*one.runs, *one.repeats)]
+    runs = [run for one in settings for run in one.every]
     arenas = arenas_of(settings)
     pairs = {arena.title: pairs_of(arena) for arena in arenas}
     notes += _notes(settings, arenas)
@@ -113,6 +113,12 @@ def _notes(settings: list[Setting], arenas: list[Arena]) -> list[str]:
         notes.append(
             f"{repeats} runs repeat a configuration with the same seed: they are listed among the "
             "runs, but are not averaged."
+        )
+    unfinished = sum(len(one.unfinished) for one in settings)
+    if unfinished:
+        notes.append(
+            f"{unfinished} runs did not end (interrupted, failed, diverged or running) while other "
+            "seeds of their configuration did: they are listed among the runs, but are not averaged."
         )
     alive = [run for one in settings for run in one.runs if run.status == "RUNNING"]
     if alive:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain.evaluation.confidence import Share, wilson
+from raytrain.evaluation.names import strongest_first
 
 _METRIC = re.compile(r"(test(?:_last)?(?:_[^/]+)?)/(.+)")
 _BESIDE = ("images", "fe", "seconds")  # metrics of a scope that are no accuracy
@@ -33,20 +34,20 @@ class Evaluated:
     images: int
     checked: bool = False  # whether it came with the findings of checks
     failed: tuple[str, ...] = ()  # sentences of the checks that failed
-    epoch: int | None = None
+    digest: str = ""  # of the images; empty where it was not told
     flags: pa.Table | None = None
     examples: pa.Table | None = None
 
     @property
     def attacks(self) -> list[str]:
         """Those it was attacked with, strongest first."""
-        return strongest([name for name in self.shares if name != "clean"])
+        return strongest_first([name for name in self.shares if name != "clean"])
 
     @property
     def test_set(self) -> str:
-        """A fingerprint of the images that were used, as far as it is known."""
-        if self.flags is None:
-            return ""
+        """A fingerprint of the images that were used: of their labels, if no more is known."""
+        if self.digest or self.flags is None:
+            return self.digest
         table = self.flags.sort_by("index")
         text = json.dumps([table["index"].to_pylist(), table["label"].to_pylist()])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -65,18 +66,30 @@ def read_evaluations(
             by_scope.setdefault(match[1], {})[match[2]] = float(value)
     if not by_scope:
         return ()
-    run_id = run.info.run_id
-    there = {Path(one.path).name for one in client.list_artifacts(run_id, "evaluation")}
     found = []
     for scope, metrics in sorted(by_scope.items()):
-        files = Path()
-        if scope in there:
-            inside = f"evaluation/{scope}"
-            files = Path(client.download_artifacts(run_id, inside, str(_made(folder / run_id))))
-        one = _evaluated(scope, metrics, files if scope in there else None, complain, run)
+        try:
+            files = _fetched(client, run.info.run_id, scope, folder)
+        except Exception as error:  # each store its own: the metrics are here all the same
+            complain(f"{run.info.run_name}: the files of {scope} cannot be fetched ({error})")
+            files = None
+        try:
+            one = _evaluated(scope, metrics, files, complain, run)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            complain(
+                f"{run.info.run_name}: {scope} is not as raytrain writes it ({error!r}); left out"
+            )
+            one = None
         if one is not None:
             found.append(one)
     return tuple(found)
+
+
+def _fetched(client: Any, run_id: str, scope: str, folder: Path) -> Path | None:
+    inside = f"evaluation/{scope}"
+    if inside not in {one.path for one in client.list_artifacts(run_id, "evaluation")}:
+        return None
+    return Path(client.download_artifacts(run_id, inside, str(_made(folder / run_id))))
 
 
 def _made(folder: Path) -> Path:
@@ -94,11 +107,16 @@ def _evaluated(
     told = _told(files, complain, run)
     contract = told.get("contract", {})
     images = int(told.get("images") or metrics.get("images", 0))
-    shares = {name: _share(value, images) for name, value in metrics.items() if _is_share(name)}
-    if images == 0 or not shares:
+    shares = {
+        name: wilson(int(one["count"]), int(one["images"]))
+        for name, one in told.get("accuracies", {}).items()
+    } or {  # metrics may be of several evaluations, files are of one
+        name: wilson(round(value * images), images)
+        for name, value in metrics.items()
+        if images > 0 and name not in _BESIDE and 0 <= value <= 1
+    }
+    if not shares:
         return None
-    for name, one in told.get("accuracies", {}).items():
-        shares[name] = wilson(int(one["count"]), int(one["images"]))
     failed = tuple(
         f"{one['check']}: {one['sentence']}"
         for one in told.get("findings", ())
@@ -116,17 +134,9 @@ def _evaluated(
         images=images,
         checked=bool(told.get("findings")),
         failed=failed or (() if told.get("trusted", True) else ("checks: not trusted",)),
-        epoch=told.get("epoch"),
+        digest=told.get("key", {}).get("images", ""),
         **{name: _table(files, file, complain, run) for name, file in _FILES.items()},
     )
-
-
-def _is_share(name: str) -> bool:
-    return name not in _BESIDE and not name.startswith("_")
-
-
-def _share(value: float, images: int) -> Share:
-    return wilson(round(value * images), images) if images else Share(value, value, value, 0, 0)
 
 
 def _told(files: Path | None, complain: Callable[[str], None], run: Any) -> dict[str, Any]:
@@ -150,27 +160,3 @@ def _table(
     except (OSError, pa.ArrowInvalid) as error:
         complain(f"{run.info.run_name}: {name} cannot be read ({error}); left out")
         return None
-
-
-def strongest(attacks: list[str]) -> list[str]:
-    """Attacks from the strongest to the weakest, as far as their names tell."""
-    return sorted(dict.fromkeys(attacks), key=_strength, reverse=True)
-
-
-def _strength(attack: str) -> tuple[int, int, int]:
-    if attack in ("aa", "apgd"):
-        return (5 if attack == "aa" else 4, 0, 0)
-    match = re.fullmatch(r"(pgd|cw)(\d+)(?:x(\d+))?", attack)
-    if match is None:
-        return (1 if attack == "fgsm" else 0, 0, 0)
-    return (3 if match[1] == "pgd" else 2, int(match[3] or 1), int(match[2]))
-
-
-def called(attack: str) -> str:
-    """An attack as papers call it."""
-    plain = {"aa": "AutoAttack", "apgd": "APGD-CE + T", "fgsm": "FGSM", "clean": "clean"}
-    match = re.fullmatch(r"(pgd|cw)(\d+)(?:x(\d+))?", attack)
-    if match is None:
-        return plain.get(attack, attack)
-    again = f" x{match[3]}" if match[3] and match[3] != "1" else ""
-    return f"{match[1].upper()}-{match[2]}{again}"

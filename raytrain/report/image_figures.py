@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytrain.data.catalogue import SOURCES
+from raytrain.evaluation.names import attack_title
 from raytrain.report.arenas import Arena
-from raytrain.report.evaluations import called
 from raytrain.report.looks import best_first, title_of
 from raytrain.report.rows import VALID, Row
 from raytrain.sweep.paper import SMALL, TEXT, sheet, short
@@ -71,7 +71,7 @@ def class_figure(arena: Arena) -> Figure | None:
             axes.tick_params(axis="x", rotation=30)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"{called(attack)} accuracy by class, %", size=TEXT, loc="left")
+        axes.set_title(f"{attack_title(attack)} accuracy by class, %", size=TEXT, loc="left")
     return figure
 
 
@@ -95,7 +95,7 @@ def examples_figure(arena: Arena) -> Figure | None:
     names = class_names(arena.data)
     panels: Any = figure.subplots(len(rows), 1, squeeze=False)
     for axes, (row, table) in zip(panels.flat, rows, strict=True):
-        title = f"{title_of(row)}: {called(table['attack'][0].as_py())}"
+        title = f"{title_of(row)}: {attack_title(table['attack'][0].as_py())}"
         axes.set_title(title, size=TEXT, loc="left", pad=6)
         for place in range(min(columns, len(table))):
             _example(axes, table, place, names)

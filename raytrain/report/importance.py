@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import optuna
@@ -13,9 +14,11 @@ from optuna.distributions import (
 from optuna.trial import create_trial
 
 from raytrain.report.arenas import Arena
+from raytrain.report.rows import validation_of
 from raytrain.report.settings import as_values, varied
 from raytrain.sweep.importance import Importance, importances
 
+_NOT_TRAINING = ("data.", "evaluation.", "sentinels.")
 _WIDE = (
     20.0  # a positive range whose ends are further apart than this factor is taken as logarithmic
 )
@@ -24,11 +27,20 @@ _WIDE = (
 def importance_of(arena: Arena) -> list[Importance]:
     """PED-ANOVA shares of the parameters in robust validation accuracy; empty if there is too little.
 
-    Only configurations that were trained to their end for the arena's own threat model count, each once,
-    by the mean over its seeds at the last epoch.
+    Only configurations that were trained to their end for the arena's own threat model, failed no check
+    and were validated in the way that most were count, each once, by the mean over its seeds at the
+    last epoch.
     """
-    rows = [row for row in arena.rows if row.home and row.setting.first.state == "finished"]
-    keys = [key for key in varied(row.setting for row in rows) if not key.startswith("data.")]
+    rows = [
+        row
+        for row in arena.rows
+        if row.home and row.trusted and row.setting.first.state == "finished"
+    ]
+    ways = Counter(validation_of(row.setting.first) for row in rows)
+    rows = [row for row in rows if validation_of(row.setting.first) == ways.most_common(1)[0][0]]
+    keys = [
+        key for key in varied(row.setting for row in rows) if not key.startswith(_NOT_TRAINING)
+    ]
     told = [as_values(row.setting.first.params) for row in rows]
     spaces = {key: _space([values[key] for values in told if key in values]) for key in keys}
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raytrain.evaluation.names import attack_title
 from raytrain.report.arenas import Arena
-from raytrain.report.evaluations import called
 from raytrain.report.rows import VALID, Row, order
 from raytrain.sweep.paper import SMALL, short
 
@@ -65,7 +65,7 @@ def axis_of(attack: str) -> str:
     """What is on an axis of robust accuracy."""
     if attack == VALID:
         return "robust accuracy in validation, %"
-    return f"{called(attack)} accuracy on the test set, %"
+    return f"{attack_title(attack)} accuracy on the test set, %"
 
 
 def head_room(labels: int) -> float:

@@ -63,7 +63,7 @@ def _page(told: Told, parts: Sequence[Part], files: Sequence[str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    runs = sum(len(one.runs) + len(one.repeats) for one in told.settings)
+    runs = sum(len(one.every) for one in told.settings)
     return environment.get_template("page.html").render(
         title=told.title,
         generator=GENERATOR,
@@ -92,20 +92,18 @@ def _some(count: int, thing: str) -> str:
 
 def _runs(settings: Sequence[Setting], arenas: Sequence[Arena]) -> list[dict[str, Any]]:
     letters = {id(row.setting): row.letter for arena in arenas for row in arena.rows}
-    told = [
-        _run(run, letters.get(id(one), ""), run in one.repeats)
-        for one in settings
-        for run in (*one.runs, *one.repeats)
-    ]
+    told = [_run(run, letters.get(id(one), ""), one) for one in settings for run in one.every]
     return sorted(told, key=lambda run: (len(run["letter"]), run["letter"]))
 
 
-def _run(run: Trained, letter: str, repeat: bool) -> dict[str, Any]:
+def _run(run: Trained, letter: str, setting: Setting) -> dict[str, Any]:
+    note = " (repeats a seed; not averaged)" if run in setting.repeats else ""
+    note += " (did not end as the others; not averaged)" if run in setting.unfinished else ""
     dirty = " (changed)" if run.tags.get("git_dirty") else ""
     return {
         "letter": letter,
         "name": run.name,
-        "note": " (repeats a seed; not averaged)" if repeat else "",
+        "note": note,
         "id": run.id,
         "seed": run.seed,
         "epochs": run.epochs,

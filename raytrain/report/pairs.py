@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raytrain.evaluation.confidence import align, holm, paired
+from raytrain.evaluation.confidence import align, holm, mcnemar, paired
 from raytrain.report.arenas import Arena
 from raytrain.report.evaluations import Evaluated
 from raytrain.report.rows import VALID, Row
@@ -30,20 +30,23 @@ class Pair:
     seeds: int  # pairs
     ahead: int  # pairs in which the leader is the better one
     p: float
+    is_ahead: bool  # the direction that p speaks for
     holm: float = 1.0  # p, adjusted for all that the leader is compared with
 
     @property
     def verdict(self) -> str:
-        """In words."""
-        return "told apart" if self.holm < LEVEL else "not told apart"
+        """In words: whether the leader is ahead, or behind, beyond chance."""
+        if self.holm >= LEVEL:
+            return "not told apart"
+        return "ahead" if self.is_ahead else "behind"
 
 
 def pairs_of(arena: Arena) -> list[Pair]:
     """The leader against every other trusted row that has flags of the same images, in table order.
 
-    Runs are paired by seed, or in order where no seed is shared. Over several pairs p is twice the
-    median (Rueger 1978; Meinshausen, Meier and Buehlmann 2009, JASA 104:1671), which holds however the
-    pairs depend on one another.
+    Runs are paired by seed, or in order where no seed is shared. Over several pairs the p of a direction
+    is twice the median of theirs (Rueger 1978; Meinshausen, Meier and Buehlmann 2009, JASA 104:1671),
+    which holds however the pairs depend on one another; p is twice that of the likelier direction.
     """
     leader = arena.leader
     if leader is None or arena.attack == VALID:
@@ -63,7 +66,13 @@ def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
     if not told:
         return None
     single = told[0] if len(told) == 1 else None
-    p_values = [one.p for one in told]
+    ahead, behind = (
+        _combined([mcnemar(*counts(one), alternative="greater") for one in told])
+        for counts in (
+            lambda one: (one.only_first, one.only_second),
+            lambda one: (one.only_second, one.only_first),
+        )
+    )
     return Pair(
         leader=leader,
         other=other,
@@ -75,8 +84,13 @@ def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
         only_other=sum(one.only_second for one in told),
         seeds=len(told),
         ahead=sum(one.difference > 0 for one in told),
-        p=p_values[0] if single else min(1.0, 2 * statistics.median(p_values)),
+        p=min(1.0, 2 * min(ahead, behind)),
+        is_ahead=ahead <= behind,
     )
+
+
+def _combined(p_values: list[float]) -> float:
+    return p_values[0] if len(p_values) == 1 else min(1.0, 2 * statistics.median(p_values))
 
 
 def _together(leader: Row, other: Row, attack: str) -> list[tuple[Evaluated, Evaluated]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain.evaluation.names import attack_title
 from raytrain.report.arenas import Arena
 from raytrain.report.cells import Cell
 from raytrain.report.cost_figures import p_text
-from raytrain.report.evaluations import called
-from raytrain.report.pairs import LEVEL, Pair
+from raytrain.report.pairs import Pair
 from raytrain.report.rows import VALID, Row
 
 _ROWS, _FIRST = 40, 24  # a longer table shows about so many at once and folds the others away
@@ -83,9 +83,9 @@ def columns_of(arena: Arena) -> list[str]:
 
 
 def _heads(arena: Arena, columns: list[str]) -> list[str]:
-    tests = [f"{called(name)}, %" for name in columns]
+    tests = [f"{attack_title(name)}, %" for name in columns]
     if arena.attack != VALID:
-        tests.append(f"{called(arena.attack)} at the last epoch")
+        tests.append(f"{attack_title(arena.attack)} at the last epoch")
     valid = ["validation, clean", "validation, robust", "the same, last epoch"]
     costs = ["best / last epoch", "FE per image", "seconds", "seeds"]
     return [*tests, *valid, *costs]
@@ -102,7 +102,7 @@ def _row(arena: Arena, row: Row, columns: list[str]) -> dict[str, Any]:
         {"value": epochs_of(row)},
         {"value": "-" if row.cost is None else f"{row.cost:,.0f}"},
         {"value": seconds_of(row)},
-        {"value": str(len(row.setting.runs))},
+        {"value": seeds_of(row, arena.attack)},
     ]
     states = dict.fromkeys(run.state for run in row.setting.runs)
     kinds = ["" if row.trusted else "distrusted", "leader" if row is arena.leader else ""]
@@ -129,6 +129,12 @@ def epochs_of(row: Row) -> str:
     best = sorted(run.best_epoch for run in row.setting.runs if run.best_epoch is not None)
     last = sorted(run.epochs for run in row.setting.runs)
     return f"{_range(best)} / {_range(last)}"
+
+
+def seeds_of(row: Row, attack: str) -> str:
+    """How many seeds there are, and how many have what is ranked by if not all."""
+    seeds, cell = len(row.setting.runs), row.judged(attack)
+    return str(seeds) if cell is None or cell.seeds == seeds else f"{cell.seeds} of {seeds}"
 
 
 def _range(values: list[int]) -> str:
@@ -237,12 +243,22 @@ def in_short(arena: Arena, pairs: list[Pair]) -> str:
         return f"{arena.title}: nothing here can be ranked."
     cost = "" if leader.cost is None else f" at {leader.cost:,.0f} FE per image"
     marks = f" {leader.marks}" if leader.marks else ""
-    what = "in validation" if arena.attack == VALID else f"under {called(arena.attack)}"
+    what = "in validation" if arena.attack == VALID else f"under {attack_title(arena.attack)}"
     said = f"{arena.title}: {leader.letter} ({leader.label}){marks} leads with {cell.text} % {what}{cost}."
-    alike = [pair.other.letter for pair in pairs if pair.holm >= LEVEL]
-    if pairs and not alike:
-        said += f" On the same images it is ahead of all {len(pairs)} others beyond chance."
-    elif alike:
-        some = ", ".join(alike[:8]) + (" and others" if len(alike) > 8 else "")
-        said += f" On the same images it cannot be told from {some}."
+    behind, alike = (
+        [pair.other.letter for pair in pairs if pair.verdict == word]
+        for word in ("behind", "not told apart")
+    )
+    if pairs and not alike and not behind:
+        others = sum(row.trusted for row in arena.rows) - 1
+        of = f"all {others} others" if len(pairs) == others else f"the {len(pairs)} with flags"
+        said += f" On the same images it is ahead of {of} beyond chance."
+    if alike:
+        said += f" On the same images it cannot be told from {_some(alike)}."
+    if behind:
+        said += f" On the seeds and images that they share it is behind {_some(behind)}."
     return said
+
+
+def _some(letters: list[str]) -> str:
+    return ", ".join(letters[:8]) + (" and others" if len(letters) > 8 else "")

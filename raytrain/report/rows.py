@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.report.cells import Cell, of_shares, of_values
-from raytrain.report.evaluations import Evaluated, called, strongest
+from raytrain.report.evaluations import Evaluated
 from raytrain.report.runs import Trained, split_of
 from raytrain.report.settings import Setting
 
@@ -41,12 +42,22 @@ class Row:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """What failed, each once."""
-        here = (*self.best, *self.last)
-        told = [sentence for one in here for sentence in one.failed]
-        if not any(one.checked for one in here):  # the files are missing; the tag is of any scope
-            told += [run.failed_checks for run in self.setting.runs if run.failed_checks]
+        """What failed, each once, under this threat model, on whatever number of test images."""
+        threats = {(one.contract, one.same_contract) for one in (*self.best, *self.last)}
+        told: list[str] = []
+        for run in self.setting.runs:
+            own = [e for e in run.evaluations if (e.contract, e.same_contract) in threats]
+            told += [sentence for one in own for sentence in one.failed]
+            if not all(
+                one.checked for one in own
+            ):  # the files are missing, or nothing was checked
+                told += filter(None, [run.failed_checks])
         return tuple(dict.fromkeys(told))
+
+    @property
+    def unchecked(self) -> bool:
+        """Evaluated without checks, by one seed at least."""
+        return any(not one.checked for one in self.best)
 
     @property
     def marks(self) -> str:
@@ -77,7 +88,7 @@ class Row:
 def shared_attack(rows: list[Row]) -> str:
     """The strongest attack that all evaluated rows have; else the one that most have."""
     evaluated = [row for row in rows if row.best]
-    attacks = strongest([a for row in evaluated for one in row.best for a in one.attacks])
+    attacks = strongest_first([a for row in evaluated for one in row.best for a in one.attacks])
     if not attacks:
         return VALID
     return max(attacks, key=lambda a: sum(row.score(a) is not None for row in evaluated))
@@ -144,7 +155,7 @@ def notes_on(rows: list[Row], attack: str) -> list[str]:
     lacking = [row for row in rows if attack != VALID and row.score(attack) is None]
     if lacking:
         notes.append(
-            f"{len(lacking)} of {len(rows)} configurations have no {called(attack)} on this test "
+            f"{len(lacking)} of {len(rows)} configurations have no {attack_title(attack)} on this test "
             "set and are not ranked; see the command below the table."
         )
     distrusted = [row for row in rows if not row.trusted]
@@ -152,6 +163,12 @@ def notes_on(rows: list[Row], attack: str) -> list[str]:
         notes.append(
             f"{len(distrusted)} of {len(rows)} configurations failed a check (⚠): their robust "
             "accuracy is not to be believed, and they are neither ranked nor on the front."
+        )
+    unchecked = sum(row.unchecked for row in rows)
+    if unchecked:
+        notes.append(
+            f"{unchecked} of {len(rows)} configurations were evaluated without checks, or the findings "
+            "are missing: nothing says that their robust accuracy can be believed."
         )
     if any(not row.home for row in rows):
         notes.append(

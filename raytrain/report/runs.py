@@ -66,6 +66,11 @@ class Trained:
         return _OUTCOMES.get(outcome, outcome)
 
     @property
+    def ended(self) -> bool:
+        """By itself or by a rule: not interrupted, failed, diverged or still running."""
+        return self.status == "FINISHED" and self.tags.get("outcome") not in ("diverged", "failed")
+
+    @property
     def data(self) -> str:
         """The data set by name."""
         return self.params.get("data.name", self.tags.get("data", "unknown data"))

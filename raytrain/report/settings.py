@@ -21,6 +21,12 @@ class Setting:
     label: str
     runs: tuple[Trained, ...]  # by seed
     repeats: tuple[Trained, ...] = ()  # of a seed that is there: not independent, not averaged
+    unfinished: tuple[Trained, ...] = ()  # beside seeds that have ended: not averaged
+
+    @property
+    def every(self) -> tuple[Trained, ...]:
+        """Also those that are not averaged."""
+        return (*self.runs, *self.repeats, *self.unfinished)
 
     @property
     def first(self) -> Trained:
@@ -49,11 +55,13 @@ def _setting(label: str, group: list[Trained]) -> Setting:
         by_seed.setdefault(run.seed, []).append(run)
     chosen, others = [], []
     for _, some in sorted(by_seed.items(), key=lambda item: (len(item[0]), item[0])):
-        some.sort(key=lambda run: (len(run.evaluations), run.status == "FINISHED", run.began))
+        some.sort(key=lambda run: (len(run.evaluations), run.ended, run.began))
         *rest, best = some
         chosen.append(best)
         others += rest
-    return Setting(label, tuple(chosen), tuple(others))
+    ended = [run for run in chosen if run.ended or run.evaluations]
+    unfinished = [run for run in chosen if run not in ended] if ended else []
+    return Setting(label, tuple(ended or chosen), tuple(others), tuple(unfinished))
 
 
 def _labels(runs: list[Trained]) -> list[str]:

@@ -87,7 +87,7 @@ def write_tables(
 ) -> list[Path]:
     """`runs`, `scores`, `curves`, `pairs`, and in `flags/` a file per evaluation."""
     settings, arenas = list(settings), list(arenas)
-    runs = [(run, one) for one in settings for run in (*one.runs, *one.repeats)]
+    runs = [(run, one) for one in settings for run in one.every]
     curves = [
         (run.id, metric, epoch, value)
         for run, _ in runs

@@ -25,7 +25,7 @@ class Chosen:
 
     title: str
     runs: list[Any]
-    parent: Any | None  # the sweep's own run, if all belong to one sweep
+    parent: Any | None  # the sweep's own run, if these are its trials, all of them
 
 
 def choose(client: Any, words: Sequence[str]) -> Chosen:
@@ -42,10 +42,19 @@ def choose(client: Any, words: Sequence[str]) -> Chosen:
         for run in _meant(client, word):
             found.setdefault(run.info.run_id, run)
     runs = sorted(found.values(), key=lambda run: (run.info.start_time or 0, run.info.run_id))
+    title = ", ".join(word.partition(":")[2] or word for word in words) if words else DEFAULT
+    return Chosen(title, runs, _sweep_of(client, runs))
+
+
+def _sweep_of(client: Any, runs: Sequence[Any]) -> Any | None:
+    """The sweep's own run, if these are all of its trials."""
     parents = {parent_of(run) for run in runs}
     (parent,) = parents if len(parents) == 1 else (None,)
-    title = ", ".join(word.partition(":")[2] or word for word in words) if words else DEFAULT
-    return Chosen(title, runs, None if parent is None else _existing(client, parent))
+    sweep = None if parent is None else _existing(client, parent)
+    if sweep is None:
+        return None
+    trials = {run.info.run_id for run in _unfolded(client, sweep)}
+    return sweep if trials == {run.info.run_id for run in runs} else None
 
 
 def parent_of(run: Any) -> str | None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.report.evaluations import called
-from raytrain.report.parts import in_short
+from raytrain.evaluation.names import attack_title
+from raytrain.report.parts import in_short, seeds_of
 from raytrain.report.rows import VALID, Row
 from raytrain.show.common import line
 
@@ -47,7 +47,7 @@ def _table(arena: Arena) -> Table:
     table.add_column("")
     table.add_column("configuration", overflow="fold")
     tests = [] if arena.attack == VALID else ["clean", arena.attack]
-    for name in (*(called(test) for test in tests), "validation", "FE/image", "seeds"):
+    for name in (*(attack_title(test) for test in tests), "validation", "FE/image", "seeds"):
         table.add_column(name, justify="right")
     band = 0
     for row in arena.rows[:_SHOWN]:
@@ -62,7 +62,7 @@ def _table(arena: Arena) -> Table:
             Text(row.label + front),
             *(Text(cell) for cell in cells),
             cost,
-            str(len(row.setting.runs)),
+            seeds_of(row, arena.attack),
             style="bold" if row is arena.leader else None,
         )
     more = len(arena.rows) - _SHOWN

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.evaluation.exam import CLEAN, NOISE
+from raytrain.evaluation.names import attack_title
 from raytrain.evaluation.runner import Standing
 from raytrain.say import say
 from raytrain.show.common import is_terminal, line
@@ -18,26 +19,18 @@ from raytrain.show.common import is_terminal, line
 if TYPE_CHECKING:
     from raytrain.examine import EvalResult
 
-_TITLES = {
-    CLEAN: "clean images",
+_STAGES = {
     NOISE: "random noise (a check)",
-    "fgsm": "FGSM",
     "aa.apgd-ce": "APGD-CE",
     "aa.apgd-t": "APGD-T",
     "aa.fab-t": "FAB-T",
     "aa.square": "Square",
-    "apgd": "APGD-CE + APGD-T",
-    "aa": "AutoAttack",
 }
 
 
 def title(stage: str) -> str:
-    """A stage or an attack as people write it: `pgd20x5` is PGD-20, 5 restarts."""
-    for kind, name in (("pgd", "PGD"), ("cw", "CW-PGD")):
-        if stage.startswith(kind):
-            steps, _, restarts = stage.removeprefix(kind).partition("x")
-            return f"{name}-{steps}" + (f", {restarts} restarts" if restarts else "")
-    return _TITLES.get(stage, stage)
+    """A stage or an attack as people write it."""
+    return _STAGES.get(stage) or attack_title(stage)
 
 
 class Stages:
@@ -89,6 +82,8 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
         passed = sum(finding.passed for finding in result.findings)
         if result.findings and passed == len(result.findings):
             line(console, "checks", f"{passed} of {passed} passed")
+        elif not result.findings:
+            line(console, "checks", "not run: nothing says that these numbers can be believed")
         line(console, "contract", f"{result.contract.text}  ({result.contract.hash})")
         line(console, "checkpoint", f"{result.checkpoint} (epoch {result.epoch})")
         line(console, "per sample", str(result.folder / "flags.parquet"))

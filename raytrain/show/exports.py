@@ -30,8 +30,8 @@ def export_summary(result: ExportResult) -> Callable[[], None]:
 
 
 def _believed(result: ExportResult) -> str:
-    if not result.evaluated:
-        return "no test-set numbers: `raytrain evaluate` makes them"
     if result.failed_checks:
         return f"CHECKS FAILED ({', '.join(result.failed_checks)}): do not believe its numbers"
+    if not result.evaluated:
+        return "no test-set numbers: `raytrain evaluate` makes them"
     return "with test-set numbers"

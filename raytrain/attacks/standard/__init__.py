@@ -2,7 +2,8 @@
 
 Croce & Hein 2020 (arXiv 2003.01690; for l1: 2103.01208): APGD on the cross-entropy, targeted APGD on
 the difference-of-logits ratio (DLR), targeted FAB, Square. The attacks are pyautoattack's, whose loops
-are those of the authors' code; each subclass here gives the same verdicts for fewer passes.
+are those of the authors' code; each subclass here gives the same verdicts for fewer passes, with loops of
+its own for FAB and, in l-inf, Square.
 """
 
 from __future__ import annotations

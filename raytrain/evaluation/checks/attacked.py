@@ -1,4 +1,4 @@
-"""Does an attack that is given more room, or more steps, find more? If not, something blocks it.
+"""An attack with more room or steps must not find less, and with all the room nearly everything.
 
 Carlini et al. 2019 (On evaluating adversarial robustness, arXiv 1902.06705, section 5).
 """
@@ -42,8 +42,8 @@ def falls_with_eps(
 ) -> Finding:
     """`falls_with_eps`: a larger ball holds the smaller one, so that PGD-10 must not find less.
 
-    Every two radii of the ladder are compared image by image. `value` is the largest rise of the
-    accuracy from a radius to a larger one.
+    Every two radii of the ladder are compared image by image. Fails if the accuracy rises from one to
+    a larger one by more than chance; where it stays the same, it passes. `value` is the largest rise.
     """
     evaluations = [Evaluation(steps=10, eps=factor * ball.eps) for factor in LADDER]
     flags = survivors(model, images, labels, ball, evaluations, seed)
@@ -53,7 +53,8 @@ def falls_with_eps(
         for evaluation, flag in zip(evaluations, flags, strict=True)
     )
     if not real:
-        return Finding("falls_with_eps", True, f"Accuracy under PGD-10 falls: {told}.", rise)
+        sentence = f"Accuracy under PGD-10 does not rise with eps, beyond chance: {told}."
+        return Finding("falls_with_eps", True, sentence, rise)
     sentence = (
         f"Accuracy under PGD-10 rises with eps ({told}), though more room can only help an attacker: "
         "gradients lead it astray; trust attacks without gradients only (Square)."
@@ -96,7 +97,8 @@ def more_steps(
 ) -> Finding:
     """`more_steps`: PGD-10 and PGD-40 find no less than one step, nor PGD-40 than PGD-10.
 
-    `value` is the largest rise of the accuracy with the steps.
+    Fails if the accuracy rises with the steps by more than chance; where it stays the same, it passes.
+    `value` is the largest rise.
     """
     evaluations = [Evaluation(steps=steps, step_size=size) for steps, size in EFFORTS]
     flags = survivors(model, images, labels, ball, evaluations, seed)
@@ -106,7 +108,8 @@ def more_steps(
         for evaluation, flag in zip(evaluations, flags, strict=True)
     )
     if not real:
-        return Finding("more_steps", True, f"Accuracy falls with PGD's steps: {told}.", rise)
+        sentence = f"Accuracy does not rise with PGD's steps, beyond chance: {told}."
+        return Finding("more_steps", True, sentence, rise)
     sentence = (
         f"Accuracy rises with PGD's steps ({told}): one long step beats many short ones only where "
         "gradients mislead; trust attacks without gradients only (Square)."

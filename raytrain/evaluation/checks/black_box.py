@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from torch import nn
 
 from raytrain.balls import AbstractBall
@@ -28,7 +29,7 @@ def black_box(white: Flags, black: Mapping[str, Flags]) -> Finding:
         lengths = ", ".join(str(len(flags)) for flags in (white, *black.values()))
         raise RequestError(f"flags: expected the same images for all attacks, found {lengths}")
     broken = {name: white & ~flags for name, flags in black.items()}
-    count = sum(map(any, zip(*broken.values(), strict=True)))
+    count = int((white & ~np.logical_and.reduce([white, *black.values()])).sum())
     share = count / len(white)
     told = ", ".join(f"{name} {int(flags.sum())}" for name, flags in broken.items())
     if count < IMAGES or share <= SHARE:
@@ -36,8 +37,8 @@ def black_box(white: Flags, black: Mapping[str, Flags]) -> Finding:
         return Finding("black_box", True, sentence, share)
     sentence = (
         f"Attacks without gradients break {percent(share)} of the images ({told}) that attacks with "
-        "gradients leave: the gradients mislead, and the true accuracy is lower still; adapt the "
-        "attack to the defence."
+        "gradients leave: the latter were too weak, or the gradients mislead; take more steps or "
+        "AutoAttack, or adapt the attack to the defence."
     )
     return Finding("black_box", False, sentence, share)
 
