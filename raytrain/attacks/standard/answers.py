@@ -62,8 +62,8 @@ class Answers:
     def local(self, images: Images) -> Local | None:
         """Activations on `images`, for questions about windows of them.
 
-        None where the network cannot be followed layer by layer, where 2 GiB do not hold what is remembered,
-        and on other devices than a CPU, whose many small kernels would take longer than the whole.
+        None where the network cannot be followed layer by layer, where 2 GiB do not hold what is
+        remembered, and on other devices than a CPU: many small kernels would take longer there.
         """
         fast, images = self._settled(images), images.contiguous(memory_format=self._layout)
         if images.device.type != "cpu" or not Local.fits(fast):
@@ -110,9 +110,8 @@ def fast_copy(
         for model in (_overwriting_nothing(short), short, own):
             for layout in layouts:
                 fast: Any = copy.deepcopy(model)
-                with suppress(
-                    Exception
-                ):  # what tracers and layouts do not bear differs by network
+                # What tracers and layouts do not bear differs from network to network.
+                with suppress(Exception):
                     fast = fast.to(memory_format=layout)
                     if _alike(fast(probe.contiguous(memory_format=layout)), wanted):
                         return fast, layout
@@ -138,12 +137,11 @@ def _follows(fast: nn.Module, few: Images) -> bool:
     height, width = few.shape[2:]
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(len(few))
-    images, size = few.clone(), min(3, height, width)
+    images, size = few.clone(), min(3, height // 2, width // 2)
     try:
         local = Local(fast, few, Meter())  # pyright: ignore[reportArgumentType]
         for top, left in ((0, 0), (height // 2, width // 3), (height - size, width - size)):
             region = Region(Span(top, top + size), Span(left, left + size))
-            region = Region(region.rows.within(height), region.columns.within(width))
             window = torch.rand(region.of(images).shape, generator=generator)
             region.of(images).copy_(window)
             if not _alike(local.ask(rows, region, window), fast(images)):
