@@ -139,15 +139,24 @@ def test_the_front_is_what_nothing_equally_cheap_or_cheaper_equals(
     points: list[tuple[int, float]],
 ) -> None:
     runs = [
-        trained(f"m{k}", cost=float(cost), robust=[value])
+        trained(f"m{k}", cost=2.0**cost, robust=[value])  # each cost is a band
         for k, (cost, value) in enumerate(points)
     ]
     arena = alone(*runs)
-    front = {(round(row.cost or 0), cell.value) for row in arena.rows if row.front
+    front = {(round(math.log2(row.cost or 1)), cell.value) for row in arena.rows if row.front
              for cell in [row.valid()] if cell}  # fmt: skip
     beaten = {p for p in points if any(o[0] <= p[0] and o[1] >= p[1] and o != p for o in points)}
     assert front == set(points) - beaten
     assert sum(row.front for row in arena.rows) == len(front)
+
+
+def test_of_equally_dear_ones_only_the_best_is_on_the_front() -> None:
+    arena = alone(
+        trained("a", cost=229.0, robust=[0.4]),
+        trained("b", cost=230.0, robust=[0.6]),
+        trained("c", cost=400.0, robust=[0.7]),
+    )
+    assert [row.label for row in arena.rows if row.front] == ["b", "c"]
 
 
 # --- what may be compared -----------------------------------------------------------------------

@@ -108,7 +108,7 @@ def ranked(rows: list[Row], attack: str) -> list[Row]:
         if not bands or (row.cost or 0.0) > _ALIKE * (bands[-1][0].cost or 0.0):
             bands.append([])
         bands[-1].append(row)
-    front = {id(row) for row in _front(dear, attack)}
+    front = {id(row) for row in _front(bands, attack)}
     done: list[Row] = []
     if free:
         bands.append(free)
@@ -132,15 +132,16 @@ def order(row: Row, attack: str) -> tuple[bool, bool, float, float]:
     )
 
 
-def _front(dear: list[Row], attack: str) -> list[Row]:
-    """Rows, by cost, that no cheaper or equally dear one equals or beats; only what can be trusted."""
+def _front(bands: list[list[Row]], attack: str) -> list[Row]:
+    """The best of each band of cost that beats all cheaper ones; only what can be trusted."""
     front: list[Row] = []
-    best = -1.0
-    known = [row for row in dear if row.trusted and value_of(row, attack) is not None]
-    for row in sorted(known, key=lambda row: (row.cost or 0.0, -(value_of(row, attack) or 0.0))):
-        if (value_of(row, attack) or 0.0) > best:
-            best = value_of(row, attack) or 0.0
-            front.append(row)
+    least = -1.0
+    for band in bands:
+        known = [row for row in band if row.trusted and value_of(row, attack) is not None]
+        best = max(known, key=lambda row: value_of(row, attack) or 0.0, default=None)
+        if best is not None and (value_of(best, attack) or 0.0) > least:
+            least = value_of(best, attack) or 0.0
+            front.append(best)
     return front
 
 

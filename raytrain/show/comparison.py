@@ -45,7 +45,7 @@ def compare_summary(result: Comparison) -> Callable[[], None]:
 def _table(arena: Arena) -> Table:
     table = Table(title=arena.title, title_justify="left", min_width=72)
     table.add_column("")
-    table.add_column("configuration", overflow="fold")
+    table.add_column("configuration", overflow="fold", min_width=len("configuration"))
     tests = [] if arena.attack == VALID else ["clean", arena.attack]
     for name in (*(attack_title(test) for test in tests), "validation", "FE/image", "seeds"):
         table.add_column(name, justify="right")
