@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import unchecked
-from pyautoattack.square import SquareAttack
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from raytrain.attacks.standard import answers as answers_module
 from raytrain.attacks.standard.answers import Answers, folded
-from raytrain.attacks.standard.local import Local, Region, Span
-from raytrain.attacks.standard.square import Square
+from raytrain.attacks.standard.local import Local
+from raytrain.attacks.standard.regions import Region, Span
 from raytrain.meter import Meter
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
@@ -107,11 +106,6 @@ def local_of(answers: Answers, images: Tensor) -> Local:
     found = answers.local(images)
     assert found is not None
     return found
-
-
-def traced(network: nn.Module) -> fx.GraphModule:
-    with unchecked():
-        return fx.symbolic_trace(network)
 
 
 def some(count: int) -> Tensor:
@@ -238,38 +232,3 @@ def test_what_is_no_graph_of_one_input_and_one_output_is_not_followed() -> None:
     assert not Local.fits(fx.symbolic_trace(Pair()))
     assert not Local.fits(fx.symbolic_trace(Two()))
     assert Local.fits(folded(nn.Sequential(nn.Conv2d(1, 1, 1))))
-
-
-# --- Square ----------------------------------------------------------------------------------------
-
-
-def test_square_ends_at_the_library_s_images_where_small_squares_are_followed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        answers_module, "fast_copy", lambda own, *_: (traced(own), torch.contiguous_format)
-    )
-    network, images = made("small_cnn"), some(4)[:, :, :16, :16]
-    labels = network(images).argmax(1)
-    asked: list[int] = []
-    ask = Local.ask
-
-    def counted(self: Local, rows: Tensor, *given: Any) -> Tensor:
-        asked.append(len(rows))
-        return ask(self, rows, *given)
-
-    monkeypatch.setattr(Local, "ask", counted)
-    results = []
-    for kind in (SquareAttack, Square):
-        predict: Any = network
-        if kind is Square:
-            with unchecked():
-                predict = Answers(network, Meter())
-        attack: Any = kind(predict, n_queries=1500, eps=0.002, norm="Linf", resc_schedule=False)
-        attack.init_hyperparam(images)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            results.append(attack.attack_single_run(images, labels)[1])
-    assert len(asked) > 500
-    same = (results[0] == results[1]).flatten(1).float().mean(1)
-    assert bool((same > 0.999).all())

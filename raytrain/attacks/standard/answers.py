@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from raytrain.attacks.standard.local import Local, Region, Span
+from raytrain.attacks.standard.local import Local
+from raytrain.attacks.standard.regions import Region, Span
 from raytrain.meter import Meter
 from raytrain.types import Images, Labels
 

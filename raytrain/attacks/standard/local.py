@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+from raytrain.attacks.standard.regions import Region, common, needed, reached
 from raytrain.meter import Meter
 from raytrain.types import Images
 
@@ -34,43 +35,6 @@ _POINTWISE_FUNCTIONS: set[Callable[..., Any]] = {
     torch.relu, functional.relu, functional.silu, functional.gelu,
     torch.add, operator.add, operator.sub, operator.mul, operator.truediv,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Span:
-    """Positions from `start` up to but not including `stop`, along one side of a map."""
-
-    start: int
-    stop: int
-
-    def __or__(self, other: Span) -> Span:
-        return Span(min(self.start, other.start), max(self.stop, other.stop))
-
-    def within(self, size: int) -> Span:
-        return Span(max(self.start, 0), min(self.stop, size))
-
-    def slice(self, origin: int = 0) -> slice:
-        return slice(self.start - origin, self.stop - origin)
-
-
-@dataclass(frozen=True)
-class Region:
-    """A rectangle of positions."""
-
-    rows: Span
-    columns: Span
-
-    def __or__(self, other: Region) -> Region:
-        return Region(self.rows | other.rows, self.columns | other.columns)
-
-    @property
-    def area(self) -> int:
-        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
-
-    def of(self, maps: Maps, origin: Region | None = None) -> Float[Tensor, "n c p q"]:
-        """This part of maps that begin at 0, or at the corner of `origin`: a view."""
-        top, left = (0, 0) if origin is None else (origin.rows.start, origin.columns.start)
-        return maps[:, :, self.rows.slice(top), self.columns.slice(left)]
 
 
 @dataclass(frozen=True)
@@ -170,15 +134,15 @@ class Local:
         conv: Any = self._modules[str(node.target)]
         size = self._kept[patch.node].shape[2:]
         spans = [
-            _reached(conv, axis, span, size[axis])
+            reached(conv, axis, span, size[axis])
             for axis, span in enumerate((patch.region.rows, patch.region.columns))
         ]
         region, whole = Region(spans[0][0], spans[1][0]), spans[0][1] * spans[1][1]
         if region.area > LARGE * whole:
             return conv(self._whole(patch))
-        needed = Region(*(_needed(conv, axis, spans[axis][0]) for axis in (0, 1)))
+        seen = Region(*(needed(conv, axis, spans[axis][0]) for axis in (0, 1)))
         values = functional.conv2d(
-            self._part(patch, needed), conv.weight, conv.bias, conv.stride, 0, conv.dilation,
+            self._part(patch, seen), conv.weight, conv.bias, conv.stride, 0, conv.dilation,
             conv.groups,
         )  # fmt: skip
         return Patch(node, region, values)
@@ -194,8 +158,8 @@ class Local:
         inside = Region(region.rows.within(height), region.columns.within(width))
         part = inside.of(kept)[self._rows]
         both = Region(
-            _common(inside.rows, value.region.rows),
-            _common(inside.columns, value.region.columns),
+            common(inside.rows, value.region.rows),
+            common(inside.columns, value.region.columns),
         )
         if both.area > 0:
             both.of(part, inside).copy_(both.of(value.values, value.region))
@@ -299,25 +263,3 @@ def _changes_in_place(node: fx.Node) -> bool:
 
 def _same_everywhere(constant: Any) -> bool:
     return isinstance(constant, Tensor) and (constant.dim() == 0 or constant.shape[-2:] == (1, 1))
-
-
-def _common(one: Span, other: Span) -> Span:
-    start = max(one.start, other.start)
-    return Span(start, max(start, min(one.stop, other.stop)))
-
-
-def _reached(conv: Any, axis: int, span: Span, size: int) -> tuple[Span, int]:
-    """The outputs that see any of a span of inputs, at least one; and how many outputs there are."""
-    kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-    stride, padding = conv.stride[axis], conv.padding[axis]
-    outputs = (size + 2 * padding - kernel) // stride + 1
-    start = min(max(0, -(-(span.start + padding - kernel + 1) // stride)), outputs - 1)
-    stop = min((span.stop - 1 + padding) // stride + 1, outputs)
-    return Span(start, max(stop, start + 1)), outputs
-
-
-def _needed(conv: Any, axis: int, span: Span) -> Span:
-    """The inputs that a span of outputs sees; some may lie in the padding."""
-    kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-    stride, padding = conv.stride[axis], conv.padding[axis]
-    return Span(span.start * stride - padding, (span.stop - 1) * stride - padding + kernel)

@@ -11,7 +11,8 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from raytrain.attacks.standard.answers import Answers, Whole
-from raytrain.attacks.standard.local import Local, Region, Span
+from raytrain.attacks.standard.local import Local
+from raytrain.attacks.standard.regions import Region, Span
 
 Windows = Float[Tensor, "n c size size"]
 
