@@ -551,6 +551,13 @@ def test_an_unchecked_seed_beside_a_checked_one_is_marked_by_its_tag_and_told() 
     assert any("without checks" in note for note in arena.notes)
 
 
+def test_a_tag_marks_a_run_whose_evaluation_cannot_be_read() -> None:
+    arena = alone(trained("a", tags={"checks": "FAILED: zero_gradients"}), trained("b"))
+    rows = {row.label: row for row in arena.rows}
+    assert rows["a"].failed == ("zero_gradients",) and rows["b"].trusted
+    assert arena.leader is rows["b"]
+
+
 def test_a_seed_that_did_not_end_is_not_averaged_beside_those_that_did() -> None:
     ended = [trained("a", seed, robust=[0.6]) for seed in (0, 1)]
     cut = trained("a", 2, cost=23.0, robust=[0.1], status="KILLED")

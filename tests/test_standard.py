@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from raytrain.attacks import standard
 from raytrain.attacks.standard import STAGES, Standard, exact_float32, survivors
 from raytrain.attacks.standard import answers as answers_module
-from raytrain.attacks.standard.answers import Answers, folded
+from raytrain.attacks.standard.answers import Answers, fast_copy, folded
 from raytrain.attacks.standard.fab import project_linf
 from raytrain.attacks.standard.local import Local
 from raytrain.balls import AbstractBall
@@ -294,6 +294,26 @@ class Apart(nn.Module):
         h = self.conv(x)
         n, c, height, width = h.shape
         return self.linear(self.one(h.view(n * c, 1, height, width)).view(n, c * 36))
+
+
+class Overwriting(nn.Module):
+    """Normalises the images where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.sub_(0.5).flatten(1))
+
+
+def test_a_copy_is_asked_about_the_images_that_the_network_was_asked_about() -> None:
+    model, images = Overwriting().eval(), torch.rand(4, 1, 8, 8)
+    before = images.clone()
+    fast, layout = fast_copy(model, folded(model), images)
+    assert torch.equal(images, before) and layout is torch.channels_last
+    with torch.no_grad():
+        assert torch.allclose(fast(images.clone()), model(images.clone()), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Rectified, Tied, Typed, Apart])

@@ -48,9 +48,8 @@ class Row:
         for run in self.setting.runs:
             own = [e for e in run.evaluations if (e.contract, e.same_contract) in threats]
             told += [sentence for one in own for sentence in one.failed]
-            if not all(
-                one.checked for one in own
-            ):  # the files are missing, or nothing was checked
+            # The tag speaks where files are missing, and where nothing was checked.
+            if not own or not all(one.checked for one in own):
                 told += filter(None, [run.failed_checks])
         return tuple(dict.fromkeys(told))
 

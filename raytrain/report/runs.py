@@ -46,9 +46,7 @@ class Trained:
     metrics: Mapping[str, float]  # the last value of each
     curves: Mapping[str, Curve] = field(default_factory=dict)
     evaluations: tuple[Evaluated, ...] = ()
-    split_size: int | None = (
-        None  # images of the training split, where the run tells its data sets
-    )
+    split_size: int | None = None  # training images, where the run tells its data sets
 
     @property
     def seed(self) -> str:

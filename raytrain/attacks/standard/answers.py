@@ -107,14 +107,14 @@ def fast_copy(
     if images.device.type == "cpu":  # where their convolutions are faster
         layouts.insert(0, torch.channels_last)
     with torch.no_grad():
-        wanted = own(probe)
+        wanted = own(probe.clone())  # a network may overwrite what it is given
         for model in (_overwriting_nothing(short), short, own):
             for layout in layouts:
                 fast: Any = copy.deepcopy(model)
                 # What tracers and layouts do not bear differs from network to network.
                 with suppress(Exception):
                     fast = fast.to(memory_format=layout)
-                    if _alike(fast(probe.contiguous(memory_format=layout)), wanted):
+                    if _alike(fast(probe.clone(memory_format=layout)), wanted):
                         return fast, layout
     return own, torch.contiguous_format
 
