@@ -19,6 +19,7 @@ from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
+RUN_FILE = "run.yaml"
 RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
 ROWS = "rows.json"  # and the last rows, up to the last checkpoint
 _FORMAT = 2
@@ -169,6 +170,21 @@ def load(path: Path) -> Saved:
     return Saved(run, content)
 
 
+def stored_run(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder: of its checkpoint or, before the first, of its run file.
+
+    Raises:
+        RequestError: if there is neither.
+    """
+    file = folder / RUN_FILE
+    if (folder / LAST).is_file() or not file.is_file():
+        return load(folder / LAST).run
+    try:
+        return RunConfig.model_validate(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RequestError(f"{file}: not a run file ({_short(error)})") from error
+
+
 def find(path: Path) -> Path:
     """The checkpoint file that `path` means."""
     if path.is_file():
@@ -260,7 +276,7 @@ def leave_run_file(run: RunConfig, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.yaml").write_text(to_yaml(run))
+        (folder / RUN_FILE).write_text(to_yaml(run))
     except OSError as error:
         raise TrainingFailed(
             f"storage: {folder} could not be written ({error.strerror or error})"

@@ -26,12 +26,12 @@ from raytrain.evaluation.journal import Journal
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
 from raytrain.inputs import Input, as_input, digest
+from raytrain.interrupt import interruptible
 from raytrain.panel import panel_of
 from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
 from raytrain.say import say
-from raytrain.session import interruptible
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.whereabouts import checkpoint_file
 

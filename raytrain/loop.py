@@ -37,7 +37,7 @@ from raytrain.place import Place
 from raytrain.record import FOSC_EDGES, Report, robust_drop
 from raytrain.sentinels import probe, readings
 from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, RequestError, TrainingFailed, mix
+from raytrain.types import Batch, Diverged, RequestError, mix
 
 DIVERGED = 1e4
 """A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
@@ -75,7 +75,7 @@ def fit(
 
     Raises:
         RequestError: if the configuration does not fit the data.
-        TrainingFailed: if the loss is no longer a number, or absurd.
+        Diverged: if the loss is no longer a number, or absurd.
     """
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
     splits = open_splits(run.data, place, dtype)
@@ -350,7 +350,7 @@ def _probe(
 
 def _must_be_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss) or loss > DIVERGED:
-        raise TrainingFailed(
+        raise Diverged(
             f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
             "optimizer.lr usually helps"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from sweep_helpers import METRIC, Launch, Store, failed, row, space_of
+from sweep_helpers import METRIC, Launch, Store, diverged, row, space_of
 
 from raytrain import provenance
 from raytrain.request import as_run
@@ -171,7 +171,7 @@ def test_a_sweep_learns_from_the_runs_that_another_one_left_in_mlflow(tmp_path: 
     for number, value in enumerate((0.3, 0.5, 0.4)):
         first.complete(f"t{number}", 0.1, 0.2, 0.25, value)
     first.begin("failing")
-    first.ledger.end("failing", failed("it diverged"), lost=False)
+    first.ledger.end("failing", diverged("it diverged"), lost=False)
     first.begin("stopped")
     first.ledger.end("stopped", row(1, 0.9), lost=False)
     done = first.trials(TrialState.COMPLETE)[:3]

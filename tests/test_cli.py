@@ -398,17 +398,15 @@ def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(her
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
-    how: str, here: Path
+    number: signal.Signals, here: Path
 ) -> None:
     import raytrain
 
     def interrupt(run: RunConfig, report: Report) -> None:
         del run, report
-        if how == "Ctrl-C":
-            raise KeyboardInterrupt
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         raytrain.train(None, (*SMALL, "epochs=3"), watch=interrupt)
@@ -419,6 +417,25 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
     assert (run.info.run_id, run.info.status) == (again.run_id, "FINISHED")
     history = MlflowClient(again.tracking_uri).get_metric_history(again.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_training_that_was_interrupted_before_its_first_checkpoint_can_be_resumed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import raytrain
+    from raytrain import api
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "own_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            raytrain.train(None, (*SMALL, "seed=3"))
+    (run,) = runs_in(here)
+    again = raytrain.train(resume=run.info.run_id)
+    assert again.signature == run.data.tags["signature"]
+    assert [(r.info.run_id, r.info.status) for r in runs_in(here)] == [(again.run_id, "FINISHED")]
 
 
 def test_progress_that_nobody_reads_any_more_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
