@@ -35,7 +35,7 @@ from raytrain.request import Configuration, as_run
 from raytrain.session import session, slots, wanted_cluster, worker_resources
 from raytrain.tracking import Tracker, tracked
 from raytrain.types import RequestError
-from raytrain.worker import Group, Job, own_rows
+from raytrain.worker import Group, Job, Recent, own_rows
 
 Overrides = Iterable[str] | Mapping[str, Any]
 Watch = Callable[[RunConfig, Report], None]
@@ -142,6 +142,9 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
 
 
 def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
+    """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
+    if job.resume:
+        yield from Recent(Path(job.folder)).rows
     if not on_cluster:
         yield from own_rows(job, here(run.device))
         return

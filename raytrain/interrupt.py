@@ -98,28 +98,6 @@ def deferred() -> Iterator[None]:
         raise_if_interrupted()
 
 
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """Put the handlers back that a library replaces within the block.
-
-    `ray.init` installs one that exits with the signal's number: its SystemExit becomes the
-    KeyboardInterrupt that any other moment raises.
-    """
-    if not _is_main():
-        yield
-        return
-    before = {each: signal.getsignal(each) for each in _SIGNALS}
-    try:
-        yield
-    except SystemExit:
-        _interrupt.received = True
-        raise KeyboardInterrupt from None
-    finally:
-        for each, handler in before.items():
-            if handler is not None:  # None: installed by C code, and cannot be set from here
-                signal.signal(each, handler)
-
-
 def interrupted() -> bool:
     """Whether a signal has been received: an error after that is its consequence.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.config import RunConfig
-from raytrain.interrupt import handlers_kept
+from raytrain.interrupt import deferred, interrupted
 from raytrain.say import say
 from raytrain.types import RequestError, TrainingFailed
 
@@ -63,7 +63,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     address = wanted_cluster()
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger tells of failures
     try:
-        with handlers_kept():
+        with deferred(), _without_handler():
             if address is not None:
                 _join(address)
             else:
@@ -72,6 +72,21 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_handler() -> Iterator[None]:
+    """Keep `ray.init` from handling SIGTERM: its handler raises SystemExit wherever Ray is just then,
+    also with a lock held that other threads wait for.
+    """
+    from ray._private import utils
+
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def _join(address: str) -> None:
@@ -107,6 +122,8 @@ def _start(cores: int) -> None:
             for left_over in _children() - before:  # else they stay as long as this process
                 with suppress(ProcessLookupError):
                     os.kill(left_over, signal.SIGKILL)
+            if interrupted():
+                raise
             if not left:
                 raise TrainingFailed(
                     f"Ray did not start on this machine in {_TRIES} tries ({_first_line(error)}); "

@@ -13,7 +13,6 @@ import pytest
 from raytrain.interrupt import (
     EXIT_STATUS,
     deferred,
-    handlers_kept,
     interrupted,
     interruptible,
     raise_if_interrupted,
@@ -72,17 +71,6 @@ def test_on_the_way_out_a_deferred_block_raises_nothing_of_its_own() -> None:
         finally:
             with deferred():
                 pass
-
-
-def test_the_handlers_that_a_library_installs_are_undone_and_its_exit_is_an_interruption() -> None:
-    with interruptible():
-        ours = signal.getsignal(signal.SIGTERM)
-        with handlers_kept():
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        assert signal.getsignal(signal.SIGTERM) is ours
-    with pytest.raises(KeyboardInterrupt), interruptible(), handlers_kept():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
