@@ -36,7 +36,7 @@ for _name, _value in _DEFAULTS.items():  # at import, since Ray reads them when 
 
 def wanted_cluster() -> str | None:
     """The address of a running cluster, if the user named one."""
-    return os.environ.get("RAY_ADDRESS") or None
+    return os.environ.get("RAY_ADDRESS", "").strip() or None
 
 
 @contextmanager
