@@ -57,7 +57,7 @@ def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) ->
         if not equals or not path:
             raise RequestError(f"{word}: expected key=value, such as threat.eps=8/255")
         value = value_of(path, text, model)
-        if parsed.setdefault(path, value) != value:
+        if _differ(parsed.setdefault(path, value), value):
             raise _contradiction(path, parsed[path], path, value)
     return parsed
 
@@ -128,7 +128,7 @@ def _flat(changes: Mapping[str, Any], model: type[BaseModel]) -> dict[Keys, Any]
     source: dict[Keys, tuple[str, Any]] = {}
     for path, given in changes.items():
         for keys, value in _fields(tuple(path.split(".")), given, model):
-            if flat.setdefault(keys, value) != value:
+            if _differ(flat.setdefault(keys, value), value):
                 raise _contradiction(*source[keys], path, given)
             source.setdefault(keys, (path, given))
     for keys in flat:
@@ -147,6 +147,10 @@ def _fields(path: Keys, value: Any, model: type[BaseModel]) -> Iterator[tuple[Ke
         return
     key = name_key(model, path) if isinstance(value, str) else None
     yield path if key is None else (*path, key), value
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other and one != other  # a NaN is not equal to itself
 
 
 def _contradiction(one: str, value: Any, other: str, another: Any) -> RequestError:
@@ -231,6 +235,7 @@ def _wanted(one: Any) -> str:
         "bool_parsing": "true or false",
         "bool_type": "true or false",
         "string_type": "a string",
+        "string_too_short": "a string that is not empty",
         "path_type": "a path",
         "model_type": "a record",
         "model_attributes_type": "a record",

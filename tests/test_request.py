@@ -152,7 +152,7 @@ def test_an_unknown_field_of_the_parts_of_a_combination_is_named(tmp_path: Path)
         ("threat=null", "threat", "a record"),
         ("threat.eps=-1", "threat.eps", "0"),
         ("threat.eps=8/0", "threat.eps", "a number"),
-        ("threat.eps=.nan", "threat.eps", "expected"),
+        ("threat.eps=.nan", "threat.eps", "expected a number"),
         ("algorithm=null", "algorithm", "a record"),
         ("algorithm.steps=-1", "algorithm.steps", "0"),
         ("algorithm.step_size=0", "algorithm.step_size", "positive"),
@@ -174,12 +174,15 @@ def test_a_wrong_value_is_answered_with_its_field_and_what_was_expected(
     [
         ({"run_name": 7}, "run_name", "a string, found 7"),
         ({"experiment": None}, "experiment", "a string, found None"),
+        ({"experiment": ""}, "experiment", "a string that is not empty, found ''"),
         ({"storage": 5}, "storage", "path, found 5"),
         ({"data": 2026}, "data", "a record, found 2026"),
         ({"data": {"name": 7}}, "data.name", "a string, found 7"),
     ],
 )
-def test_a_number_is_no_text_in_python(values: dict[str, Any], field: str, expected: str) -> None:
+def test_what_is_no_text_is_refused_in_python(
+    values: dict[str, Any], field: str, expected: str
+) -> None:
     for said in (complaint(values), complaint(None, values)):
         assert said.startswith(f"{field}: ") and said.endswith(expected)
 
