@@ -27,7 +27,8 @@ CHOSEN_BY = {
 """Records chosen by one of their own fields, and the kind meant where it is not given: naming another
 kind begins the record anew."""
 
-_NAMED = {"data": "name", "model": "name"}  # one kind of record, whose name changes nothing else
+_KEYS = {record: key for record, (key, _) in CHOSEN_BY.items()}
+_KEYS |= {"data": "name", "model": "name"}  # of one kind, whose name changes nothing else
 
 
 @lru_cache(maxsize=4096)
@@ -54,13 +55,15 @@ def is_text(model: type[BaseModel], path: Keys) -> bool:
 
 def name_key(model: type[BaseModel], path: Keys) -> str | None:
     """The field that a bare name at `path` stands for, if a record is there: `start` has its `kind`."""
-    key = key_of(path[-1]) if path and path[-1] in (*CHOSEN_BY, *_NAMED) else None
-    return key if key is not None and types_at(model, (*path, key)) else None
+    key = _KEYS.get(path[-1]) if path else None
+    if key is None or not any(_is_record(one) for one in types_at(model, path)):
+        return None
+    return key if types_at(model, (*path, key)) else None
 
 
 def key_of(record: str) -> str:
     """The field that says which one a record is."""
-    return CHOSEN_BY[record][0] if record in CHOSEN_BY else _NAMED.get(record, "name")
+    return _KEYS.get(record, "name")
 
 
 def fields_at(model: type[BaseModel], path: Iterable[str], tags: Iterable[str]) -> list[str]:

@@ -482,6 +482,7 @@ def test_a_bare_name_is_a_kind_only_where_there_are_kinds() -> None:
     for values in ("start=eps/4", "{start: eps/4}", "{start: eps/4, until: 1}"):
         key = "curriculum.step_size" + ("=" if values[0] == "{" else ".")
         assert as_run(None, [key + values]).curriculum["step_size"].start == "eps/4"
+    assert as_run(None, ["model.kwargs.start=zero"]).model.kwargs == {"start": "zero"}
 
 
 @pytest.mark.parametrize(
