@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,8 @@ def folder_of(name: str, storage: Path) -> Path:
     path = Path(name)
     if path.exists():
         return path.resolve()
-    found = [*storage.glob(f"*/{name}"), *storage.glob(f"*/*/trials/{name}")]
+    exactly = escape(name)
+    found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
     if is_run_id(name):
         files = [
             *storage.glob(f"*/*/trials/*/{RUN_ID}"),

@@ -192,7 +192,7 @@ def export(
         from raytrain.exports import leave
         from raytrain.show.exports import export_summary
 
-        wanted = None if formats is None else [word for word in formats.split(",") if word]
+        wanted = None if formats is None else _listed(formats)
         result = leave.export(
             run, to, which=which, formats=wanted, storage=storage, licence=licence
         )
@@ -277,11 +277,15 @@ def algorithms(
 
 
 def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The file, if the first word is one, and the `key=value` words."""
-    first, *rest = [*(words or []), ""][: len(words or []) or 1]
-    if first and "=" not in first:
+    """The file, if the first word is one, and the `key=value` words: a file may have = in its name."""
+    first, *rest = words or [""]
+    if first and ("=" not in first or os.path.isfile(first)):
         return Path(first), rest
     return None, [word for word in (first, *rest) if word]
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in map(str.strip, text.split(",")) if word]
 
 
 def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -181,9 +181,9 @@ def evaluate(
 
 def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
     """The changes to the run, and the exam."""
-    words = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    own = {path: value for path, value in words.items() if path in Exam.model_fields}
-    rest = {path: value for path, value in words.items() if path not in own}
+    changes = overrides if isinstance(overrides, Mapping) else _read(overrides)
+    own = {path: value for path, value in changes.items() if path in Exam.model_fields}
+    rest = {path: value for path, value in changes.items() if path not in own}
     for path in rest:
         if path.split(".")[0] not in _RUN_FIELDS:
             raise RequestError(
@@ -191,6 +191,13 @@ def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
                 f"one of {', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
             )
     return rest, validated(Exam, own)
+
+
+def _read(words: Iterable[str]) -> dict[str, Any]:
+    words = list(words)
+    own = [word for word in words if word.partition("=")[0] in Exam.model_fields]
+    of_run = parse_overrides(word for word in words if word not in own)
+    return {**of_run, **parse_overrides(own, Exam)}
 
 
 def _scope(file: Path, images: int | None, contract: Contract, trained: Contract) -> str:

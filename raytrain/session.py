@@ -45,7 +45,7 @@ _SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.1"
 
 def wanted_cluster() -> str | None:
     """The address of a running cluster, if the user named one."""
-    return os.environ.get("RAY_ADDRESS") or None
+    return os.environ.get("RAY_ADDRESS", "").strip() or None
 
 
 @contextmanager

@@ -39,7 +39,7 @@ _METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 thing
 
 def tracking_uri(wanted: str | None) -> str:
     """The store in use: the configured one, else $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, absolute."""
-    uri = wanted or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = wanted or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         # A relative file would be another one in every process that runs elsewhere.
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
