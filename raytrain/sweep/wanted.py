@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
+from raytrain.names import EXPERIMENT_NAME, check_folder_name
 from raytrain.request import parse_overrides
 from raytrain.spaces.plan import Budget
 from raytrain.spaces.reading import read_space
@@ -28,9 +30,13 @@ def wanted_space(
     words = list(overrides)
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
+    if resume is not None:
+        check_folder_name("--resume", resume, EXPERIMENT_NAME)
     if space is None:
         storage = Path(parse_overrides(words).get("storage", "runs"))
-        found = sorted(storage.glob(f"*/{resume}/space.yaml"))
+        file = f"{escape(str(resume))}/space.yaml"
+        # Deeper where the name of an experiment has slashes.
+        found = sorted(storage.glob(f"*/{file}")) or sorted(storage.rglob(file))
         if not found:
             raise RequestError(f"--resume: there is no sweep {resume} below {storage}")
         space = found[0]
