@@ -239,23 +239,15 @@ def ui(
 ) -> None:
     """The MLflow UI on the store in use, on loopback only."""
     with outcome(debug):
-        from raytrain.tracking import tracking_uri
-        from raytrain.types import RequestError
+        from raytrain.tracking import tracking_uri, ui_server
 
         store = tracking_uri(uri)
-        if store.startswith("http"):
+        if store.startswith(("http:", "https:")):
             typer.echo(f"The MLflow server's own UI is at {store}")
             return
-        file = Path(store.removeprefix("sqlite:///"))
-        if store.startswith("sqlite:///") and not file.is_file():
-            raise RequestError(f"{file}: no such MLflow database; `raytrain train` makes one")
+        server, settings = ui_server(store, port)
         typer.echo(f"MLflow UI of {store}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-        server += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        if store.startswith("sqlite:///"):
-            server += ["--default-artifact-root", (file.parent / "mlruns").as_uri()]
-        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "GIT_PYTHON_REFRESH": "quiet"}
-        ended = subprocess.run(server, env={**settings, **os.environ}, check=False)
+        ended = subprocess.run(server, env=settings, check=False)
         if ended.returncode not in (0, -2, 130):
             raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -25,6 +26,7 @@ from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
 from raytrain.judge import Evaluation
 from raytrain.models import ModelSpec
+from raytrain.names import EXPERIMENT_NAME, RUN_NAME, check_folder_name, check_name, check_text
 from raytrain.network import Precision
 from raytrain.optim import Sgd
 from raytrain.outer import Outer, Plain
@@ -229,6 +231,22 @@ class RunConfig(Spec):
         if alarm is None and self.early_stop is not None and waited >= self.early_stop.patience:
             return f"early_stop: {waited} validations without a gain"
         return alarm
+
+    def check_names(self) -> None:
+        """Refuse names that MLflow or a file system does not take; those of earlier runs are read.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        check_folder_name("experiment", self.experiment, EXPERIMENT_NAME)
+        if self.run_name:
+            check_name("run_name", self.run_name, RUN_NAME)
+        check_text("storage", str(self.storage))
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(self.storage)):
+            raise RequestError(
+                f"storage: {str(self.storage)!r} is the address of something else; expected the path "
+                "of a folder, on a cluster of one that all nodes share"
+            )
 
     def check_radius(self, shape: tuple[int, ...]) -> None:
         """Refuse a radius that covers the whole pixel cube: it was meant in another unit.

@@ -139,6 +139,7 @@ def preflight(run: RunConfig) -> Splits:
     Raises:
         RequestError: naming the field or file.
     """
+    run.check_names()
     splits = open_splits(run.data, Place())
     run.check_radius(splits.train.shape)
     num_steps(splits.train, run.batch_size)

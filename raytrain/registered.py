@@ -19,6 +19,9 @@ ROBUST = "valid/robust_best"
 """The metric of a run that its best checkpoint has."""
 
 
+_LONGEST = 250  # bytes of a name: some stores make a folder of it
+
+
 def registered(saved: Saved, metrics: Mapping[str, float]) -> Entry:
     """The version that a checkpoint becomes; `metrics` are those of its run's last epoch."""
     run, robust = saved.run, metrics.get(ROBUST)
@@ -54,8 +57,13 @@ def registered(saved: Saved, metrics: Mapping[str, float]) -> Entry:
 def model_name(run: RunConfig) -> str:
     """The registered model that a run's network is a version of, such as digits-small_cnn-linf-0.1."""
     words = (data_name(run.data), provenance.model_of(run), run.threat.norm)
-    # MLflow's names hold no slash and no colon; a quote would end the name in a search.
-    return re.sub(r"[^\w.-]", "-", "-".join((*words, f"{run.threat.eps:.4g}")))
+    # MLflow's names hold no slash and no colon, and do not begin with `..`; a quote would end the
+    # name in a search.
+    name = re.sub(r"[^\w.-]", "-", "-".join((*words, f"{run.threat.eps:.4g}"))).lstrip(".")
+    if len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: _LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
 def _judge(run: RunConfig) -> str:

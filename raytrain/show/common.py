@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
+
+from raytrain.tracking import tracking_uri
 
 
 def number(value: Any) -> str:
@@ -32,8 +35,8 @@ def line(console: Console, label: str, text: str) -> None:
 
 
 def open_ui(uri: str) -> str:
-    """The command that shows what was recorded."""
-    return f"raytrain ui{'' if uri.endswith('/mlflow.db') else f' --uri {uri}'}"
+    """The command that shows what was recorded, as a shell takes it."""
+    return "raytrain ui" if uri == tracking_uri(None) else f"raytrain ui --uri {quote(uri)}"
 
 
 def is_terminal() -> bool:

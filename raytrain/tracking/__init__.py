@@ -2,14 +2,17 @@
 
 A sweep is a parent run and its trials are the children; a single training is a run of its own.
 Workers never import mlflow. From the bottom up: `book` (what a file says about its runs), `spool`
-(the file), `stores` (MLflow), `delivery` (from one to the other), `tracker` (what the commands use).
-What the UI makes of it: `experiment`, `views`, `notes`, `inputs`, `registry`.
+(the file), `address` (which store is meant), `schema` (its tables), `stores` (MLflow), `delivery`
+(from a spool to a store), `tracker` (what the commands use).
+What the UI makes of it: `experiment`, `views`, `notes`, `inputs`, `registry`; its server: `ui`.
 """
 
+from raytrain.tracking.address import sqlite_file, sqlite_uri, tracking_uri
 from raytrain.tracking.book import Status
 from raytrain.tracking.registry import Entry
-from raytrain.tracking.stores import fetch, finished_runs, reader, tracking_uri
+from raytrain.tracking.stores import fetch, finished_runs, reader
 from raytrain.tracking.tracker import Tracker, tracked
+from raytrain.tracking.ui import ui_server
 from raytrain.tracking.views import View, link
 
 __all__ = [
@@ -21,6 +24,9 @@ __all__ = [
     "finished_runs",
     "link",
     "reader",
+    "sqlite_file",
+    "sqlite_uri",
     "tracked",
     "tracking_uri",
+    "ui_server",
 ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain.say import say
-from raytrain.tracking.stores import first_line, reader, tracking_uri
+from raytrain.tracking.address import sqlite_file, tracking_uri
+from raytrain.tracking.stores import first_line, reader
 from raytrain.types import RequestError
 
 
@@ -23,7 +24,8 @@ class Seen:
 def look_up(uri: str | None, run_id: str, folder: str, file: str) -> Seen | None:
     """A run with its artifacts `folder/*/file`; None if the store does not know it or is away."""
     uri = tracking_uri(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():
         return None  # to ask would make it
     try:
         return _seen(uri, run_id, folder, file)

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ class Spool:
     def __init__(self, file: Path, uri: str, experiment: str) -> None:
         self.file, self.lock = file, threading.Lock()
         self.uri, self.experiment = uri, experiment
-        self.key = f"{file.parent.name}-{secrets.token_hex(6)}"
+        # Part of a filter of MLflow, which cannot quote all characters.
+        folder = re.sub(r"[^\w.-]", "-", file.parent.name)
+        self.key = f"{folder}-{secrets.token_hex(6)}"
         self.book, self.ids = Book(), dict[str, str]()
         self.at = self.tried = 0  # delivered; perhaps delivered
         self.waiting = 0  # records that are not delivered

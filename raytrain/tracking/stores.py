@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
+from raytrain.tracking.schema import make_tables
 from raytrain.types import RequestError
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the spool and the handle
@@ -32,33 +36,29 @@ _REFUSALS = {  # to ask again would not help; permissions and addresses may be p
     "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",
 }
-_MISSING = {"INVALID_PARAMETER_VALUE", "NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"}
+EXISTS = {"ALREADY_EXISTS", "RESOURCE_ALREADY_EXISTS"}
+MISSING = {"INVALID_PARAMETER_VALUE", "NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"}
 _LATE = 1.0  # seconds that an answer may take
+_BUSY = 60.0  # seconds beyond MLflow's own 20, for a database that other processes write to
 _METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 things at most
 
-
-def tracking_uri(wanted: str | None) -> str:
-    """The store in use: the configured one, else $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, absolute."""
-    uri = wanted or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        # A relative file would be another one in every process that runs elsewhere.
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    return uri
+Answer = TypeVar("Answer")
 
 
 class Store:
     """One experiment of an MLflow store that has answered once.
 
     Raises:
-        RequestError: if it does not answer.
+        RequestError: if it does not answer, or does not make the experiment.
     """
 
     def __init__(self, uri: str | None, experiment: str) -> None:
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
         self.uri, self.experiment = tracking_uri(uri), experiment
         self.client: Any = _connect(self.uri)
-        self.experiment_id = _experiment_id(self.client, self.uri, experiment)
+        with _usable(self.uri):
+            self.experiment_id = patiently(
+                lambda: _experiment_id(self.client, self.uri, experiment)
+            )
 
     def create(self, key: str, record: Mapping[str, Any], parent: str | None) -> str:
         """Make a run and return its id; `key` is its own."""
@@ -116,7 +116,7 @@ class Store:
         try:
             return self.client.get_run(run_id).info.lifecycle_stage == "deleted"
         except Exception as error:
-            return getattr(error, "error_code", "") in _MISSING
+            return code_of(error) in MISSING
 
     def last_step(self, run_id: str) -> int:
         """The last epoch that the store has a row of; 0 if there is none, or no answer."""
@@ -146,18 +146,22 @@ def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
     """An artifact of a run, copied into `folder`.
 
     Raises:
-        RequestError: if MLflow has no such run, or the run no such artifact.
+        RequestError: if MLflow has no such run, or the run no such artifact, or it cannot be copied.
     """
     uri = tracking_uri(uri)
+    said = f"{run_id}: MLflow at {uri} has no {artifact} of this run"
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():
+        raise RequestError(f"{said} (there is no such database)")
     client = _connect(uri)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        client.get_run(run_id)
+        folder.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, artifact, str(folder)))
-    except Exception as error:
-        # A missing run and a missing file come as different kinds from different stores.
-        raise RequestError(
-            f"{run_id}: MLflow at {uri} has no {artifact} of this run ({first_line(error)})"
-        ) from None
+    except Exception as error:  # each kind of store of artifacts has kinds of errors of its own
+        if not _is_missing(error):
+            said = f"{run_id}: {artifact} could not be copied from MLflow at {uri} to {folder}"
+        raise RequestError(f"{said} ({first_line(error)})") from None
 
 
 def reader(uri: str | None) -> Any:
@@ -167,17 +171,65 @@ def reader(uri: str | None) -> Any:
         RequestError: if it does not answer, or is a file that does not exist.
     """
     uri = tracking_uri(uri)
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not file.is_file():  # MLflow would make an empty one
-        raise RequestError(f"{file}: no such MLflow database; `raytrain train` makes one")
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    check_exists(uri)
     return _connect(uri)
+
+
+def check_exists(uri: str) -> None:
+    """Refuse a database that MLflow would have to make.
+
+    Raises:
+        RequestError: if `uri` is that of a file that does not exist.
+    """
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():
+        raise RequestError(f"{file}: no such MLflow database; `raytrain train` makes one")
 
 
 def first_line(error: Exception) -> str:
     """What an error says, short enough for a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def code_of(error: Exception) -> str:
+    """MLflow's name of an error; empty for errors that are not MLflow's."""
+    return str(getattr(error, "error_code", ""))
+
+
+def patiently(call: Callable[[], Answer]) -> Answer:
+    """What `call` returns, which is repeated as long as other processes are in the way of it.
+
+    Raises:
+        MlflowException: as `call` does.
+    """
+    from mlflow.exceptions import MlflowException
+
+    until = time.monotonic() + _BUSY
+    while True:
+        try:
+            return call()
+        except MlflowException as error:
+            if not _is_in_the_way(error) or time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
+def _is_in_the_way(error: Exception) -> bool:
+    """Whether another process was writing to the database, the same thing perhaps, at this moment."""
+    from sqlalchemy.exc import DBAPIError, IntegrityError
+
+    cause: Any = error.__cause__
+    if isinstance(cause, IntegrityError):
+        return code_of(error) == "BAD_REQUEST"  # MLflow did not expect it
+    number = getattr(cause.orig, "sqlite_errorcode", 0) if isinstance(cause, DBAPIError) else 0
+    return number & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a store says that it has no such run or no such artifact."""
+    answer = getattr(error, "response", None)  # of a server of artifacts
+    absent = code_of(error) in MISSING or getattr(answer, "status_code", 0) == 404
+    return absent or isinstance(error, FileNotFoundError)
 
 
 def _pieces(things: list[Any], size: int) -> Iterator[list[Any]]:
@@ -186,6 +238,8 @@ def _pieces(things: list[Any], size: int) -> Iterator[list[Any]]:
 
 def _connect(uri: str) -> Any:
     """A client of `uri` that has answered once."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
@@ -193,37 +247,73 @@ def _connect(uri: str) -> Any:
     # It prints a traceback whenever a database is locked; the writer tries again and says so once.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:
-        # sqlalchemy, urllib3, MLflow's own: all mean the same to the user.
-        raise RequestError(
-            f"tracking_uri: MLflow at {uri} does not answer ({first_line(error)}); expected a running "
-            "server or a file that can be written"
-        ) from None
+    with _usable(uri):
+        if _is_database(uri):
+            make_tables(uri)
+        client = patiently(lambda: MlflowClient(tracking_uri=uri))
+        patiently(lambda: client.search_experiments(max_results=1))
     return client
 
 
-def _experiment_id(client: Any, uri: str, name: str) -> str:
-    from mlflow.exceptions import MlflowException
+@contextmanager
+def _usable(uri: str) -> Iterator[None]:
+    """Say in one sentence why a store cannot be used."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except ImportError as error:
+        raise RequestError(
+            f"tracking_uri: {uri} needs a package that is not installed ({first_line(error)})"
+        ) from None
+    except Exception as error:
+        # Of sqlalchemy, alembic, urllib3, MLflow or a driver, and the reason is theirs.
+        what, wanted = "does not answer", "a running server"
+        if _is_database(uri):
+            what = "cannot be used"
+            wanted = "a database of MLflow, or a new file in a folder that can be written"
+        reason = first_line(getattr(error, "orig", None) or error)
+        raise RequestError(
+            f"tracking_uri: MLflow at {uri} {what} ({reason}); expected {wanted}"
+        ) from None
 
+
+def _is_database(uri: str) -> bool:
+    from mlflow.store.db.db_types import DATABASE_ENGINES
+
+    return uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
+    if found is None:
+        made = _new_experiment(client, uri, name)
+        if made is not None:
+            return made
+        found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
         raise RequestError(
             f"experiment: {name!r} was deleted in MLflow; restore it or choose another name"
         )
-    if found is not None:
-        return found.experiment_id
-    location = None
-    if uri.startswith("sqlite:///"):
-        # Beside the database, wherever the command was started.
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+    return found.experiment_id
+
+
+def _new_experiment(client: Any, uri: str, name: str) -> str | None:
+    """The id of an experiment made now; None if another process has made it in the meantime."""
+    from mlflow.exceptions import MlflowException
+
+    file = sqlite_file(uri)
     try:
-        made = client.create_experiment(name, location, tags=MADE)
-    except MlflowException:  # another process was faster
-        return client.get_experiment_by_name(name).experiment_id
-    client.set_experiment_tag(made, NOTE, note(made))
+        made = client.create_experiment(name, file and artifacts_beside(file), tags=MADE)
+    except MlflowException as error:
+        if code_of(error) in EXISTS:
+            return None
+        if code_of(error) not in _REFUSALS:
+            raise
+        raise RequestError(
+            f"experiment: MLflow at {uri} does not make {name!r} ({first_line(error)})"
+        ) from None
+    patiently(lambda: client.set_experiment_tag(made, NOTE, note(made)))
     return made
 
 
@@ -235,15 +325,15 @@ def finished_runs(
     Raises:
         RequestError: if there is no such experiment.
     """
-    client = _connect(tracking_uri(uri))
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise RequestError(
-            f"search.earlier: MLflow at {tracking_uri(uri)} has no experiment {experiment!r}"
+    uri = tracking_uri(uri)
+    client = _connect(uri)
+    with _usable(uri):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise RequestError(f"search.earlier: MLflow at {uri} has no experiment {experiment!r}")
+        runs = client.search_runs(
+            [found.experiment_id], "attributes.status = 'FINISHED'", max_results=most
         )
-    runs = client.search_runs(
-        [found.experiment_id], "attributes.status = 'FINISHED'", max_results=most
-    )
     return [(run.data.params, run.data.metrics) for run in runs if _whole(run.data.tags)]
 
 

@@ -6,19 +6,21 @@ A run is known by its handle, since MLflow gives ids only when it answers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raytrain.interrupt import deferred, interrupted
+from raytrain.names import RUN_NAME
 from raytrain.say import say
 from raytrain.tracking.book import Status
+from raytrain.tracking.lock import alone
 from raytrain.tracking.network import log_network, tracking_at
 from raytrain.tracking.registry import Entry, is_registered, register
 from raytrain.tracking.spool import Spool, SpoolBusy
-from raytrain.tracking.stores import Store, first_line
-from raytrain.tracking.views import TAG, View
+from raytrain.tracking.stores import Answer, Store, first_line, patiently
+from raytrain.tracking.views import TAG, View, key_of
 from raytrain.tracking.writer import Writer
 from raytrain.types import RequestError
 
@@ -71,7 +73,7 @@ class Tracker:
         self._put(
             "open",
             handle,
-            name=name,
+            name=name[:RUN_NAME],
             params={key: str(value)[:6000] for key, value in params.items()},
             tags={key: str(value) for key, value in tags.items()},
             parent=parent,
@@ -165,40 +167,46 @@ class Tracker:
     def view(self, handle: str, name: str, view: View) -> None:
         """Queue a page of the experiment that is set up already, on behalf of a run."""
         self._must_know(handle)
-        self._put("view", handle, tag=TAG + name, state=view.state())
+        self._put("view", handle, tag=TAG + key_of(name), state=view.state())
 
     def model(self, handle: str, model: Any, example: Any, entry: Entry | None = None) -> None:
         """The network in MLflow's PyTorch flavour, and as a version of a registered model if wanted.
 
         Waits until it is there, or the store is away. What is registered is not stored again.
         """
-        from mlflow.exceptions import MlflowException
-
         run_id = self.run_id(handle, _PATIENCE)
         if run_id is None:
             self._complain(f"the network of {handle} was not stored (no answer)")
             return
-        try:
-            if entry is not None and self._is_registered(entry, run_id):
-                return
-            model_id = log_network(self.uri, run_id, model, example)
-        except (MlflowException, OSError) as error:
-            self._complain(f"the network of {handle} was not stored ({first_line(error)})")
+        known = None if entry is None else self._is_registered(handle, entry, run_id)
+        if known:
             return
-        try:
-            if entry is not None:
-                with tracking_at(self.uri):
-                    register(self._store.client, entry, run_id, model_id)
-        except (MlflowException, OSError) as error:
-            self._complain(f"the network of {handle} was not registered ({first_line(error)})")
+        model_id = self._tried(
+            f"{handle} was not stored",
+            lambda: patiently(lambda: log_network(self.uri, run_id, model, example)),
+        )
+        if entry is not None and known is not None and model_id is not None:
+            with tracking_at(self.uri), alone(self.uri):
+                self._tried(
+                    f"{handle} was not registered",
+                    lambda: register(self._store.client, entry, run_id, model_id),
+                )
 
-    def _is_registered(self, entry: Entry, run_id: str) -> bool:
+    def _is_registered(self, handle: str, entry: Entry, run_id: str) -> bool | None:
+        return self._tried(
+            f"{handle} was not registered",
+            lambda: is_registered(self._store.client, entry, run_id),
+        )
+
+    def _tried(self, otherwise: str, call: Callable[[], Answer]) -> Answer | None:
+        """What `call` returns; None if MLflow refuses, which is said in one line."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return is_registered(self._store.client, entry, run_id)
-        except MlflowException:  # no registry: said when it is to be used
-            return False
+            return call()
+        except (MlflowException, OSError) as error:
+            self._complain(f"the network of {otherwise} ({first_line(error)})")
+        return None
 
     def close(self, handle: str, status: Status) -> None:
         """Queue the end of a run, after all its rows."""
@@ -296,11 +304,14 @@ def _spool(store: Store, file: Path) -> Spool:
 
 def _made(store: Store, file: Path) -> Spool:
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             return Spool(file, store.uri, store.experiment)
         except FileNotFoundError:
             continue  # a process that ends has just removed the empty folder
+        except FileExistsError:
+            if file.parent.exists():
+                raise  # no folder
 
 
 def _now() -> int:

@@ -7,7 +7,9 @@ here. Its parallel coordinates are drawn over exactly the parameters and metrics
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ EVERY = "raytrain"
 """The view that every experiment has."""
 
 _LONGEST = 5000  # characters of a tag of an experiment
+_LONGEST_KEY = 200  # of the part of its key that is a view's own
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,14 @@ def _column(name: str) -> str:
     return f"{kind}.`{rest}`"
 
 
+def key_of(name: str) -> str:
+    """The name of a view as a part of a tag's key and of an address."""
+    kept = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_LONGEST_KEY]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if kept == name else f"{kept}-{digest}"
+
+
 def link(experiment_id: str, name: str, charts: bool = False) -> str:
     """Where the UI shows a view, as a link from any of its pages."""
     mode = "&compareRunsMode=CHART" if charts else ""
-    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={name}{mode}"
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key_of(name)}{mode}"
