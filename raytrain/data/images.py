@@ -13,6 +13,10 @@ from torch import Tensor
 from raytrain.types import RequestError
 
 Split = Literal["train", "test"]
+DARK = (
+    "expected pixels in 0..255, found none above 1; black and white are stored as 0 and 255, as "
+    "truth values or as fractions"
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,7 @@ def label_fault(labels: Int64[np.ndarray, " n"], num_classes: int) -> str | None
 def pixel_fault(pixels: UInt8[np.ndarray, "n c h w"], training: bool) -> str | None:
     """Why these images cannot be told apart, if they cannot: "expected ..., found ..."."""
     if pixels.max() <= 1:
-        return (
-            "expected pixels in 0..255, found none above 1; black and white are stored as 0 and "
-            "255, as truth values or as fractions"
-        )
+        return DARK
     if training and all(np.array_equal(image, pixels[0]) for image in pixels):
         return f"expected training images that differ, found {len(pixels)} equal ones"
     return None

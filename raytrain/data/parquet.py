@@ -17,7 +17,7 @@ from jaxtyping import Int64, UInt8
 from raytrain.data.arrays import unpack
 from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded
-from raytrain.data.images import Images, Location, Origin, label_fault, pixel_fault
+from raytrain.data.images import DARK, Images, Location, Origin, label_fault, pixel_fault
 from raytrain.types import RequestError
 
 BATCH_ROWS = 1024
@@ -108,12 +108,14 @@ def _origin(one: _Table | _Chunk, named_by: Path | None) -> Origin:
 
 
 def _chunks(table: _Table) -> Iterator[_Chunk]:
-    pixels_at, labels_at = table.pixels_at, table.labels_at
+    pixels_at, labels_at, brightest = table.pixels_at, table.labels_at, 0
     for batch in _batches(pixels_at.file, [pixels_at.column, labels_at.column]):
         column = batch.column(pixels_at.column)
         is_file = is_encoded(column.type)
+        pixels = decode(column, pixels_at, table.mode) if is_file else unpack(column, pixels_at)
+        brightest = max(brightest, int(pixels.max()))
         yield _Chunk(
-            pixels=decode(column, pixels_at, table.mode) if is_file else unpack(column, pixels_at),
+            pixels=pixels,
             labels=_labels(batch.column(labels_at.column), labels_at),
             pixels_at=pixels_at,
             labels_at=labels_at,
@@ -121,6 +123,8 @@ def _chunks(table: _Table) -> Iterator[_Chunk]:
         )
         pixels_at = replace(pixels_at, row=pixels_at.row + batch.num_rows)
         labels_at = replace(labels_at, row=labels_at.row + batch.num_rows)
+    if brightest == 1:  # a black file may be one of several, but not a file of 0 and 1
+        raise table.pixels_at.error(DARK)
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -303,16 +303,26 @@ def test_another_size_is_refused(
     )
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_black_and_white_as_0_and_1_is_refused(split: str, tmp_path: Path) -> None:
-    ink = SHADES > 127
-    for part in ("train", "test"):
-        images = ink.astype(int) if part == split else ink
-        _write(tmp_path / f"{part}.parquet", images.tolist())
-    assert _refusal(tmp_path, split) == (
-        f"{split}.parquet: column 'image': expected pixels in 0..255, found none above 1; "
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_black_and_white_as_0_and_1_is_refused_in_any_file(
+    first: str, second: str, wrong: int, tmp_path: Path
+) -> None:
+    ink, files = SHADES > 127, (first, second)
+    for k, file in enumerate(files):
+        _write(tmp_path / file, (ink.astype(int) if k == wrong else ink).tolist())
+    assert _refusal(tmp_path, _split(second)) == (
+        f"{files[wrong]}: column 'image': expected pixels in 0..255, found none above 1; "
         "black and white are stored as 0 and 255, as truth values or as fractions"
     )
+
+
+def test_black_test_images_are_refused_but_a_black_shard_is_fine(tmp_path: Path) -> None:
+    _write(tmp_path / "train-0.parquet")
+    _write(tmp_path / "train-1.parquet", (SHADES * 0).tolist())
+    _write(tmp_path / "test.parquet", (SHADES * 0).tolist())
+    assert _labels(tmp_path, "train") == sorted([*LABELS, *LABELS])
+    assert _refusal(tmp_path).startswith("test.parquet: column 'image': expected pixels in 0..255")
 
 
 # --- data.test_path ---------------------------------------------------------------------------
