@@ -69,6 +69,31 @@ class Saved:
             if name.startswith("module.")
         }
 
+    def check_classes(self, classes: tuple[str, ...]) -> None:
+        """Compare the classes of a data set with those that the network was trained on.
+
+        Plain numbers, of files without class names, fit as many names; a checkpoint of an earlier
+        version holds no classes and is not compared.
+
+        Raises:
+            RequestError: if label k is another class than output k.
+        """
+        trained = tuple(self.content.get("classes") or classes)
+        expected = (
+            f"data.name: expected the {len(trained)} classes that the network was trained on"
+        )
+        if len(trained) != len(classes):
+            raise RequestError(f"{expected}, found {len(classes)}")
+        numbers = tuple(str(number) for number in range(len(trained)))
+        if numbers in (trained, classes) and set(trained) != set(classes):
+            return
+        for k, (wanted, found) in enumerate(zip(trained, classes, strict=True)):
+            if wanted != found:
+                raise RequestError(
+                    f"{expected}, in the same order; found '{found}' in place of '{wanted}' as "
+                    f"class {k}"
+                )
+
 
 def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
     """Write `path`: a collective, though only the leading worker writes.
@@ -115,6 +140,7 @@ def _content(
             "waited": state.waited,
             "seen": dict(state.seen),
         },
+        "classes": list(state.classes),
     }
 
 
@@ -240,6 +266,7 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
         RequestError: if the run is of another kind than that of the checkpoint.
     """
     content = saved.content
+    saved.check_classes(state.classes)
     try:
         state.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])

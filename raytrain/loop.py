@@ -174,6 +174,7 @@ def start(run: RunConfig, splits: Splits, place: Place) -> TrainState:
             _setting(run, splits, model, place)
         ),
         ema=ema,
+        classes=splits.source.classes,
     )
 
 
@@ -200,9 +201,14 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
     """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
 
     `data` is where its data set is now, if that is not where it was trained.
+
+    Raises:
+        RequestError: if the data set has other classes than those it was trained on.
     """
+    source = open_source(data or saved.run.data)
+    saved.check_classes(source.classes)
     with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
-        model = build_model(saved.run, open_source(data or saved.run.data))
+        model = build_model(saved.run, source)
     if saved.run.precision == "fp64":
         model = model.double()
     model.load_state_dict(saved.weights)
