@@ -341,8 +341,8 @@ def test_two_workers_train_what_one_worker_trains(tmp_path: Path, ray_folder: st
 def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
     tmp_path: Path, ray_folder: str
 ) -> None:
-    words = ("data.train_size=128", "evaluation.steps=1", "workers=2", "device=cpu", "epochs=200")
-    with started(tmp_path, ray_folder, "train", *words) as process:
+    words = ("data.train_size=128", "evaluation.steps=1", "device=cpu")
+    with started(tmp_path, ray_folder, "train", *words, "workers=2", "epochs=200") as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("epoch 1/200")
         process.send_signal(signal.SIGTERM)
@@ -354,7 +354,7 @@ def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
     store = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     reached = [p.step for p in store.get_metric_history(run.info.run_id, "cost/fe")]
     more = (f"epochs={max(reached) + 3}", "workers=1")
-    again = ended(tmp_path, ray_folder, "train", "--resume", run.info.run_id, *words[:-1], *more)
+    again = ended(tmp_path, ray_folder, "train", "--resume", run.info.run_id, *words, *more)
     assert again.returncode == 0, again.stderr
     (run,), _ = runs_of(tmp_path)
     steps = [p.step for p in store.get_metric_history(run.info.run_id, "cost/fe")]
