@@ -61,6 +61,7 @@ class TrainState:
             batch,
             self.meter,
             wrapper=self.wrapper,
+            place=self.place,
             attack_bn=attack_bn,
             precision=self.precision,
         )
