@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +187,17 @@ def folder_of(name: str, storage: Path) -> Path:
         RequestError: if there is none.
     """
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):
         return path.resolve()
-    found = [*storage.glob(f"*/{name}"), *storage.glob(f"*/*/trials/{name}")]
-    if is_run_id(name):
-        files = [
-            *storage.glob(f"*/*/trials/*/{RUN_ID}"),
-            *storage.glob(f"*/*/*/trials/*/{RUN_ID}"),
-        ]
-        found += [file.parent for file in files if file.read_text() == name]
+    found: list[Path] = []
+    if not path.is_absolute() and len(os.fsencode(name)) < 256:
+        exactly = escape(name)
+        found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
+    if is_run_id(name) and not found:
+        # At any depth, since the name of an experiment may have slashes.
+        files = storage.rglob(f"trials/*/{RUN_ID}")
+        found = [file.parent for file in files if file.read_text() == name]
+        found += storage.rglob(name)
     if found:
         return found[0].resolve()
     raise RequestError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import yaml
 
 from raytrain import provenance
 from raytrain.checkpoint import to_yaml
+from raytrain.data.loader import Splits
 from raytrain.inputs import training_inputs
 from raytrain.loop import preflight
+from raytrain.names import RUN_NAME, check_folder_name
 from raytrain.session import interruptible, session, slots
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
@@ -27,7 +29,7 @@ from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.notes import sweep_note, sweep_tags, sweep_view
 from raytrain.sweep.population import PopulationLedger, check_population
-from raytrain.sweep.study import check_name, open_study
+from raytrain.sweep.study import check_name, new_name, open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.sweep.wanted import wanted_space
 from raytrain.tracking import Tracker, tracked
@@ -85,14 +87,35 @@ def tune(
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
     """
+    for option, given in (("--name", name), ("--resume", resume)):
+        if given is not None:
+            check_folder_name(option, given, RUN_NAME)
     space = wanted_space(space, overrides, resume, trials)
+    if resume is None and name is None:
+        check_folder_name("name", space.name, RUN_NAME - len("-20261121-093000-999"))
     base = space.base_run
     splits = preflight(base)
     if space.search.sampler == "pbt":
         check_population(space)
-    name = resume or name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    given = name if resume is None else resume
+    stem, experiment = space.name, base.storage / base.experiment
+    with new_name(stem, experiment) if given is None else nullcontext(given) as name:
+        return _tune(space, splits, name, resume is not None, final, seeds, importance, watch)
+
+
+def _tune(
+    space: SearchSpace,
+    splits: Splits,
+    name: str,
+    resume: bool,
+    final: int,
+    seeds: int,
+    importance: Method,
+    watch: Watch | None,
+) -> TuneResult:
+    base = space.base_run
     folder = (base.storage / base.experiment / name).resolve()
-    check_name(name, folder, resume is not None, space.study)
+    check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     spool = folder / "mlflow.jsonl"
     # The spool is locked: a second driver would take the trials of the first for dead.
@@ -100,7 +123,7 @@ def tune(
         with session(base, trials=space.budget.concurrent or 1):
             concurrent = slots(base, space.budget.concurrent)
             study = open_study(
-                name, folder, space, space.hash(), resume is not None, fidelity.length, space.study
+                name, folder, space, space.hash(), resume, fidelity.length, space.study
             )
             space_file = folder / "space.yaml"
             space_file.write_text(_space_yaml(space))

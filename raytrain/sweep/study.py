@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import random
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import make_url
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from raytrain.spaces.plan import Search, pruner_of
 from raytrain.sweep.history import Proposes
 from raytrain.sweep.pruners import pruner_for
+from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.types import RequestError, mix
 
 JOURNAL = "study.log"
@@ -24,6 +33,36 @@ _DRIVERS = {
 """Dialects whose driver is an extra of this package, wherever the URL names none itself."""
 _EXTRAS = {"postgresql+psycopg": "postgresql", "mysql+pymysql": "mysql"}
 _PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL says otherwise
+_BUSY = 60.0  # seconds that SQLite waits for other processes, unless the URL says otherwise
+_LONGEST = 512  # characters of the name of a study, that of a sweep's last trainings included
+_TRIES = 10  # at tables that other processes are making
+
+
+@contextmanager
+def new_name(stem: str, experiment: Path) -> Iterator[str]:
+    """A name that no other process gives to a sweep of `experiment`, a folder.
+
+    It is taken by making the sweep's folder, which goes again if nothing is left in it.
+    """
+    stamp = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = chain([stamp], (f"{stamp}-{number}" for number in count(2)))
+    name = next(name for name in names if _is_made(experiment / name))
+    try:
+        yield name
+    finally:
+        with suppress(OSError):  # in use
+            (experiment / name).rmdir()
+
+
+def _is_made(folder: Path) -> bool:
+    """Make a folder; False if it is there."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # for the first file in it to say
+    return True
 
 
 def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
@@ -44,7 +83,13 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
     if resume and not exists:
         raise RequestError(f"--resume: there is no sweep {name} in {place}")
     if exists and not resume:
-        raise RequestError(f"--name: a sweep {name} exists; continue it with --resume {name}")
+        raise _exists(name)
+    longest = len(_name_in(url, f"{name}/{name}-final-000000", folder))
+    if not resume and url is not None and longest > _LONGEST:
+        raise RequestError(
+            f"--name: a name of {len(name)} characters is too long for the experiment "
+            f"{folder.parent.name} in a database; expected {(longest - _LONGEST + 1) // 2} fewer"
+        )
 
 
 def open_study(
@@ -68,13 +113,16 @@ def open_study(
     if resume is not None:
         check_name(name, folder, resume, url)
     folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        study_name=_name_in(url, name, folder),
-        storage=_storage(url, folder),
-        directions=["maximize" if one.mode == "max" else "minimize" for one in space.objective],
-        load_if_exists=True,
-        pruner=pruner_for(pruner_of(space.search, space.objective), space.search, length),
-    )
+    try:
+        study = optuna.create_study(
+            study_name=_name_in(url, name, folder),
+            storage=_storage(url, folder),
+            directions=["maximize" if o.mode == "max" else "minimize" for o in space.objective],
+            load_if_exists=resume is not False,
+            pruner=pruner_for(pruner_of(space.search, space.objective), space.search, length),
+        )
+    except optuna.exceptions.DuplicatedStudyError:  # since a moment ago
+        raise _exists(name) from None
     stored = study.user_attrs.get("space")
     if stored is not None and stored != fingerprint:
         raise RequestError(
@@ -94,6 +142,10 @@ def _name_in(url: str | None, name: str, folder: Path) -> str:
     return name if url is None else f"{folder.parent.name}/{name}"
 
 
+def _exists(name: str) -> RequestError:
+    return RequestError(f"--name: a sweep {name} exists; continue it with --resume {name}")
+
+
 def _storage(url: str | None, folder: Path) -> BaseStorage:
     if url is None:
         return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
@@ -102,24 +154,49 @@ def _storage(url: str | None, folder: Path) -> BaseStorage:
 
 def _database(url: str) -> optuna.storages.RDBStorage:
     try:
-        return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
+        return _opened(_with_driver(url))
+    except RequestError:
+        raise
     except ImportError:
         raise RequestError(
             f"study: {_shown(url)} needs a database driver that is not installed; {_remedy(url)}"
         ) from None
     except Exception as error:
-        # sqlalchemy's own kinds and those of each driver: all mean the same to the user.
+        # sqlalchemy's own kinds, Optuna's and those of each driver: the reason is theirs.
         raise RequestError(
             f"study: {_shown(url)} cannot be used ({_reason(error)}); expected the URL of a database "
             "that answers, such as postgresql://host/name"
         ) from None
 
 
+def _opened(url: str) -> optuna.storages.RDBStorage:
+    """The storage, its tables made. Processes that begin together make them together.
+
+    Each table is made by the fastest; Optuna goes on with what is missing when it is called again.
+    """
+    arguments: dict[str, Any] = {"pool_pre_ping": True}
+    if sqlite_file(url) is not None and "timeout=" not in url:
+        arguments["connect_args"] = {"timeout": _BUSY}
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            # Braces are marks of a template for Optuna.
+            return optuna.storages.RDBStorage(
+                url.replace("{", "{{").replace("}", "}}"), engine_kwargs=arguments
+            )
+        except (OperationalError, ProgrammingError, IntegrityError) as error:
+            if tries == _TRIES or error.statement is None:  # None: it did not even connect
+                raise
+        time.sleep(random.uniform(0.05, 0.3))  # so that they do not go on in step
+
+
 def _with_driver(url: str) -> str:
     """The URL with the driver that is meant where it names none, and an end to its waiting."""
-    from sqlalchemy import make_url
-
+    url = sqlite_uri(url, "study")
     made = make_url(url)
+    if made.get_backend_name() == "sqlite":
+        return url
     made = made.set(drivername=_DRIVERS.get(made.drivername, made.drivername))
     if made.drivername == "postgresql+psycopg" and "connect_timeout" not in made.query:
         made = made.update_query_dict({"connect_timeout": _PATIENCE})
@@ -143,6 +220,9 @@ def _reason(error: Exception) -> str:
 
 def _shown(url: str) -> str:
     """The URL without what may be secret: its user and its settings."""
+    file = sqlite_file(url)
+    if file is not None:
+        return f"sqlite:///{file}"
     scheme, separator, rest = url.partition("://")
     return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
 

@@ -37,7 +37,7 @@ def is_registered(client: Any, entry: Entry, run_id: str) -> bool:
     Raises:
         MlflowException: if the store has no registry.
     """
-    found = patiently(lambda: client.search_model_versions(f"name = '{entry.model}'"))
+    found = _versions(client, entry)
     return any(v.run_id == run_id and v.tags.get(WEIGHTS) == entry.weights for v in found)
 
 
@@ -49,6 +49,7 @@ def register(client: Any, entry: Entry, run_id: str, model_id: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    before = max((int(v.version) for v in _versions(client, entry)), default=0)
     try:
         patiently(lambda: client.create_registered_model(entry.model, description=entry.about))
     except MlflowException as error:
@@ -66,8 +67,12 @@ def register(client: Any, entry: Entry, run_id: str, model_id: str) -> str:
         )
     )
     if entry.robust is not None and _leads(version, _best(client, entry)):
-        _promote(client, entry, version)
+        _promote(client, entry, version, before)
     return str(version.version)
+
+
+def _versions(client: Any, entry: Entry) -> list[Any]:
+    return list(patiently(lambda: client.search_model_versions(f"name = '{entry.model}'")))
 
 
 def _best(client: Any, entry: Entry) -> Any | None:
@@ -90,19 +95,23 @@ def _leads(version: Any, best: Any | None) -> bool:
     return comparable and float(version.tags[ROBUST]) > float(best.tags[ROBUST])
 
 
-def _promote(client: Any, entry: Entry, version: Any) -> None:
+def _promote(client: Any, entry: Entry, version: Any, before: int) -> None:
     """Point the alias to a version, or to a better one that another process has added meanwhile.
 
-    Each process looks again after it has set the alias, so the last to set it has seen them all.
+    Of versions after `before`: each process looks again after it has set the alias, so the last one
+    to set it has seen what the others added.
     """
-    wanted = f"name = '{entry.model}' and tags.`{JUDGE}` = '{entry.judge}'"
     current = None
     while version.version != current:
         current = version.version
         number = str(current)
         patiently(lambda n=number: client.set_registered_model_alias(entry.model, ALIAS, n))
-        rivals = patiently(lambda: client.search_model_versions(wanted))
-        version = max([v for v in rivals if ROBUST in v.tags] or [version], key=_rank)
+        rivals = [
+            v
+            for v in _versions(client, entry)
+            if int(v.version) > before and v.tags.get(JUDGE) == entry.judge and ROBUST in v.tags
+        ]
+        version = max(rivals or [version], key=_rank)
 
 
 def _rank(version: Any) -> tuple[float, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from raytrain.names import RUN_NAME
 from raytrain.say import say
 from raytrain.tracking.book import Status
+from raytrain.tracking.lock import alone
 from raytrain.tracking.network import log_network, tracking_at
 from raytrain.tracking.registry import Entry, is_registered, register
 from raytrain.tracking.spool import Spool, SpoolBusy
@@ -184,7 +185,7 @@ class Tracker:
             lambda: patiently(lambda: log_network(self.uri, run_id, model, example)),
         )
         if entry is not None and known is not None and model_id is not None:
-            with tracking_at(self.uri):
+            with tracking_at(self.uri), alone(self.uri):
                 self._tried(
                     f"{handle} was not registered",
                     lambda: register(self._store.client, entry, run_id, model_id),
