@@ -233,8 +233,8 @@ def folder_of(name: str, storage: Path) -> Path:
         return path.resolve()
     found: list[Path] = []
     if not path.is_absolute() and len(os.fsencode(name)) < 256:
-        here = escape(name)
-        found = [*storage.glob(f"*/{here}"), *storage.glob(f"*/*/trials/{here}")]
+        exactly = escape(name)
+        found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
     if is_run_id(name) and not found:
         # At any depth, since the name of an experiment may have slashes.
         files = storage.rglob(f"trials/*/{RUN_ID}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -102,10 +103,15 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
         _say_finals(console, result)
         line(console, "all rows", str(result.table))
         line(console, "figures", str(result.folder / "figures"))
-        line(console, "continue", f"raytrain tune {result.space_file} --resume {result.name}")
+        line(console, "continue", _again(result))
         line(console, "MLflow UI", open_ui(result.tracking_uri))
 
     return show
+
+
+def _again(result: TuneResult) -> str:
+    """The command that continues a sweep, as a shell takes it."""
+    return f"raytrain tune {quote(str(result.space_file))} --resume {quote(result.name)}"
 
 
 def preview(told: Preview) -> Callable[[], None]:
@@ -181,10 +187,9 @@ def _say_best(console: Console, result: TuneResult) -> None:
     console.print(f"best: {result.best.handle}, {result.objectives[0]} {result.best.value:.4f}")
     for path, value in result.best.params.items():
         console.print(f"  {path} = {number(value)}", highlight=False)
-    line(console, "train it", f"raytrain train {result.best_file}")
-    again = f"raytrain tune {result.space_file} --resume {result.name} --final 3"
+    line(console, "train it", f"raytrain train {quote(str(result.best_file))}")
     if not result.finals:
-        line(console, "test set", again)
+        line(console, "test set", f"{_again(result)} --final 3")
 
 
 def _say_importances(console: Console, result: TuneResult) -> None:

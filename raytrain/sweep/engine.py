@@ -94,11 +94,12 @@ def tune(
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
     """
+    for option, given in (("--name", name), ("--resume", resume)):
+        if given is not None:
+            check_folder_name(option, given, RUN_NAME)
     space = wanted_space(space, overrides, resume, trials)
-    if name is None:
+    if resume is None and name is None:
         check_folder_name("name", space.name, RUN_NAME - len("-20261121-093000-999"))
-    else:
-        check_folder_name("--name", name, RUN_NAME)
     base = space.base_run
     splits = preflight(base)
     check_choices(space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from shlex import quote
 
 from raytrain.record import IN_EPS
 from raytrain.spaces.plan import pruner_of
@@ -45,6 +46,7 @@ def sweep_view(space: SearchSpace, name: str) -> View:
     first = space.objective[0]
     own = [one.metric for one in space.objective]
     others = [metric for metric in _OTHERS if metric not in own]
+    mark = '"' if "'" in name else "'"
     return View(
         columns=[
             *(f"metrics.{metric}" for metric in (*own, *others)),
@@ -53,7 +55,7 @@ def sweep_view(space: SearchSpace, name: str) -> View:
         ],
         params=searched(space, always=True)[:_AXES],
         metrics=[*own[1:], own[0]],
-        search=f"tags.sweep = '{name}' and tags.kind = 'trial'",
+        search=f"tags.sweep = {mark}{name}{mark} and tags.kind = 'trial'",
         order=f"metrics.{first.metric}",
         down=first.mode == "max",
     )
@@ -85,7 +87,8 @@ def sweep_note(
         f"[Parallel coordinates of the trials]({charts}) and [the trials as a table]({table}).",
         f"| searched | range | when |\n|---|---|---|\n{rows}",
         _constraints(space),
-        f"```sh\nraytrain tune --resume {name}{_place(space)}\nraytrain compare sweep:{name}\n```",
+        f"```sh\nraytrain tune --resume {quote(name)}{_place(space)}\n"
+        f"raytrain compare {quote(f'sweep:{name}')}\n```",
     ]
     return "\n\n".join(part for part in said if part) + "\n"
 
@@ -127,7 +130,7 @@ def _constraints(space: SearchSpace) -> str:
 def _place(space: SearchSpace) -> str:
     """The words that lead a resumption to the sweep, where it is not in the default experiment."""
     experiment = space.base_run.experiment
-    return "" if experiment == "raytrain" else f" experiment={experiment}"
+    return "" if experiment == "raytrain" else f" {quote(f'experiment={experiment}')}"
 
 
 def _cell(text: str) -> str:
