@@ -181,7 +181,7 @@ class Tracker:
             if entry is not None and self._is_registered(entry, run_id):
                 return
             model_id = log_network(self.uri, run_id, model, example)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # MLflow's, or the exporter's: not every network is a graph
             self._complain(f"the network of {handle} was not stored ({first_line(error)})")
             return
         try:
