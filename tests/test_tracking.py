@@ -698,6 +698,21 @@ def test_the_network_loads_with_mlflows_own_flavour_and_gives_the_same_logits(
         assert np.allclose(found.numpy(), wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
+class Branching(torch.nn.Module):
+    """Its path depends on the pixels, which no graph holds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) if float(x.sum()) > 1 else 2 * x.flatten(1)
+
+
+def test_a_network_that_is_no_graph_is_left_out_and_said_so(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tracker, "branching")
+    tracker.model("branching", Branching(), np.zeros((2, 1, 8, 8), dtype=np.float32))
+    assert "the network of branching was not stored (" in capsys.readouterr().err
+
+
 # --- where a run comes from -------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ MODELS: dict[str, str] = {
     "preact_resnet18": "PreActResNet-18, for 32 pixels; 11.2 million parameters",
     "wideresnet-D-W": "WideResNet of depth D = 6 n + 4 and width W, such as wideresnet-28-10",
     "torchvision:NAME": "an untrained image classifier of torchvision, for 3 channels",
-    "module:function": "your own: function(num_classes=..., **kwargs) returns an nn.Module",
+    "module:function": "your own: function(num_classes=..., **kwargs) returns a new nn.Module",
 }
 
 _OWN: dict[str, Callable[[int, int], nn.Module]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:
         with guarded(model.name, "cannot be tried"), torch.no_grad(), mode(model, "eval"):
             model.answer(images)
     for name, value in model.backbone.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            _refuse(model, f"keeps {name}, which is no tensor; checkpoints hold tensors")
         if is_lazy(value):
             _refuse(model, f"leaves {name} without a size after a pass in evaluation mode")
         if isinstance(value, nn.Parameter) and value.is_complex():
@@ -52,8 +55,10 @@ def try_out(
     Raises:
         RequestError: naming `model.name`, what was expected, and for an error where it was raised.
     """
-    with isolated():
+    with isolated(), warnings.catch_warnings(action="ignore"):  # training repeats them
         twin, images = _copied(model, shape, device, precision)
+        with guarded(model.name, "cannot be read from a checkpoint of its own"):
+            twin.load_state_dict(model.state_dict())
         _check_weights(twin)
         before = _weights(twin)
         _try(twin, images[:2], classes, training=True, precision=precision)

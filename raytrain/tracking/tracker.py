@@ -199,12 +199,10 @@ class Tracker:
         )
 
     def _tried(self, otherwise: str, call: Callable[[], Answer]) -> Answer | None:
-        """What `call` returns; None if MLflow refuses, which is said in one line."""
-        from mlflow.exceptions import MlflowException
-
+        """What `call` returns; None if it fails, which is said in one line: training is over and done."""
         try:
             return call()
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # MLflow's, the network's, or the exporter's: no graph holds it
             self._complain(f"the network of {otherwise} ({first_line(error)})")
         return None
 

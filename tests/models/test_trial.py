@@ -129,6 +129,19 @@ class BrokenBackward(Net):
         return self.Double.apply(super().forward(x))
 
 
+class ExtraState(Net):
+    def get_extra_state(self) -> Any:
+        return {"passes": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        del state
+
+
+class Unreadable(Net):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise LookupError("written by somebody else")
+
+
 class LazyInTraining(Net):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
@@ -191,6 +204,8 @@ REFUSED = {
     "MoreWeights": "makes the weight late.weight in its forward pass; .* nn.LazyLinear$",
     "Uncopied": r"cannot be copied, .*: TypeError \(only one of these\) at .*test_trial.py:",
     "BrokenBackward": r"cannot be differentiated .*: OSError \(no way back\) at .*test_trial.py:",
+    "ExtraState": "keeps _extra_state, which is no tensor; checkpoints hold tensors$",
+    "Unreadable": "cannot be read from a checkpoint .*: LookupError .* at .*test_trial.py:",
     "LazyInTraining": "leaves extra.weight without a size after a pass in evaluation mode$",
     "Sparse": "has a sparse gradient for table.weight; expected a dense one$",
     "frozen": "has nothing to train: none of its 4 weights requires_grad$",
