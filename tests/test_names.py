@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.utils.validation import _validate_model_name
 
+from raytrain.checkpoint import RUN_ID, folder_of
 from raytrain.loop import preflight
 from raytrain.registered import model_name
 from raytrain.request import as_run
@@ -143,3 +144,25 @@ def test_a_registered_model_has_a_name_that_every_store_takes(name: str, tmp_pat
         _validate_model_name(one)
         assert len(one.encode()) <= 250 and "'" not in one
     assert made[0] != made[1]
+
+
+def test_runs_of_an_experiment_with_slashes_are_found_by_their_ids(tmp_path: Path) -> None:
+    train, trial, final = (letter * 32 for letter in "abc")
+    for folder in (f"x/{train}", f"team/x/y/{train[:-1]}0"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder, run_id in (
+        ("team/x/sweep/trials/t0001", trial),
+        ("team/x/sweep/final-123456/trials/t0000", final),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / RUN_ID).write_text(run_id)
+        assert folder_of(run_id, tmp_path) == tmp_path / folder
+    assert folder_of(train, tmp_path) == tmp_path / "x" / train
+    assert folder_of(f"{train[:-1]}0", tmp_path) == tmp_path / "team/x/y" / f"{train[:-1]}0"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "*", "x" * 300, "[a]", "0" * 32])
+def test_what_is_no_run_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment" / "a").mkdir(parents=True)
+    with pytest.raises(RequestError, match="neither a checkpoint nor the id of a run"):
+        folder_of(name, tmp_path)
