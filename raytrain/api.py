@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,27 @@ from raytrain.checkpoint import (
     is_run_id,
     leave_run_file,
     load,
+    stored_run,
     to_yaml,
 )
 from raytrain.config import RunConfig
 from raytrain.data.loader import Part
 from raytrain.inputs import training_inputs
+from raytrain.interrupt import interruptible, raise_if_interrupted
 from raytrain.loop import check_resumable, network, preflight
 from raytrain.place import here
 from raytrain.record import Report
 from raytrain.registered import registered
 from raytrain.request import Configuration, as_run
-from raytrain.session import interruptible, session, slots, wanted_cluster, worker_resources
+from raytrain.session import session, slots, wanted_cluster, worker_resources
 from raytrain.tracking import Tracker, tracked
 from raytrain.types import RequestError
-from raytrain.worker import Group, Job, job_rows
+from raytrain.worker import Group, Job, Recent, own_rows
 
 Overrides = Iterable[str] | Mapping[str, Any]
 Watch = Callable[[RunConfig, Report], None]
+
+_GRACE = 2.0  # seconds for workers to leave after a failure, before Ray ends them
 
 
 @dataclass(frozen=True)
@@ -77,31 +81,34 @@ def train(
     if resume is not None:
         storage = as_run(config, overrides).storage
         folder = folder_of(str(resume), storage)
-        config = load(folder / LAST).run if config is None else config
+        config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)
     if run.workers == 1 and wanted_cluster() is None:
         here(run.device)
-    if folder is not None:
+    if folder is not None and (folder / LAST).is_file():
         check_resumable(run, load(folder / LAST), splits)
-    with interruptible(), own_tracker(run, run.storage) as tracker:
-        with _cluster(run) as on_cluster:
-            handle, done = _open(tracker, run, folder)
-            run_id = _run_id(tracker, handle)
-            folder = (run.storage / run.experiment / run_id).resolve()
-            leave_run_file(run, folder)
-            job = Job.of(run, folder, resume=resume is not None)
-            metrics: dict[str, float] = {}
-            for report in _rows(run, job, on_cluster):
-                metrics = report.metrics()
-                if report.epoch <= done:
-                    continue  # repeated after a restart of the workers
-                done = report.epoch
-                tracker.log(handle, metrics, done)
-                if report.stopped_by is not None:
-                    tracker.tag(handle, {"stopped_by": report.stopped_by})
-                if watch is not None:
-                    watch(run, report)
+    # On the way out MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
+        on_cluster = cluster.enter_context(_cluster(run))
+        handle, done = _open(tracker, run, folder)
+        run_id = _run_id(tracker, handle)
+        folder = (run.storage / run.experiment / run_id).resolve()
+        leave_run_file(run, folder)
+        job = Job.of(run, folder, resume=resume is not None)
+        metrics: dict[str, float] = {}
+        for report in _rows(run, job, on_cluster):
+            raise_if_interrupted()
+            metrics = report.metrics()
+            if report.epoch <= done:
+                continue  # repeated after a restart of the workers
+            done = report.epoch
+            tracker.log(handle, metrics, done)
+            if report.stopped_by is not None:
+                tracker.tag(handle, {"stopped_by": report.stopped_by})
+            if watch is not None:
+                watch(run, report)
+        cluster.close()
         leave_network(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
@@ -135,16 +142,21 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
 
 
 def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[Report]:
+    """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
+    if job.resume:
+        yield from Recent(Path(job.folder)).rows
     if not on_cluster:
-        yield from job_rows(job, here(run.device), job.resume)
+        yield from own_rows(job, here(run.device))
         return
     resources = worker_resources(run)
     group = Group(run.workers, resources, "train", run.storage, run.max_failures)
     try:
         group.submit(job)
         yield from group.rows()
-    finally:
-        group.close()
+    except BaseException:  # a signal, or a job that failed: nothing is left to wait for
+        group.close(_GRACE)
+        raise
+    group.close()
 
 
 def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:

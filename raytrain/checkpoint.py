@@ -20,6 +20,7 @@ from raytrain.state import TrainState
 from raytrain.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
+RUN_FILE = "run.yaml"
 RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
 ROWS = "rows.json"  # and the last rows, up to the last checkpoint
 _FORMAT = 2
@@ -68,6 +69,31 @@ class Saved:
             if name.startswith("module.")
         }
 
+    def check_classes(self, classes: tuple[str, ...]) -> None:
+        """Compare the classes of a data set with those that the network was trained on.
+
+        Plain numbers, of files without class names, fit as many names; a checkpoint of an earlier
+        version holds no classes and is not compared.
+
+        Raises:
+            RequestError: if label k is another class than output k.
+        """
+        trained = tuple(self.content.get("classes") or classes)
+        expected = (
+            f"data.name: expected the {len(trained)} classes that the network was trained on"
+        )
+        if len(trained) != len(classes):
+            raise RequestError(f"{expected}, found {len(classes)}")
+        numbers = tuple(str(number) for number in range(len(trained)))
+        if numbers in (trained, classes) and set(trained) != set(classes):
+            return
+        for k, (wanted, found) in enumerate(zip(trained, classes, strict=True)):
+            if wanted != found:
+                raise RequestError(
+                    f"{expected}, in the same order; found '{found}' in place of '{wanted}' as "
+                    f"class {k}"
+                )
+
 
 def save(state: TrainState, run: RunConfig, path: Path, place: Place) -> None:
     """Write `path`: a collective, though only the leading worker writes.
@@ -114,6 +140,7 @@ def _content(
             "waited": state.waited,
             "seen": dict(state.seen),
         },
+        "classes": list(state.classes),
     }
 
 
@@ -170,6 +197,21 @@ def load(path: Path) -> Saved:
     return Saved(run, content)
 
 
+def stored_run(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder: of its checkpoint or, before the first, of its run file.
+
+    Raises:
+        RequestError: if there is neither.
+    """
+    file = folder / RUN_FILE
+    if (folder / LAST).is_file() or not file.is_file():
+        return load(folder / LAST).run
+    try:
+        return RunConfig.model_validate(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RequestError(f"{file}: not a run file ({_short(error)})") from error
+
+
 def find(path: Path) -> Path:
     """The checkpoint file that `path` means."""
     if path.is_file():
@@ -224,6 +266,7 @@ def restore(state: TrainState, saved: Saved, place: Place) -> None:
         RequestError: if the run is of another kind than that of the checkpoint.
     """
     content = saved.content
+    saved.check_classes(state.classes)
     try:
         state.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])
@@ -263,7 +306,7 @@ def leave_run_file(run: RunConfig, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.yaml").write_text(to_yaml(run))
+        (folder / RUN_FILE).write_text(to_yaml(run))
     except OSError as error:
         raise TrainingFailed(
             f"storage: {folder} could not be written ({error.strerror or error})"

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain.interrupt import EXIT_STATUS, exit_with, handled, interrupted
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -109,6 +111,8 @@ def tune(
                 watch=watch,
             )
         say(sweeps.tune_summary(result), result.json(), as_json)
+        if result.failed:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -188,7 +192,7 @@ def export(
         from raytrain.exports import leave
         from raytrain.show.exports import export_summary
 
-        wanted = None if formats is None else [word for word in formats.split(",") if word]
+        wanted = None if formats is None else _listed(formats)
         result = leave.export(
             run, to, which=which, formats=wanted, storage=storage, licence=licence
         )
@@ -265,11 +269,15 @@ def algorithms(
 
 
 def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The file, if the first word is one, and the `key=value` words."""
-    first, *rest = [*(words or []), ""][: len(words or []) or 1]
-    if first and "=" not in first:
+    """The file, if the first word is one, and the `key=value` words: a file may have = in its name."""
+    first, *rest = words or [""]
+    if first and ("=" not in first or os.path.isfile(first)):
         return Path(first), rest
     return None, [word for word in (first, *rest) if word]
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in map(str.strip, text.split(",")) if word]
 
 
 def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None:
@@ -282,19 +290,19 @@ def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None
 
 @contextmanager
 def outcome(debug: bool) -> Iterator[None]:
-    """Exit status 2 for a wrong request, 1 for failed work, 130 for Ctrl-C; one sentence on stderr."""
+    """Exit status 2 for a wrong request, 1 for failed work, 130 for a signal; one sentence on stderr."""
     try:
         yield
     except (typer.Exit, SystemExit):
         raise
     except KeyboardInterrupt:
-        sys.stderr.write("raytrain: interrupted; what had finished is recorded\n")
-        _exit(130, debug)
+        _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
     except Exception as error:
         from raytrain.types import RequestError
 
-        sys.stderr.write(f"raytrain: {_sentence(error)}\n")
-        _exit(2 if isinstance(error, RequestError) else 1, debug)
+        if interrupted():  # the error is a consequence
+            _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
+        _exit(2 if isinstance(error, RequestError) else 1, _sentence(error), debug)
 
 
 def _sentence(error: Exception) -> str:
@@ -306,13 +314,20 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
-def _exit(status: int, debug: bool) -> None:
+def _exit(status: int, sentence: str, debug: bool) -> None:
+    sys.stderr.write(f"raytrain: {sentence}\n")
     if debug:
         traceback.print_exc()
     raise typer.Exit(status)
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line and exit."""
     sys.path.insert(0, os.getcwd())  # for model=module:function; Ray hands the path to its workers
-    app()
+    status: Any = 0
+    with handled():
+        try:
+            app()
+        except SystemExit as ended:
+            status = ended.code
+        exit_with(status if isinstance(status, int) else int(status is not None))

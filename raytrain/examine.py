@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +26,12 @@ from raytrain.evaluation.journal import Journal
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
 from raytrain.inputs import Input, as_input, digest
+from raytrain.interrupt import interruptible
 from raytrain.panel import panel_of
 from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
 from raytrain.say import say
-from raytrain.session import interruptible
 from raytrain.tracking import tracking_uri
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.whereabouts import checkpoint_file
@@ -183,9 +183,9 @@ def evaluate(
 
 def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
     """The changes to the run, and the exam."""
-    words = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    own = {path: value for path, value in words.items() if path in Exam.model_fields}
-    rest = {path: value for path, value in words.items() if path not in own}
+    changes = overrides if isinstance(overrides, Mapping) else _read(overrides)
+    own = {path: value for path, value in changes.items() if path in Exam.model_fields}
+    rest = {path: value for path, value in changes.items() if path not in own}
     for path in rest:
         if path.split(".")[0] not in _RUN_FIELDS:
             raise RequestError(
@@ -193,6 +193,13 @@ def _wanted(overrides: Overrides) -> tuple[dict[str, Any], Exam]:
                 f"one of {', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
             )
     return rest, validated(Exam, own)
+
+
+def _read(words: Iterable[str]) -> dict[str, Any]:
+    words = list(words)
+    own = [word for word in words if word.partition("=")[0] in Exam.model_fields]
+    of_run = parse_overrides(word for word in words if word not in own)
+    return {**of_run, **parse_overrides(own, Exam)}
 
 
 def _scope(file: Path, images: int | None, contract: Contract, trained: Contract) -> str:

@@ -27,21 +27,26 @@ from raytrain.data.loader import (
     visit,
 )
 from raytrain.data.spec import DataSpec
+from raytrain.evaluation.checks import of_answers
 from raytrain.judge import judge
 from raytrain.memory import Setting
 from raytrain.meter import Meter
+from raytrain.models import Classifier, guarded, try_alone, try_out
+from raytrain.network import copy_of
 from raytrain.objectives import CrossEntropy
 from raytrain.oracle import Oracle
 from raytrain.pace import AbstractPace, ByCost, ByEpochs
 from raytrain.place import Place
 from raytrain.record import FOSC_EDGES, Report, robust_drop
+from raytrain.say import say
 from raytrain.sentinels import probe, readings
 from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, RequestError, TrainingFailed, mix
+from raytrain.types import Batch, Dice, Diverged, RequestError, mix
 
 DIVERGED = 1e4
 """A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
 
+_LOOKED_AT = 16  # training images that a network of the user is asked about before it is trained
 _CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -75,7 +80,7 @@ def fit(
 
     Raises:
         RequestError: if the configuration does not fit the data.
-        TrainingFailed: if the loss is no longer a number, or absurd.
+        Diverged: if the loss is no longer a number, or absurd.
     """
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
     splits = open_splits(run.data, place, dtype)
@@ -143,9 +148,37 @@ def preflight(run: RunConfig) -> Splits:
     splits = open_splits(run.data, Place())
     run.check_radius(splits.train.shape)
     num_steps(splits.train, run.batch_size)
-    model = build_model(run, splits.source)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix(run.seed, "weights"))
+        model = build_model(run, splits.source)
+        if run.model.users:
+            build_model(run, splits.source)  # is refused if it has weights of the first
+    _try_out(run, model, splits, Place())
+    if run.model.users:
+        _warn(run, model, splits.train)
     run.algorithm.build(run.threat, run.outer).memory(_setting(run, splits, model, Place()))
     return splits
+
+
+def _try_out(run: RunConfig, model: Classifier, splits: Splits, place: Place) -> None:
+    """Try the network as it is going to be trained, where that has not been done when it was built."""
+    shape, classes = splits.train.shape, len(splits.source.classes)
+    as_built = place.device.type == "cpu" and run.precision == "fp32"
+    if run.model.foreign(splits.source.size) and not as_built:
+        try_out(model, shape, classes, place.device, run.precision)
+    if run.batch_size == run.workers:
+        try_alone(model, shape, classes, run.workers)
+
+
+def _warn(run: RunConfig, model: Classifier, part: Part) -> None:
+    """One line for everything that evaluation is going to hold against the answers of the network."""
+    rows = torch.arange(min(_LOOKED_AT, part.num_images))
+    batch = part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
+    with guarded(model.name, "cannot be tried on training images"):
+        findings = of_answers(model, batch.images, run.seed)
+    for finding in findings:
+        if not finding.passed:
+            say(f"raytrain: model.name: {model.name}: {finding.sentence}")
 
 
 def pace_of(run: RunConfig, splits: Splits, place: Place) -> AbstractPace:
@@ -158,15 +191,18 @@ def pace_of(run: RunConfig, splits: Splits, place: Place) -> AbstractPace:
 def start(run: RunConfig, splits: Splits, place: Place) -> TrainState:
     """A fresh network, optimiser and memory: the same on every worker."""
     torch.manual_seed(mix(run.seed, "weights"))
-    model = build_model(run, splits.source).to(place.device, splits.train.dtype)
+    model = build_model(run, splits.source)
+    _try_out(run, model, splits, place)
+    model = model.to(place.device, splits.train.dtype)
+    wrapper = place.wrap(model, fixed=not run.model.users)
     torch.manual_seed(mix(run.seed, "dropout", place.rank))
     ema = None
     if run.ema is not None:
         average = get_ema_multi_avg_fn(run.ema)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        ema = AveragedModel(copy_of(model), multi_avg_fn=average, use_buffers=True)
     return TrainState(
         model=model,
-        wrapper=place.wrap(model),
+        wrapper=wrapper,
         optimizer=run.optimizer.build(model),
         precision=run.precision,
         place=place,
@@ -174,6 +210,7 @@ def start(run: RunConfig, splits: Splits, place: Place) -> TrainState:
             _setting(run, splits, model, place)
         ),
         ema=ema,
+        classes=splits.source.classes,
     )
 
 
@@ -189,7 +226,7 @@ def _setting(run: RunConfig, splits: Splits, model: nn.Module, place: Place) -> 
     )
 
 
-def build_model(run: RunConfig, source: Source) -> nn.Module:
+def build_model(run: RunConfig, source: Source) -> Classifier:
     """The configured network for the images and classes of `source`."""
     return run.model.build(
         source.channels, source.size, len(source.classes), source.mean, source.std
@@ -200,12 +237,18 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
     """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
 
     `data` is where its data set is now, if that is not where it was trained.
+
+    Raises:
+        RequestError: if the data set has other classes than those it was trained on.
     """
+    source = open_source(data or saved.run.data)
+    saved.check_classes(source.classes)
     with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
-        model = build_model(saved.run, open_source(data or saved.run.data))
+        model = build_model(saved.run, source)
     if saved.run.precision == "fp64":
         model = model.double()
-    model.load_state_dict(saved.weights)
+    with guarded(model.name, "is not the network of the checkpoint"):
+        model.load_state_dict(saved.weights)
     return model.eval()
 
 
@@ -351,7 +394,7 @@ def _probe(
 
 def _must_be_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss) or loss > DIVERGED:
-        raise TrainingFailed(
+        raise Diverged(
             f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
             "optimizer.lr usually helps"
         )

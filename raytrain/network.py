@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from raytrain.types import BatchNorm
 
 Precision = Literal["fp32", "bf16", "fp64"]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def copy_of(model: Network) -> Network:
+    """A deep copy. Tensors that a pass has left on the modules are copied without their graph."""
+    kept = [value for module in model.modules() for value in _graph_tensors(vars(module))]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
+
+
+def _graph_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples that torch does not copy."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _graph_tensors(inner)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Perturbation gradients go through the bare module and `torch.autograd.grad`, so that no weight
 gradient is computed, no collective runs, and ranks may take different numbers of inner steps.
-Weight gradients go through the wrapper.
+Weight gradients go through the wrapper; a network that is its own wrapper has them averaged afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, func, nn
 from raytrain.meter import Meter
 from raytrain.network import Precision, autocast, mode, trainable, weight_grads
 from raytrain.objectives import AbstractObjective, Reference
+from raytrain.place import Place
 from raytrain.types import (
     Batch,
     BatchNorm,
@@ -34,7 +35,8 @@ Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
 class Oracle:
     """What the objective looks like around one batch. Every call is counted.
 
-    `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself);
+    `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself, whose gradients
+    are averaged over the workers of `place` after the pass);
     `attack_bn` is the BatchNorm mode of all passes that are not the weight update, which itself
     runs in train mode.
     """
@@ -48,12 +50,14 @@ class Oracle:
         *,
         attack_bn: BatchNorm,
         wrapper: nn.Module | None = None,
+        place: Place | None = None,
         precision: Precision = "fp32",
     ) -> None:
         self.batch = batch
         self.latest: Delta | None = None  # the last input gradient taken of each sample
         self._model, self._wrapper = model, model if wrapper is None else wrapper
         self._objective, self._meter = objective, meter
+        self._place = Place() if place is None else place
         self._attack_bn: BatchNorm = attack_bn
         self._precision: Precision = precision
         self._reference: Reference | None = None
@@ -137,7 +141,7 @@ class Oracle:
             delta.requires_grad_(True)
         losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
         weighted, _ = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
-        weighted.mean().backward()
+        self._backward(weighted.mean())
         self._meter.full_backwards += walked + self._nested
         return losses.detach()
 
@@ -148,7 +152,7 @@ class Oracle:
         delta = delta.detach().requires_grad_(True)
         losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
         weighted, used = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
-        weighted.mean().backward()
+        self._backward(weighted.mean())
         self._meter.full_backwards += walked + self._nested
         # Local, also under DDP: of the mean over this worker's samples, not over all of them.
         return losses.detach(), _per_sample(delta, used)
@@ -255,6 +259,12 @@ class Oracle:
     def _nested(self) -> int:
         """Samples whose loss holds an input gradient: to differentiate it is one more full backward."""
         return self._objective.nested_gradients * len(self.batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradient to every p.grad, averaged over the workers with all that was there before."""
+        loss.backward()
+        if self._wrapper is self._model:
+            self._place.average_grads(self._model)
 
     def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
         with mode(self._model, "train"), autocast(delta.device, self._precision):

@@ -32,15 +32,22 @@ class Place:
         """True for the one worker that writes shared files and reports."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module through which weight gradients are taken: they come out averaged over the
-        workers.
+    def wrap(self, model: nn.Module, fixed: bool = True) -> nn.Module:
+        """The module through which weight gradients are taken; every worker begins with rank 0's numbers.
+
+        A network is `fixed` if every pass in training mode reaches every trained weight. Its wrapper
+        averages gradients over the workers while the backward pass goes on. Of any other network the
+        gradients are averaged afterwards, by `average_grads`, and it is its own wrapper: the reducer of
+        DistributedDataParallel waits for weights that a pass leaves out.
 
         BatchNorm buffers are not broadcast before every forward: attacks run on the bare module,
         and a broadcast between two forwards of one backward breaks autograd. `average_buffers`
         unites them once an epoch instead.
         """
         if self.world == 1:
+            return model
+        if not fixed:
+            self._share(model)
             return model
         # torch 2.13 renamed the switch and warns about the old name.
         options = inspect.signature(DistributedDataParallel).parameters
@@ -50,6 +57,14 @@ class Place:
         devices = [self.device] if self.device.type == "cuda" else None
         settings: dict[str, Any] = {"device_ids": devices, switch: False}
         return DistributedDataParallel(model, **settings)
+
+    def _share(self, model: nn.Module) -> None:
+        """Give all workers the weights and buffers of rank 0, byte by byte: gloo knows few dtypes."""
+        for value in [*model.parameters(), *model.buffers()]:
+            flat = value.detach().flatten().contiguous().view(torch.uint8)
+            dist.broadcast(flat, src=0)
+            with torch.no_grad():
+                value.copy_(flat.view(value.dtype).view_as(value))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the workers, on every one of them. Call it on all ranks or on none."""
@@ -68,11 +83,19 @@ class Place:
         return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def average_grads(self, model: nn.Module) -> None:
-        """Give all workers the mean of the p.grad they have gathered without the wrapper."""
+        """Give all workers the mean of the p.grad they have gathered without the wrapper.
+
+        A weight that no worker's pass has reached keeps a p.grad of None, as on one worker; where only
+        some have reached it, it is zero on the others.
+        """
         if self.world == 1:
             return
-        weights = [p for p in model.parameters() if p.grad is not None]
-        means = self.average([p.grad for p in weights if p.grad is not None])
+        weights = [p for p in model.parameters() if p.requires_grad]
+        reached = self.total(
+            torch.tensor([p.grad is not None for p in weights]).to(self.device, torch.int64)
+        )
+        weights = [p for p, count in zip(weights, reached.tolist(), strict=True) if count]
+        means = self.average([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
         for weight, grad in zip(weights, means, strict=True):
             weight.grad = grad
 

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from raytrain.config import RunConfig
+from raytrain.documents import read_file, read_value
+from raytrain.fields import CHOSEN_BY, Keys, fields_at, is_text, key_of, name_key, types_at
 from raytrain.types import RequestError
 
 Model = TypeVar("Model", bound=BaseModel)
 Configuration = RunConfig | Mapping[str, Any] | str | Path
 """A run as a record, a mapping, or the path of a YAML file."""
-
-# Records chosen by one of their own fields, and the kind meant where it is not given: naming
-# another kind begins the record anew.
-_CHOSEN_BY = {
-    "algorithm": ("name", "pgd"),
-    "objective": ("name", "cross_entropy"),
-    "outer": ("name", "sgd"),
-    "threat": ("norm", "linf"),
-    "decay": ("kind", "power"),
-    "schedule": ("kind", "onecycle"),
-    "start": ("kind", "uniform"),
-    "stop": ("kind", "never"),
-    "then": ("name", "sgd"),
-}
-_NAMED = {"data": "name", "model": "name"}  # one kind of record, whose name changes nothing else
 
 
 def as_run(
@@ -51,55 +37,80 @@ def as_run(
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; no YAML tag is ever turned into an object."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{file}: no such file; expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: cannot be read as a text file ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" in line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or "not understood"
-        raise RequestError(f"{file}: not valid YAML{line} ({problem})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise RequestError(f"{file}: expected a mapping of fields, found {type(content).__name__}")
-    return content
+    """The fields in a run file; text fields have what is written there, whatever YAML would make of it.
+
+    Raises:
+        RequestError: naming file and line, if it is no YAML mapping or has a key twice.
+    """
+    return read_file(file, partial(is_text, RunConfig)).values
 
 
-def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words as a mapping from dotted path to value, each value read as YAML."""
+def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """`key=value` words as a mapping from dotted path to value.
+
+    Raises:
+        RequestError: naming the word or its key.
+    """
     parsed: dict[str, Any] = {}
     for word in words:
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise RequestError(f"{word}: expected key=value, such as threat.eps=8/255")
-        try:
-            parsed[path] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RequestError(f"{path}: the value {text!r} is not valid YAML") from None
+        value = value_of(path, text, model)
+        if _differ(parsed.setdefault(path, value), value):
+            raise _contradiction(path, parsed[path], path, value)
     return parsed
 
 
-def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the dotted paths of `changes` set.
+def value_of(path: str, text: str, model: type[BaseModel] = RunConfig) -> Any:
+    """The value that a field of `model` is given by a word.
+
+    Free text is taken as it is, and so is what no field has (for the validation to refuse); anything
+    else is YAML. Nothing at all is None, `null` too where a text may be unset. A record that has a
+    bare name takes YAML in braces as well.
+
+    Raises:
+        RequestError: if it is not valid YAML, or not text.
+    """
+    keys = tuple(path.split("."))
+    found = types_at(model, keys)
+    if not text or (text == "null" and type(None) in found):
+        return None
+    record = name_key(model, keys) is not None and re.fullmatch(r"\s*\{.*\}\s*", text, re.DOTALL)
+    if not found or (is_text(model, keys) and not record):
+        return _encodable(path, text)
+    return read_value(text, partial(is_text, model), keys)
+
+
+def _encodable(path: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: expected text in UTF-8, found {text!r}") from None
+    return text
+
+
+def override(
+    values: Mapping[str, Any], changes: Mapping[str, Any], model: type[BaseModel] = RunConfig
+) -> dict[str, Any]:
+    """`values` of `model` with the dotted paths of `changes` set.
 
     Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) or another preset
     drops the fields of the old one: only what is given together with the choice belongs to it.
+
+    Raises:
+        RequestError: if two changes contradict each other.
     """
     result = _copy(values)
-    spelled = [(_spelled(path, value), value) for path, value in changes.items()]
-    # Choices first and from the outside in, so that the order of the words does not matter.
-    for path, value in sorted(spelled, key=lambda item: (_rank(item[0]), len(item[0]))):
+    # From the outside in, choices first, so that the order of the words does not matter.
+    flat = _flat(changes, model)
+    for path, value in sorted(flat.items(), key=lambda item: (len(item[0]), _rank(item[0]))):
         *parents, last = path
         record = result
         for parent in parents:
             inner = record.get(parent)
             if isinstance(inner, str):  # `start: uniform` stands for `start: {kind: uniform}`
-                inner = {_key_of(parent): inner}
+                inner = {key_of(parent): inner}
             record[parent] = inner if isinstance(inner, dict) else {}
             record = record[parent]
         choice = _choice(path)
@@ -107,22 +118,48 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             kept = {field: record[field] for field in choice.keeps if field in record}
             record.clear()
             record.update(kept)
-        record[last] = value
+        record[last] = _copy(value)
     return result
 
 
-def _spelled(path: str, value: Any) -> tuple[str, ...]:
-    """The path in parts, a bare name given its key: `start=zero` is `start.kind=zero`."""
-    parts = tuple(path.split("."))
-    bare = isinstance(value, str) and (parts[-1] in _CHOSEN_BY or parts[-1] in _NAMED)
-    return (*parts, _key_of(parts[-1])) if bare else parts
+def _flat(changes: Mapping[str, Any], model: type[BaseModel]) -> dict[Keys, Any]:
+    """The changes field by field: a bare name given its key, a record taken apart after an empty one."""
+    flat: dict[Keys, Any] = {}
+    source: dict[Keys, tuple[str, Any]] = {}
+    for path, given in changes.items():
+        for keys, value in _fields(tuple(path.split(".")), given, model):
+            if _differ(flat.setdefault(keys, value), value):
+                raise _contradiction(*source[keys], path, given)
+            source.setdefault(keys, (path, given))
+    for keys in flat:
+        for holder in (keys[:length] for length in range(1, len(keys))):
+            if flat.get(holder, {}) != {}:
+                raise _contradiction(*source[holder], *source[keys])
+    return flat
 
 
-def _key_of(record: str) -> str:
-    return _CHOSEN_BY[record][0] if record in _CHOSEN_BY else _NAMED.get(record, "name")
+def _fields(path: Keys, value: Any, model: type[BaseModel]) -> Iterator[tuple[Keys, Any]]:
+    """A change field by field; a bare name is that of its key: `start=zero` is `start.kind=zero`."""
+    if isinstance(value, Mapping):
+        yield path, {}
+        for key, inner in value.items():
+            yield from _fields((*path, str(key)), inner, model)
+        return
+    key = name_key(model, path) if isinstance(value, str) else None
+    yield path if key is None else (*path, key), value
 
 
-def _rank(path: tuple[str, ...]) -> int:
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other and one != other  # a NaN is not equal to itself
+
+
+def _contradiction(one: str, value: Any, other: str, another: Any) -> RequestError:
+    also = "" if one == other else f"{other} "
+    said = f"{one}: given as {_short(value)} and {also}as {_short(another)}; expected one value"
+    return RequestError(said, tuple(one.split(".")))
+
+
+def _rank(path: Keys) -> int:
     """Kinds first, then the presets of a kind, then all that is no choice."""
     choice = _choice(path)
     return 2 if choice is None else len(choice.keeps)
@@ -132,13 +169,13 @@ class _Choice(NamedTuple):
     """A field that begins its record anew."""
 
     meant: str | None  # where it is not given
-    keeps: tuple[str, ...] = ()  # the fields that do not belong to the choice before
+    keeps: Keys = ()  # the fields that do not belong to the choice before
 
 
-def _choice(path: tuple[str, ...]) -> _Choice | None:
-    if len(path) < 2 or path[-2] not in _CHOSEN_BY:
+def _choice(path: Keys) -> _Choice | None:
+    if len(path) < 2 or path[-2] not in CHOSEN_BY:
         return None
-    key, kind = _CHOSEN_BY[path[-2]]
+    key, kind = CHOSEN_BY[path[-2]]
     return {key: _Choice(kind), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
 
 
@@ -198,6 +235,7 @@ def _wanted(one: Any) -> str:
         "bool_parsing": "true or false",
         "bool_type": "true or false",
         "string_type": "a string",
+        "string_too_short": "a string that is not empty",
         "path_type": "a path",
         "model_type": "a record",
         "model_attributes_type": "a record",
@@ -263,39 +301,6 @@ def _nearest(path: list[str], model: type[BaseModel], tags: list[str]) -> str:
     if close:
         return f"; the nearest is {'.'.join([*parents, close[0]])}"
     return f"; expected one of {', '.join(fields)}" if fields else ""
-
-
-def fields_at(model: type[BaseModel], path: Iterable[str], tags: Iterable[str]) -> list[str]:
-    """Names of the fields of the record at `path`, where `tags` pick the members of unions."""
-    here: Any = model
-    tags = set(tags)
-    for part in path:
-        if not (isinstance(here, type) and issubclass(here, BaseModel)):
-            return []
-        if part not in here.model_fields:
-            return []
-        members = _records(here.model_fields[part].annotation)
-        chosen = [m for m in members if tags & set(_literals(m))]
-        here = (chosen or members or [None])[0]
-    return list(here.model_fields) if here is not None else []
-
-
-def _records(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) is Annotated:
-        return _records(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [record for member in get_args(annotation) for record in _records(member)]
-    is_record = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return [annotation] if is_record else []
-
-
-def _literals(record: type[BaseModel]) -> list[Any]:
-    return [
-        value
-        for field in record.model_fields.values()
-        if get_origin(field.annotation) is Literal
-        for value in get_args(field.annotation)
-    ]
 
 
 def _copy(values: Any) -> Any:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from raytrain.config import RunConfig
-from raytrain.types import RequestError
+from raytrain.interrupt import deferred, interrupted
+from raytrain.say import say
+from raytrain.types import RequestError, TrainingFailed
 
 _DEFAULTS = {  # each may be overridden from outside
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM from Python and dumps its stack
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment, not a rebuilt copy
     "RAY_AUTH_MODE": "token",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -34,9 +37,15 @@ for _name, _value in _DEFAULTS.items():  # at import, since Ray reads them when 
     os.environ.setdefault(_name, _value)
 
 
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+_TRIES = 3
+_LONGEST_SOCKET = 107
+_SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.1"
+
+
 def wanted_cluster() -> str | None:
     """The address of a running cluster, if the user named one."""
-    return os.environ.get("RAY_ADDRESS") or None
+    return os.environ.get("RAY_ADDRESS", "").strip() or None
 
 
 @contextmanager
@@ -46,47 +55,107 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     A local cluster counts workers, not cores: two workers on one core are slow, and allowed.
 
     Raises:
-        RequestError: if RAY_ADDRESS leads nowhere.
+        RequestError: if RAY_ADDRESS leads nowhere, or no folder is short enough for Ray's sockets.
+        TrainingFailed: if Ray does not start here.
     """
     import ray
 
     address = wanted_cluster()
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger tells of failures
-    if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except Exception as error:
-            # Ray raises many kinds here: a missing session, a refused connection, a wrong token.
-            raise RequestError(
-                f"RAY_ADDRESS: no Ray cluster answers at {address} ({_first_line(error)})"
-            ) from None
-    else:
-        cores = max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials)
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    _private_token()
     try:
+        with deferred(), _without_handler():
+            if address is not None:
+                _join(address)
+            else:
+                _start(max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials))
+        _private_token()
         yield
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM (Slurm, Kubernetes) end the work the way Ctrl-C does: recorded, not abandoned."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _without_handler() -> Iterator[None]:
+    """Keep `ray.init` from handling SIGTERM: its handler raises SystemExit wherever Ray is just then,
+    also with a lock held that other threads wait for.
+    """
+    from ray._private import utils
 
-    def stop(number: int, frame: Any) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _: None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        utils.set_sigterm_handler = before
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **_QUIET)
+    except Exception as error:
+        # Ray raises many kinds here: a missing session, a refused connection, a wrong token.
+        raise RequestError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({_first_line(error)})"
+        ) from None
+
+
+def _start(cores: int) -> None:
+    """Start Ray on this machine; on a busy one its own time limit of 30 s may take several tries."""
+    import ray
+
+    folder = socket_folder()
+    for left in reversed(range(_TRIES)):
+        before = _children()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                _temp_dir=folder,
+                **_QUIET,
+            )
+            return
+        except Exception as error:  # Ray's own kinds, and bare Exception for its time limit
+            ray.shutdown()
+            for left_over in _children() - before:  # else they stay as long as this process
+                with suppress(ProcessLookupError):
+                    os.kill(left_over, signal.SIGKILL)
+            if interrupted():
+                raise
+            if not left:
+                raise TrainingFailed(
+                    f"Ray did not start on this machine in {_TRIES} tries ({_first_line(error)}); "
+                    "expected processor time, memory and disk to be free for it"
+                ) from error
+            say(f"raytrain: Ray did not start ({_first_line(error)}); trying again")
+
+
+def _children() -> set[int]:
+    """Processes that this one has started; none where the system does not list them."""
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(number) for file in files for number in file.read_text().split()}
+
+
+def socket_folder() -> str | None:
+    """The folder for Ray's files: None for Ray's own choice, another where that path is too long.
+
+    The path of a Unix socket has at most 107 bytes, and Ray's are `FOLDER/ray/session_.../sockets/...`.
+
+    Raises:
+        RequestError: if the usual short folders cannot be written.
+    """
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(os.path.join(wanted, "ray", _SOCKET))) <= _LONGEST_SOCKET:
+        return None
+    for short in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(short, os.W_OK | os.X_OK):
+            return os.path.join(short, f"ray-{os.getuid()}")
+    raise RequestError(
+        f"TMPDIR: {wanted} is too long for Ray's sockets ({_LONGEST_SOCKET} bytes with what Ray adds) "
+        "and /tmp cannot be written; expected a shorter folder in RAY_TMPDIR"
+    )
 
 
 def slots(run: RunConfig, wanted: int | None) -> int:

@@ -46,6 +46,7 @@ class TrainState:
         default_factory=dict
     )  # what sentinels saw at the last validation
     stopped_by: str | None = None  # why training ends early
+    classes: tuple[str, ...] = ()  # names, in the order of the network's outputs
 
     @property
     def judged(self) -> nn.Module:
@@ -60,6 +61,7 @@ class TrainState:
             batch,
             self.meter,
             wrapper=self.wrapper,
+            place=self.place,
             attack_bn=attack_bn,
             precision=self.precision,
         )

@@ -48,6 +48,14 @@ class TrainingFailed(RuntimeError):
     """Work began and cannot go on (divergence, a full disk): exit status 1, the run is recorded as FAILED."""
 
 
+class Diverged(TrainingFailed):
+    """The loss is no longer a number, or absurd: the fault of the configuration's own numbers."""
+
+
+class WorkersLost(TrainingFailed):
+    """The processes that trained are gone: not the configuration's fault, and worth another try."""
+
+
 class Spec(BaseModel):
     """Hyperparameters and behaviour in one frozen object; what changes while training lives elsewhere."""
 

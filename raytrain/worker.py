@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -22,10 +23,12 @@ from typing import Any
 
 from raytrain.checkpoint import LAST, ROWS, load
 from raytrain.config import RunConfig
+from raytrain.failures import as_failure, from_plain, is_lost, plain
 from raytrain.place import Place, keep_freed_memory
 from raytrain.record import Report
-from raytrain.types import RequestError, TrainingFailed
+from raytrain.types import RequestError, TrainingFailed, WorkersLost
 
+_ABORTS = 20  # tries to end a group that is being started, a second apart
 _IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
 
 
@@ -53,6 +56,8 @@ class _Bus:
         self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self.changed = asyncio.Condition()
         self.taken, self.max_failures = 0, max_failures
+        self.failed = 0  # the last job that one of its workers gave up
+        self.controller: Any = None  # Ray Train's actor that runs the group
 
     async def submit(self, job: Job | None) -> int:
         """A new job in place of the present one; None ends the group."""
@@ -67,27 +72,42 @@ class _Bus:
         async with self.changed:
             try:
                 await asyncio.wait_for(
-                    self.changed.wait_for(lambda: self.number > after), _IDLE_SECONDS
+                    self.changed.wait_for(lambda: self.number > max(after, self.failed)),
+                    _IDLE_SECONDS,
                 )
             except TimeoutError:
                 return -1, None, 0
             self.taken += 1
             if self.taken > self.max_failures + 1 and self.job is not None:
-                self.rows.put_nowait(("lost", f"its workers died {self.taken - 1} times"))
+                why = f"its workers died {self.taken - 1} times"
+                self.rows.put_nowait(("failed", plain(TrainingFailed(why))))
                 await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
                 return -1, None, 0
             return self.number, self.job, self.taken - 1
 
     async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
         """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""
-        if number != self.number:
+        if number != self.number or number == self.failed:
             return False
+        if kind == "failed":
+            self.failed = number
         self.rows.put_nowait((kind, value))
         async with self.changed:
             await self.changed.wait_for(
                 lambda: number != self.number or self.rows.qsize() <= ahead
             )
         return number == self.number
+
+    async def controlled_by(self, controller: Any) -> None:
+        """Keep the actor that runs the group."""
+        self.controller = controller
+
+    async def abort(self) -> None:
+        """End the group at once, if it is there yet: its workers die with their owner."""
+        import ray
+
+        if self.controller is not None:
+            ray.kill(self.controller)
 
     async def poll(self, seconds: float) -> tuple[str, Any] | None:
         """The next row of the present job; None if there is none for so long."""
@@ -100,6 +120,19 @@ class _Bus:
         return row
 
 
+def _announcement(bus: Any) -> Any:
+    """A callback of Ray Train's that gives the bus the actor it runs in, which `fit` keeps to itself."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Announcement(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            del train_run_context
+            ray.get(bus.controlled_by.remote(ray.get_runtime_context().current_actor))
+
+    return Announcement()
+
+
 @lru_cache(maxsize=1)
 def _bus_class() -> Any:
     import ray
@@ -109,9 +142,7 @@ def _bus_class() -> Any:
 
 def work(settings: dict[str, Any]) -> None:
     """What every worker of a group does: job after job, until there is none."""
-    import ray
     import ray.train
-    import torch.distributed as dist
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
@@ -122,36 +153,82 @@ def work(settings: dict[str, Any]) -> None:
         context.get_world_rank(),
         context.get_world_size(),
     )
-    bus, number = settings["bus"], 0
-
-    def agree(value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if place.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=place.device)
-        return box[0]
-
-    def tell(kind: str, value: Any, ahead: int = 1) -> bool:
-        asked = ray.get(bus.report.remote(number, kind, value, ahead)) if place.leads else None
-        return agree(asked)
-
+    worker, number = _Worker(settings["bus"], place), 0
     while True:
-        newer, job, before = agree(ray.get(bus.next_job.remote(number)) if place.leads else None)
+        newer, job, before = worker.next_job(number)
         if newer < 0:
             continue
         if job is None:
             return
         number = newer
+        worker.train(number, job, resume=job.resume or before > 0)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One worker of a group, and its way to the bus: rank 0 speaks for all."""
+
+    bus: Any
+    place: Place
+
+    def next_job(self, after: int) -> tuple[int, Job | None, int]:
+        """See `_Bus.next_job`; the same on every rank."""
+        return self._agree(self._call("next_job", after) if self.place.leads else None)
+
+    def train(self, number: int, job: Job, resume: bool) -> None:
+        """Train a job and report its rows.
+
+        Raises:
+            Exception: after which the group has to start anew.
+        """
         try:
-            for report in job_rows(job, place, resume=job.resume or before > 0):
-                if not tell("row", asdict(report)):
+            for report in job_rows(job, self.place, resume):
+                if not self._report(number, "row", asdict(report)):
                     break
             else:
-                tell("done", None, 10)
+                self._report(number, "done", None, 10)
         except (TrainingFailed, RequestError) as error:
             # Raised on every rank alike; a bad configuration must not cost the group its life.
-            tell("failed", str(error), 10)
+            self._report(number, "failed", plain(error), 10)
+        except Exception as error:
+            # Perhaps on this rank alone, while the others wait in a collective.
+            if not is_lost(error):
+                self._call("report", number, "failed", plain(as_failure(error)), 10)
+            raise
+
+    def _report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
+        leads = self.place.leads
+        return self._agree(self._call("report", number, kind, value, ahead) if leads else None)
+
+    def _call(self, method: str, *given: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self.bus, method).remote(*given))
+
+    def _agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        if self.place.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.place.device)
+        return box[0]
+
+
+def own_rows(job: Job, place: Place) -> Iterator[Report]:
+    """The rows of a job that this process trains alone.
+
+    Raises:
+        RequestError, TrainingFailed: whatever its parts raise becomes one of these, unless the
+            process itself is no longer fit for work.
+    """
+    try:
+        yield from job_rows(job, place, job.resume)
+    except Exception as error:
+        if is_lost(error):
+            raise
+        raise as_failure(error) from error
 
 
 def job_rows(job: Job, place: Place, resume: bool) -> Iterator[Report]:
@@ -209,6 +286,13 @@ def _report(row: dict[str, Any]) -> Report:
     return Report(**{**row, "fosc_below": tuple(row["fosc_below"])})
 
 
+def _cause(error: Exception) -> str:
+    """The line of a report of Ray Train's that names what a worker raised; its last one if none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)]
+    return (raised or lines or [type(error).__name__])[-1][:300]
+
+
 class Group:
     """A living Ray Train worker group, from the driver's side.
 
@@ -248,33 +332,48 @@ class Group:
         and none is missing.
 
         Raises:
-            TrainingFailed: if the job failed, or its workers died too often.
+            RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
+            WorkersLost: if the group is gone.
         """
         folder, last = self._folder_of_job, self._told
         while True:
             polled = self._ray.get(self._bus.poll.remote(1.0))
             if polled is None and self._ended is not None:
-                raise TrainingFailed(f"the worker group is gone: {self._ended}")
+                raise WorkersLost(f"the worker group is gone: {self._ended}")
             if polled is None:
                 continue
             kind, value = polled
             if kind == "done":
                 yield from Recent(folder).between(last)
                 return
-            if kind != "row":
-                raise TrainingFailed(str(value))
+            if kind == "failed":
+                raise from_plain(*value)
             report = Report(**value)
             if report.epoch > last + 1:  # a worker died between a checkpoint and its row
                 yield from Recent(folder).between(last, report.epoch)
             yield report
             last = max(last, report.epoch)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the group is gone, and takes no more jobs."""
+        return self._ended is not None
+
     def close(self, seconds: float = 60.0) -> None:
-        """Let the workers finish their epoch and leave."""
+        """Let the workers finish their epoch and leave, for as long as this; then end them."""
         with contextlib.suppress(Exception):  # the bus may be gone together with its node
             self._ray.get(self._bus.submit.remote(None), timeout=seconds)
         self._thread.join(seconds)
-        self._ray.kill(self._bus)
+        for _ in range(
+            _ABORTS
+        ):  # a thread that still waits for Ray would not survive its shutdown
+            if not self._thread.is_alive():
+                break
+            with contextlib.suppress(Exception):
+                self._ray.get(self._bus.abort.remote(), timeout=seconds)
+            self._thread.join(1.0)
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._bus)
         shutil.rmtree(self._folder, ignore_errors=True)  # Ray Train's own notes: never read again
 
     def _hold(self, workers: int, resources: dict[str, float], failures: int) -> None:
@@ -294,11 +393,11 @@ class Group:
                 storage_path=str(self._folder.parent),
                 failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[_announcement(self._bus)],
             ),
         )
         try:
             trainer.fit()
             self._ended = "it was told to end"
         except Exception as error:  # told to whoever waits for rows
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._ended = (said or [type(error).__name__])[-1][:300]  # the worker's own last words
+            self._ended = _cause(error)

@@ -174,8 +174,13 @@ def row(epoch: int, value: float | None, final: bool = False) -> dict[str, Any]:
     return {"metrics": json.dumps(metrics), "epoch": epoch, "final": final, "done": final}
 
 
+def diverged(reason: str) -> dict[str, Any]:
+    """What a slot hands over when training diverged."""
+    return {"metrics": "{}", "epoch": 0, "final": False, "diverged": reason, "done": True}
+
+
 def failed(reason: str) -> dict[str, Any]:
-    """What a slot hands over when the configuration failed."""
+    """What a slot hands over when a trial cannot be carried out."""
     return {"metrics": "{}", "epoch": 0, "final": False, "failed": reason, "done": True}
 
 

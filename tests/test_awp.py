@@ -44,6 +44,7 @@ from raytrain.algorithms import (
 from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.memory import Numbers
 from raytrain.meter import Meter
+from raytrain.models import ModelSpec
 from raytrain.objectives import AbstractObjective, CrossEntropy, Mart, Reference, Trades
 from raytrain.outer import Awp, Clip, Engm, Plain
 from raytrain.outer.base import AbstractOuter
@@ -194,6 +195,32 @@ def test_each_ascent_step_starts_where_the_one_before_ended(steps: int) -> None:
     # Looking for v changes nothing, to the bit.
     assert all(torch.equal(before[k], v) for k, v in everything(model))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["small_cnn", "small_cnn_nobn", "resnet18", "preact_resnet18", "wideresnet-10-1"]
+)
+def test_in_our_own_networks_every_tensor_that_moves_is_called_a_weight(name: str) -> None:
+    with torch.device("meta"):
+        model = ModelSpec(name=name).build(3, 32, 10, [0.5] * 3, [0.2] * 3)
+    moving = [key for key, p in model.named_parameters() if p.dim() > 1]
+    assert moving and all("weight" in key for key in moving)
+
+
+def test_a_tensor_moves_whatever_its_name() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_net()
+            self.embedding = nn.Parameter(torch.ones(1, 8, 8, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * self.embedding)
+
+    outer, model, batch = awp(gamma=0.01), Scaled(), batch_of(8)
+    state = ready(outer, model)
+    found = outer.offsets(state, state.oracle(batch, CE, "eval"), moved(batch))
+    assert float(found["embedding"].norm()) == pytest.approx(0.01 * 8, rel=1e-12)
 
 
 def test_the_scale_of_the_loss_does_not_move_v() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from sweep_helpers import METRIC, Launch, Store, failed, row, space_of
+from sweep_helpers import METRIC, Launch, Store, diverged, row, space_of
 
 from raytrain import provenance
 from raytrain.request import as_run
@@ -129,6 +129,19 @@ def test_comparable_runs_are_told_and_the_best_of_the_others_queued(
     assert later.trials(TrialState.COMPLETE)[-1].params == {"optimizer.lr": 0.04}
 
 
+@pytest.mark.parametrize("text", ["/d/a #1/x.parquet", "x: y.parquet", "{a}", "007", "no", "~"])
+def test_earlier_runs_are_known_again_by_their_text(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"data__name": text, "data__root": text, "model__name": text}
+    runs = [run_of(0.4, **values, optimizer__lr=0.02)]
+    base = {**BASE, "data": {"name": text, "root": text}, "model": {"name": text}}
+    space = with_earlier(monkeypatch, runs).model_copy(update={"base": base})
+    launch = Launch(tmp_path / "s", space=space)
+    plan_first(launch.ledger, space, "")
+    assert [(t.params["optimizer.lr"], t.value) for t in told(launch)] == [(0.02, 0.4)]
+
+
 @pytest.mark.parametrize("dies_at", range(1, 6))
 def test_earlier_runs_are_told_once_wherever_the_driver_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
@@ -171,7 +184,7 @@ def test_a_sweep_learns_from_the_runs_that_another_one_left_in_mlflow(tmp_path: 
     for number, value in enumerate((0.3, 0.5, 0.4)):
         first.complete(f"t{number}", 0.1, 0.2, 0.25, value)
     first.begin("failing")
-    first.ledger.end("failing", failed("it diverged"), lost=False)
+    first.ledger.end("failing", diverged("it diverged"), lost=False)
     first.begin("stopped")
     first.ledger.end("stopped", row(1, 0.9), lost=False)
     done = first.trials(TrialState.COMPLETE)[:3]

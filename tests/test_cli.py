@@ -34,13 +34,8 @@ pytestmark = [
 
 OUTSIDE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
 COMMANDS = ("train", "tune", "evaluate", "compare", "export", "ui", "algorithms")
-SMALL = (
-    "data.train_size=128",
-    "epochs=1",
-    "evaluation.steps=1",
-    "batch_size=64",
-    "algorithm.steps=1",
-)
+QUICK = ("data.train_size=128", "evaluation.steps=1", "batch_size=64", "algorithm.steps=1")
+SMALL = (*QUICK, "epochs=1")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +157,16 @@ def test_the_first_word_is_a_file_unless_it_sets_a_field() -> None:
     assert split(["run.yaml"]) == (Path("run.yaml"), [])
     assert split(["run.yaml", "epochs=3"]) == (Path("run.yaml"), ["epochs=3"])
     assert split(["epochs=3", "seed=1"]) == (None, ["epochs=3", "seed=1"])
+    long = f"run_name={'x' * 5000}"
+    assert split([long]) == (None, [long])
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(here: Path) -> None:
+    (here / "lr=0.1").mkdir()
+    (here / "lr=0.1" / "run.yaml").write_text("epoch: 3\n")
+    assert split(["lr=0.1/run.yaml", "seed=1"]) == (Path("lr=0.1/run.yaml"), ["seed=1"])
+    assert refusal("train", "lr=0.1/run.yaml").startswith("epoch: no such field")
+    assert split(["lr=0.1/none.yaml"]) == (None, ["lr=0.1/none.yaml"])
 
 
 # --- the catalogue ----------------------------------------------------------------------------
@@ -223,6 +228,20 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
         (("evaluate", "nonsense", "epochs=3"), ("epochs: ", "steps", "threat")),
         (("evaluate", "nonsense", "attacks=bim"), ("attacks", "pgd")),
         (("evaluate", "nonsense", "steps"), ("steps: expected key=value",)),
+        (("evaluate", "nonsense", "steps=3", "steps=4"), ("steps: given as 3 and as 4",)),
+        (("evaluate", "nonsense", "attacks=pgd #1"), ("attacks: ", "comment")),
+        (("evaluate", "nonsense", "tracking_uri=a: b: c"), ("nonsense: neither",)),
+        (("evaluate", "nonsense", "attacks=pgd, aa", "data=a #1"), ("nonsense: neither",)),
+        (("evaluate", "*"), ("*: neither a checkpoint nor",)),
+        (("train", "--resume", "*"), ("*: neither a checkpoint nor",)),
+        (("train", "epochs=1", "epochs=3"), ("epochs: given as 1 and as 3; expected one",)),
+        (("train", "data=/d/a #1/x.parquet"), ("data.name: ", "/d/a #1/x.parquet")),
+        (("train", "data={weird}.parquet"), ("data.name: ", "{weird}.parquet")),
+        (("train", "model=no"), ("model.name: ", "'no'")),
+        (("tune", "--resume", "*"), ("--resume: there is no sweep *",)),
+        (("tune", "--resume", "x", "storage=a #1"), ("there is no sweep x below a #1",)),
+        (("export", "nonsense", "--format", ","), ("--format: ", "found none")),
+        (("export", "nonsense", "--format", "onnx, safetensors"), ("nonsense: neither",)),
         (("ui",), ("mlflow.db: no such MLflow database",)),
     ],
 )
@@ -245,6 +264,27 @@ def test_a_file_that_is_no_checkpoint_is_refused(here: Path) -> None:
     assert "weights.pt: not a checkpoint" in said
     (here / "folder").mkdir()
     assert "best.pt" in refusal("evaluate", "folder")
+
+
+def test_a_key_given_twice_in_a_file_is_answered_with_file_and_line(here: Path) -> None:
+    (here / "run.yaml").write_text("epochs: 3\nseed: 1\nepochs: 3\n")
+    for command in ("train", "tune"):
+        assert refusal(command, "run.yaml") == "run.yaml:3: epochs: given a second time"
+
+
+def test_blanks_around_what_the_environment_says_are_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raytrain.session import wanted_cluster
+
+    for name in OUTSIDE:
+        monkeypatch.setenv(name, " \n")
+    assert wanted_cluster() is None
+    assert refusal("ui").startswith(f"{here / 'mlflow.db'}: no such MLflow database")
+    for name in OUTSIDE:
+        monkeypatch.setenv(name, " http://host:5000\n")
+    assert wanted_cluster() == "http://host:5000"
+    assert answer("ui").endswith(" is at http://host:5000\n")
 
 
 def test_a_truncated_parquet_file_is_refused_before_any_run_is_made(here: Path) -> None:
@@ -392,26 +432,24 @@ def test_a_finished_training_is_not_resumed_but_may_be_lengthened(
 
 
 def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(here: Path) -> None:
-    said = refusal("train", *SMALL, "epochs=2", "optimizer.lr=1e9", status=1).splitlines()[-1]
+    said = refusal("train", *QUICK, "epochs=2", "optimizer.lr=1e9", status=1).splitlines()[-1]
     assert "diverged in epoch 1" in said and "optimizer.lr" in said
     (run,) = runs_in(here)
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
-    how: str, here: Path
+    number: signal.Signals, here: Path
 ) -> None:
     import raytrain
 
     def interrupt(run: RunConfig, report: Report) -> None:
         del run, report
-        if how == "Ctrl-C":
-            raise KeyboardInterrupt
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
-        raytrain.train(None, (*SMALL, "epochs=3"), watch=interrupt)
+        raytrain.train(None, (*QUICK, "epochs=3"), watch=interrupt)
     (run,) = runs_in(here)
     assert run.info.status == "KILLED"
     again = raytrain.train(resume=run.info.run_id)
@@ -419,6 +457,25 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
     assert (run.info.run_id, run.info.status) == (again.run_id, "FINISHED")
     history = MlflowClient(again.tracking_uri).get_metric_history(again.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_training_that_was_interrupted_before_its_first_checkpoint_can_be_resumed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import raytrain
+    from raytrain import api
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "own_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            raytrain.train(None, (*SMALL, "seed=3"))
+    (run,) = runs_in(here)
+    again = raytrain.train(resume=run.info.run_id)
+    assert again.signature == run.data.tags["signature"]
+    assert [(r.info.run_id, r.info.status) for r in runs_in(here)] == [(again.run_id, "FINISHED")]
 
 
 def test_progress_that_nobody_reads_any_more_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +515,32 @@ def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None
     (run,) = runs_in(here)
     assert "mine" in text and f"raytrain evaluate {run.info.run_id}" in text
     assert "raytrain ui" in text
+
+
+def test_text_is_what_was_written_from_the_word_to_the_record_and_back(here: Path) -> None:
+    folder = here / "a #1: {x} [y]"
+    folder.mkdir()
+    for name in ("train", "try #7"):
+        images = pa.FixedSizeListArray.from_arrays(pa.array(range(192), pa.uint8()), 64)
+        table = pa.table({"a: b": pa.concat_arrays([images] * 40), "#": [0, 1, 0] * 40})
+        pq.write_table(table, folder / f"{name}.parquet")
+    words = [*QUICK, f"data={folder / 'train.parquet'}", "data.image_column=a: b"]
+    words += [f"data.test_path={folder / 'try #7.parquet'}", "data.label_column=#"]
+    words += ["storage=no #2", "experiment=v: 1", "run_name='007' # x", "epochs=1"]
+    words.remove("data.train_size=128")
+    told = last_object(answer("train", *words, "--json"))
+    assert Path(told["checkpoints"]).parent == here / "no #2" / "v: 1"
+    (run,) = runs_in(here, "v: 1")
+    assert run.info.run_name == told["name"] == "'007' # x"
+    assert run.data.params["data.image_column"] == "a: b"
+    again = as_run(Path(told["checkpoints"]) / "run.yaml")
+    assert again == as_run(None, words) and again.signature() == told["signature"]
+    found = last_object(
+        answer("evaluate", run.info.run_id, "attacks=fgsm", "--storage", "no #2", "--json")
+    )
+    assert found["images"] == 120
+    more = ["train", "--resume", run.info.run_id, "storage=no #2", "--json"]
+    assert last_object(answer(*more, "epochs=2"))["name"] == "'007' # x"
 
 
 def test_the_api_and_the_command_train_the_same(home: Path, here: Path) -> None:

@@ -212,6 +212,29 @@ def test_free_never_shows_the_network_anything_outside_ball_and_box(norm: str) -
     assert overshot == 2  # what was carried would have left the box of the new images
 
 
+def test_a_pixel_that_the_box_stops_is_carried_over_clipped_and_turns_back_at_once() -> None:
+    # The authors' code clips the image inside its graph instead, and delta to the ball alone.
+    eps, base = EPS["linf"], batch_of(8)
+    white, grey = (torch.full_like(base.images, level) for level in (0.99, 0.5))
+    labels, algorithm = torch.zeros_like(base.labels), free(m=1)
+    up = torch.full((1, 8, 8), 0.01, dtype=torch.float64)
+    model = Affine(up.clone())
+    state, theirs = state_of(model, algorithm, lr=0.0), torch.zeros_like(white)
+    ours = []
+    for images, slope in ((white, up), (white, -up), (white, up), (grey, up)):
+        with torch.no_grad():
+            model.slope.copy_(slope)
+        batch = Batch(images, labels, base.index, base.dice)
+        ours.append(float(algorithm.step(state, batch).delta.mean()))
+        theirs = theirs.requires_grad_(True)
+        loss = F.cross_entropy(model((images + theirs).clamp(0, 1)), labels)
+        (grad,) = torch.autograd.grad(loss, theirs)
+        theirs = (theirs + eps * grad.sign()).clamp(-eps, eps).detach()
+        if images is white:
+            assert torch.equal(theirs, torch.full_like(white, eps))  # stopped, and without a slope
+    assert ours == pytest.approx([0.01, 0.01 - eps, 0.01, eps], abs=1e-15)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("m", [1, 3])
 def test_free_without_a_radius_replays_each_batch_of_natural_training(norm: str, m: int) -> None:
@@ -461,6 +484,20 @@ def test_the_public_code_counts_the_first_layer_twice() -> None:
     for name, move in moves["hamiltonian"].items():
         factor = 2 if name.startswith("conv1") else 1
         assert_near(moves["both"][name], factor * move, 1e-11)
+
+
+def test_the_public_rate_and_decay_are_m_times_and_a_share_of_ours() -> None:
+    # There the m gradients are summed: its 0.04 and 5e-4 with m = 5 are 0.2 and 1e-4 here.
+    algorithm, twin = yopo(m=5, step_size=1e-14), tiny_net()
+    state = state_of(tiny_net(), algorithm, lr=0.2, weight_decay=1e-4)
+    sgd = ByHand(twin, 0.04, 0.9, 5e-4)
+    for seed in range(3):
+        batch = batch_of(8, seed=seed)
+        algorithm.step(state, batch)
+        # Perturbations that do not move have m equal gradients.
+        loss = F.cross_entropy(twin(batch.images + noise(batch)), batch.labels)
+        sgd.step([5 * grad for grad in torch.autograd.grad(loss, list(twin.parameters()))])
+        assert_near_weights(state.model, twin, 1e-11)
 
 
 def test_with_a_linear_first_layer_n_steps_are_one_step_n_times_as_long() -> None:

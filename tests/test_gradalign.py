@@ -240,6 +240,23 @@ def test_samples_without_a_gradient_have_no_penalty_and_do_not_spoil_the_others(
     assert_near(found, wanted, 1e-12)
 
 
+@pytest.mark.parametrize("dark", [0, 1, 4])
+def test_a_share_of_zero_gradients_weakens_the_public_penalty_by_that_share(dark: int) -> None:
+    base, count = batch_of(6), 6
+    light = (torch.arange(count) >= dark).double().view(-1, 1, 1, 1)
+    images = 0.1 * base.images + 0.8 * light
+    batch, model = Batch(images, base.labels, base.index, base.dice), Masked()
+    fixed = slope(model, images, batch.labels)
+    there = slope(model, images + eta_of(batch), batch.labels)
+    bright = fixed.flatten(1).norm(dim=1) > 0
+    assert int(bright.sum()) == count - dark
+    zero = torch.zeros_like(images)
+    losses = Aligned(lam=4.0).outer(model, batch, zero, (fixed, eta_of(batch)))
+    public = 1 - cosines(fixed[bright], there[bright]).mean()  # over the others only
+    natural = F.cross_entropy(model(images), batch.labels)
+    assert_near((losses.mean() - natural).detach(), (1 - dark / count) * 4 * public, 1e-12)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_both_gradients_being_zero_is_enough_to_have_no_penalty(which: int) -> None:
     batch, model = batch_of(6), Smooth()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from sweep_helpers import METRIC, SPACE, Launch, Store, failed, space_of
+from sweep_helpers import METRIC, SPACE, Launch, Store, diverged, space_of
 
 from raytrain.config import RunConfig
 from raytrain.spaces.space import SearchSpace
@@ -59,7 +59,7 @@ class World:
             yield {**result(len(saved), saved[-1]), "done": len(saved) / EPOCHS >= job.until}
         for epoch in range(len(saved) + 1, EPOCHS + 1):
             if run.optimizer.lr > 0.25 and epoch == 2:
-                yield failed("training diverged in epoch 2")
+                yield diverged("training diverged in epoch 2")
                 return
             self.trained[name, epoch] += 1
             saved.append(run.optimizer.lr + 0.01 * epoch)

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from sweep_helpers import METRIC, SPACE, Launch, failed, opened, row, space_of
+from sweep_helpers import METRIC, SPACE, Launch, diverged, opened, row, space_of
 
 from raytrain.config import RunConfig
 from raytrain.request import as_run
@@ -68,7 +68,7 @@ def test_a_stopped_trial_is_pruned_with_its_last_intermediate_value(launch: Laun
 def test_a_diverged_trial_is_pruned_and_failed_in_mlflow_with_the_reason(launch: Launch) -> None:
     launch.begin("a")
     launch.ledger.row("a", row(1, 0.2))
-    launch.ledger.end("a", failed("training diverged in epoch 2"), lost=False)
+    launch.ledger.end("a", diverged("training diverged in epoch 2"), lost=False)
     (trial,) = launch.trials()
     assert trial.state == TrialState.PRUNED
     assert launch.store.status == {"t0000": "FAILED"}
@@ -140,7 +140,7 @@ def test_the_budget_is_met_exactly_whatever_becomes_of_the_trials(tmp_path: Path
                 launch.ledger.row(tune_id, row(1, 0.0))
                 launch.ledger.end(tune_id, row(1, 0.0), lost=False)
             case 2:
-                launch.ledger.end(tune_id, failed("diverged"), lost=False)
+                launch.ledger.end(tune_id, diverged("diverged"), lost=False)
             case _:
                 launch.ledger.end(tune_id, None, lost=True)
     ended = launch.trials(TrialState.COMPLETE, TrialState.PRUNED)
@@ -250,7 +250,7 @@ def test_what_was_in_flight_when_the_driver_died_goes_on_where_it_stopped(launch
 def test_nothing_that_finished_is_repeated_after_a_dead_driver(launch: Launch) -> None:
     launch.complete("a", 0.1)
     launch.begin("b")
-    launch.ledger.end("b", failed("diverged"), lost=False)
+    launch.ledger.end("b", diverged("diverged"), lost=False)
     launch.begin("c")
     finished = [t.params for t in launch.trials(TrialState.COMPLETE, TrialState.PRUNED)]
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raytrain.request import as_run, read_yaml
-from raytrain.session import session, slots
-from raytrain.types import RequestError
+from raytrain.session import session, slots, socket_folder
+from raytrain.types import RequestError, TrainingFailed
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,13 +45,30 @@ space:
 search: {sampler: random, pruner: none}
 budget: {trials: TRIALS, concurrent: 1}
 """
+RAISES_LATER = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(64, classes), 0
+
+    def forward(self, x):
+        self.calls += self.training and len(x) > 2
+        if self.calls > 1:
+            raise ValueError("tired")
+        return self.linear(x.flatten(1))
+
+def net(num_classes):
+    return Net(num_classes)
+"""
 ENDED = {"FINISHED", "FAILED", "KILLED"}
 
 # Ctrl-C reaches the command also where the tests themselves run in the background.
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from raytrain.cli import main
+from raytrain.__main__ import main
 main()
 """
 
@@ -255,13 +273,14 @@ def test_a_sweep_whose_driver_was_killed_resumes_without_repeating_a_trial(
     assert json.loads(again.stdout.splitlines()[-1])["run_id"] == parent.info.run_id
 
 
-def test_ctrl_c_ends_a_sweep_with_status_130_and_no_run_left_running(
-    tmp_path: Path, ray_folder: str
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_sweep_with_status_130_and_no_run_left_running(
+    number: signal.Signals, tmp_path: Path, ray_folder: str
 ) -> None:
     space = space_in(tmp_path, 200)
     with started(tmp_path, ray_folder, "tune", space, "--name", "s") as process:
         wait_for_trial(2, process.stderr)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err and "interrupted" in err.splitlines()[-1]
@@ -270,6 +289,23 @@ def test_ctrl_c_ends_a_sweep_with_status_130_and_no_run_left_running(
     assert len(children) >= 2 and {run.info.status for run in children} <= ENDED
     complete = [t for t in trials_of(tmp_path, "s") if t.state == TrialState.COMPLETE]
     assert 2 <= len(complete) < 200
+
+
+def test_a_signal_while_ray_starts_ends_a_sweep_that_can_be_resumed(
+    tmp_path: Path, ray_folder: str
+) -> None:
+    sessions = Path(ray_folder, "ray")
+    before = set(sessions.glob("session_2*"))
+    with started(tmp_path, ray_folder, "tune", space_in(tmp_path, 1), "--name", "s") as process:
+        while process.poll() is None and set(sessions.glob("session_2*")) == before:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert len(err.splitlines()) == 1
+    again = ended(tmp_path, ray_folder, "tune", "--resume", "s")
+    assert again.returncode == 0, again.stderr
+    assert [trial.state for trial in trials_of(tmp_path, "s")] == [TrialState.COMPLETE]
 
 
 # --- several workers --------------------------------------------------------------------------
@@ -300,6 +336,85 @@ def test_two_workers_train_what_one_worker_trains(tmp_path: Path, ray_folder: st
         )
     runs, _ = runs_of(tmp_path)
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
+    tmp_path: Path, ray_folder: str
+) -> None:
+    words = ("data.train_size=128", "evaluation.steps=1", "device=cpu")
+    with started(tmp_path, ray_folder, "train", *words, "workers=2", "epochs=200") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("epoch 1/200")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert "Traceback" not in err and "interrupted" in err.splitlines()[-1]
+    (run,), _ = runs_of(tmp_path)
+    assert run.info.status == "KILLED"
+    store = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    reached = [p.step for p in store.get_metric_history(run.info.run_id, "cost/fe")]
+    more = (f"epochs={max(reached) + 3}", "workers=1")
+    again = ended(tmp_path, ray_folder, "train", "--resume", run.info.run_id, *words, *more)
+    assert again.returncode == 0, again.stderr
+    (run,), _ = runs_of(tmp_path)
+    steps = [p.step for p in store.get_metric_history(run.info.run_id, "cost/fe")]
+    assert (run.info.status, steps) == ("FINISHED", list(range(1, max(reached) + 4)))
+
+
+def test_what_the_users_network_raises_in_a_worker_is_on_the_screen_at_once(
+    tmp_path: Path, ray_folder: str
+) -> None:
+    (tmp_path / "mine.py").write_text(RAISES_LATER)
+    words = ("data.train_size=128", "evaluation.steps=1", "device=cpu", "model=mine:net")
+    told = [
+        ended(tmp_path, ray_folder, "train", *words, f"workers={workers}") for workers in (1, 2)
+    ]
+    assert [done.returncode for done in told] == [1, 1]
+    one, two = (done.stderr.splitlines()[-1] for done in told)
+    assert one == two and "mine.py:" in one and "ValueError" in one and "tired" in one
+    runs, _ = runs_of(tmp_path)
+    assert [run.info.status for run in runs] == ["FAILED", "FAILED"]
+
+
+# --- how Ray starts, without starting it -------------------------------------------------------
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_replaced_by_a_short_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
+    assert socket_folder() is None
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "long/" * 17)
+    folder = socket_folder()
+    assert folder is not None and len(folder) < 30 and Path(folder).parent.is_dir()
+
+
+def test_a_start_that_takes_too_long_is_tried_again_and_then_explained(
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    def slow(**settings: Any) -> None:
+        calls.append(settings)
+        if len(calls) < failures + 1:
+            raise Exception("The current node timed out during startup. This could happen.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failures = 2
+    with session(as_run(None)):
+        assert len(calls) == 3
+    assert capsys.readouterr().err.count("trying again") == 2
+    calls.clear()
+    failures = 3
+    with (
+        pytest.raises(TrainingFailed, match="^Ray did not start .* 3 tries .*timed out"),
+        session(as_run(None)),
+    ):
+        pass
+    assert len(calls) == 3
 
 
 # --- which cluster, without starting one ------------------------------------------------------

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raytrain.algorithms import CATALOGUE
 from raytrain.checkpoint import to_yaml
 from raytrain.config import RUNTIME, RunConfig
 from raytrain.data.catalogue import SOURCES
+from raytrain.fields import is_text
 from raytrain.request import as_run, override, parse_overrides, read_yaml
+from raytrain.spaces.lookup import paths_of
 from raytrain.types import RequestError, in_pixels
 
 
-def complaint(config: Any = None, words: Iterable[str] | str = ()) -> str:
+def complaint(config: Any = None, words: Iterable[str] | Mapping[str, Any] | str = ()) -> str:
     """What a wrong request is answered with: one line, in words that a reader of the help knows."""
     with pytest.raises(RequestError) as caught:
         as_run(config, words.split() if isinstance(words, str) else words)
@@ -132,9 +138,12 @@ def test_an_unknown_field_of_the_parts_of_a_combination_is_named(tmp_path: Path)
         ("ema=1", "ema", "less than 1"),
         ("precision=fp16", "precision", "bf16"),
         ("device=gpu", "device", "cuda"),
-        ("run_name=7", "run_name", "a string"),
-        ("storage=5", "storage", "path"),
-        ("data=null", "data", "a record"),
+        ("data=", "data", "a record"),
+        ("storage=", "storage", "path"),
+        ("experiment=", "experiment", "a string"),
+        ("seed=0b_", "seed", "not valid YAML"),
+        ("seed=2026-11-27", "seed", "an integer"),
+        ("seed=1:30", "seed", "an integer"),
         ("data.flip=maybe", "data.flip", "true or false"),
         ("data.validation=1.5", "data.validation", "whole number of images"),
         ("data.validation=0", "data.validation", "greater than 0"),
@@ -143,7 +152,7 @@ def test_an_unknown_field_of_the_parts_of_a_combination_is_named(tmp_path: Path)
         ("threat=null", "threat", "a record"),
         ("threat.eps=-1", "threat.eps", "0"),
         ("threat.eps=8/0", "threat.eps", "a number"),
-        ("threat.eps=.nan", "threat.eps", "expected"),
+        ("threat.eps=.nan", "threat.eps", "expected a number"),
         ("algorithm=null", "algorithm", "a record"),
         ("algorithm.steps=-1", "algorithm.steps", "0"),
         ("algorithm.step_size=0", "algorithm.step_size", "positive"),
@@ -158,6 +167,24 @@ def test_a_wrong_value_is_answered_with_its_field_and_what_was_expected(
     said = complaint(words=words)
     assert said.startswith(f"{field}: ")
     assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "expected"),
+    [
+        ({"run_name": 7}, "run_name", "a string, found 7"),
+        ({"experiment": None}, "experiment", "a string, found None"),
+        ({"experiment": ""}, "experiment", "a string that is not empty, found ''"),
+        ({"storage": 5}, "storage", "path, found 5"),
+        ({"data": 2026}, "data", "a record, found 2026"),
+        ({"data": {"name": 7}}, "data.name", "a string, found 7"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_python(
+    values: dict[str, Any], field: str, expected: str
+) -> None:
+    for said in (complaint(values), complaint(None, values)):
+        assert said.startswith(f"{field}: ") and said.endswith(expected)
 
 
 @pytest.mark.parametrize("eps", ["8", "1.5", "255"])
@@ -434,17 +461,227 @@ def test_overriding_changes_neither_the_mapping_nor_the_run_it_starts_from() -> 
     assert run == run_of()
 
 
-def test_values_of_words_are_read_as_yaml() -> None:
-    words = ["a=1", "b=true", "c=x=y", "d=[1, 2]", "e=", "f='1'", "g.h=null"]
+def test_a_record_and_its_fields_may_be_given_beside_one_another() -> None:
+    words = ["algorithm={steps: 3}", "algorithm.name=dynamic", "algorithm.decay=cosine"]
+    algorithm = {"name": "dynamic", "steps": 3, "decay": {"kind": "cosine"}}
+    for order in itertools.permutations(words):
+        assert as_run(None, order) == as_run({"algorithm": algorithm})
+    words = ["algorithm={preset: official}", "algorithm.name=dynamic", "algorithm.decay=cosine"]
+    algorithm = {"name": "dynamic", "preset": "official", "decay": {"kind": "cosine"}}
+    for order in itertools.permutations(words):
+        assert as_run(None, order) == as_run({"algorithm": algorithm})
+
+
+def test_a_whole_record_replaces_the_one_before() -> None:
+    before = {"algorithm": {"name": "dynamic", "c_max": 0.3}, "data": {"validation": 1000}}
+    for changes in (["algorithm={steps: 3}", "data={}"], {"algorithm": {"steps": 3}, "data": {}}):
+        assert as_run(before, changes) == run_of("algorithm.steps=3")
+
+
+def test_a_bare_name_is_a_kind_only_where_there_are_kinds() -> None:
+    for values in ("start=eps/4", "{start: eps/4}", "{start: eps/4, until: 1}"):
+        key = "curriculum.step_size" + ("=" if values[0] == "{" else ".")
+        assert as_run(None, [key + values]).curriculum["step_size"].start == "eps/4"
+    assert as_run(None, ["model.kwargs.start=zero"]).model.kwargs == {"start": "zero"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["epochs=1", "epochs=3"], "epochs: given as 1 and as 3; expected one value"),
+        (["data=a", "data=b"], "data: given as 'a' and as 'b'; expected one value"),
+        (["data=a", "data.name=b"], "data: given as 'a' and data.name as 'b'; "),
+        (["data={name: a}", "data=b"], "data: given as {'name': 'a'} and as 'b'; "),
+        (["data={root: a}", "data.root=b"], "data: given as {'root': 'a'} and data.root as 'b'; "),
+        (["algorithm=pgd", "algorithm.name=dynamic"], "algorithm: given as 'pgd' and "),
+        (
+            ["sentinels=null", "sentinels.stop.zero_grad=0.5"],
+            "sentinels: given as None and sentinels.stop.zero_grad as 0.5; expected one value",
+        ),
+        (["early_stop=3", "early_stop.min_gain=0.1"], "early_stop: given as 3 and "),
+    ],
+)
+def test_words_that_contradict_one_another_are_refused(words: list[str], said: str) -> None:
+    assert complaint(words=words).startswith(said)
+
+
+def test_a_word_may_be_repeated() -> None:
+    words = ["epochs=3", "data=cifar10", "data.name=cifar10", "epochs=3"]
+    assert as_run(None, words) == as_run({"epochs": 3, "data": "cifar10"})
+
+
+# --- text -------------------------------------------------------------------------------------
+
+TEXTS = (
+    "data",
+    "data.name",
+    "data.root",
+    "data.test_path",
+    "data.image_column",
+    "data.label_column",
+    "model",
+    "model.name",
+    "storage",
+    "experiment",
+    "run_name",
+    "tracking_uri",
+)
+OPTIONAL = {
+    "data.root",
+    "data.test_path",
+    "data.image_column",
+    "data.label_column",
+    "run_name",
+    "tracking_uri",
+}
+NULLS = ("null", "Null", "NULL", "~")
+UGLY = (
+    """
+/d/a #1/train.parquet|try #7|#|x: y|a: b: c|:|[v1]/z|[|{weird}.parquet|}{|a,b|- x|-|---|...|?|? x
+007|1e3|0x1f|0b_|1_000|1:30|.5|.inf|.nan|2026-11-27|2026-13-45|no|yes|on|Off|True|false|none|~|NULL
+*a|&b|!x|!!int 7|@x|`x`|%x|<<|=|a=b|==|"quoted|"quoted"|'quoted'|it's|'|"|\\n|\\|> x|>|$HOME|é ☃ 😀
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+    + [" both ", "tab\t", "two\nlines", "|", "| x", "\u2028", "\x85"]
+)
+
+
+def field_at(values: Any, field: str) -> Any:
+    for key in field.split("."):
+        values = values[key] if isinstance(values, dict) else getattr(values, key)
+    return values
+
+
+def test_the_fields_of_text_are_these() -> None:
+    fields = {*paths_of(RunConfig.model_validate({})), "data", "model"}
+    assert {path for path in fields if is_text(RunConfig, tuple(path.split(".")))} == set(TEXTS)
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_a_word_gives_a_text_field_what_is_written_after_its_equals_sign(field: str) -> None:
+    for text in UGLY:
+        assert parse_overrides([f"{field}={text}"]) == {field: text}
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_a_file_gives_a_text_field_what_is_written_there(field: str, tmp_path: Path) -> None:
+    def read(scalar: str) -> Any:
+        parent, _, last = field.rpartition(".")
+        line = f"{last}: {scalar}\n"
+        file = written(tmp_path, f"{parent}:\n  {line}" if parent else line)
+        return field_at(read_yaml(file), field)
+
+    for text in UGLY:
+        assert read(yaml.safe_dump(text, default_style='"')) == text
+        if text not in NULLS and is_plain(text):
+            assert read(text) == text
+
+
+def is_plain(text: str) -> bool:
+    """Whether YAML takes the text for a scalar without quotes, escapes, comments and the like."""
+    try:
+        return yaml.load(f"x: {text}", yaml.BaseLoader) == {"x": text}
+    except yaml.YAMLError:
+        return False
+
+
+def test_what_yaml_guesses_of_text_is_not_believed(tmp_path: Path) -> None:
+    text = "run_name: 007\nexperiment: no\ndata: 2026\nmodel: {name: 1e3}\nstorage: 2026-11-27\n"
+    run = as_run(written(tmp_path, text))
+    assert (run.run_name, run.experiment, run.data.name) == ("007", "no", "2026")
+    assert (run.model.name, run.storage) == ("1e3", Path("2026-11-27"))
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_null_and_nothing_leave_a_text_unset_where_it_may_be(field: str) -> None:
+    assert parse_overrides([f"{field}="]) == {field: None}
+    assert parse_overrides([f"{field}=null"]) == {field: None if field in OPTIONAL else "null"}
+
+
+@pytest.mark.parametrize("null", [*NULLS, ""])
+def test_an_unquoted_null_in_a_file_is_no_text(null: str, tmp_path: Path) -> None:
+    run = as_run(written(tmp_path, f"run_name: {null}\ndata: {{root: {null}, name: mnist}}\n"))
+    assert (run.run_name, run.data.root) == (None, None)
+    assert complaint(written(tmp_path, f"experiment: {null}\n")).startswith("experiment: expected")
+    assert as_run(written(tmp_path, f"run_name: '{null}'\n")).run_name == null
+
+
+@settings(max_examples=50)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_comes_back_from_the_file_that_keeps_it(text: str) -> None:
+    run = RunConfig.model_validate({})
+    data = {"name": text, "root": Path(text), "test_path": Path(text), "image_column": text}
+    run = run.model_copy(
+        update={
+            "data": run.data.model_copy(update=data),
+            "model": run.model.model_copy(update={"name": text, "kwargs": {text: text}}),
+            "storage": Path(text),
+            **dict.fromkeys(("experiment", "run_name", "tracking_uri"), text),
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(to_yaml(run))
+        assert read_yaml(file) == run.model_dump(mode="json")
+    assert json.loads(run.model_dump_json()) == run.model_dump(mode="json")
+
+
+def test_a_record_in_braces_stands_beside_its_bare_name() -> None:
+    run = as_run(None, ["data={name: 007, root: no, validation: 1000}", "model={name: 1e3}"])
+    assert (run.data.name, run.data.root, run.data.validation) == ("007", Path("no"), 1000)
+    assert run.model.name == "1e3"
+    assert parse_overrides(["run_name={name: 007}"]) == {"run_name": "{name: 007}"}
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data={weird}", "data.weird: no such field"),
+        ("data={a}/{b}", "data: the value '{a}/{b}' is not valid YAML"),
+        ("data={name: a, name: a}", "data.name: given a second time"),
+        ("optimizer={lr: 1, momentum: 0, lr: 2}", "optimizer.lr: given a second time"),
+        ("epochs=3 # three", "epochs: the value '3 # three' is not valid YAML"),
+        ("epochs=#3", "epochs: the value '#3' is not valid YAML"),
+        ("device=cpu #1", "device: the value 'cpu #1' is not valid YAML"),
+        ("nonsense=a: b: c", "nonsense: no such field"),
+        ("storage=\udcff", "storage: expected text in UTF-8"),
+    ],
+)
+def test_what_is_neither_a_value_nor_a_text_is_refused(word: str, said: str) -> None:
+    assert complaint(words=[word]).startswith(said)
+
+
+def test_values_that_are_no_text_are_read_as_yaml() -> None:
+    words = [
+        "epochs=3",
+        "registry=no",
+        "optimizer.schedule.milestones=[0.5, 1/3]",
+        "ema=",
+        "early_stop=null",
+        "algorithm.step_size=eps/4",
+        "threat.eps=8/255",
+        "model.kwargs.width=007",
+        "model.kwargs.name='007'",
+        "model.kwargs={on: {1: x}}",
+        "seed=010",
+        "curriculum={eps: {start: 0}}",
+    ]
     assert parse_overrides(words) == {
-        "a": 1,
-        "b": True,
-        "c": "x=y",
-        "d": [1, 2],
-        "e": None,
-        "f": "1",
-        "g.h": None,
+        "epochs": 3,
+        "registry": False,
+        "optimizer.schedule.milestones": [0.5, "1/3"],
+        "ema": None,
+        "early_stop": None,
+        "algorithm.step_size": "eps/4",
+        "threat.eps": "8/255",
+        "model.kwargs.width": "007",
+        "model.kwargs.name": "007",
+        "model.kwargs": {"on": {"1": "x"}},
+        "seed": "010",
+        "curriculum": {"eps": {"start": 0}},
     }
+    assert run_of("seed=010").seed == 10
 
 
 # --- forms and round trips --------------------------------------------------------------------

@@ -62,22 +62,22 @@ def slot(tmp_path: Path) -> Iterator[SingleSlot]:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "outcome"),
     [
-        {"model": f"{__name__}:breaking_net"},
-        {"optimizer": {"lr": 1e9}},
-        {"precision": "fp64"},
+        ({"model": f"{__name__}:breaking_net"}, "failed"),
+        ({"optimizer": {"lr": 1e9}}, "diverged"),
+        ({"precision": "fp64"}, None),
     ],
     ids=["raises", "diverges", "float64"],
 )
 def test_a_trial_is_the_same_whatever_its_process_did_before(
-    slot: SingleSlot, bad: dict[str, Any], tmp_path: Path
+    slot: SingleSlot, bad: dict[str, Any], outcome: str | None, tmp_path: Path
 ) -> None:
     wanted = rows(slot, job_of(tmp_path / "a"))
     assert [row["final"] for row in wanted] == [False, True]
     told = rows(slot, job_of(tmp_path / "bad", **bad))
-    if "precision" not in bad:
-        assert told[-1]["failed"] and told[-1]["done"] and not told[-1]["final"]
+    assert {"failed", "diverged"} & set(told[-1]) == {outcome} - {None}
+    assert told[-1]["done"] and told[-1]["final"] == (outcome is None)
     assert rows(slot, job_of(tmp_path / "b")) == wanted
 
 

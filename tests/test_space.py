@@ -312,6 +312,116 @@ def test_a_space_can_be_made_without_a_file() -> None:
     assert all(run.algorithm.name == "dynamic" for _, run in draws(space, 10))
 
 
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_a_study_has_the_text_that_is_written_in_it(tmp_path: Path) -> None:
+    text = """\
+name: 2026-11-27
+description: no
+base:
+  run_name: 007
+  experiment: on
+  tracking_uri: ~
+  data: {name: 2026, root: 1e3}
+  threat: {norm: linf, eps: 8/255}
+study: off
+search: {earlier: 1:30}
+space:
+  optimizer.lr: {float: [0.1, 0.2]}
+  $twice: {int: [1, 2]}
+  epochs: {derive: 1e1}
+"""
+    space = read_space(written(tmp_path, text))
+    run = space.run({})
+    assert (space.name, space.description, space.study) == ("2026-11-27", "no", "off")
+    assert space.search.earlier == "1:30"
+    assert (run.run_name, run.experiment, run.tracking_uri) == ("007", "on", None)
+    assert (run.data.name, run.data.root) == ("2026", Path("1e3"))
+    assert draws(space, 1)[0][1].epochs == 10
+
+
+def test_options_of_a_text_field_are_text_and_others_are_not(tmp_path: Path) -> None:
+    text = """\
+space:
+  model.name: {choice: [no, 007, 2026-11-27, "~", x]}
+  data: {choice: [on, 1e3]}
+  data.root: {choice: [null, 1.0], when: {data: on}}
+  registry: {choice: [no, yes], when: {model.name: [no, 007]}}
+  batch_size:
+    - {choice: [32, 64], when: {model.name: no}}
+    - {int: [1, 9], when: {model.name: [007, 2026-11-27, x]}}
+"""
+    space = read_space(written(tmp_path, text))
+    seen = [values for values, _ in draws(space, 200)]
+    assert {one["model.name"] for one in seen} == {"no", "007", "2026-11-27", "~", "x"}
+    assert {one["data"] for one in seen} == {"on", "1e3"}
+    assert {one.get("data.root", 0) for one in seen} == {None, "1.0", 0}
+    assert {one.get("registry") for one in seen} == {False, True, None}
+    assert all(("registry" in one) == (one["model.name"] in ("no", "007")) for one in seen)
+    assert all(("batch_size" in one) == (one["model.name"] != "~") for one in seen)
+    assert all(run.model.name == values["model.name"] for values, run in draws(space, 20))
+
+
+def test_branches_and_variables_go_by_what_is_written(tmp_path: Path) -> None:
+    text = """\
+space:
+  $deep: {choice: [no, 1]}
+  model.name:
+    branch:
+      no: {epochs: {int: [1, 2]}, data.name: {choice: [1, no]}}
+      007: {epochs: {int: [3, 4], when: {$deep: no}}}
+"""
+    space = read_space(written(tmp_path, text))
+    seen = [values for values, _ in draws(space, 100)]
+    assert {one["model.name"] for one in seen} == {"no", "007"}
+    assert {one["data.name"] for one in seen if one["model.name"] == "no"} == {"1", "no"}
+    sevens = [one for one in seen if one["model.name"] == "007"]
+    assert {one.get("epochs") for one in sevens} == {3, 4, None}
+
+
+def test_a_null_is_no_option_of_a_text_that_must_be_there(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "space:\n  model.name: {choice: [x, null]}\n")
+    assert said == "space.model.name: expected a string, found None"
+
+
+def test_words_give_text_to_the_study_and_to_its_base_run(tmp_path: Path) -> None:
+    file = written(tmp_path, DYNAMIC)
+    words = ["study=sqlite:///a #1.db", "search.earlier=x: y", "data=/d/a #1", "run_name=[v1]"]
+    words += ["budget.trials=3", "objective={metric: valid/clean}", "storage=no"]
+    space = read_space(file, words)
+    assert (space.study, space.search.earlier) == ("sqlite:///a #1.db", "x: y")
+    assert (space.budget.trials, space.objective[0].metric) == (3, "valid/clean")
+    run = space.base_run
+    assert (run.data.name, run.run_name, run.storage) == ("/d/a #1", "[v1]", Path("no"))
+    assert read_space(file, ["study=null", "search.earlier="]).study is None
+    for contradiction in (["epochs=1", "epochs=2"], ["budget.trials=1", "budget.trials=2"]):
+        with pytest.raises(RequestError, match=r": given as 1 and as 2; expected one value"):
+            read_space(file, contradiction)
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "007", "a #1", "x: y", "~", "[v1]", "{a}", "*a", " b ", "'"]
+)
+def test_the_copy_that_a_sweep_keeps_has_the_same_text(text: str, tmp_path: Path) -> None:
+    from raytrain.sweep.engine import _space_yaml
+
+    values = {
+        "description": text,
+        "study": text,
+        "base": {"run_name": text, "data": text, "model": {"name": text}, "storage": text},
+        "space": {
+            "model.name": {"branch": {text: {"epochs": {"choice": [1, 2]}}}},
+            "data.root": {"choice": [text, None], "when": {"model.name": text}},
+        },
+    }
+    space = SearchSpace.model_validate({"name": text, **values})
+    again = read_space(written(tmp_path, _space_yaml(space)))
+    assert again.model_dump() == space.model_dump() and again.hash() == space.hash()
+    by_hand = read_space(written(tmp_path, {"name": text, **values}))
+    assert by_hand.model_dump() == space.model_dump()
+
+
 # --- the hash ---------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     UNITS,
+    Affine,
     Saddle,
     SaddleObjective,
     applied,
@@ -551,6 +552,44 @@ def test_the_preset_is_the_released_code_in_pixel_space() -> None:
     assert float(v.max()) < 0.5  # the drag was at work
 
 
+def test_where_the_box_binds_delta_stays_in_it_and_the_code_goes_another_way() -> None:
+    eps, visits, shape = 0.03, 6, (2, 1, 8, 8)
+    plain, slope = batch_of(2), torch.full((1, 8, 8), 4.0, dtype=torch.float64)
+    batch = dataclasses.replace(
+        plain,
+        images=torch.full(shape, 0.99, dtype=torch.float64),
+        labels=torch.zeros_like(plain.labels),
+    )
+    algorithm = Ssds(preset="released").build(Linf(eps=eps), Plain())
+    model = Affine(slope)  # every pixel's gradient is upwards, and a step is longer than eps
+    state = state_of(model, algorithm, lr=0.0, num_images=2, batch_size=2)
+    for _ in range(visits):
+        algorithm.step(state, batch)
+    delta, v = torch.zeros(shape).double(), torch.ones(2).double()
+    lam, t = 4.0, 1.0
+    for _ in range(visits):  # the released code
+        point = delta.clone().requires_grad_(True)
+        losses = F.cross_entropy(
+            model((batch.images + point).clamp(0, 1)), batch.labels, reduction="none"
+        )
+        (grad,) = torch.autograd.grad(losses.sum(), point)
+        excess = delta.flatten(1).abs().amax(1) - eps
+        new = delta + 2 / 128 * (grad - v.view(-1, 1, 1, 1) * delta.sign() / (100 / 128))
+        v = (v + 2 * excess).clamp_min(0)
+        t = t + 2 * (lam - 1)
+        mean = float(losses.detach().mean())
+        lam = max(0.0, lam + 0.02 * mean - t - float((v * excess).sum()))
+        delta = new.clamp(-eps, eps)
+    # Ours moves to the bound of the box at the first visit and stays there.
+    assert_near(bank(state), torch.full(shape, 0.01, dtype=torch.float64), 1e-15)
+    wanted = 1 - 2 * (eps - 0.0) - (visits - 1) * 2 * (eps - 0.01)
+    assert_near(bank(state, "v"), torch.full((2,), wanted, dtype=torch.float64), 1e-15)
+    numbers = state.part("epigraph", Numbers)
+    assert float((bank(state) - delta).abs().min()) > 1e-3
+    assert float((bank(state, "v") - v).abs().min()) > 1e-3
+    assert abs(numbers["lam"] - lam) > 1e-3 and abs(numbers["t"] - t) > 1e-3
+
+
 def test_the_preset_fills_what_is_not_given_and_what_is_given_wins() -> None:
     released = Ssds(preset="released")
     assert (released.order, released.ascent, released.sigma) == ("jacobi", "raw", 2 / 128)
@@ -576,6 +615,10 @@ def test_the_released_decay_falls_every_hundred_epochs_by_more() -> None:
     for epoch, power in ((0, 0), (99, 0), (100, 100), (199, 100), (200, 300), (300, 600)):
         assert recipe.decay(epoch) == pytest.approx(math.exp(-power / 1000), rel=1e-15)
     assert recipe.alpha * recipe.decay(1000) == pytest.approx(0.00817, abs=5e-6)
+    # Where the code stops, once alpha is not above 1e-4, it goes on.
+    assert recipe.alpha * recipe.decay(1300) > 1e-4
+    assert recipe.alpha * recipe.decay(1400) == pytest.approx(5.5e-5, abs=1e-6)
+    assert recipe.decay(1500) == pytest.approx(recipe.decay(1499) * math.exp(-1.5), rel=1e-12)
 
 
 def test_a_number_for_the_decay_is_the_factor_per_hundred_epochs() -> None:

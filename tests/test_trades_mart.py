@@ -147,6 +147,30 @@ def test_the_mart_loss_is_that_of_the_public_code(beta: float, classes: int) -> 
     assert_near(alone[0], mart_by_torch(clean[:1], moved[:1], labels[:1], beta), 1e-12)
 
 
+def test_the_divergence_of_mart_is_exact_and_the_public_one_is_bounded_by_its_constant() -> None:
+    clean, moved = logits_of(9), 10 * logits_of(9, seed=1)  # some probabilities far below 1e-12
+    labels = torch.randint(5, (9,), generator=generator(2))
+    p, q = clean.softmax(1), moved.softmax(1)
+    rest = 1.0000001 - p.gather(1, labels[:, None])[:, 0]
+    whole, without = (outer_of(Mart(beta=beta), clean, moved, labels) for beta in (1.0, 0.0))
+    ours = (whole - without) / rest
+    public = (p * (p.log() - (q + 1e-12).log())).sum(1)
+    assert_near(ours, (p * (clean.log_softmax(1) - moved.log_softmax(1))).sum(1), 1e-9)
+    assert_near(ours - public, (p * torch.log1p(1e-12 / q)).sum(1), 1e-9)
+    assert float((ours - public).max()) > 1 and float(public.max()) <= 27.7
+    near = logits_of(9, seed=1)
+    assert float(near.softmax(1).min()) > 1e-9
+    public = (p * (p.log() - (near.softmax(1) + 1e-12).log())).sum(1)
+    assert_near(kl_divergence(clean, near), public, 1e-3)
+
+
+def test_smoothing_of_the_other_classes_only_is_a_smaller_share_of_all() -> None:
+    logits, labels = logits_of(7), torch.randint(5, (7,), generator=generator(2))
+    target = torch.full((7, 5), 0.3 / 4, dtype=torch.float64).scatter(1, labels[:, None], 0.7)
+    wanted = -(target * logits.log_softmax(1)).sum(1)  # as the public code of Pang et al. has it
+    assert_near(cross_entropy(logits, labels, 0.3 * 5 / 4), wanted, 1e-13)
+
+
 @pytest.mark.parametrize("kind", ["trades", "mart"])
 def test_gradients_go_through_both_branches_and_the_weight(kind: str) -> None:
     found, wanted = [], []
@@ -375,6 +399,65 @@ def test_the_attack_of_trades_climbs_the_divergence_written_out(attack_bn: Batch
         delta = (delta + eps / 3 * up.sign()).clamp(-eps, eps).detach()
         delta = torch.max(torch.min(delta, 1 - batch.images), -batch.images)
     assert_near(found, delta, 1e-15)
+
+
+def test_in_l2_the_attack_of_trades_projects_on_the_ball_and_then_clips_to_the_box() -> None:
+    batch, eps = batch_of(8), EPS["l2"]
+    recipe, twin = TradesRecipe(steps=3, step_size="0.8*eps"), tiny_net()
+    algorithm = recipe.build(ball_of("l2"), Plain())
+    found = algorithm.step(state_of(tiny_net(), algorithm), batch).delta
+    clean = twin(batch.images).softmax(1).detach()
+
+    def length(delta: Tensor) -> Tensor:
+        return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+    def ball(delta: Tensor) -> Tensor:
+        return delta * (eps / length(delta)).clamp(max=1)
+
+    def box(delta: Tensor) -> Tensor:
+        return torch.max(torch.min(delta, 1 - batch.images), -batch.images)
+
+    ends = []
+    for project in (lambda delta: box(ball(delta)), lambda delta: ball(box(delta))):
+        delta = box(0.001 * batch.dice.normal("start", 1, 8, 8).double())
+        for _ in range(3):
+            delta = delta.requires_grad_(True)
+            moved = twin(batch.images + delta).log_softmax(1)
+            (up,) = torch.autograd.grad(F.kl_div(moved, clean, reduction="sum"), delta)
+            delta = project((delta + 0.8 * eps * up / length(up)).detach())
+        ends.append(delta)
+    assert_near(found, ends[0], 1e-12)
+    assert float((found - ends[1]).abs().max()) > 1e-3  # the order of the public code
+    # Of any displacement, ours keeps no more, and as much where the box does not bind.
+    for seed in range(20):
+        far = torch.randn(batch.images.shape, generator=generator(seed)).double() / (seed + 1)
+        assert bool((length(box(ball(far))) <= length(ball(box(far))) * (1 + 1e-15)).all())
+        free = far * ((batch.images > 0.4) & (batch.images < 0.6))
+        near = free * (0.3 / free.abs().amax((1, 2, 3), keepdim=True))
+        assert torch.equal(box(ball(near)), ball(box(near)))
+
+
+@pytest.mark.parametrize("mu", [0.4, 0.7])
+def test_running_statistics_weigh_clean_and_perturbed_images_by_their_order(mu: float) -> None:
+    batch, model = batch_of(8), tiny_net(batch_norm=True)
+    norm = model.norm
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.momentum = mu
+    twin = copy.deepcopy(model).train()
+    recipe = TradesRecipe(steps=1, attack_bn="batch_nostat")
+    algorithm = recipe.build(ball_of("linf"), Plain())
+    state = state_of(model, algorithm, lr=0.0)  # the same images, weights and delta every time
+    delta = [algorithm.step(state, batch).delta for _ in range(40)][-1]
+    shown = {"clean": batch.images, "perturbed": batch.images + delta}
+    means = {name: model.conv1(images).mean((0, 2, 3)) for name, images in shown.items()}
+    for _ in range(40):  # the public code
+        for name in ("clean", "perturbed", "clean"):
+            twin(shown[name])
+    shares = (1 / (2 - mu), (1 - mu) / (1 + (1 - mu) + (1 - mu) ** 2))
+    for layer, share in zip((norm, twin.norm), shares, strict=True):
+        wanted = share * means["perturbed"] + (1 - share) * means["clean"]
+        assert isinstance(layer.running_mean, Tensor)
+        assert_near(layer.running_mean, wanted.detach(), 1e-12)
 
 
 def test_the_attack_of_mart_is_that_of_pgd_from_the_same_start() -> None:

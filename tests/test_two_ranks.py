@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_near, tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from raytrain.checkpoint import LAST, load, save
 from raytrain.config import RunConfig
-from raytrain.loop import fit
+from raytrain.data.loader import open_splits
+from raytrain.loop import fit, start
 from raytrain.place import Place
 from raytrain.record import Report
 from raytrain.state import TrainState
@@ -57,22 +58,78 @@ WITH_OUTER: dict[str, tuple[Any, Any]] = {
     "engm_yopo": ({"name": "yopo", "m": 2, "n": 1}, {"name": "engm", "tau": 2, "probes": 8}),
     "awp_engm": (STEP, {"name": "awp", "then": {"name": "engm", "estimator": "input"}}),
 }
-CASES = [*ALGORITHMS, *WITH_OUTER]
+NETWORKS: dict[str, tuple[str, Any]] = {
+    "unused": ("unused_net", "sgd"),
+    "unused_awp": ("unused_net", {"name": "awp", "gamma": 0.01, "then": "clip"}),
+    "unused_engm": ("unused_net", {"name": "engm", "estimator": "exact", "alpha": 1.0}),
+    "frozen": ("frozen_net", "sgd"),
+    "in_training": ("in_training_net", "sgd"),
+}
+"""Networks of a user, whose passes do not reach all of their weights."""
+
+CASES = [*ALGORITHMS, *WITH_OUTER, *NETWORKS]
 
 WITH_MEMORY = ["remembered", "free", "si_hg_b", "si_hg_t", "released", "l2l", "engm_affine"]
 """One of each kind: per image, per slot, int8 in two stores, gradients, multipliers, an optimiser,
 a fit."""
 
+
+class UserNet(nn.Module):
+    """Two layers, and a third that is used or not."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 32)
+        self.last = nn.Linear(32, num_classes)
+        self.extra = nn.Linear(num_classes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x.flatten(1))))
+
+
+class InTraining(UserNet):
+    """The third layer is used in training mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + self.extra(logits) if self.training else logits
+
+
+class Dropping(UserNet):
+    """Half of all passes in training mode use the third layer, others on each worker."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return self.extra(logits) if self.training and float(torch.rand(())) < 0.5 else logits
+
+
+unused_net, in_training_net = UserNet, InTraining
+
+
+def frozen_net(num_classes: int) -> nn.Module:
+    """The first layer is not trained."""
+    network = UserNet(num_classes)
+    network.first.requires_grad_(False)
+    return network
+
+
+def dropping_net(num_classes: int) -> nn.Module:
+    """Each worker makes it with other weights."""
+    torch.seed()
+    return Dropping(num_classes)
+
+
 PATIENCE = 120  # seconds after which a collective that somebody misses is a failure
 
 
 def run_of(name: str, **changes: Any) -> RunConfig:
+    network, outer = NETWORKS.get(name, ("", "sgd"))
     values = {
         # 99 images: the ranks own 50 and 49, the validation split of 61 is shared unevenly too.
         "data": {"name": "digits", "train_size": 99, "validation": 61},
-        "model": "small_cnn_nobn",
-        "algorithm": ALGORITHMS[name] if name in ALGORITHMS else WITH_OUTER[name][0],
-        "outer": WITH_OUTER[name][1] if name in WITH_OUTER else "sgd",
+        "model": f"{__name__}:{network}" if network else "small_cnn_nobn",
+        "algorithm": ALGORITHMS.get(name, STEP),
+        "outer": outer,
         "batch_size": 32,
         "epochs": 2,
         "precision": "fp64",
@@ -80,6 +137,8 @@ def run_of(name: str, **changes: Any) -> RunConfig:
         "optimizer": {"lr": 0.2, "schedule": "constant"},
         "device": "cpu",
     }
+    if name in WITH_OUTER:
+        values["algorithm"], values["outer"] = WITH_OUTER[name]
     return RunConfig.model_validate({**values, **changes})
 
 
@@ -127,6 +186,8 @@ def work(rank: int, folder: Path) -> None:
         )
         found[f"{name} back"] = trained(run_of(name), place, unused, folder / f"{name}-2" / LAST)
     found["averaged"] = averages(place)
+    dropping = run_of("natural", model=f"{__name__}:dropping_net", ema=0.5)
+    found["dropping"] = trained(dropping, place, unused)
     found["failed"] = failure(place, folder / "full")
     torch.save(found, folder / f"found-{rank}.pt")
     dist.barrier()
@@ -255,6 +316,29 @@ def test_two_ranks_go_on_from_their_own_checkpoint(
     for found in together:
         wanted = found[name]
         assert_same_run(found[f"{name} back"], {**wanted, "metrics": wanted["metrics"][1:]})
+
+
+def test_layers_that_are_used_now_and_then_stay_the_same_on_all_ranks(
+    together: list[dict[str, Any]],
+) -> None:
+    one, other = (found["dropping"] for found in together)
+    assert one["metrics"] == other["metrics"]
+    assert [
+        key for key in one["model"] if not torch.equal(one["model"][key], other["model"][key])
+    ] == []
+
+
+def test_a_weight_that_no_pass_reaches_keeps_its_first_value(
+    together: list[dict[str, Any]],
+) -> None:
+    run = run_of("unused")
+    untouched = start(
+        run, open_splits(run.data, Place(), torch.float64), Place()
+    ).model.state_dict()
+    for found in together:
+        for name in ("unused", "unused_awp"):
+            for key in ("backbone.extra.weight", "backbone.extra.bias"):
+                assert torch.equal(found[name]["model"][key], untouched[key])
 
 
 @pytest.mark.parametrize("network", ["model", "ema"])

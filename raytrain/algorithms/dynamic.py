@@ -48,6 +48,13 @@ class Dynamic(Smoothed):
     former, the latter changes nothing but the bill. Its weight decay on kernels only and its
     per-iteration rate decay belong to the optimiser and are not part of the preset.
 
+    Deviations of `official` from the released code: there the start x + u is not clipped to the pixel
+    box, so that where pixels are saturated the first gradient is taken outside [0, 1] and FOSC is
+    measured from there; here both are at the clipped start. There logarithms are cut: 1e-20 beside
+    p_y in the attack, 1e-12 in the weights (at most 27.6), and p_y clipped to [1e-7, 1 - 1e-7] in the
+    training loss, whose gradient is zero beyond 16.1 nats; here they are exact, and the worst samples
+    train with the largest weights. Its eps is 0.031.
+
     Beyond the paper: other shapes of the fall, a threshold that falls with every step (`per`), FOSC
     over the legal pixels only (needed where images have saturated pixels, whose share of FOSC no
     attack can remove), and l2 and l1 by Hoelder's inequality.

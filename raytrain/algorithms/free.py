@@ -62,13 +62,23 @@ class Free(Smoothed):
     perturbation per slot, nothing per image. It is saved in checkpoints slot by slot and dealt anew
     to another number of workers.
 
-    Traps of public codes avoided: the carried delta is clipped to the pixel box of the new images
-    before the first pass; the pass is one (a re-implementation takes two); batches are whole, so no
-    slot is left behind. BatchNorm is in train mode, because every pass is a weight update. The
-    learning rate is that of the batch for all m replays. m = 1 is neither natural training nor FGSM:
-    its perturbation was computed for other images. One pass has one loss: a smoothed label reaches
-    the perturbation too. l2 and l1 take the norm's own steepest step; the
-    paper has l-inf only.
+    Traps of public codes avoided: the pass is one (a re-implementation takes two); batches are whole,
+    so no slot is left behind. BatchNorm is in train mode, because every pass is a weight update. m = 1
+    is neither natural training nor FGSM: its perturbation was computed for other images. One pass has
+    one loss: a smoothed label reaches the perturbation too. l2 and l1 take the norm's own steepest
+    step; the paper has l-inf only.
+
+    Deviations: delta is clipped to the pixel box of its images before the first pass and after every
+    step, so that x + delta is always an image and delta the perturbation that was trained on.
+
+    - The authors' code (TensorFlow, and PyTorch for ImageNet) never clips delta to the box, neither
+      within a batch nor between batches. It clips the image, clamp(x + delta, 0, 1), inside the graph:
+      where that clamp is active, delta has no gradient, keeps its value until other images take the
+      slot, and is carried over to them whole. Here it moves back as soon as its gradient turns, and
+      what is carried over is only what the box allowed.
+    - The code of Wong et al. clips after every step but not before the first pass: one of the m passes
+      sees pixels outside [0, 1]. It also moves the learning rate with every replay; here the rate is
+      that of the batch for all m.
     """
 
     card: ClassVar[Card] = Card(

@@ -39,7 +39,7 @@ class Aligned(AttackedByCrossEntropy):
     """CE(x + delta) + lambda (1 - cos(g, grad CE(x + eta))), the reference being (g, eta).
 
     g is held fixed, the other gradient is differentiated once more. A sample with a zero gradient
-    has no penalty.
+    has no penalty, and still counts in the mean over samples.
     """
 
     nested_gradients: ClassVar[int] = 1
@@ -94,10 +94,24 @@ class GradAlign(Smoothed):
     gradient g, which the penalty uses again, 2 FE; the training pass 3; a second input gradient with
     its graph and a pass through both directions of it, counted 6: 11 FE. No per-sample state. As in
     the public code, the first gradient is held fixed, the noise is not clipped to the pixel box, and
-    both passes are in train mode. Samples with a zero gradient have no penalty. lam = 0 is FGSM in its
-    weights (not in its running statistics, which see the noise too). Differentiating twice needs a
-    network that allows it: torch's SyncBatchNorm does not. The penalty is the same in every norm: it
-    is an angle; the paper has l-inf only.
+    both passes are in train mode. lam = 0 is FGSM in its weights (not in its running statistics, which
+    see the noise too). Differentiating twice needs a network that allows it: torch's SyncBatchNorm
+    does not. The penalty is the same in every norm: it is an angle; the paper has l-inf only.
+
+    Deviations from the public code:
+
+    - The penalty is averaged over all samples of the batch, those with a zero gradient counting 0,
+      because every training loss here is a mean of per-sample terms. The public code averages over
+      the others only. With a share z of zero gradients the penalty here at lam is the public one at
+      (1 - z) lam: it weakens here, and not there, as the network becomes certain of its images.
+    - A gradient is zero here if all its pixels are. The public test squares them in float32, so that
+      gradients of the mean loss below about 3e-23 in every pixel count as zero too and z is larger
+      there. With z = 1 its penalty is NaN; here it is 0.
+    - It clips x + delta0 to [0, 1] inside the graph of g. With a zero start that halves g on pixels of
+      exactly 0 or 1, where torch.min and torch.max (of today) share the gradient between their two
+      arguments: the angle is another one, the sign step is the same. With start=uniform its start is
+      not clipped, and pixels outside [0, 1] have no gradient and take no step; here the start is
+      clipped and every pixel takes it.
     """
 
     card: ClassVar[Card] = Card(

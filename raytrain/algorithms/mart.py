@@ -28,6 +28,11 @@ class MartRecipe(AbstractRecipe):
     order larger than elsewhere (3.5e-3 at lr 0.01 in the public code): search both. Known: a high PGD
     accuracy goes with a lower AutoAttack accuracy; with awp on wide networks it has collapsed. l2 and
     l1 take the norm's own steps; the paper has l-inf only.
+
+    Deviations from the public code: its KL has 1e-12 beside p(x'), this one has not (see
+    `objectives.Mart` for the difference); it does not clip the start to the pixel box before the
+    first gradient, which is then taken outside [0, 1] where pixels are saturated. Its numbers are eps
+    0.031 and step 0.007.
     """
 
     card: ClassVar[Card] = Card(

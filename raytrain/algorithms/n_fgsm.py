@@ -22,6 +22,8 @@ class NFgsm(Smoothed):
     de Jorge et al. 2022 (arXiv 2202.01181), algorithm 1. On purpose delta is clipped to the pixel
     box only, so its size may reach (k + step_size/eps) eps: training leaves the threat model, the
     evaluation does not. l2 and l1 blow the norm's own noise up by k; the paper has l-inf only.
+    On SVHN the public code lets eps grow from 0 over the first five epochs, noise and step with it;
+    that is no part of this recipe but a curriculum of eps.
     """
 
     card: ClassVar[Card] = Card(

@@ -174,23 +174,42 @@ class Ssds(Smoothed):
     the paper stresses alternation, and computes the same point twice (6 FE); one fused pass is enough
     (3 FE, the cost of natural training).
     Budgets: `project` (the code's NOLAG) only projects. `multiplier` (NOLAM) adds v_i <- [v_i + alpha
-    (|delta_i| - eps)]^+ and the drag -(v_i / c1) d|delta_i| on the gradient; with clamp_delta the norm
-    never exceeds eps, so v only falls and the drag dies out. `full` adds t <- t + alpha (lambda - 1) and
-    lambda <- [lambda + (alpha / c2)(f - t - S)]^+, S = mean_i v_i (|delta_i| - eps) over the batch (in the
-    released code the sum); lambda multiplies the learning rate. `lam_mode=released` is lambda +
-    (alpha / c2) f - t - S, as the code's operator precedence has it, which cycles for ever with mean 1;
-    `plain` is the line above, which cycles more slowly; `extrapolated` uses
-    2 lambda - lambda_before in t's place and settles.
+    (|delta_i| - eps)]^+ and the drag -(v_i / c1) d|delta_i| on the gradient; in l-inf d|delta_i| is
+    sign(delta_i), as in the code: that of a bound on every pixel, not on the largest alone. With
+    clamp_delta the norm never exceeds eps, so v only falls and the drag dies out. `full` adds
+    t <- t + alpha (lambda - 1) and lambda <- [lambda + (alpha / c2)(f - t - S)]^+,
+    S = mean_i v_i (|delta_i| - eps) over the batch (in the released code the sum); lambda multiplies
+    the learning rate. `lam_mode=released` is lambda + (alpha / c2) f - t - S, as the code's operator
+    precedence has it, which cycles for ever with mean 1; `plain` is the line above, which cycles more
+    slowly; `extrapolated` uses 2 lambda - lambda_before in t's place and settles.
 
     sigma belongs to the gradient of each sample's own loss (the released code moves by alpha / B along
     the gradient of the batch's mean, so that its step depends on the batch size). In pixels for
     ascent=steepest, in pixel^2 per nat for raw. Memory per image: a perturbation (CIFAR-10 fp32: 12,288
     bytes; raw steps need fp32) and 4 bytes for v.
 
-    The preset `released` has the code's numbers in pixel space: simultaneous, raw, sigma 2/128, all
-    multipliers, its decay of sigma and alpha, and perturbations that do not follow the crop of their
-    image (bank_align=none). Not taken over: the code's normalised images, to which it applies eps and
-    the clipping as if they were pixels, and fixed minibatches whose last 80 images are never seen.
+    The preset `released` has the code's numbers in pixel space, those of batches of 128: simultaneous,
+    raw, sigma 2/128, all multipliers, its decay of sigma and alpha, and perturbations that do not
+    follow the crop of their image (bank_align=none). Deviations from the code:
+
+    - delta is clipped to the pixel box too, as in every algorithm here: x + delta is an image, and
+      delta the perturbation that was trained on. The code clips delta to the ball alone and the image
+      to the box, clamp(x + delta, 0, 1), inside the graph. Away from black and white both are the
+      same. Where that clamp is active the pixel has no gradient in the code, the drag alone moves it,
+      and |delta_i| counts what the image does not show; here it does not, so that v_i, S, lambda and t
+      take another path on saturated pixels.
+    - The decay is exp(-e/1000) at e = 100, 200, ..., in force from epoch e on, counted from 0. In the
+      code it comes at the end of epoch e, and stops once alpha <= 1e-4: alpha stays at 5.5e-5 from
+      epoch 1401 on there, and falls further from epoch 1500 on here. In the version that was read
+      (146fbe6) only the trainer's copy of the step decays, and the attacker's copy, which is the one
+      that moves delta, v, t and lambda, stays at 2: sigma_decay=1 computes that.
+    - The fused pass moves BatchNorm's running statistics once per batch; the code's two passes at the
+      same point move them twice.
+    - `noise` fills the ball. The code's noise, for MNIST, is U(-0.9 eps, 0.9 eps), and pixels whose
+      delta plus noise is clipped have no gradient; here the gradient is that at the clipped point.
+    - Not taken over: the code's normalised images, to which it applies eps and the clipping as if they
+      were pixels; fixed minibatches whose last 80 images are never seen; the end of training once
+      training accuracy rises by less than 0.001 percentage points in an epoch.
     """
 
     card: ClassVar[Card] = Card(

@@ -72,15 +72,26 @@ class Yopo(Smoothed):
     (the Hamiltonian's). Cost: 3 m FE, and 2 m (n + 1) times the first layer's share of a forward; no
     per-sample state. BatchNorm is in train mode, as every full pass is part of the weight update.
 
-    Traps of the public code: there the stem's gradient is counted twice, by the full backward and by
-    the Hamiltonian (`stem_grad=both` reproduces it; the author called the code that should prevent
-    it ineffective). The m gradients are summed there and the rate divided by m: here they are
-    averaged, so that `lr` means the same as elsewhere and weight decay is not divided too. With a
-    first layer that is linear, as in all of raytrain's own networks and all public ones, the gradient
-    of <p, stem(x + delta)> does not depend on delta: n steps of size s are one step of size n s, and
-    searching both is searching one number. With m = 1 all layers but the first train on the random
-    start alone. A smoothed label reaches the perturbation too, through the costate. Needs a network
-    that tells its first layer from the rest: raytrain's own.
+    With a first layer that is linear, as in all of raytrain's own networks and all public ones, the
+    gradient of <p, stem(x + delta)> does not depend on delta: n steps of size s are one step of size
+    n s, and searching both is searching one number. With m = 1 all layers but the first train on the
+    random start alone. A smoothed label reaches the perturbation too, through the costate. Needs a
+    network that tells its first layer from the rest: raytrain's own. l2 and l1 take the norm's own
+    steepest step; the paper has l-inf only.
+
+    Deviations from the public code:
+
+    - There the stem's gradient is counted twice, by the full backward and by the Hamiltonian
+      (`stem_grad=both` reproduces it; the author called the code that should prevent it ineffective).
+    - The m gradients are summed there and the rate divided by m: here they are averaged, so that `lr`
+      means the same as elsewhere and weight decay is not divided too. Its lr r and weight decay d are
+      m r and d / m here: 0.04 and 5e-4 with m = 5 are 0.2 and 1e-4.
+    - The start is clipped to the pixel box. There it is not: the first full pass sees pixels outside
+      [0, 1], and these have no gradient in the first inner step, which clips the image inside its
+      graph, so that they do not move with the others.
+    - BatchNorm sees m passes per update. There it sees m + 1: after the last inner loop the accuracy is
+      measured in train mode. The running statistics there include the images of the final delta, here
+      those of the m full passes only, the last of which is one inner loop behind.
     """
 
     card: ClassVar[Card] = Card(

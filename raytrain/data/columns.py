@@ -1,33 +1,39 @@
-"""Which column holds the images, which the labels, and what the classes are called."""
+"""Which column holds the images, which the labels, and what the classes are called.
+
+All files of a data set, training and test images alike, have the columns of its first file.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from raytrain.data.arrays import is_array
 from raytrain.data.encoded import is_encoded
-from raytrain.data.images import Location
+from raytrain.data.images import Location, Origin
 from raytrain.types import RequestError
 
 IMAGE_NAMES = ("image", "img", "images", "pixels")
 LABEL_NAMES = ("label", "labels", "target", "fine_label", "class", "y")
 
 
-def image_column(file: Path, schema: pa.Schema, asked: str | None) -> str:
-    """The column asked for, or the first with a usual name, or the only one that can be one."""
-    if asked is not None:
-        _require(file, schema, asked, "data.image_column")
-        kind = schema.field(asked).type
+def image_column(
+    file: Path, schema: pa.Schema, asked: str | None, first: Origin | None = None
+) -> str:
+    """The column asked for, that of the first file, the first of a usual name, or the only one."""
+    name = _given(file, schema, asked, "image", first)
+    if name is not None:
+        kind = schema.field(name).type
         if not _is_image(kind):
-            raise Location(file, asked).error(
+            raise Location(file, name).error(
                 "expected encoded images (bytes, or struct<bytes, path>) or arrays of numbers, "
                 f"found {kind}"
             )
-        return asked
+        return name
     usable = [f.name for f in schema if _is_image(f.type) and f.name.lower() not in LABEL_NAMES]
     usual = [name for name in usable if name.lower() in IMAGE_NAMES]
     if usual or len(usable) == 1:
@@ -38,48 +44,75 @@ def image_column(file: Path, schema: pa.Schema, asked: str | None) -> str:
     )
 
 
-def label_column(file: Path, schema: pa.Schema, asked: str | None) -> str:
-    """The column asked for, or the first of the usual names; it must hold integers."""
-    if asked is not None:
-        _require(file, schema, asked, "data.label_column")
-    present = [name for name in LABEL_NAMES if name in schema.names]
-    if asked is None and not present:
+def label_column(
+    file: Path, schema: pa.Schema, asked: str | None, first: Origin | None = None
+) -> str:
+    """The column asked for, that of the first file, or the first of the usual names: integers."""
+    name = _given(file, schema, asked, "label", first)
+    if name is None:
+        name = next((usual for usual in LABEL_NAMES if usual in schema.names), None)
+    if name is None:
         raise RequestError(
             f"{file}: expected a column of labels called {', '.join(LABEL_NAMES)}, "
             f"found {_listed(schema.names)}; name it with data.label_column"
         )
-    name = asked if asked is not None else present[0]
     kind = schema.field(name).type
     if not pa.types.is_integer(kind):
         raise Location(file, name).error(f"expected an integer column of labels, found {kind}")
     return name
 
 
-def class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+def class_names(file: Path, schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     """The names in the Hugging Face `features` record of the schema, if there is one."""
-    try:
-        record = json.loads((schema.metadata or {})[b"huggingface"])
-        feature = record["info"]["features"][label]
-        names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
-        return None
+    feature = _feature(schema, label)
+    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     if not isinstance(names, list) or not names:
         return None
-    return tuple(str(name) for name in names)
+    names = tuple(str(name) for name in names)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Location(file, label).error(
+            f"expected class names that differ in the metadata, found '{twice}' twice"
+        )
+    return names
+
+
+def image_mode(schema: pa.Schema, image: str) -> str | None:
+    """Pillow's mode to which the Hugging Face `features` record says that images are converted."""
+    feature = _feature(schema, image)
+    mode = feature.get("mode") if feature.get("_type") == "Image" else None
+    return mode if isinstance(mode, str) else None
+
+
+def _feature(schema: pa.Schema, column: str) -> dict[str, Any]:
+    """What the Hugging Face record in the metadata says of a column; empty if it says nothing."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return feature if isinstance(feature, dict) else {}
 
 
 def _is_image(kind: pa.DataType) -> bool:
     return is_encoded(kind) or is_array(kind)
 
 
-def _require(file: Path, schema: pa.Schema, name: str, field: str) -> None:
-    if name in schema.names:
-        return
-    nearest = difflib.get_close_matches(name, schema.names, n=1, cutoff=0)
-    hint = f"; the nearest name is '{nearest[0]}'" if nearest else ""
-    raise RequestError(
-        f"{field}: expected a column '{name}' in {file}, found {_listed(schema.names)}{hint}"
-    )
+def _given(
+    file: Path, schema: pa.Schema, asked: str | None, kind: str, first: Origin | None
+) -> str | None:
+    """The column that the request or else the first file names; None where neither does."""
+    if asked is not None:
+        name, expected = asked, f"data.{kind}_column: expected a column '{asked}' in {file}"
+    elif first is not None:
+        name = first.image if kind == "image" else first.label
+        expected = f"{file}: expected a column '{name}' of {kind}s as in {first.file}"
+    else:
+        return None
+    if name not in schema.names:
+        nearest = difflib.get_close_matches(name, schema.names, n=1, cutoff=0)
+        hint = f"; the nearest name is '{nearest[0]}'" if nearest else ""
+        raise RequestError(f"{expected}, found {_listed(schema.names)}{hint}")
+    return name
 
 
 def _listed(names: list[str]) -> str:

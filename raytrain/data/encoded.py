@@ -1,5 +1,7 @@
 """A column of image files (PNG, JPEG, ...) -> pixels: Pillow in as many threads as cores.
 
+An image is what the Image feature of Hugging Face `datasets` reads: the first frame, turned as its
+EXIF orientation says, in the mode that the feature declares, if any.
 Pillow lets other threads run while it decodes, so large images gain from every core.
 """
 
@@ -7,17 +9,32 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from raytrain.data.images import Location
+from raytrain.types import RequestError
 
 SLICE = 64  # images to a task: a task for each small image would cost more than the image
+TURNS = {  # EXIF orientation -> how an upright image is made
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 def is_encoded(kind: pa.DataType) -> bool:
@@ -32,19 +49,30 @@ def is_encoded(kind: pa.DataType) -> bool:
     )
 
 
-def decode(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]:
-    """Every image of the column; one channel if all are grey, else three."""
+def decode(
+    column: pa.Array, location: Location, mode: str | None = None
+) -> UInt8[np.ndarray, "n c h w"]:
+    """Every image of the column, in Pillow's `mode` if given; one channel if all are grey, else three."""
     files = _contents(column, location)
     starts = range(0, len(files), SLICE)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with _pillow_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         slices = pool.map(
             lambda start: _decode_slice(
-                files[start : start + SLICE], replace(location, row=location.row + start)
+                files[start : start + SLICE], replace(location, row=location.row + start), mode
             ),
             starts,
         )
         images = [image for part in slices for image in part]
     return _stack(images, location)
+
+
+@contextmanager
+def _pillow_warnings() -> Iterator[None]:
+    """Ignore what Pillow repairs (EXIF, palettes); an image above its pixel limit is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _contents(column: pa.Array, location: Location) -> list[bytes]:
@@ -59,34 +87,55 @@ def _contents(column: pa.Array, location: Location) -> list[bytes]:
     return values.to_pylist()
 
 
-def _decode_slice(files: list[bytes], location: Location) -> list[UInt8[np.ndarray, ...]]:
+def _decode_slice(
+    files: list[bytes], location: Location, mode: str | None
+) -> list[UInt8[np.ndarray, ...]]:
     images = []
     for row, content in enumerate(files):
         try:
-            images.append(_decode_one(content))
+            images.append(_decode_one(content, mode))
         except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error
-            reason = str(error).partition("<")[0].strip() or type(error).__name__
-            raise location.error(
-                f"expected an image that Pillow can decode, found {len(content)} bytes ({reason})",
-                row,
-            ) from error
+            raise _undecodable(content, error, location, row) from error
     return images
 
 
-def _decode_one(content: bytes) -> UInt8[np.ndarray, "h w *rgb"]:
+def _undecodable(content: bytes, error: Exception, location: Location, row: int) -> RequestError:
+    if isinstance(error, _TOO_LARGE):
+        found = re.search(r"\d+", str(error))
+        size = f"{found[0]}" if found else "more"
+        expected = f"an image of at most {Image.MAX_IMAGE_PIXELS} pixels"
+        return location.error(f"expected {expected}, found {size}", row)
+    reason = str(error).partition("<")[0].strip() or type(error).__name__
+    return location.error(
+        f"expected an image that Pillow can decode, found {len(content)} bytes ({reason})", row
+    )
+
+
+def _decode_one(content: bytes, mode: str | None) -> UInt8[np.ndarray, "h w *rgb"]:
     """Grey stays h w, everything else becomes h w 3; 16 bits are rounded to 8, alpha dropped."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content)) as file:
+        image = _turned(file)
+        if mode is not None:
+            image = image.convert(mode)
         if image.mode.startswith("I;16"):
             return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
         if image.mode in ("I", "F"):
             raise ValueError(f"mode {image.mode} has no range that maps to 0..255")
-        if image.mode in ("1", "LA", "La"):
+        if image.mode in ("1", "LA"):
             image = image.convert("L")
-        elif image.mode in ("P", "PA"):
-            image = image.convert("RGBA").convert("RGB")
         elif image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         return np.asarray(image)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image upright, as `PIL.ImageOps.exif_transpose` turns it; broken EXIF has no orientation."""
+    image.load()  # some formats have their EXIF behind the pixels
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever a parser of damaged bytes may raise: the pixels are whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _stack(images: list[np.ndarray], location: Location) -> UInt8[np.ndarray, "n c h w"]:

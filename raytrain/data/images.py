@@ -6,21 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from raytrain.types import RequestError
 
 Split = Literal["train", "test"]
+DARK = (
+    "expected pixels in 0..255, found none above 1; black and white are stored as 0 and 255, as "
+    "truth values or as fractions"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The first Parquet file of a split, the columns that are read, and the file that names classes."""
+
+    file: Path
+    image: str
+    label: str
+    named_by: Path | None
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels 0..255, one label per image, and what the labels are called."""
+    """Pixels 0..255, one label per image, what the labels are called, and their Parquet files."""
 
     pixels: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, " n"]
     classes: tuple[str, ...]
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -37,3 +53,27 @@ class Location:
         if row is not None:
             where += f", row {self.row + row}"
         return RequestError(f"{where}: {sentence}")
+
+
+def label_fault(labels: Int64[np.ndarray, " n"], num_classes: int) -> str | None:
+    """Why no classifier can be trained on these labels in 0..C-1: "expected ..., found ..."."""
+    missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+    if len(missing):
+        first = ", ".join(str(label) for label in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        return (
+            f"expected every class 0..{num_classes - 1} in the training images, "
+            f"found no image of {first}{more}"
+        )
+    if num_classes == 1:
+        return "expected training images of at least two classes, found only class 0"
+    return None
+
+
+def pixel_fault(pixels: UInt8[np.ndarray, "n c h w"], training: bool) -> str | None:
+    """Why these images cannot be told apart, if they cannot: "expected ..., found ..."."""
+    if pixels.max() <= 1:
+        return DARK
+    if training and all(np.array_equal(image, pixels[0]) for image in pixels):
+        return f"expected training images that differ, found {len(pixels)} equal ones"
+    return None

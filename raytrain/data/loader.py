@@ -18,6 +18,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from raytrain.data.augment import random_view
+from raytrain.data.carve import carve
 from raytrain.data.sources import SOURCES, Images, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
 from raytrain.place import Place
@@ -60,71 +61,36 @@ class Splits:
 
 
 def open_splits(spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32) -> Splits:
-    """Read the training set and carve the validation split from it, stratified by label."""
-    pixels, labels, source = _training_set(spec)
-    held, kept = carve(labels, spec)
-    return Splits(
-        _part(pixels, labels, kept, place, dtype),
-        _part(pixels, labels, held, place, dtype),
-        source,
-    )
+    """Read the training set and carve the validation split from it, stratified by label.
+
+    Raises:
+        RequestError: naming the file or field that no network can be trained or measured on.
+    """
+    images, source = _training_set(spec)
+    if spec.pad is not None and spec.pad >= source.size:
+        raise RequestError(
+            f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
+        )
+    held, kept = carve(images.labels, spec)
+    return Splits(_part(images, kept, place, dtype), _part(images, held, place, dtype), source)
 
 
 def open_source(spec: DataSpec) -> Source:
     """What is known of a data set: channels, classes, the normaliser's numbers."""
-    return SOURCES[spec.name] if spec.name in SOURCES else _training_set(spec)[2]
+    return SOURCES[spec.name] if spec.name in SOURCES else _training_set(spec)[1]
 
 
 def open_test(
     spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32
 ) -> tuple[Part, Source]:
-    """The test set, for `evaluate` alone."""
-    source = _training_set(spec)[2]
-    images = _read(spec, "test")
-    if images.pixels.shape[1:] != (source.channels, source.size, source.size):
-        raise RequestError(
-            f"{spec.test_path or spec.name}: the test images are {tuple(images.pixels.shape[1:])}; "
-            f"expected {(source.channels, source.size, source.size)} as in training"
-        )
-    if int(images.labels.max()) >= len(source.classes):
-        raise RequestError(
-            f"{spec.test_path or spec.name}: the test set has label {int(images.labels.max())}; "
-            f"expected 0 to {len(source.classes) - 1} as in training"
-        )
-    everything = np.arange(len(images.labels))
-    return _part(images.pixels, images.labels, everything, place, dtype), source
+    """The test set, for `evaluate` alone: labels and channels are those of the training images.
 
-
-def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the validation and of the training images, each with the classes in proportion."""
-    from sklearn.model_selection import train_test_split
-
-    def split(indices: np.ndarray, take: int | float, field: str) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            rest, taken = train_test_split(
-                indices, test_size=take, stratify=labels[indices], random_state=spec.split_seed
-            )
-        except ValueError as error:
-            raise RequestError(
-                f"data.{field}: {take} of {len(indices)} images cannot be taken with every class "
-                f"represented ({error})"
-            ) from None
-        return np.asarray(rest), np.asarray(taken)
-
-    everything = np.arange(len(labels))
-    kept, held = split(everything, _take(spec.validation), "validation")
-    if spec.train_size is not None and spec.train_size < len(kept):
-        kept = split(kept, spec.train_size, "train_size")[1]
-    elif spec.train_size is not None and spec.train_size > len(kept):
-        raise RequestError(
-            f"data.train_size: {spec.train_size} images were asked for and {len(kept)} are left "
-            "after the validation split"
-        )
-    return np.sort(held), np.sort(kept)
-
-
-def _take(validation: float) -> int | float:
-    return validation if validation < 1 else int(validation)
+    Raises:
+        RequestError: naming the file that does not fit the training images.
+    """
+    training, source = _training_set(spec)
+    images = _read(spec, "test", like=training)
+    return _part(images, np.arange(len(images.labels)), place, dtype), source
 
 
 def num_steps(part: Part, batch_size: int) -> int:
@@ -168,16 +134,13 @@ def sweep(part: Part, batch_size: int, seed: int, images: int | None = None) -> 
         yield part.batch(index, Dice(mix(seed, "sweep", first), width, slots, device))
 
 
-def _part(
-    pixels: Tensor, labels: Tensor, chosen: np.ndarray, place: Place, dtype: torch.dtype
-) -> Part:
+def _part(images: Images, chosen: np.ndarray, place: Place, dtype: torch.dtype) -> Part:
     owned = torch.from_numpy(chosen)[place.rank :: place.world]
-    return Part(
-        pixels[owned].to(place.device), labels[owned].to(place.device), len(chosen), place, dtype
-    )
+    pixels, labels = images.pixels[owned], images.labels[owned]
+    return Part(pixels.to(place.device), labels.to(place.device), len(chosen), place, dtype)
 
 
-def _read(spec: DataSpec, split: Split) -> Images:
+def _read(spec: DataSpec, split: Split, like: Images | None = None) -> Images:
     return read(
         spec.name,
         split,
@@ -185,17 +148,18 @@ def _read(spec: DataSpec, split: Split) -> Images:
         image_column=spec.image_column,
         label_column=spec.label_column,
         test_path=spec.test_path,
+        like=like,
     )
 
 
-def _training_set(spec: DataSpec) -> tuple[Tensor, Tensor, Source]:
+def _training_set(spec: DataSpec) -> tuple[Images, Source]:
     # Keyed by the fields that decide what is read: a process that trains many trials reads once.
     read_by = {"name", "root", "test_path", "image_column", "label_column"}
     return _cached(spec.model_dump_json(include=read_by))
 
 
 @lru_cache(maxsize=2)
-def _cached(fields: str) -> tuple[Tensor, Tensor, Source]:
+def _cached(fields: str) -> tuple[Images, Source]:
     spec = DataSpec.model_validate_json(fields)
     images = _read(spec, "train")
-    return images.pixels, images.labels, source_of(spec.name, images)
+    return images, source_of(spec.name, images)

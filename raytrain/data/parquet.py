@@ -15,13 +15,23 @@ import torch
 from jaxtyping import Int64, UInt8
 
 from raytrain.data.arrays import unpack
-from raytrain.data.columns import class_names, image_column, label_column
+from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded
-from raytrain.data.images import Images, Location
+from raytrain.data.images import DARK, Images, Location, Origin, label_fault, pixel_fault
 from raytrain.types import RequestError
 
 BATCH_ROWS = 1024
 MAX_CLASSES = 65_536
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The columns of one file that are read, and what its metadata says of them."""
+
+    pixels_at: Location
+    labels_at: Location
+    names: tuple[str, ...] | None  # of the classes
+    mode: str | None  # of the images
 
 
 @dataclass(frozen=True)
@@ -35,47 +45,86 @@ class _Chunk:
     names: tuple[str, ...] | None
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What all rows of a data set have in common, and the columns of its first file."""
+
+    channels: int
+    size: int  # height and width
+    classes: tuple[str, ...]
+    origin: Origin
+
+
 def read_parquet(
     files: list[Path],
     *,
     image: str | None = None,
     label: str | None = None,
-    every_class: bool = True,
+    like: Images | None = None,
+    training: bool = True,
 ) -> Images:
     """The rows of all files, in order, as one tensor.
 
-    `every_class` demands that each of 0..C-1 occurs, as it must in training images; test images
-    may lack some. C is the number of class names in the file's metadata, else the largest label
-    plus one: without metadata, test images may therefore show fewer classes than training ones.
+    Every file must fit the first one or, where they are given, the images `like` (those that a
+    network is trained on): columns, size, channels, labels and class names. Grey images become
+    three equal channels beside coloured ones; labels follow the class names where a file lists
+    the same names in another order. A file without class names has labels 0..C-1.
+
+    C is the number of class names in the metadata of any file, else the largest label plus one.
+    Each of 0..C-1 must occur in images for `training`; test images may lack some.
     """
-    chunks = [chunk for file in files for chunk in _chunks(file, image, label)]
+    first = None if like is None else like.origin
+    tables: list[_Table] = []
+    for file in files:
+        tables.append(_table(file, image, label, first))
+        first = first or _origin(tables[0], named_by=None)
+    chunks = [chunk for table in tables for chunk in _chunks(table)]
     whole = files[0] if len(files) == 1 else Path(os.path.commonpath(files))
     if not chunks:
         raise RequestError(f"{whole}: expected at least one row, found none")
-    labels = np.concatenate([chunk.labels for chunk in chunks])
-    at = replace(chunks[0].labels_at, file=whole)
-    classes = _classes(labels, _common_names(chunks), at, every_class)
-    return Images(torch.from_numpy(_join(chunks)), torch.from_numpy(labels), classes)
+    layout = _layout(chunks) if like is None else _layout_of(like)
+    labels = np.concatenate([_relabelled(chunk, layout) for chunk in chunks])
+    pixels = _join(chunks, layout)
+    if training and (fault := label_fault(labels, len(layout.classes))):
+        raise replace(chunks[0].labels_at, file=whole).error(fault)
+    if fault := pixel_fault(pixels, training):
+        raise replace(chunks[0].pixels_at, file=whole).error(fault)
+    return Images(
+        torch.from_numpy(pixels), torch.from_numpy(labels), layout.classes, layout.origin
+    )
 
 
-def _chunks(file: Path, image: str | None, label: str | None) -> Iterator[_Chunk]:
+def _table(file: Path, image: str | None, label: str | None, first: Origin | None) -> _Table:
     with _readable(file):
         schema = pq.read_schema(file, memory_map=True)
-    pixels_at = Location(file, image_column(file, schema, image))
-    labels_at = Location(file, label_column(file, schema, label))
-    names = class_names(schema, labels_at.column)
-    for batch in _batches(file, [pixels_at.column, labels_at.column]):
+    pixels_at = Location(file, image_column(file, schema, image, first))
+    labels_at = Location(file, label_column(file, schema, label, first))
+    names = class_names(file, schema, labels_at.column)
+    return _Table(pixels_at, labels_at, names, image_mode(schema, pixels_at.column))
+
+
+def _origin(one: _Table | _Chunk, named_by: Path | None) -> Origin:
+    return Origin(one.pixels_at.file, one.pixels_at.column, one.labels_at.column, named_by)
+
+
+def _chunks(table: _Table) -> Iterator[_Chunk]:
+    pixels_at, labels_at, brightest = table.pixels_at, table.labels_at, 0
+    for batch in _batches(pixels_at.file, [pixels_at.column, labels_at.column]):
         column = batch.column(pixels_at.column)
-        to_pixels = decode if is_encoded(column.type) else unpack
+        is_file = is_encoded(column.type)
+        pixels = decode(column, pixels_at, table.mode) if is_file else unpack(column, pixels_at)
+        brightest = max(brightest, int(pixels.max()))
         yield _Chunk(
-            pixels=to_pixels(column, pixels_at),
+            pixels=pixels,
             labels=_labels(batch.column(labels_at.column), labels_at),
             pixels_at=pixels_at,
             labels_at=labels_at,
-            names=names,
+            names=table.names,
         )
         pixels_at = replace(pixels_at, row=pixels_at.row + batch.num_rows)
         labels_at = replace(labels_at, row=labels_at.row + batch.num_rows)
+    if brightest == 1:  # a black file may be one of several, but not a file of 0 and 1
+        raise table.pixels_at.error(DARK)
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -108,58 +157,90 @@ def _labels(column: pa.Array, location: Location) -> Int64[np.ndarray, " n"]:
     return values.astype(np.int64)
 
 
-def _common_names(chunks: list[_Chunk]) -> tuple[str, ...] | None:
-    """The class names of the files that give any: they must agree on what a label means."""
-    named = [chunk for chunk in chunks if chunk.names]
-    for chunk in named:
-        if chunk.names != named[0].names:
-            raise chunk.labels_at.error(
-                f"expected the class names of {named[0].labels_at.file}, found others"
-            )
-    return named[0].names if named else None
-
-
-def _classes(
-    labels: Int64[np.ndarray, " n"],
-    names: tuple[str, ...] | None,
-    location: Location,
-    every_class: bool,
-) -> tuple[str, ...]:
-    classes = names or tuple(str(label) for label in range(int(labels.max()) + 1))
-    if labels.max() >= len(classes):
-        raise location.error(
-            f"expected labels 0..{len(classes) - 1}, the {len(classes)} classes named in the "
-            f"metadata, found {labels.max()}"
-        )
-    missing = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
-    if every_class and len(missing):
-        first = ", ".join(str(label) for label in missing[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise location.error(
-            f"expected every class 0..{len(classes) - 1} in the training images, "
-            f"found no image of {first}{more}"
-        )
-    return classes
-
-
-def _join(chunks: list[_Chunk]) -> UInt8[np.ndarray, "n c h w"]:
-    """One array of square images; grey ones become three equal channels beside colour."""
+def _layout(chunks: list[_Chunk]) -> _Layout:
+    """The layout of the first image, with the class names of the first file that gives any."""
     height, width = chunks[0].pixels.shape[2:]
     if height != width:
-        found = f"found {height}x{width}"
-        raise chunks[0].pixels_at.error(f"expected square images, {found}")
-    channels = max(chunk.pixels.shape[1] for chunk in chunks)
+        raise chunks[0].pixels_at.error(f"expected square images, found {height}x{width}")
+    named = next((chunk for chunk in chunks if chunk.names), None)
+    num_classes = 1 + max(int(chunk.labels.max()) for chunk in chunks)
+    return _Layout(
+        channels=max(chunk.pixels.shape[1] for chunk in chunks),
+        size=height,
+        classes=(named and named.names) or _numbers(num_classes),
+        origin=_origin(chunks[0], named and named.labels_at.file),
+    )
+
+
+def _layout_of(images: Images) -> _Layout:
+    assert images.origin is not None
+    channels, size = images.pixels.shape[1:3]
+    return _Layout(channels, size, images.classes, images.origin)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+def _relabelled(chunk: _Chunk, layout: _Layout) -> Int64[np.ndarray, " n"]:
+    """The labels as positions in the layout's classes."""
+    names = chunk.names or _numbers(len(layout.classes))
+    outside = np.flatnonzero(chunk.labels >= len(names))
+    if len(outside):
+        origin = layout.origin
+        named = "named in the metadata" if chunk.names else f"of {origin.named_by or origin.file}"
+        raise chunk.labels_at.error(
+            f"expected labels 0..{len(names) - 1}, the {len(names)} classes {named}, "
+            f"found {chunk.labels[outside[0]]}",
+            int(outside[0]),
+        )
+    if names == layout.classes:
+        return chunk.labels
+    if set(names) == set(layout.classes):
+        position = {name: k for k, name in enumerate(layout.classes)}
+        return np.array([position[name] for name in names])[chunk.labels]
+    if chunk.names and (layout.origin.named_by or len(names) != len(layout.classes)):
+        raise chunk.labels_at.error(_other_names(names, layout))
+    return chunk.labels
+
+
+def _other_names(names: tuple[str, ...], layout: _Layout) -> str:
+    count, origin = len(layout.classes), layout.origin
+    if origin.named_by is None:
+        return f"expected names of the {count} classes of {origin.file}, found {len(names)} names"
+    missing = [name for name in layout.classes if name not in names]
+    unknown = [name for name in names if name not in layout.classes]
+    found = [f"no {_some(missing)}"] if missing else []
+    found += [f"an unknown {_some(unknown)}"] if unknown else []
+    return f"expected the {count} class names of {origin.named_by}, found {' and '.join(found)}"
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
+def _join(chunks: list[_Chunk], layout: _Layout) -> UInt8[np.ndarray, "n c h w"]:
+    """One array of images of the layout's size; grey ones become equal channels beside colour."""
     num_rows = sum(len(chunk.pixels) for chunk in chunks)
-    joined = np.empty((num_rows, channels, height, width), dtype=np.uint8)
+    size = (layout.size, layout.size)
+    joined = np.empty((num_rows, layout.channels, *size), dtype=np.uint8)
     start = 0
     for chunk in chunks:
-        size = chunk.pixels.shape[2:]
-        if size != (height, width):
-            raise chunk.pixels_at.error(
-                f"expected {height}x{width} pixels as in the image before it, "
-                f"found {size[0]}x{size[1]}",
-                row=0,
-            )
+        _check_shape(chunk, layout)
         joined[start : start + len(chunk.pixels)] = chunk.pixels
         start += len(chunk.pixels)
     return joined
+
+
+def _check_shape(chunk: _Chunk, layout: _Layout) -> None:
+    channels, height, width = chunk.pixels.shape[1:]
+    in_file = chunk.pixels_at.file == layout.origin.file
+    where = "in the image before it" if in_file else f"in {layout.origin.file}"
+    if (height, width) != (layout.size, layout.size):
+        raise chunk.pixels_at.error(
+            f"expected {layout.size}x{layout.size} pixels as {where}, found {height}x{width}",
+            row=0,
+        )
+    if channels > layout.channels:
+        raise chunk.pixels_at.error(f"expected grey images as {where}, found coloured ones")

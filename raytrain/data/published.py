@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain.data.images import Images, Split
+from raytrain.data.catalogue import SOURCES, Source
+from raytrain.data.images import Images, Split, label_fault, pixel_fault
 from raytrain.types import RequestError
 
 
@@ -40,7 +41,7 @@ PUBLISHED = {
 }
 
 
-def read_published(name: str, split: Split, root: Path, classes: tuple[str, ...]) -> Images:
+def read_published(name: str, split: Split, root: Path) -> Images:
     """The arrays torchvision holds, turned at once into one tensor; nothing is downloaded."""
     from torchvision import datasets
 
@@ -50,15 +51,34 @@ def read_published(name: str, split: Split, root: Path, classes: tuple[str, ...]
         data = loader(root, download=False, **source.options(split))
     except Exception as error:  # torchvision checks some files and merely trips over others
         raise RequestError(_missing(name, split, root, error)) from error
-    pixels = np.asarray(data.data)[:, None] if source.layout == "nhw" else np.asarray(data.data)
-    if source.layout == "nhwc":
+    pixels = np.asarray(data.data)
+    if source.layout == "nhw":
+        pixels = pixels[:, None]
+    elif source.layout == "nhwc":
         pixels = pixels.transpose(0, 3, 1, 2)
-    labels = np.asarray(getattr(data, source.labels))
+    labels = np.asarray(getattr(data, source.labels), dtype=np.int64)
+    if fault := _fault(pixels, labels, SOURCES[name], split):
+        raise RequestError(f"data.root: {name} ({split}) in the folder '{root}': {fault}")
     return Images(
         pixels=torch.from_numpy(np.array(pixels, dtype=np.uint8, order="C")),
-        labels=torch.from_numpy(np.array(labels, dtype=np.int64)),
-        classes=classes,
+        labels=torch.from_numpy(np.array(labels)),
+        classes=SOURCES[name].classes,
     )
+
+
+def _fault(pixels: np.ndarray, labels: np.ndarray, known: Source, split: Split) -> str | None:
+    """What is not as in the published files, of which torchvision does not check all."""
+    shape = (known.channels, known.size, known.size)
+    if pixels.shape[1:] != shape:
+        return f"expected images of shape {shape}, found {pixels.shape[1:]}"
+    if len(pixels) != len(labels):
+        return f"expected a label for each of {len(pixels)} images, found {len(labels)} labels"
+    outside = labels[(labels < 0) | (labels >= len(known.classes))]
+    if len(outside):
+        return f"expected labels 0..{len(known.classes) - 1}, found {outside[0]}"
+    training = split == "train"
+    fault = label_fault(labels, len(known.classes)) if training else None
+    return fault or pixel_fault(pixels, training)
 
 
 def _missing(name: str, split: Split, root: Path, error: Exception) -> str:

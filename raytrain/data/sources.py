@@ -25,11 +25,12 @@ def read(
     image_column: str | None = None,
     label_column: str | None = None,
     test_path: Path | None = None,
+    like: Images | None = None,
 ) -> Images:
     """One split, whole: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
 
     `path` is the folder of torchvision's files; a Parquet name is a path already.
-    The last three arguments are for Parquet only.
+    The last four arguments are for Parquet only; test images must fit `like`, those for training.
     """
     check_name(name)
     if name not in SOURCES:
@@ -39,7 +40,8 @@ def read(
             parquet_files(name, split, test_path),
             image=image_column,
             label=label_column,
-            every_class=split == "train",
+            like=like,
+            training=split == "train",
         )
     for field, value in {
         "image_column": image_column,
@@ -52,7 +54,7 @@ def read(
         return read_digits(split)
     from raytrain.data.published import read_published
 
-    return read_published(name, split, path or DEFAULT_FOLDER, SOURCES[name].classes)
+    return read_published(name, split, path or DEFAULT_FOLDER)
 
 
 def check_name(name: str) -> None:

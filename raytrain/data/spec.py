@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from raytrain.data.catalogue import SOURCES
 from raytrain.types import Spec
@@ -32,11 +32,20 @@ class DataSpec(Spec):
     image_column: Annotated[str | None, Field(description="default: found by its type")] = None
     label_column: Annotated[str | None, Field(description="default: found by its name")] = None
     validation: Annotated[
-        PositiveFloat,
-        Field(description="images (1 or more), or share of the training set, held back"),
+        float,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="images (1 or more), or share of the training set, held back",
+        ),
     ] = 0.1
     split_seed: Annotated[
-        int, Field(description="carves the validation split; apart from `seed`, so seeds compare")
+        int,
+        Field(
+            ge=0,
+            lt=2**32,
+            description="carves the validation split; apart from `seed`, so seeds compare",
+        ),
     ] = 0
     train_size: Annotated[
         PositiveInt | None, Field(description="train on this many images only, stratified")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from raytrain.models.errors import ModelFailed, sentence
 from raytrain.types import RequestError
 
 
@@ -58,24 +59,40 @@ class Classifier(nn.Module):
     """logits = backbone(normalise(x)), x in [0, 1].
 
     An attack moves pixels, so its eps is in pixels whatever the normaliser is. Keys of the state
-    dict: `normalise.mean`, `normalise.std`, and `backbone.` before the backbone's own keys.
+    dict: `normalise.mean`, `normalise.std`, and `backbone.` before the backbone's own keys. `name` is
+    the backbone's in the configuration; what it raises becomes a `ModelFailed` that says so.
     """
 
-    def __init__(self, normalise: Normalise, backbone: nn.Module) -> None:
+    def __init__(self, normalise: Normalise, backbone: nn.Module, name: str = "") -> None:
         super().__init__()
         self.normalise = normalise
         self.backbone = backbone
+        self.name = name or type(backbone).__name__
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
-        return self.backbone(self.normalise(x))
+        return self.answer(x)
 
     def stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k p q"]:
         """The normaliser and the first convolution: the only layers that see the images."""
-        return self._two_stage().stem(self.normalise(x))
+        return self._run(self._two_stage().stem, self.normalise(x))
 
     def rest(self, h: Float[Tensor, "n k p q"]) -> Float[Tensor, "n classes"]:
         """All later layers: `model(x)` is `model.rest(model.stem(x))` bit for bit."""
-        return self._two_stage().rest(h)
+        return self._run(self._two_stage().rest, h)
+
+    def answer(self, x: Tensor) -> Any:
+        """What the backbone returns for images: logits, if it is a classifier."""
+        return self._run(self.backbone, self.normalise(x))
+
+    def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:
+        try:
+            return part(x)
+        except Exception as error:  # not SystemExit, which may be the end of a Ray worker
+            mode = "training" if self.training else "evaluation"
+            size = "x".join(str(length) for length in x.shape[1:])
+            many = f"{len(x)} images" if len(x) > 1 else "1 image"
+            deed = f"cannot take {many} of {size} in {mode} mode"
+            raise ModelFailed(sentence(self.name, deed, error)) from error
 
     def _two_stage(self) -> AbstractTwoStage:
         if not isinstance(self.backbone, AbstractTwoStage):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from raytrain.models.errors import guarded, isolated, told
 from raytrain.types import RequestError
+
+_GIVEN = WeakTensorKeyDictionary()
+"""The weights that functions of the user have returned in this process, as keys."""
 
 
 def torchvision_names() -> list[str]:
@@ -18,70 +24,87 @@ def torchvision_names() -> list[str]:
     return models.list_models(module=models)
 
 
-def torchvision_model(name: str, channels: int, classes: int, kwargs: Mapping[str, Any]) -> Any:
+def torchvision_model(
+    name: str, channels: int, classes: int, kwargs: Mapping[str, Any]
+) -> nn.Module:
     """The untrained network `name` (nothing is downloaded) with a head for `classes`."""
     if channels != 3:
         raise RequestError(
             f"model.name: torchvision's {name} takes 3 channels and the images have {channels}"
         )
     make = import_module("torchvision.models").get_model_builder(name)
-    return _call(name, make, {"weights": None, "num_classes": classes}, kwargs)
+    return _made(name, make, {"weights": None, "num_classes": classes}, kwargs)
 
 
-def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> Any:
-    """The network made by calling `function(num_classes=classes, **kwargs)`."""
-    path, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in [*path.split("."), function]):
-        raise RequestError(f"model.name: {name!r} is not of the form module:function")
-    try:
-        module = import_module(path)
-    except ImportError as error:
-        raise RequestError(f"model.name: {path} cannot be imported ({error})") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise RequestError(f"model.name: module {path} has no function {function!r}")
-    return _call(name, make, {"num_classes": classes}, kwargs)
+def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The network made by calling `function(num_classes=classes, **kwargs)`.
 
-
-def check_logits(name: str, network: Any, channels: int, size: int, classes: int) -> nn.Module:
-    """Return the network if, in training mode, it maps two images to logits (2, classes).
-
-    The trial leaves no trace: BatchNorm's statistics and the random numbers are put back.
+    Raises:
+        RequestError: if it cannot be made, or has weights of a network that was returned before.
     """
-    if not isinstance(network, nn.Module):
-        raise RequestError(f"model.name: {name} gives {type(network).__name__}, not an nn.Module")
-    saved = {key: buffer.clone() for key, buffer in network.named_buffers()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = network(torch.zeros(2, channels, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:  # what layers raise about shapes
-        images = f"{channels}x{size}x{size}"
+    path, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in [*path.split("."), *function.split(".")]):
+        raise RequestError(f"model.name: {name!r} is not of the form module:function")
+    network = _made(
+        name, _function(name, _imported(path), function), {"num_classes": classes}, kwargs
+    )
+    weights: list[Tensor] = list(network.parameters())
+    if any(weight in _GIVEN for weight in weights):
         raise RequestError(
-            f"model.name: {name} cannot take images of {images} ({_line(error)})"
-        ) from error
-    for key, buffer in saved.items():
-        network.get_buffer(key).copy_(buffer)
-    if not isinstance(logits, Tensor):
-        raise RequestError(
-            f"model.name: {name} gives {type(logits).__name__} in training, not logits; switch "
-            "auxiliary heads off in model.kwargs (aux_logits: false in torchvision)"
+            f"model.name: {name} returns weights that it has returned before; expected a new network "
+            "at every call, as copy.deepcopy makes one"
         )
-    if logits.shape != (2, classes):
-        shape = tuple(logits.shape)
-        raise RequestError(
-            f"model.name: {name} gives shape {shape} for 2 images, not (2, {classes})"
-        )
+    _GIVEN.update(dict.fromkeys(weights))
     return network
 
 
-def _call(
+def _imported(path: str) -> ModuleType:
+    with isolated(), guarded(path, "cannot be imported"):
+        try:
+            return import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+                raise  # a module that this one imports
+            raise RequestError(
+                f"model.name: {path} cannot be imported ({error}); expected a module in "
+                f"{Path.cwd()} or an installed one"
+            ) from error
+
+
+def _function(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
+    found: Any = module
+    with isolated(), guarded(name, "cannot be looked up"):
+        for part in function.split("."):
+            found = getattr(found, part, None)
+    if isinstance(found, nn.Module):
+        raise RequestError(
+            f"model.name: {name} is one network, and every training begins with a new one; expected "
+            "a function or class that makes it"
+        )
+    if not callable(found):
+        file = getattr(module, "__file__", None)
+        where = f" ({file})" if file else ""
+        raise RequestError(
+            f"model.name: module {module.__name__}{where} has no function {function!r}"
+        )
+    return found
+
+
+def _made(
     name: str, make: Callable[..., Any], ours: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> Any:
-    try:
-        return make(**ours, **kwargs)
-    except TypeError as error:  # unknown, missing or repeated arguments
-        raise RequestError(f"model.kwargs: {name} refuses them ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+) -> nn.Module:
+    given = ", ".join(f"{key}={value!r}" for key, value in {**ours, **kwargs}.items())
+    with guarded(name, f"cannot be made with {given}"):
+        try:
+            network = make(**ours, **kwargs)
+        except TypeError as error:
+            if kwargs and "argument" in str(error):  # unknown, missing or repeated
+                raise RequestError(f"model.kwargs: {name} refuses them: {told(error)}") from error
+            raise
+        if isinstance(network, nn.Module):
+            network.state_dict()  # fails if nn.Module.__init__ was not called
+            return network
+    found = (
+        f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
+    )
+    raise RequestError(f"model.name: {name} gives {found}, not an nn.Module")

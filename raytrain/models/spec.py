@@ -12,15 +12,11 @@ from pydantic import model_validator
 from torch import nn
 
 from raytrain.models.classifier import Classifier, Normalise
-from raytrain.models.foreign import (
-    check_logits,
-    imported_model,
-    torchvision_model,
-    torchvision_names,
-)
+from raytrain.models.foreign import imported_model, torchvision_model, torchvision_names
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
 from raytrain.models.small_cnn import SmallCNN
+from raytrain.models.trial import ready, try_out
 from raytrain.models.wide_resnet import WideResNet
 from raytrain.types import RequestError, Spec
 
@@ -62,6 +58,15 @@ class ModelSpec(Spec):
         """The name of the network for images of this height and width: never `auto`."""
         return _automatic(size) if self.name == "auto" else self.name
 
+    def foreign(self, size: int) -> bool:
+        """Whether the network was written elsewhere: torchvision's, or the user's own."""
+        return _own(self.resolved(size)) is None
+
+    @property
+    def users(self) -> bool:
+        """Whether the network is the user's own, of which nothing is known."""
+        return ":" in self.name.removeprefix("torchvision:")
+
     def build(
         self,
         channels: int,
@@ -72,23 +77,27 @@ class ModelSpec(Spec):
     ) -> Classifier:
         """A new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
 
-        `mean` and `std` hold one number per channel; torch's global generator decides the weights.
+        `mean` and `std` hold one number per channel; torch's global generator decides the weights. A
+        network from elsewhere is tried on a few images.
+
+        Raises:
+            RequestError: if there is no such network, or it is no classifier of these images.
         """
         if not self.normalise:
             mean, std = [0.0] * channels, [1.0] * channels
-        return Classifier(Normalise(channels, mean, std), self._backbone(channels, size, classes))
-
-    def _backbone(self, channels: int, size: int, classes: int) -> nn.Module:
-        name = self.resolved(size)
-        own = _OWN.get(name) or _wide(name)
+        normalise, name = Normalise(channels, mean, std), self.resolved(size)
+        own = _own(name)
         if own is None:
-            network = self._foreign(name, channels, classes)
-            return check_logits(name, network, channels, size, classes)
+            shape = channels, size, size
+            foreign = Classifier(normalise, self._foreign(name, channels, classes), name)
+            model = ready(foreign, shape)
+            try_out(model, shape, classes)
+            return model
         if self.kwargs:
             raise RequestError(f"model.kwargs: {name} takes none, but {sorted(self.kwargs)} given")
-        return own(channels, classes)
+        return Classifier(normalise, own(channels, classes), name)
 
-    def _foreign(self, name: str, channels: int, classes: int) -> Any:
+    def _foreign(self, name: str, channels: int, classes: int) -> nn.Module:
         bare = name.removeprefix("torchvision:")
         if ":" in bare:
             return imported_model(name, classes, self.kwargs)
@@ -103,6 +112,10 @@ def _automatic(size: int) -> str:
     if size < 32:
         return "small_cnn"
     return "resnet18" if size == 32 else "torchvision:resnet18"
+
+
+def _own(name: str) -> Callable[[int, int], nn.Module] | None:
+    return _OWN.get(name) or _wide(name)
 
 
 def _wide(name: str) -> Callable[[int, int], nn.Module] | None:

@@ -18,8 +18,9 @@ class Clip(AbstractOuter):
     """g <- g min(1, max_norm / |g|), g = mean_i grad f_i;  theta <- optimizer(theta, g).
 
     Pascanu et al. 2013 (arXiv 1211.5063). One global l2 norm over all weights, of the gradient that
-    is already averaged over the workers, before weight decay and momentum. With one sample per
-    batch it is ENGM; with more it is not.
+    is already averaged over the workers, before weight decay and momentum. torch adds 1e-6 to |g|: a
+    clipped gradient is shorter than max_norm by the share 1e-6 / |g|. With one sample per batch it is
+    ENGM, to that rounding; with more it is not.
     """
 
     card: ClassVar[Card] = Card(

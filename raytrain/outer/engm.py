@@ -64,13 +64,16 @@ class Engm(AbstractOuter):
     - exact: every sample's gradient, one forward and backward more, 3 FE;
     - affine (A-ENGM): s_i = gamma1 r_i + gamma0 from the input-gradient norm r_i, the line fitted to
       exact norms every `tau` updates and blended with the one before by `mu`. The least squares are
-      over all workers' samples. A negative slope falls back to a line through the origin; with
-      mode=normalise no estimate on a line goes below the smallest of the last exact norms;
+      over all workers' samples. A negative slope falls back to a line through the origin. No estimate
+      is below 1e-6, as a line with a negative intercept would have it; with mode=normalise none on a
+      line goes below the smallest of the last exact norms;
     - input (N-ENGM): s_i = kappa r_i, nothing fitted;
     - loss: as affine, with the loss itself for r_i: it costs nothing between fits.
 
     r_i is taken where the weight gradient is (`gradient=fresh`), or is the attack's last input
-    gradient (`reuse`): free, one step stale, and of the attack's objective. Norms are measured in
+    gradient (`reuse`): free, one step stale, and of the attack's objective. It is the gradient for the
+    perturbed image: the clean branch of trades and mart and the penalty of gradalign do not enter,
+    while s_i is of the whole loss. mode=normalise divides by s_i + 1e-12. Norms are measured in
     eval mode, where samples do not meet; probe_bn=train measures both norms through the batch's own
     statistics, where the exact one costs a whole backward per sample and the input gradient only its
     backward. A small alpha at an unchanged learning rate mostly lowers the learning rate: search

@@ -28,6 +28,15 @@ def check(space: SearchSpace) -> None:
         RequestError: for the first that is wrong, with its place in the space.
     """
     _check_names(space)
+    for values in corners(space):
+        _must_run(space, values)
+    _check_draws(space)
+
+
+def corners(space: SearchSpace) -> Iterator[dict[str, Any]]:
+    """A configuration for each end of each range and each option of each choice, at random beside it;
+    none for those that the constraints never allow.
+    """
     for number, variable in enumerate(space.variables):
         entry = variable.entry
         if not isinstance(entry, AbstractSearched):
@@ -36,8 +45,7 @@ def check(space: SearchSpace) -> None:
         for corner in entry.corners(variable.key):
             values = _found(space, variable, {**needed, **corner})
             if values is not None:
-                _must_run(space, values)
-    _check_draws(space)
+                yield values
 
 
 def _check_draws(space: SearchSpace) -> None:
@@ -96,12 +104,12 @@ def _must_run(space: SearchSpace, values: Mapping[str, Any]) -> None:
     try:
         space.run(values)
     except RequestError as error:
-        raise _placed(space, values, error) from None
+        raise placed(space, values, error) from None
 
 
-def _placed(space: SearchSpace, values: Mapping[str, Any], error: RequestError) -> RequestError:
+def placed(space: SearchSpace, values: Mapping[str, Any], error: RequestError) -> RequestError:
     """The complaint about a run, with the dimension that is to blame."""
-    said = ".".join(error.path)
+    said = ".".join(error.path) or str(error).partition(":")[0]
     there = [
         variable
         for variable in space.variables

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from raytrain.request import override, parse_overrides, read_yaml, validated
+from raytrain.config import RunConfig
+from raytrain.documents import Lines, read_file
+from raytrain.fields import Keys, is_text
+from raytrain.request import override, parse_overrides, validated
 from raytrain.spaces.space import SearchSpace
 from raytrain.types import RequestError
 
 _OWN = ("search", "budget", "objective", "feasible", "study")  # no field of a run has these names
-
-Lines = Mapping[tuple[str, ...], int]
-"""Where each key of a file is, from 1."""
 
 
 def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
@@ -26,15 +24,13 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
         RequestError: naming file and line (or the word), the path, and what was expected.
     """
     words = list(overrides)
-    values = {"name": file.stem, **read_yaml(file)}
-    lines = _lines(file)
-    changes = parse_overrides(words)
-    own = {path: value for path, value in changes.items() if path.split(".")[0] in _OWN}
+    content, lines = read_file(file, _is_text)
+    values = {"name": file.stem, **content}
+    of_run, own = changes_of(words)
     base = values.get("base") or {}
     if isinstance(base, dict):  # anything else is for the validation to refuse
-        of_run = {path: value for path, value in changes.items() if path not in own}
         values["base"] = override(base, of_run)
-    values = override(values, own)
+    values = override(values, own, SearchSpace)
     try:
         space = validated(SearchSpace, values)
         space.check()
@@ -43,6 +39,44 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
             f"{_place(file, lines, words, error.path)}: {error}", error.path
         ) from None
     return space
+
+
+def changes_of(words: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `key=value` words change in the base run, and in the study itself.
+
+    Raises:
+        RequestError: naming the word or its key.
+    """
+    words = list(words)
+    own = [word for word in words if word.partition("=")[0].split(".")[0] in _OWN]
+    return (
+        parse_overrides(word for word in words if word not in own),
+        parse_overrides(own, SearchSpace),
+    )
+
+
+def _is_text(path: Keys) -> bool:
+    """Whether a scalar at a place of the file is free text, as in a run."""
+    if path[:1] == ("base",):
+        return is_text(RunConfig, path[1:])
+    if path[:1] == ("space",) and len(path) > 2:
+        return _is_text_of(path[1], path[2:])
+    return is_text(SearchSpace, path)
+
+
+def _is_text_of(field: str, place: Keys) -> bool:
+    """The same within what stands for a field of the run: its options are text where it is."""
+    if place[0].isdigit():  # one of several dimensions of the field
+        place = place[1:]
+    match place:
+        case ("branch", _, inner, *rest) if rest:
+            return _is_text_of(inner, tuple(rest))
+        case ("choice" | "also", _):
+            return is_text(RunConfig, tuple(field.split(".")))
+        case ("when", other, *_):
+            return is_text(RunConfig, tuple(other.split(".")))
+        case _:
+            return is_text(SearchSpace, ("space", field, *place))
 
 
 def _place(file: Path, lines: Lines, words: Iterable[str], path: tuple[str, ...]) -> str:
@@ -54,37 +88,3 @@ def _place(file: Path, lines: Lines, words: Iterable[str], path: tuple[str, ...]
             return word
     known = [path[:length] for length in range(len(path), 0, -1) if path[:length] in lines]
     return f"{file}:{lines[known[0]]}" if known else str(file)
-
-
-def _lines(file: Path) -> Lines:
-    """The line of every key and list item of a YAML file.
-
-    Raises:
-        RequestError: if a key is given twice.
-    """
-    found: dict[tuple[str, ...], int] = {}
-    seen: set[int] = (
-        set()
-    )  # a node that is written once and meant again is told by its first place
-    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    waiting: list[tuple[Any, tuple[str, ...]]] = [(root, ())]
-    while waiting:
-        node, path = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        for key, line, value in _children(node):
-            inner = (*path, key)
-            if inner in found and isinstance(node, yaml.MappingNode):
-                raise RequestError(f"{file}:{line}: {'.'.join(inner)}: given a second time", inner)
-            found[inner] = line
-            waiting.append((value, inner))
-    return found
-
-
-def _children(node: Any) -> list[tuple[str, int, Any]]:
-    if isinstance(node, yaml.MappingNode):
-        return [(str(key.value), key.start_mark.line + 1, value) for key, value in node.value]
-    if isinstance(node, yaml.SequenceNode):
-        return [(str(n), one.start_mark.line + 1, one) for n, one in enumerate(node.value)]
-    return []

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
-import yaml
 
 from raytrain import provenance
 from raytrain.config import RunConfig
 from raytrain.record import IN_EPS
-from raytrain.request import override, validated
+from raytrain.request import override, validated, value_of
 from raytrain.spaces.abstract import same
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.history import queued_params
@@ -122,9 +121,9 @@ def _run_of(flat: Mapping[str, str]) -> RunConfig | None:
     """The configuration that a run's flat MLflow parameters stand for; None if it is no longer valid."""
     try:
         own = {path: value for path, value in flat.items() if not path.endswith(IN_EPS)}
-        values = {path: yaml.safe_load(value) for path, value in own.items()}
+        values = {path: value_of(path, value) for path, value in own.items()}
         return validated(RunConfig, override({}, values))
-    except (RequestError, yaml.YAMLError):
+    except RequestError:
         return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from raytrain import provenance
 from raytrain.checkpoint import to_yaml
 from raytrain.data.loader import Splits
 from raytrain.inputs import training_inputs
+from raytrain.interrupt import interruptible
 from raytrain.loop import preflight
 from raytrain.names import RUN_NAME, check_folder_name
-from raytrain.session import interruptible, session, slots
+from raytrain.session import session, slots
 from raytrain.spaces.space import SearchSpace
 from raytrain.sweep.beginning import plan_first
+from raytrain.sweep.choices import check_choices
 from raytrain.sweep.execute import execute, slot_for
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.final import FinalRow, leave_finals, train_finals
@@ -29,7 +31,7 @@ from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.mirror import PARENT
 from raytrain.sweep.notes import sweep_note, sweep_tags, sweep_view
 from raytrain.sweep.population import PopulationLedger, check_population
-from raytrain.sweep.study import check_name, new_name, open_study
+from raytrain.sweep.study import SPACE, check_name, new_name, open_study
 from raytrain.sweep.tally import SweepProgress, TrialRow
 from raytrain.sweep.wanted import wanted_space
 from raytrain.tracking import Tracker, tracked
@@ -57,6 +59,11 @@ class TuneResult:
     folder: Path
     space_file: Path
     tracking_uri: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether no trial could be carried out."""
+        return bool(self.trials) and all(trial.state == "failed" for trial in self.trials)
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -95,6 +102,7 @@ def tune(
         check_folder_name("name", space.name, RUN_NAME - len("-20261121-093000-999"))
     base = space.base_run
     splits = preflight(base)
+    check_choices(space)
     if space.search.sampler == "pbt":
         check_population(space)
     given = name if resume is None else resume
@@ -118,22 +126,29 @@ def _tune(
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     spool = folder / "mlflow.jsonl"
-    # The spool is locked: a second driver would take the trials of the first for dead.
-    with interruptible(), tracked(base.tracking_uri, base.experiment, spool) as tracker:
-        with session(base, trials=space.budget.concurrent or 1):
-            concurrent = slots(base, space.budget.concurrent)
-            study = open_study(
-                name, folder, space, space.hash(), resume, fidelity.length, space.study
-            )
-            space_file = folder / "space.yaml"
+    # The spool is locked: a second driver would take the trials of the first for dead. On the way out
+    # MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    with (
+        interruptible(),
+        ExitStack() as cluster,
+        tracked(base.tracking_uri, base.experiment, spool) as tracker,
+    ):
+        space_file = folder / SPACE
+        if not space_file.is_file():  # what --resume finds, also before there is a study
             space_file.write_text(_space_yaml(space))
-            _open_parent(tracker, study, name, space, space_file)
-            kind = PopulationLedger if space.search.sampler == "pbt" else Ledger
-            ledger = kind(study, space, tracker, folder, fidelity, watch)
-            ledger.recover()
-            plan_first(ledger, space, tracker.uri)
-            execute(ledger, slot_for(base), concurrent)
-            finals = train_finals(ledger, space, tracker, final, seeds, concurrent, watch)
+        cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
+        concurrent = slots(base, space.budget.concurrent)
+        either = None if resume else False
+        study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
+        space_file.write_text(_space_yaml(space))
+        _open_parent(tracker, study, name, space, space_file)
+        kind = PopulationLedger if space.search.sampler == "pbt" else Ledger
+        ledger = kind(study, space, tracker, folder, fidelity, watch)
+        ledger.recover()
+        plan_first(ledger, space, tracker.uri)
+        execute(ledger, slot_for(base), concurrent)
+        finals = train_finals(ledger, space, tracker, final, seeds, concurrent, watch)
+        cluster.close()
         weights = importances(study, importance)
         best_file = leave(tracker, ledger, splits, weights)
         leave_finals(tracker, folder, finals)

@@ -13,6 +13,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raytrain.config import RunConfig
+from raytrain.interrupt import raise_if_interrupted
 from raytrain.session import worker_resources
 from raytrain.sweep.ledger import Ledger
 from raytrain.sweep.slots import GroupSlot, SingleSlot
@@ -70,6 +71,7 @@ class _Search(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        raise_if_interrupted()
         try:
             return self._ledger.begin(trial_id)
         except StopIteration:
@@ -107,6 +109,7 @@ class _Pruning(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         del tune_controller
+        raise_if_interrupted()
         stop = self._ledger.row(trial.trial_id, dict(result))
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 

@@ -121,8 +121,10 @@ class Ledger:
             return
         if lost:
             self._lost(live)
-        elif result is None or result.get("failed"):
-            self._diverged(live, str((result or {}).get("failed", "it never reported")))
+        elif result is None or "failed" in result:
+            self._failed(live, str((result or {}).get("failed", "it never reported")))
+        elif "diverged" in result:
+            self._diverged(live, str(result["diverged"]))
         else:
             self._ended(live, result)
         self._tell_watch()
@@ -346,9 +348,12 @@ class Ledger:
             self._tally.retries += 1
             self._again(live, "lost", tries + 1)
             return
-        live.trial.set_user_attr("outcome", "failed")
-        self.study.tell(live.trial, state=TrialState.FAIL)
-        self._close(live, "failed", live.trial.user_attrs.get("error"))
+        self._failed(live, live.trial.user_attrs.get("error"))
+
+    def _failed(self, live: Live, reason: str | None) -> None:
+        """It says nothing about the objective: the sampler does not learn from it."""
+        outcome = self._verdicts.failed(live.trial, reason)
+        self._close(live, outcome, reason)
 
     def _cut(self, live: Live) -> None:
         """The budget is spent: it goes on when the sweep is resumed with a larger one."""

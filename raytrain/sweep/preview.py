@@ -13,6 +13,7 @@ from raytrain.loop import preflight
 from raytrain.spaces.draws import Draw
 from raytrain.spaces.plan import Budget, Pruner, Search, pruner_of
 from raytrain.spaces.space import SearchSpace
+from raytrain.sweep.choices import check_choices
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.price import is_bound, price
 from raytrain.sweep.pruners import first_rung
@@ -67,6 +68,7 @@ def look_ahead(space: SearchSpace) -> Preview:
     Raises:
         RequestError: as `tune` would.
     """
+    check_choices(space)
     splits = preflight(space.base_run)
     drawn = [values for seed in range(_PRICED) if (values := _drawn(space, seed)) is not None]
     runs = [space.run(values) for values in drawn]

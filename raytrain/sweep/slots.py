@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import traceback
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,8 @@ from ray import tune
 from raytrain.config import RunConfig
 from raytrain.place import here
 from raytrain.record import Report
-from raytrain.types import RequestError, TrainingFailed
-from raytrain.worker import Group, Job, Recent, job_rows
-
-_POISON = ("CUDA error", "cuDNN error", "NCCL error")
-"""After these a process cannot be trusted with another trial: it is given up, and the trial tried again."""
+from raytrain.types import Diverged, RequestError, TrainingFailed, WorkersLost
+from raytrain.worker import Group, Job, Recent, own_rows
 
 
 class AbstractSlot(tune.Trainable):
@@ -69,11 +65,11 @@ class AbstractSlot(tune.Trainable):
             last = Recent(self._folder).rows[-1:]
             told = _told_of(last[0]) if last else _row({}, 0, 1.0, final=True)
             return {**told, "final": True, "done": True}
-        except Exception as error:
-            # Whatever a configuration makes the network, the data or the optimiser do.
-            if any(mark in str(error) for mark in _POISON):
-                raise
-            return {**_row({}, 0, 0.0, final=False), "failed": _told(error), "done": True}
+        except WorkersLost:
+            raise  # this process is given up, and the trial tried again
+        except (RequestError, TrainingFailed) as error:
+            why = "diverged" if isinstance(error, Diverged) else "failed"
+            return {**_row({}, 0, 0.0, final=False), why: str(error), "done": True}
         return {**_told_of(report), "done": report.final or report.progress >= self._until}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -99,14 +95,6 @@ def _told_of(report: Report) -> dict[str, Any]:
     return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
 
 
-def _told(error: Exception) -> str:
-    if isinstance(error, TrainingFailed | RequestError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}:{frame.lineno}"
-    return f"{type(error).__name__} in {where}: {error}"
-
-
 def _as_new() -> None:
     """What a trial may have changed in its process, as it was before: settings, graphs, memory."""
     gc.collect()
@@ -122,7 +110,7 @@ class SingleSlot(AbstractSlot):
     """Trials of one worker, in this process."""
 
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
-        return job_rows(job, here(run.device), job.resume)
+        return own_rows(job, here(run.device))
 
     def cleanup(self) -> None:
         self._rows = iter(())
@@ -137,7 +125,7 @@ class GroupSlot(AbstractSlot):
     def begin(self, job: Job, run: RunConfig) -> Iterator[Report]:
         from raytrain.session import worker_resources
 
-        if self._group is None:
+        if self._group is None or self._group.ended:
             self._group = Group(
                 run.workers,
                 worker_resources(run),

@@ -23,7 +23,7 @@ from raytrain.sweep.pruners import pruner_for
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.types import RequestError, mix
 
-JOURNAL = "study.log"
+JOURNAL, SPACE = "study.log", "space.yaml"
 
 _DRIVERS = {
     "postgresql": "postgresql+psycopg",
@@ -68,6 +68,8 @@ def _is_made(folder: Path) -> bool:
 def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
     """Whether a sweep of this name is or is not there, before anything of a new one is left behind.
 
+    One that was interrupted before its study was made is continued from its search space.
+
     Raises:
         RequestError: if it is the other way round, or the database at `url` cannot be used.
     """
@@ -80,7 +82,7 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
         exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
         storage.remove_session()
         storage.engine.dispose()
-    if resume and not exists:
+    if resume and not exists and not (folder / SPACE).is_file():
         raise RequestError(f"--resume: there is no sweep {name} in {place}")
     if exists and not resume:
         raise _exists(name)

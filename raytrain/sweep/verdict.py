@@ -18,7 +18,7 @@ from optuna.trial import Trial, TrialState
 
 from raytrain.spaces.plan import Limit, Objectives
 
-Outcome = Literal["complete", "stopped", "infeasible", "diverged", "rejected"]
+Outcome = Literal["complete", "stopped", "infeasible", "diverged", "rejected", "failed"]
 
 _TRAINED = "trained"  # the constraint that a diverged trial breaks
 
@@ -57,6 +57,14 @@ class Verdicts:
         self._constrain(trial, {}, kept, trained=False)
         trial.set_user_attr("error", why[:2000])
         return self._tell_worst(trial, "diverged")
+
+    def failed(self, trial: Trial, why: str | None) -> Outcome:
+        """It could not be carried out: it counts as a trial, and the sampler learns nothing from it."""
+        if why is not None:
+            trial.set_user_attr("error", why[:2000])
+        trial.set_user_attr("outcome", "failed")
+        self.study.tell(trial, state=TrialState.FAIL)
+        return "failed"
 
     def rejected(self, trial: Trial, broken: Mapping[str, float], valid: bool = True) -> Outcome:
         """It breaks a constraint of the space, or makes no valid run: nothing was trained."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
-from raytrain.request import parse_overrides
+from raytrain.names import EXPERIMENT_NAME, check_folder_name
+from raytrain.request import as_run
 from raytrain.spaces.plan import Budget
-from raytrain.spaces.reading import read_space
+from raytrain.spaces.reading import changes_of, read_space
 from raytrain.spaces.space import SearchSpace
 from raytrain.types import RequestError
 
@@ -28,16 +30,30 @@ def wanted_space(
     words = list(overrides)
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
+    if resume is not None:
+        check_folder_name("--resume", resume, EXPERIMENT_NAME)
     if space is None:
-        storage = Path(parse_overrides(words).get("storage", "runs"))
-        found = sorted(storage.glob(f"*/{resume}/space.yaml"))
-        if not found:
-            raise RequestError(f"--resume: there is no sweep {resume} below {storage}")
-        space = found[0]
+        space = _earlier(str(resume), words)
     if not isinstance(space, SearchSpace):
         space = read_space(Path(space), words)
     budget = space.budget if trials is None else space.budget.model_copy(update={"trials": trials})
     return space.model_copy(update={"budget": _filled(budget, space)})
+
+
+def _earlier(name: str, words: Iterable[str]) -> Path:
+    """The file of the sweep to be continued."""
+    of_run, _ = changes_of(words)
+    own = as_run(None, {path: of_run[path] for path in of_run.keys() & {"storage", "experiment"}})
+    experiment = escape(own.experiment) if "experiment" in of_run else "*"
+    found = sorted(own.storage.glob(f"{experiment}/{escape(name)}/space.yaml"))
+    if not found:
+        raise RequestError(f"--resume: there is no sweep {name} below {own.storage}")
+    if len(found) > 1:
+        several = " and ".join(file.parent.parent.name for file in found)
+        raise RequestError(
+            f"--resume: {name} is the name of sweeps in {several}; expected experiment= as well"
+        )
+    return found[0]
 
 
 def _filled(budget: Budget, space: SearchSpace) -> Budget:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raytrain.interrupt import deferred, interrupted
 from raytrain.names import RUN_NAME
 from raytrain.say import say
 from raytrain.tracking.book import Status
@@ -268,8 +269,12 @@ def tracked(
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    except Exception:
+        status = "KILLED" if interrupted() else "FAILED"
+        raise
     finally:
-        tracker.shut(status)
+        with deferred():  # a signal now must not keep the end of a run from being recorded
+            tracker.shut(status)
 
 
 def _spool(store: Store, file: Path) -> Spool:

@@ -126,46 +126,6 @@ def test_order_and_labels_survive_many_batches_and_row_groups(tmp_path: Path) ->
     assert torch.equal(images.labels, train.labels)
 
 
-MODES = {  # mode -> what the sixteen-step grey ramp or colour ramp becomes
-    "1": ("L", lambda image: image.convert("1").convert("L")),
-    "LA": ("L", lambda image: image),
-    "P": ("RGB", lambda image: image.convert("P").convert("RGB")),
-    "RGBA": ("RGB", lambda image: image),
-    "CMYK": ("RGB", lambda image: image.convert("CMYK").convert("RGB")),
-    "YCbCr": ("RGB", lambda image: image.convert("YCbCr").convert("RGB")),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_other_modes_become_grey_or_rgb(mode: str, tmp_path: Path) -> None:
-    base, expected = MODES[mode]
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    colour = np.stack([ramp, ramp.T, 255 - ramp], axis=2)
-    image = Image.fromarray(ramp if base == "L" else colour)
-    stream = io.BytesIO()
-    image.convert(mode).save(stream, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
-    name = _write(tmp_path / "x.parquet", pa.array([stream.getvalue()]))
-    want = torch.tensor(np.asarray(expected(image))).reshape(16, 16, -1).permute(2, 0, 1)
-    assert torch.equal(read(name, "train").pixels[0], want)
-
-
-def test_a_palette_with_transparency_becomes_rgb_in_silence(tmp_path: Path) -> None:
-    ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
-    stream = io.BytesIO()
-    ramp.save(stream, "PNG", transparency=bytes(range(64)))
-    images = read(_write(tmp_path / "x.parquet", pa.array([stream.getvalue()])), "train")
-    assert images.pixels.shape == (1, 3, 8, 8)
-    assert images.pixels[0, 0].flatten().tolist() == list(range(64))
-
-
-def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path) -> None:
-    wide = np.array([[0, 128, 129, 257], [384, 386, 65406, 65407], [514, 1, 2, 3], [4, 5, 6, 7]])
-    stream = io.BytesIO()
-    Image.fromarray(wide.astype(np.uint16)).save(stream, "PNG")
-    images = read(_write(tmp_path / "x.parquet", pa.array([stream.getvalue()])), "train")
-    assert images.pixels[0, 0].tolist() == np.rint(wide / 257).astype(int).tolist()
-
-
 def test_grey_images_among_coloured_ones_become_three_equal_channels(tmp_path: Path) -> None:
     scans = read("digits", "test").pixels[:5].numpy()
     colour = np.concatenate([scans[1:2, 0], scans[2:3, 0], scans[3:4, 0]])

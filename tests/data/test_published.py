@@ -15,7 +15,7 @@ from raytrain.data.published import PUBLISHED
 from raytrain.data.sources import SOURCES, Split, read
 from raytrain.types import RequestError
 
-NUM_IMAGES = 12
+NUM_IMAGES = 100
 LAYOUTS = {  # how torchvision holds the pixels of an n c h w tensor
     "cifar10": lambda pixels: pixels.numpy().transpose(0, 2, 3, 1),
     "cifar100": lambda pixels: pixels.numpy().transpose(0, 2, 3, 1),
@@ -37,7 +37,7 @@ def _pixels(name: str) -> torch.Tensor:
 def test_the_arrays_of_torchvision_become_one_tensor(
     name: str, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = [row % 10 for row in range(NUM_IMAGES)]
+    labels = [row % len(SOURCES[name].classes) for row in range(NUM_IMAGES)]
     asked: dict[str, Any] = {}
 
     def fake(root: Path, **options: Any) -> SimpleNamespace:
@@ -87,3 +87,56 @@ def test_the_default_folder_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match="in the folder 'data' as"):
         read("cifar10", "test")
+
+
+def _idx(array: np.ndarray) -> bytes:
+    """MNIST's own format: a header of big-endian integers, then bytes."""
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(length.to_bytes(4, "big") for length in array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
+
+
+def _mnist(root: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(_idx(pixels))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(_idx(labels))
+
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (20, 28, 28))
+DIGITS = np.arange(20) % 10
+FAULTS: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
+    "size": (
+        PIXELS[:, :20, :20],
+        DIGITS,
+        "expected images of shape (1, 28, 28), found (1, 20, 20)",
+    ),
+    "number": (PIXELS, DIGITS[:10], "expected a label for each of 20 images, found 10 labels"),
+    "label": (PIXELS, DIGITS + 1, "expected labels 0..9, found 10"),
+    "one_class": (
+        PIXELS,
+        DIGITS * 0,
+        "expected every class 0..9 in the training images, found no image of 1, 2, 3, 4, 5 and 4 "
+        "more",
+    ),
+    "equal": (PIXELS * 0 + 9, DIGITS, "expected training images that differ, found 20 equal ones"),
+    "dark": (PIXELS // 128, DIGITS, "expected pixels in 0..255, found none above 1; black and"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_files_that_are_not_the_published_ones_are_refused(case: str, tmp_path: Path) -> None:
+    pixels, labels, fault = FAULTS[case]
+    _mnist(tmp_path, pixels, labels)
+    with pytest.raises(RequestError) as caught:
+        read("mnist", "train", path=tmp_path)
+    where = f"data.root: mnist (train) in the folder '{tmp_path}': "
+    assert str(caught.value).startswith(where + fault)
+
+
+def test_some_of_the_published_images_are_enough(tmp_path: Path) -> None:
+    _mnist(tmp_path, PIXELS, DIGITS)
+    assert read("mnist", "train", path=tmp_path).labels.tolist() == DIGITS.tolist()

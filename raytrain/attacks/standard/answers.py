@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raytrain.attacks.standard.local import Local
 from raytrain.attacks.standard.regions import Region, Span
 from raytrain.meter import Meter
+from raytrain.network import copy_of
 from raytrain.types import Images, Labels
 
 REMEMBERED = 2**31
@@ -33,7 +34,7 @@ class Answers:
     """
 
     def __init__(self, model: nn.Module, meter: Meter) -> None:
-        self._own = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self._own = copy_of(model).float().eval().requires_grad_(False)
         self._folded = folded(self._own)
         self._fast: nn.Module | None = None  # not known before the first images
         self._layout = torch.contiguous_format

@@ -51,17 +51,25 @@ def before_belief(
         return findings
     rows = _some(len(images), seed).to(images.device)
     images, labels = images[rows], labels[rows]
-    findings.append(randomised(model, images, seed))
-    if findings[-1].passed:
-        findings.append(batch(model, images, seed))
     return [
         *findings,
-        probabilities(model, images, seed),
+        *of_answers(model, images, seed),
         zero_gradients(model, images, labels, seed),
         falls_with_eps(model, images, labels, ball, seed),
         large_eps(model, images, labels, ball, seed),
         more_steps(model, images, labels, ball, seed),
     ]
+
+
+def of_answers(model: nn.Module, images: Images, seed: int) -> list[Finding]:
+    """The checks that need neither labels nor gradients, and no trained weights.
+
+    Of a randomised model it is not said whether its logits depend on the batch.
+    """
+    findings = [randomised(model, images, seed)]
+    if findings[0].passed:
+        findings.append(batch(model, images, seed))
+    return [*findings, probabilities(model, images, seed)]
 
 
 def after(white: Flags, black: Mapping[str, Flags]) -> list[Finding]:
@@ -85,6 +93,7 @@ __all__ = [
     "large_eps",
     "modes",
     "more_steps",
+    "of_answers",
     "pixel_range",
     "probabilities",
     "randomised",

@@ -1,0 +1,15 @@
+"""The `raytrain` command, also as `python -m raytrain`: signals are handled before its imports."""
+
+from raytrain.interrupt import handled
+
+
+def main() -> None:
+    """The entry point."""
+    with handled():
+        from raytrain.cli import main as command
+
+        command()
+
+
+if __name__ == "__main__":
+    main()
