@@ -131,7 +131,9 @@ class RunConfig(Spec):
     storage: Annotated[
         Path, Field(description="folder of checkpoints; on a cluster, shared by all nodes")
     ] = Path("runs")
-    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment")] = "raytrain"
+    experiment: Annotated[
+        str, Field(min_length=1, description="MLflow experiment, and a folder below storage")
+    ] = "raytrain"
     run_name: Annotated[str | None, Field(description="default: made of the configuration")] = None
     tracking_uri: Annotated[
         str | None,

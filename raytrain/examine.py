@@ -32,6 +32,7 @@ from raytrain.place import here
 from raytrain.provenance import contract_of, hardware
 from raytrain.request import override, parse_overrides, validated
 from raytrain.say import say
+from raytrain.tracking import tracking_uri
 from raytrain.types import RequestError, TrainingFailed
 from raytrain.whereabouts import checkpoint_file
 
@@ -133,6 +134,7 @@ def evaluate(
             f"threat: the network was trained for {trained.text}; expected the same, or "
             "--another-contract, which labels the numbers as those of another threat model"
         )
+    tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
     part, _ = open_test(config.data, here("cpu"))
     count = min(part.num_images, exam.images or part.num_images)
     pixels, labels = part.pixels[:count], part.labels[:count]

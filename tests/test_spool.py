@@ -767,6 +767,18 @@ def test_two_writers_on_one_folder_deliver_every_orphan_once(
     assert not folder.exists()
 
 
+def test_the_key_of_a_spool_can_be_looked_for_whatever_its_folder_is_called(
+    tmp_path: Path,
+) -> None:
+    for name in ("it's", 'a"b', "a`b\\", "plain-1.x_y"):
+        folder = tmp_path / name
+        folder.mkdir()
+        spool = spool_in(folder)
+        assert not set("'\"`\\") & set(spool.key)
+        spool.close()
+    assert spool.key.startswith("plain-1.x_y-")
+
+
 def test_one_spool_has_one_owner_and_a_removed_one_is_made_anew(tmp_path: Path) -> None:
     spool = spool_in(tmp_path)
     with pytest.raises(SpoolBusy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import make_url
 from sweep_helpers import FakeTracker, Store, row, space_of
+from test_address import UGLY
 
 from raytrain.sweep import study
 from raytrain.sweep.fidelity import Fidelity
 from raytrain.sweep.ledger import Ledger
-from raytrain.sweep.study import check_name, open_study
+from raytrain.sweep.study import JOURNAL, check_name, new_name, open_study
 from raytrain.types import RequestError
 
 SERVER = "RAYTRAIN_TEST_STUDY_URL"
@@ -111,6 +113,49 @@ def test_a_database_knows_which_sweeps_there_are(tmp_path: Path, url: str, name:
     check_name(name, tmp_path / "other" / name, False, url)
     with pytest.raises(RequestError, match=rf"^--name: a sweep {name} exists; .*--resume {name}$"):
         check_name(name, folder, False, url)
+
+
+def test_a_sweep_that_another_process_has_just_begun_is_not_joined(
+    tmp_path: Path, url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(tmp_path / "one" / "experiment" / name, url, Store(), resume=False)
+    monkeypatch.setattr(optuna, "get_all_study_names", lambda _: [])  # as it was a moment ago
+    with pytest.raises(RequestError, match=rf"^--name: a sweep {name} exists; .*--resume {name}$"):
+        driver(tmp_path / "two" / "experiment" / name, url, Store(), resume=False)
+
+
+def test_a_study_lies_in_a_folder_whose_name_means_something_in_addresses(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / UGLY).mkdir()
+    monkeypatch.chdir(tmp_path / UGLY)
+    folder = tmp_path / "experiment" / name
+    relative, absolute = "sqlite:///s.db", f"SQLITE:///{tmp_path / UGLY}/s.db"
+    driver(folder, relative, Store(), resume=False)
+    check_name(name, folder, True, absolute)
+    place = re.escape(f"sqlite:///{tmp_path / UGLY}/s.db")
+    with pytest.raises(RequestError, match=rf"^--resume: there is no sweep x in {place}$"):
+        check_name("x", folder.with_name("x"), True, absolute)
+    assert os.listdir(tmp_path / UGLY) == ["s.db"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["experiment", UGLY])
+
+
+def test_a_name_is_refused_that_a_database_keeps_only_a_part_of(tmp_path: Path, url: str) -> None:
+    folder = tmp_path / ("e" * 255)
+    check_name("x" * 121, folder / ("x" * 121), False, url)
+    with pytest.raises(RequestError, match=r"^--name: .* too long .*; expected 1 fewer$"):
+        check_name("x" * 122, folder / ("x" * 122), False, url)
+    check_name("x" * 250, folder / ("x" * 250), False, None)
+
+
+def test_sweeps_that_begin_in_the_same_second_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study.time, "strftime", lambda _: "20261121-093000")
+    with new_name("s", tmp_path / "e") as first, new_name("s", tmp_path / "e") as second:
+        assert (first, second) == ("s-20261121-093000", "s-20261121-093000-2")
+        (tmp_path / "e" / first / JOURNAL).touch()
+    assert os.listdir(tmp_path / "e") == [first]
 
 
 # --- where there is none ----------------------------------------------------------------------

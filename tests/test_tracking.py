@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.utils.validation import _validate_experiment_tag
+from sqlalchemy.exc import OperationalError
+from test_address import UGLY
 
 from raytrain import provenance
 from raytrain.config import RunConfig
 from raytrain.data.catalogue import SOURCES
 from raytrain.loop import build_model
 from raytrain.request import as_run
-from raytrain.tracking import Status, Tracker, fetch, tracked, tracking_uri
+from raytrain.tracking import (
+    Entry,
+    Status,
+    Tracker,
+    View,
+    fetch,
+    link,
+    sqlite_file,
+    tracked,
+    tracking_uri,
+    ui_server,
+)
+from raytrain.tracking import reader as read_only
 from raytrain.tracking import tracker as trackers
 from raytrain.tracking import writer as writers
+from raytrain.tracking.lock import alone
+from raytrain.tracking.network import tracking_at
+from raytrain.tracking.registry import ALIAS, ROBUST, register
 from raytrain.tracking.spool import Spool
+from raytrain.tracking.stores import Store, patiently
+from raytrain.tracking.views import key_of
 from raytrain.types import RequestError
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
@@ -587,6 +613,82 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         Tracker(f"sqlite:///{file}", "tests", tmp_path / "spool.jsonl")
 
 
+def test_tables_that_cannot_be_completed_are_refused_and_left_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(file)) as half:  # as if killed, or another program's
+        half.execute("create table _alembic_tmp_experiments (x)")
+        half.execute("create table runs (y)")
+    before = file.read_bytes()
+    with pytest.raises(RequestError, match=r"^tracking_uri: .* cannot be used \(.*; expected a d"):
+        Tracker(f"sqlite:///{file}", "tests", tmp_path / "spool.jsonl")
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["mlflow.db"]
+
+
+def test_a_store_whose_driver_is_not_installed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(RequestError, match=r"^tracking_uri: postgresql://.* is not installed"):
+        Tracker("postgresql://me@host/name", "tests", tmp_path / "spool.jsonl")
+
+
+def test_an_experiment_that_another_process_makes_meanwhile_is_used(
+    tracker: Tracker, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([None])  # and what there is from then on
+    look = MlflowClient.get_experiment_by_name
+
+    def late(client: MlflowClient, name: str) -> Any:
+        return next(found, look(client, name))
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    assert Store(store, "tests").experiment_id == tracker.experiment_id
+    assert next(found, "looked") == "looked"
+
+
+def test_an_experiment_that_mlflow_refuses_is_refused_in_its_words(store: str) -> None:
+    with pytest.raises(
+        RequestError, match=r"^experiment: .* does not make 'x+' \(.*500 char"
+    ) as no:
+        Store(store, "x" * 600)
+    assert "\n" not in str(no.value)
+
+
+def locked(code: int) -> MlflowException:
+    """What MLflow raises when SQLite answers with this code."""
+    driver = sqlite3.OperationalError("database is locked")
+    driver.sqlite_errorcode = code
+    error = MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)
+    error.__cause__ = OperationalError("INSERT", (), driver)
+    return error
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_BUSY_SNAPSHOT])
+def test_a_database_that_others_write_to_is_asked_again(code: int) -> None:
+    answers = [locked(code), locked(code), "answer", "never asked for"]
+
+    def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(call) == "answer" and answers == ["never asked for"]
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL])
+def test_a_database_that_cannot_be_written_is_not_asked_again(code: int) -> None:
+    asked = []
+
+    def call() -> None:
+        asked.append(1)
+        raise locked(code)
+
+    with pytest.raises(MlflowException):
+        patiently(call)
+    assert len(asked) == 1
+
+
 def test_a_deleted_experiment_is_refused(tracker: Tracker, store: str, tmp_path: Path) -> None:
     client = reader(tracker)
     client.delete_experiment(client.create_experiment("buried"))
@@ -599,6 +701,142 @@ def test_an_artifact_that_is_not_there_is_refused(tracker: Tracker, tmp_path: Pa
     for wanted in (run_id, "0" * 32):
         with pytest.raises(RequestError, match=rf"^{wanted}: MLflow at .* has no best.pt"):
             fetch(tracker.uri, wanted, "best.pt", tmp_path / "got")
+
+
+def test_an_artifact_that_cannot_be_copied_is_not_said_to_be_missing(
+    tracker: Tracker, tmp_path: Path
+) -> None:
+    run_id = begun(tracker, "there")
+    tracker.text("there", "x", "x.txt")
+    assert tracker.flush()
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=rf"^{run_id}: x.txt could not be copied from MLflow"):
+        fetch(tracker.uri, run_id, "x.txt", tmp_path / "file" / "got")
+
+
+def test_nothing_is_made_where_an_artifact_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"has no best.pt of this run \(there is no such data"):
+        fetch(f"sqlite:///{tmp_path / 'x' / 'no.db'}", "0" * 32, "best.pt", tmp_path / "got")
+    assert os.listdir(tmp_path) == []
+
+
+# --- the registry -----------------------------------------------------------------------------
+
+
+def registered(client: Any, tracker: Tracker, robust: float) -> str:
+    """The number of a version with this robustness."""
+    run_id = tracker.run_id("registry")
+    logged = tracker._store.client.create_logged_model(tracker.experiment_id)
+    entry = Entry("raced", "of it", "this", "j", f"{robust}", robust)
+    with tracking_at(tracker.uri):
+        return register(client, entry, str(run_id), logged.model_id)
+
+
+class Overtaken:
+    """A client whose answer about the alias is old when it arrives: `meanwhile` has been done."""
+
+    def __init__(self, client: Any, meanwhile: list[Callable[[], str]]) -> None:
+        self._client, self._meanwhile = client, meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def get_model_version_by_alias(self, *what: str) -> Any:
+        try:
+            return self._client.get_model_version_by_alias(*what)
+        finally:
+            if self._meanwhile:
+                self._meanwhile.pop()()
+
+
+@pytest.mark.parametrize(("mine", "others"), [(0.5, [0.6]), (0.6, [0.5]), (0.5, [0.5, 0.7, 0.6])])
+def test_of_runs_that_end_at_once_the_most_robust_is_the_best(
+    tracker: Tracker, mine: float, others: list[float]
+) -> None:
+    client = tracker._store.client
+    begun(tracker, "registry")
+    others = list(others)
+
+    def overtaking() -> str:
+        return registered(
+            Overtaken(client, [overtaking] if others[1:] else []), tracker, others.pop()
+        )
+
+    try:
+        registered(Overtaken(client, [overtaking]), tracker, mine)
+        best = client.get_model_version_by_alias("raced", ALIAS)
+        versions = client.search_model_versions("name = 'raced'")
+        assert float(best.tags[ROBUST]) == max(float(v.tags[ROBUST]) for v in versions)
+    finally:
+        client.delete_registered_model("raced")
+
+
+def test_one_process_at_a_time_changes_the_alias(tracker: Tracker) -> None:
+    file = sqlite_file(tracker.uri)
+    assert file is not None
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with alone(tracker.uri), pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(folder)
+
+
+def test_a_store_without_a_folder_needs_no_lock(tmp_path: Path) -> None:
+    for uri in ("http://host:5000", f"sqlite:///{tmp_path}/no/such/folder.db"):
+        with alone(uri):
+            pass
+
+
+# --- folders of any name ----------------------------------------------------------------------
+
+
+def test_everything_lies_in_a_folder_whose_name_means_something_in_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / UGLY
+    (folder / UGLY).mkdir(parents=True)
+    (folder / UGLY / "one.txt").write_text("one")
+    monkeypatch.chdir(folder)
+    with tracked(None, "a/b", Path(UGLY) / "s.jsonl") as tracker:
+        run_id = begun(tracker, "run")
+        tracker.text("run", "two", "two.txt")
+        tracker.artifact("run", Path(UGLY) / "one.txt", "files")
+        tracker.view("run", UGLY, View(["tags.kind"], [], []))
+        uri = tracker.uri
+    with tracked(uri, "Default", Path(UGLY) / "default.jsonl") as tracker:
+        other = begun(tracker, "other")
+        tracker.text("other", "three", "three.txt")
+    monkeypatch.chdir(tmp_path)
+    got = folder / "got"
+    assert fetch(uri, run_id, "files/one.txt", got).read_text() == "one"
+    assert fetch(uri, run_id, "two.txt", got).read_text() == "two"
+    assert fetch(uri, other, "three.txt", got).read_text() == "three"
+    artifacts = folder / "mlruns"
+    assert (artifacts / run_id / "artifacts" / "two.txt").read_text() == "two"
+    assert (artifacts / "0" / other / "artifacts" / "three.txt").read_text() == "three"
+    client = read_only(f"sqlite:///{folder}/mlflow.db")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    tags = client.get_experiment_by_name("a/b").tags
+    assert f"mlflow.sharedViewState.{key_of(UGLY)}" in tags
+    words, _ = ui_server(uri, 5000)
+    assert words[words.index("--backend-store-uri") + 1] == uri
+    assert words[words.index("--default-artifact-root") + 1] == artifacts.as_uri()
+    assert os.listdir(tmp_path) == [UGLY]
+    assert sorted(os.listdir(folder)) == sorted(["got", "mlflow.db", "mlruns", UGLY])
+
+
+def test_a_view_has_a_key_that_mlflow_and_an_address_take() -> None:
+    assert key_of("sweep-20261121.x_1") == "sweep-20261121.x_1"
+    names = (UGLY, "a b", "a+b", "a&b", "x" * 250, "x" * 251)
+    assert len({key_of(name) for name in names}) == len(names)
+    for name in names:
+        _validate_experiment_tag(f"mlflow.sharedViewState.{key_of(name)}", "")
+        address = urlsplit(link("1", name)).fragment
+        assert address == f"/experiments/1/runs?viewStateShareKey={key_of(name)}"
+        assert key_of(key_of(name)) == key_of(name)
 
 
 # --- which store ------------------------------------------------------------------------------

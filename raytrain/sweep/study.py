@@ -222,7 +222,7 @@ def _reason(error: Exception) -> str:
 
 def _shown(url: str) -> str:
     """The URL without what may be secret: its user and its settings."""
-    file = sqlite_file(url)
+    file = sqlite_file(sqlite_uri(url, "study"))
     if file is not None:
         return f"sqlite:///{file}"
     scheme, separator, rest = url.partition("://")

@@ -23,11 +23,11 @@ class Seen:
 
 def look_up(uri: str | None, run_id: str, folder: str, file: str) -> Seen | None:
     """A run with its artifacts `folder/*/file`; None if the store does not know it or is away."""
-    uri = tracking_uri(uri)
-    database = sqlite_file(uri)
-    if database is not None and not database.is_file():
-        return None  # to ask would make it
     try:
+        uri = tracking_uri(uri)
+        database = sqlite_file(uri)
+        if database is not None and not database.is_file():
+            return None  # to ask would make it
         return _seen(uri, run_id, folder, file)
     except RequestError as error:
         say(f"raytrain: {error}; going on without it")

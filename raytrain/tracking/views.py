@@ -89,9 +89,10 @@ def _column(name: str) -> str:
 
 def key_of(name: str) -> str:
     """The name of a view as a part of a tag's key and of an address."""
-    kept = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_LONGEST_KEY]
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if kept == name else f"{kept}-{digest}"
+    kept = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    if kept == name and len(name) <= _LONGEST_KEY:
+        return name
+    return f"{kept[: _LONGEST_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def link(experiment_id: str, name: str, charts: bool = False) -> str:
