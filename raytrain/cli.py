@@ -306,9 +306,9 @@ def outcome(debug: bool) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    from raytrain.types import RequestError, TrainingFailed
+    from raytrain.types import ModelFailed, RequestError, TrainingFailed
 
-    if isinstance(error, RequestError | TrainingFailed):
+    if isinstance(error, RequestError | TrainingFailed | ModelFailed):
         return str(error)
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"

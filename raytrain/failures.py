@@ -6,7 +6,15 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from raytrain.types import Diverged, RequestError, TrainingFailed, WorkersLost
+import torch
+
+from raytrain.types import Diverged, ModelFailed, RequestError, TrainingFailed, WorkersLost
+
+_PACKAGES = ("site-packages", "dist-packages")
+_PYTHON = sysconfig.get_paths()["stdlib"]
+_OURS = [str(Path(__file__).parent), str(Path(torch.__file__).parent)]
+_OURS.append(f"{_OURS[-1]}vision")
+_LONGEST = 300  # characters of a message
 
 _LOST = (
     "CUDA error",
@@ -31,8 +39,7 @@ def as_failure(error: Exception) -> RequestError | TrainingFailed:
     """An error of any kind as one of ours: what was raised, and in which line of whose code."""
     if isinstance(error, RequestError | TrainingFailed):
         return error
-    first = (str(error).splitlines() or [""])[0]
-    return TrainingFailed(f"{type(error).__name__} in {_where(error)}: {first}")
+    return TrainingFailed(str(error) if isinstance(error, ModelFailed) else told(error))
 
 
 def plain(error: RequestError | TrainingFailed) -> tuple[str, str]:
@@ -46,9 +53,30 @@ def from_plain(kind: str, sentence: str) -> RequestError | TrainingFailed:
     return _KINDS[kind](sentence)
 
 
-def _where(error: Exception) -> str:
-    """File and line of the innermost code that is no installed library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = sysconfig.get_paths()["purelib"]
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown place"
+def told(error: BaseException) -> str:
+    """The kind of an error, its message in one line, and where it was raised."""
+    try:
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+    except Exception:  # its own __str__ fails
+        text = ""
+    words = "".join(c if c.isprintable() else " " for c in text).split()
+    line = " ".join(words)[:_LONGEST]
+    kind = type(error).__name__
+    return (f"{kind} ({line})" if line else kind) + _where(error)
+
+
+def _where(error: BaseException) -> str:
+    """` at file:line` of the innermost frame that belongs to the user, if there is one.
+
+    That is code which is not installed; for a network of an installed package, code of a package.
+    """
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        return f" at {error.filename}:{error.lineno}"
+    found: dict[bool, str] = {}
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        packaged = any(part in _PACKAGES for part in Path(file).parts)
+        # Generated code and the import system have names in angle brackets.
+        if not (file.startswith(("<", *_OURS)) or (file.startswith(_PYTHON) and not packaged)):
+            found[packaged] = f" at {file}:{line}"
+    return found.get(False) or found.get(True, "")

@@ -56,6 +56,10 @@ class WorkersLost(TrainingFailed):
     """The processes that trained are gone: not the configuration's fault, and worth another try."""
 
 
+class ModelFailed(RuntimeError):
+    """A network's own code raised an error, at any time; on one of several workers perhaps."""
+
+
 class Spec(BaseModel):
     """Hyperparameters and behaviour in one frozen object; what changes while training lives elsewhere."""
 

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import random
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from raytrain.types import RequestError
-
-_PACKAGES = ("site-packages", "dist-packages")
-_PYTHON = sysconfig.get_paths()["stdlib"]
-_OURS = [str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)]
-_OURS.append(f"{_OURS[-1]}vision")
-_LONGEST = 300  # characters of a message
-
-
-class ModelFailed(RuntimeError):
-    """The forward pass of a network raised an error, at any time."""
+from raytrain.failures import told
+from raytrain.types import ModelFailed, RequestError
 
 
 @contextmanager
@@ -59,35 +47,6 @@ def isolated() -> Iterator[None]:
 def sentence(name: str, deed: str, error: BaseException) -> str:
     """`model.name: NAME DEED: TypeError (its message) at file:line`."""
     return f"model.name: {name} {deed}: {told(error)}"
-
-
-def told(error: BaseException) -> str:
-    """The kind of an error, its message in one line, and where it was raised."""
-    try:
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
-    except Exception:  # its own __str__ fails
-        text = ""
-    words = "".join(c if c.isprintable() else " " for c in text).split()
-    line = " ".join(words)[:_LONGEST]
-    kind = type(error).__name__
-    return (f"{kind} ({line})" if line else kind) + _where(error)
-
-
-def _where(error: BaseException) -> str:
-    """` at file:line` of the innermost frame that belongs to the user, if there is one.
-
-    That is code which is not installed; for a network of an installed package, code of a package.
-    """
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
-        return f" at {error.filename}:{error.lineno}"
-    found: dict[bool, str] = {}
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        packaged = any(part in _PACKAGES for part in Path(file).parts)
-        # Generated code and the import system have names in angle brackets.
-        if not (file.startswith(("<", *_OURS)) or (file.startswith(_PYTHON) and not packaged)):
-            found[packaged] = f" at {file}:{line}"
-    return found.get(False) or found.get(True, "")
 
 
 @contextmanager

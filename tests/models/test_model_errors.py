@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from raytrain.models import Classifier, guarded
 from raytrain.models.classifier import Normalise
-from raytrain.models.errors import ModelFailed
-from raytrain.types import RequestError
+from raytrain.types import ModelFailed, RequestError
 
 
 class Unspoken(Exception):
