@@ -45,6 +45,7 @@ from raytrain.tracking import reader as read_only
 from raytrain.tracking import tracker as trackers
 from raytrain.tracking import writer as writers
 from raytrain.tracking.lock import alone
+from raytrain.tracking.look import look_up
 from raytrain.tracking.network import tracking_at
 from raytrain.tracking.registry import ALIAS, ROBUST, register
 from raytrain.tracking.spool import Spool
@@ -718,6 +719,14 @@ def test_nothing_is_made_where_an_artifact_is_looked_for(tmp_path: Path) -> None
     with pytest.raises(RequestError, match=r"has no best.pt of this run \(there is no such data"):
         fetch(f"sqlite:///{tmp_path / 'x' / 'no.db'}", "0" * 32, "best.pt", tmp_path / "got")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_whose_store_is_none_any_more_is_gone_on_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    assert look_up("mlruns", "0" * 32, "evaluation", "evaluation.json") is None
+    assert "tracking_uri: 'mlruns' is a path" in capsys.readouterr().err
 
 
 # --- the registry -----------------------------------------------------------------------------

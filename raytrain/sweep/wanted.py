@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
-from raytrain.names import EXPERIMENT_NAME, check_folder_name
 from raytrain.request import as_run
 from raytrain.spaces.plan import Budget
 from raytrain.spaces.reading import changes_of, read_space
@@ -30,8 +29,6 @@ def wanted_space(
     words = list(overrides)
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
-    if resume is not None:
-        check_folder_name("--resume", resume, EXPERIMENT_NAME)
     if space is None:
         space = _earlier(str(resume), words)
     if not isinstance(space, SearchSpace):
