@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from sweep_helpers import METRIC, SPACE, Launch, failed, row, space_of
+from sweep_helpers import METRIC, SPACE, Launch, diverged, row, space_of
 
 CLEAN = "valid/clean"
 
@@ -27,7 +27,7 @@ def mixed(launch: Launch, count: int) -> None:
         launch.begin(name)
         match number % 6:
             case 1:
-                launch.ledger.end(name, failed("diverged"), lost=False)
+                launch.ledger.end(name, diverged("diverged"), lost=False)
             case 2:
                 drop = {"valid/robust_drop": 0.9, CLEAN: 0.5}
                 launch.ledger.end(name, told(0.5, **drop), lost=False)
@@ -84,7 +84,7 @@ def _above(folder: Path, seed: int, fate: str) -> int:
         if rate <= 0.5:  # the nearer to the cliff the better
             launch.ledger.end(name, told(rate), lost=False)
         elif fate == "diverged":
-            launch.ledger.end(name, failed("diverged"), lost=False)
+            launch.ledger.end(name, diverged("diverged"), lost=False)
         elif fate == "infeasible":
             launch.ledger.end(name, told(rate, **{"valid/robust_drop": 0.9}), lost=False)
         else:

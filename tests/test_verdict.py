@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from sweep_helpers import METRIC, SPACE, Launch, failed, row, space_of
+from sweep_helpers import METRIC, SPACE, Launch, diverged, row, space_of
 
 SAMPLERS = ("tpe", "random", "grid", "gp", "nsga2")
 SEES_STOPPED = ("tpe", "random", "grid")
@@ -81,7 +81,7 @@ def test_diverged(tmp_path: Path, sampler: str) -> None:
     launch = launch_of(tmp_path, sampler)
     launch.begin("a")
     launch.ledger.row("a", told(1, 0.9))
-    launch.ledger.end("a", failed("no longer finite"), lost=False)
+    launch.ledger.end("a", diverged("no longer finite"), lost=False)
     trial = first(launch)
     assert trial.intermediate_values == {1: 0.9}
     assert list(trial.constraints) == KEYS and trial.constraints["trained"] == 1.0
@@ -103,7 +103,7 @@ def test_a_diverged_trial_has_the_worst_value_where_its_state_is_complete(
         launch.complete(name, value)
     launch.ledger.enqueue({"optimizer.lr": 0.1, "algorithm.step_size": 0.25})
     launch.begin("d")
-    launch.ledger.end("d", failed("diverged"), lost=False)
+    launch.ledger.end("d", diverged("diverged"), lost=False)
     assert launch.trials()[3].values == [0.3]
     assert launch.ledger.study.best_trial.number == 0
 
@@ -179,7 +179,7 @@ def test_of_two_objectives_what_went_wrong_is_never_on_the_front(
         launch.begin(name)
         launch.ledger.end(name, told(1, one, True, **{CLEAN: other}), lost=False)
     launch.begin("c")
-    launch.ledger.end("c", failed("diverged"), lost=False)
+    launch.ledger.end("c", diverged("diverged"), lost=False)
     launch.begin("d")
     launch.ledger.end("d", told(1, 0.9, True, **{CLEAN: 0.9}, **DROP), lost=False)
     launch.begin("e")
@@ -205,6 +205,6 @@ def test_a_minimised_objective_is_given_its_largest_value(tmp_path: Path) -> Non
         launch.begin(name)
         launch.ledger.end(name, told(1, None, True, **{"train/loss": value}), lost=False)
     launch.begin("c")
-    launch.ledger.end("c", failed("diverged"), lost=False)
+    launch.ledger.end("c", diverged("diverged"), lost=False)
     assert launch.trials()[2].values == [2.5]
     assert launch.ledger.study.best_trial.number == 0
