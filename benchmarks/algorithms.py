@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def configuration(method: str, options: argparse.Namespace, epochs: int, seed: int) -> Any:
     """The run of a method: defaults, but for the data, the length and the seed."""
-    from raytrain.request import as_run
+    from raytrain.config.request import as_run
 
     base: dict[str, Any] = {
         "data": {"name": options.data, "validation": options.validation},
@@ -78,20 +78,20 @@ def trained(
     """One run and, unless it is only for its price, its verdict on the test set."""
     import torch
 
-    from raytrain.data.loader import open_test, sweep
-    from raytrain.judge import Evaluation, judge
-    from raytrain.loop import fit
-    from raytrain.place import here
-    from raytrain.types import TrainingFailed, mix
+    from raytrain.core.distributed_context import local_context
+    from raytrain.core.types import TrainingFailed, mix
+    from raytrain.data.loader import iter_eval, open_test
+    from raytrain.evaluation.validation import Evaluation, validate
+    from raytrain.training.trainer import fit
 
     torch.set_num_threads(1)
     run = configuration(method, options, epochs, seed)
-    place = here(run.device)
+    place = local_context(run.device)
     row: dict[str, Any] = {"method": method, "seed": seed, "epochs": epochs}
     model = None
     try:
         for report, state in fit(run, place):
-            model = state.judged
+            model = state.eval_model
             row |= {"fe": report.fe / report.samples * report.epoch, "seconds": report.seconds}
             row |= {"fosc": report.fosc_box, "loss": report.loss}
     except TrainingFailed as error:
@@ -99,11 +99,11 @@ def trained(
     if not judged:
         return row
     part, _ = open_test(run.data, place)
-    batches = sweep(part, 500, mix(seed, "test"))
+    batches = iter_eval(part, 500, mix(seed, "test"))
     if options.test_size:
         batches = islice(batches, options.test_size // 500)
     assert model is not None
-    verdict, _ = judge(model, batches, run.threat, Evaluation(steps=20), place)
+    verdict, _ = validate(model, batches, run.threat, Evaluation(steps=20), place)
     return {**row, "clean": verdict.clean, "robust": verdict.robust, "images": verdict.images}
 
 

@@ -30,19 +30,19 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from raytrain.api import train
-from raytrain.attacks.standard import STAGES
-from raytrain.balls import AbstractBall
-from raytrain.checkpoint import Saved, load
-from raytrain.data.loader import Part, open_test
-from raytrain.evaluation.exam import Exam
-from raytrain.evaluation.examiner import Examiner
+from raytrain.attacks.autoattack import STAGES
+from raytrain.commands.train import train
+from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.data.loader import SplitShard, open_test
+from raytrain.evaluation.evaluator import Evaluator
 from raytrain.evaluation.journal import Journal
 from raytrain.evaluation.runner import run
+from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import flags_table
-from raytrain.loop import network
-from raytrain.place import Place, keep_freed_memory
-from raytrain.provenance import hardware
+from raytrain.tracking.provenance import hardware
+from raytrain.training.checkpoint import Saved, load
+from raytrain.training.trainer import network
 
 NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
@@ -63,9 +63,11 @@ class Measured:
         return sum(self.seconds.values())
 
 
-def ours(model: nn.Module, part: Part, ball: AbstractBall, exam: Exam) -> Measured:
+def ours(
+    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, exam: EvaluationSettings
+) -> Measured:
     """raytrain: cleanly correct images, then stage by stage, journalled as always."""
-    examiner = Examiner(model, part, ball, exam)
+    examiner = Evaluator(model, part, ball, exam)
     labels = part.labels[: exam.images].cpu().numpy()
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "verdicts.jsonl", {})
@@ -88,7 +90,9 @@ def ours(model: nn.Module, part: Part, ball: AbstractBall, exam: Exam) -> Measur
     return Measured(np.asarray(table["aa"]), left, seconds)
 
 
-def reference(model: nn.Module, part: Part, ball: AbstractBall, exam: Exam) -> Measured:
+def reference(
+    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, exam: EvaluationSettings
+) -> Measured:
     """The reference, whole; what it logs after each attack tells the time and the share left."""
     images = part.pixels[: exam.images].float() / 255
     labels = part.labels[: exam.images]
@@ -142,14 +146,16 @@ def trained(data: str, folder: Path, words: list[str]) -> Path:
     return result.checkpoints / "best.pt"
 
 
-def setting(options: argparse.Namespace) -> tuple[nn.Module, Part, AbstractBall, Exam, Saved]:
+def setting(
+    options: argparse.Namespace,
+) -> tuple[nn.Module, SplitShard, AbstractThreatModel, EvaluationSettings, Saved]:
     """What is attacked, by whom ever."""
     saved: Saved = load(options.checkpoint)
     device = torch.device(
         "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
     )
-    part, _ = open_test(saved.run.data, Place(device))
-    exam = Exam.model_validate(
+    part, _ = open_test(saved.run.data, DistributedContext(device))
+    exam = EvaluationSettings.model_validate(
         {
             "attacks": "aa",
             "images": min(options.images, part.num_images),

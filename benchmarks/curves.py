@@ -88,20 +88,22 @@ def measured(params: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     """The rows of one run."""
     import torch
 
-    from raytrain.loop import fit
-    from raytrain.place import Place
-    from raytrain.request import as_run
-    from raytrain.sweep.price import is_bound, price
-    from raytrain.types import TrainingFailed
+    from raytrain.config.request import as_run
+    from raytrain.core.distributed_context import DistributedContext
+    from raytrain.core.types import TrainingFailed
+    from raytrain.training.trainer import fit
+    from raytrain.tuning.cost_estimate import estimate_cost, is_bound
 
     torch.set_num_threads(1)
     epoch = as_run({**BASE, "epochs": 1}, params)
-    often = price(epoch) / (2 if is_bound(epoch) else 1)  # attacks that stop take about half
+    often = estimate_cost(epoch) / (
+        2 if is_bound(epoch) else 1
+    )  # attacks that stop take about half
     every = max(1, round(20 / often))
     run = as_run({**BASE, "fe_per_image": budget}, {**params, "evaluation.every": every})
     rows: list[dict[str, Any]] = []
     try:
-        for report, _ in fit(run, Place()):
+        for report, _ in fit(run, DistributedContext()):
             if report.robust is None:
                 continue
             row = {"epoch": report.epoch, "fe_per_image": report.fe / IMAGES}

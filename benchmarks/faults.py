@@ -245,7 +245,7 @@ def table(story: Story, outcomes: dict[str, int], found: dict[str, int]) -> str:
     """All of it, as Markdown."""
     from importlib.metadata import version
 
-    from raytrain.provenance import hardware
+    from raytrain.tracking.provenance import hardware
 
     kinds, progress = Counter(story.faults), story.result["progress"]
     happened = {

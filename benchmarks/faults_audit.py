@@ -19,8 +19,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
-from raytrain.record import METRICS
-from raytrain.sweep.tally import ENDED
+from raytrain.core.epoch_metrics import METRICS
+from raytrain.tuning.budget import ENDED
 
 _WELL = ("complete", "stopped", "infeasible")  # end as FINISHED in MLflow, the others as FAILED
 

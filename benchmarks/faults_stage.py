@@ -111,7 +111,13 @@ class Stage:
     def launch(self, *words: str) -> None:
         """`raytrain tune ...` on that cluster."""
         self.launches += 1
-        command = [sys.executable, "-c", "from raytrain.cli import main; main()", "tune", *words]
+        command = [
+            sys.executable,
+            "-c",
+            "from raytrain.cli.app import main; main()",
+            "tune",
+            *words,
+        ]
         self.driver = self._begin(command, f"driver-{self.launches}", RAY_ADDRESS=self._address)
 
     def kill_driver(self) -> None:

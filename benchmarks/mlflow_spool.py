@@ -40,8 +40,8 @@ def case(trials: int, alive: bool, folder: Path) -> dict[str, Any]:
     """One sweep's worth of records."""
     from raytrain.tracking import Tracker
 
-    spool = folder / "mlflow.jsonl"
-    tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}", "benchmark", spool)
+    outbox = folder / "mlflow.jsonl"
+    tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}", "benchmark", outbox)
     tracker.open("sweep", "sweep", {}, {})
     one_trial(tracker, "warm")
     tracker.flush()
@@ -58,7 +58,7 @@ def case(trials: int, alive: bool, folder: Path) -> dict[str, Any]:
         "worst_ms": max(calls) * 1e3,
         "trial_us": queued / trials * 1e6,
         "after_queueing_mib": memory("VmRSS") - before,
-        "spool_mib": spool.stat().st_size / 2**20,
+        "spool_mib": outbox.stat().st_size / 2**20,
     }
     if alive:
         assert tracker.flush(1e6)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import session  # first: it sets what Ray reads
-from raytrain.provenance import hardware
-from raytrain.spaces.space import SearchSpace
-from raytrain.sweep.engine import tune
+from raytrain.commands.tune import tune
+from raytrain.tracking.provenance import hardware
+from raytrain.tuning.space.search_space import SearchSpace
 
 WORK: dict[str, Any] = {
     "data": {"name": "digits", "train_size": 128, "validation": 100},
@@ -64,15 +64,15 @@ def main() -> None:
 
 def epoch_seconds() -> float:
     """The epoch itself, in a process that is warm: what no recipe can save."""
-    from raytrain.loop import fit
-    from raytrain.place import Place
-    from raytrain.request import as_run
+    from raytrain.config.request import as_run
+    from raytrain.core.distributed_context import DistributedContext
+    from raytrain.training.trainer import fit
 
     run = as_run(WORK)
-    list(fit(run, Place()))
+    list(fit(run, DistributedContext()))
     seconds = []
     for _ in range(20):
-        rows = fit(run, Place())
+        rows = fit(run, DistributedContext())
         began = time.perf_counter()
         list(rows)
         seconds.append(time.perf_counter() - began)
@@ -108,12 +108,12 @@ def ours(trials: int, workers: int) -> list[float]:
 
 def train_here(config: dict[str, Any], report: Callable[[dict[str, float]], None]) -> None:
     """The work, in whichever process this is."""
-    from raytrain.loop import fit
-    from raytrain.place import Place
-    from raytrain.request import as_run
+    from raytrain.config.request import as_run
+    from raytrain.core.distributed_context import DistributedContext
+    from raytrain.training.trainer import fit
 
     run = as_run({**WORK, "optimizer": {"lr": config["lr"]}})
-    for row, _ in fit(run, Place()):
+    for row, _ in fit(run, DistributedContext()):
         report(row.metrics())
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain import session  # first: it sets what Ray reads
-from raytrain.provenance import hardware
+from raytrain.tracking.provenance import hardware
 
 HERE = Path(__file__).parent
 ROWS = 3
@@ -80,13 +80,13 @@ def measured(trials: int, slots: int, every: int, with_ray: bool) -> list[dict[s
     import ray
     from ray import tune as ray_tune
 
-    from raytrain.spaces.space import SearchSpace
-    from raytrain.sweep.execute import execute
-    from raytrain.sweep.fidelity import Fidelity
-    from raytrain.sweep.ledger import Ledger, Live
-    from raytrain.sweep.mirror import PARENT
-    from raytrain.sweep.study import open_study
     from raytrain.tracking import tracked
+    from raytrain.tuning.executor import execute
+    from raytrain.tuning.fidelity import Fidelity
+    from raytrain.tuning.mlflow_runs import PARENT
+    from raytrain.tuning.space.search_space import SearchSpace
+    from raytrain.tuning.study import open_study
+    from raytrain.tuning.trial_manager import Live, TrialManager
 
     space = SearchSpace.model_validate(
         {
@@ -100,7 +100,7 @@ def measured(trials: int, slots: int, every: int, with_ray: bool) -> list[dict[s
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # as the commands do
     rows: list[dict[str, float]] = []
 
-    class Measured(Ledger):
+    class Measured(TrialManager):
         suggesting: list[float] = []
         telling: list[float] = []
         last = time.process_time()
@@ -141,15 +141,15 @@ def measured(trials: int, slots: int, every: int, with_ray: bool) -> list[dict[s
         study = open_study("scale", folder, space, space.hash(), False, float(ROWS))
         with tracked(f"sqlite:///{name}/mlflow.db", "scale", folder / "mlflow.jsonl") as tracker:
             tracker.open(PARENT, "scale", {}, {})
-            ledger = Measured(study, space, tracker, folder, Fidelity(False, float(ROWS), 1000))
+            manager = Measured(study, space, tracker, folder, Fidelity(False, float(ROWS), 1000))
             if not with_ray:
-                simulate(ledger, slots)
+                simulate(manager, slots)
             else:
                 ray.init(
                     address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False
                 )
                 needs = ray_tune.PlacementGroupFactory([{"CPU": 1}])
-                execute(ledger, ray_tune.with_resources(slot_class(), needs), slots)
+                execute(manager, ray_tune.with_resources(slot_class(), needs), slots)
                 ray.shutdown()
             print("trials done; MLflow is given what is left", flush=True)
     return rows
@@ -163,14 +163,14 @@ def row_of(job: dict[str, Any], epoch: int) -> dict[str, Any]:
     return {**row, "progress": epoch / ROWS}
 
 
-def simulate(ledger: Any, slots: int) -> None:
+def simulate(manager: Any, slots: int) -> None:
     """Nodes that answer in turn."""
     running: deque[tuple[str, Any, int]] = deque()
     begun, over = 0, False
     while running or not over:
         while not over and len(running) < slots:
             try:
-                started = ledger.begin(str(begun))
+                started = manager.begin(str(begun))
             except StopIteration:
                 over = True
                 break
@@ -182,8 +182,8 @@ def simulate(ledger: Any, slots: int) -> None:
             continue
         name, job, epoch = running.popleft()
         row = row_of(job, epoch)
-        if row["done"] or ledger.row(name, row):
-            ledger.end(name, row, lost=False)
+        if row["done"] or manager.row(name, row):
+            manager.end(name, row, lost=False)
         else:
             running.append((name, job, epoch + 1))
 

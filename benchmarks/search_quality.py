@@ -33,12 +33,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain import session  # first: it sets what Ray reads
-from raytrain.provenance import hardware
-from raytrain.spaces.space import SearchSpace
-from raytrain.sweep.fidelity import Fidelity
-from raytrain.sweep.ledger import Ledger
-from raytrain.sweep.study import open_study
 from raytrain.tracking import Tracker
+from raytrain.tracking.provenance import hardware
+from raytrain.tuning.fidelity import Fidelity
+from raytrain.tuning.space.search_space import SearchSpace
+from raytrain.tuning.study import open_study
+from raytrain.tuning.trial_manager import TrialManager
 
 HERE = Path(__file__).parent
 METRIC = "valid/robust"
@@ -154,35 +154,35 @@ def ours(table: Table, seed: int, budget: float, search: dict[str, Any]) -> Foun
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "sweep"
         study = open_study("quality", folder, space, space.hash(), False, table.length)
-        ledger = Ledger(study, space, Silent(), folder, fidelity)
-        return _driven(ledger, table)
+        manager = TrialManager(study, space, Silent(), folder, fidelity)
+        return _driven(manager, table)
 
 
-def _driven(ledger: Ledger, table: Table) -> Found:
+def _driven(manager: TrialManager, table: Table) -> Found:
     found, number = Found([], []), 0
     while True:
         try:
-            ledger.begin(str(number))
+            manager.begin(str(number))
         except StopIteration:
             return found
-        values = ledger.progress().running[0].params
-        _train(ledger, str(number), table.curve(values))
-        best = ledger.best()
-        found.spent.append(ledger.progress().fe_per_image)
+        values = manager.progress().running[0].params
+        _train(manager, str(number), table.curve(values))
+        best = manager.best()
+        found.spent.append(manager.progress().fe_per_image)
         found.value.append(table.final(best.params) if best is not None else 0.0)
         number += 1
 
 
-def _train(ledger: Ledger, name: str, curve: list[Row]) -> None:
+def _train(manager: TrialManager, name: str, curve: list[Row]) -> None:
     for epoch, (cost, value) in enumerate(curve, start=1):
         last = epoch == len(curve)
         metrics = {"cost/fe": cost, METRIC: value}
         row = {"metrics": json.dumps(metrics), "epoch": epoch, "progress": 0.0, "final": last}
-        if last or ledger.row(name, row):
-            ledger.end(name, row, lost=False)
+        if last or manager.row(name, row):
+            manager.end(name, row, lost=False)
             return
     failed = {"metrics": "{}", "epoch": 0, "final": False, "failed": "diverged"}
-    ledger.end(name, failed, lost=False)
+    manager.end(name, failed, lost=False)
 
 
 def stock(table: Table, seed: int, budget: float) -> Found:

@@ -12,38 +12,38 @@ Nothing heavy is imported until one of these names is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytrain.api import TrainResult as TrainResult
-    from raytrain.api import train as train
-    from raytrain.config import RunConfig as RunConfig
-    from raytrain.examine import EvalResult as EvalResult
-    from raytrain.examine import evaluate as evaluate
-    from raytrain.exports.leave import ExportResult as ExportResult
-    from raytrain.exports.leave import export as export
-    from raytrain.exports.tensors import load_exported as load_exported
-    from raytrain.report.compare import Comparison as Comparison
-    from raytrain.report.compare import compare as compare
-    from raytrain.spaces.space import SearchSpace as SearchSpace
-    from raytrain.sweep.engine import TuneResult as TuneResult
-    from raytrain.sweep.engine import tune as tune
-    from raytrain.types import RequestError as RequestError
-    from raytrain.types import TrainingFailed as TrainingFailed
+    from raytrain.commands.compare import Comparison as Comparison
+    from raytrain.commands.compare import compare as compare
+    from raytrain.commands.evaluate import EvalResult as EvalResult
+    from raytrain.commands.evaluate import evaluate as evaluate
+    from raytrain.commands.export import ExportResult as ExportResult
+    from raytrain.commands.export import export as export
+    from raytrain.commands.train import TrainResult as TrainResult
+    from raytrain.commands.train import train as train
+    from raytrain.commands.tune import TuneResult as TuneResult
+    from raytrain.commands.tune import tune as tune
+    from raytrain.config.run import RunConfig as RunConfig
+    from raytrain.core.types import RequestError as RequestError
+    from raytrain.core.types import TrainingFailed as TrainingFailed
+    from raytrain.exporting.safetensors import load_exported as load_exported
+    from raytrain.tuning.space.search_space import SearchSpace as SearchSpace
 
 _HOMES = {
-    "train": "raytrain.api",
-    "evaluate": "raytrain.examine",
-    "TrainResult": "raytrain.api",
-    "EvalResult": "raytrain.examine",
-    "tune": "raytrain.sweep.engine",
-    "TuneResult": "raytrain.sweep.engine",
-    "compare": "raytrain.report.compare",
-    "Comparison": "raytrain.report.compare",
-    "SearchSpace": "raytrain.spaces.space",
-    "RunConfig": "raytrain.config",
-    "export": "raytrain.exports.leave",
-    "load_exported": "raytrain.exports.tensors",
-    "ExportResult": "raytrain.exports.leave",
-    "RequestError": "raytrain.types",
-    "TrainingFailed": "raytrain.types",
+    "train": "raytrain.commands.train",
+    "evaluate": "raytrain.commands.evaluate",
+    "TrainResult": "raytrain.commands.train",
+    "EvalResult": "raytrain.commands.evaluate",
+    "tune": "raytrain.commands.tune",
+    "TuneResult": "raytrain.commands.tune",
+    "compare": "raytrain.commands.compare",
+    "Comparison": "raytrain.commands.compare",
+    "SearchSpace": "raytrain.tuning.space.search_space",
+    "RunConfig": "raytrain.config.run",
+    "export": "raytrain.commands.export",
+    "load_exported": "raytrain.exporting.safetensors",
+    "ExportResult": "raytrain.commands.export",
+    "RequestError": "raytrain.core.types",
+    "TrainingFailed": "raytrain.core.types",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

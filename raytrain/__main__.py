@@ -1,12 +1,12 @@
 """The `raytrain` command, also as `python -m raytrain`: signals are handled before its imports."""
 
-from raytrain.interrupt import handled
+from raytrain.core.signals import handled
 
 
 def main() -> None:
     """The entry point."""
     with handled():
-        from raytrain.cli import main as command
+        from raytrain.cli.app import main as command
 
         command()
 

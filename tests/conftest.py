@@ -2,7 +2,7 @@
 
 import torch
 
-from raytrain.place import keep_freed_memory
+from raytrain.core.distributed_context import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()

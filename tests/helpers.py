@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractAlgorithm
-from raytrain.balls import L1, L2, Linf
-from raytrain.memory import Setting
-from raytrain.network import trainable
-from raytrain.objectives import AbstractObjective, Reference
-from raytrain.place import Place
-from raytrain.state import TrainState
-from raytrain.store import SampleStore
-from raytrain.types import Batch, Delta, Dice, PerSample, Predict, View
+from raytrain.core.algorithm_state import TrainingSetup
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.losses import AbstractLoss, Reference
+from raytrain.core.network import trainable
+from raytrain.core.sample_store import SampleStore
+from raytrain.core.threat_models import L1, L2, Linf
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import AugmentedView, Batch, Delta, Dice, PerSample, Predict
 
 CPU = torch.device("cpu")
 
@@ -67,13 +67,13 @@ def batch_of(
     return Batch(images, labels, torch.arange(num), dice_of(num, seed))
 
 
-def views_of(num: int, pad: int, seed: int = 0, mirrored: bool | None = None) -> View:
+def views_of(num: int, pad: int, seed: int = 0, mirrored: bool | None = None) -> AugmentedView:
     """Random crops; flips at random too, or all alike."""
     top, left = torch.randint(2 * pad + 1, (2, num), generator=generator(seed)).unbind()
     flips = torch.rand(num, generator=generator(seed + 1)) < 0.5
     if mirrored is not None:
         flips = torch.full((num,), mirrored)
-    return View(pad, top, left, flips)
+    return AugmentedView(pad, top, left, flips)
 
 
 class TinyNet(nn.Module):
@@ -149,7 +149,9 @@ def state_of(
     state = TrainState(model=model, wrapper=model, optimizer=optimizer)
     if algorithm is not None:
         dtype = next(model.parameters()).dtype
-        setting = Setting(Place(), model, num_images, shape, batch_size, dtype, seed=0)
+        setting = TrainingSetup(
+            DistributedContext(), model, num_images, shape, batch_size, dtype, seed=0
+        )
         state.parts = algorithm.memory(setting)
     return state
 
@@ -210,7 +212,7 @@ def weights_of(model: nn.Module) -> Tensor:
 
 def one_by_one(
     model: nn.Module,
-    objective: AbstractObjective,
+    objective: AbstractLoss,
     batch: Batch,
     delta: Tensor,
     reference: Reference = (),
@@ -228,7 +230,7 @@ def one_by_one(
 
 def through_the_batch(
     model: nn.Module,
-    objective: AbstractObjective,
+    objective: AbstractLoss,
     batch: Batch,
     delta: Tensor,
     reference: Reference = (),
@@ -245,7 +247,7 @@ def through_the_batch(
 
 def input_norms(
     model: nn.Module,
-    objective: AbstractObjective,
+    objective: AbstractLoss,
     batch: Batch,
     delta: Tensor,
     train: bool = False,
@@ -272,7 +274,7 @@ class Saddle(nn.Module):
         return torch.stack([self.w.expand_as(delta), delta], 1)
 
 
-class SaddleObjective(AbstractObjective):
+class SaddleObjective(AbstractLoss):
     """f_i(w, delta_i), summed over pixels that have a weight each. Images do not matter, labels may."""
 
     def value(self, w: Tensor, delta: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from raytrain.evaluation.confidence import wilson
-from raytrain.report.evaluations import Evaluated
+from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Curve, Trained
 
 IMAGES = 100.0
@@ -34,7 +34,7 @@ def evaluated(
     flags: pa.Table | None = None,
     shares: Mapping[str, tuple[int, int]] | None = None,
     **changes: Any,
-) -> Evaluated:
+) -> EvaluatedRun:
     """An evaluation under the run's own threat model; `shares` are counts and images."""
     if flags is not None:
         names = [name for name in flags.column_names if name not in ("index", "label")]
@@ -50,7 +50,7 @@ def evaluated(
         "images": next(iter(told.values())).images,
         "flags": flags,
     }
-    return Evaluated(**{**values, **changes})
+    return EvaluatedRun(**{**values, **changes})
 
 
 def trained(
@@ -58,7 +58,7 @@ def trained(
     seed: int = 0,
     cost: float = 230.0,
     robust: Sequence[float] = (0.3, 0.5),
-    evaluations: Sequence[Evaluated] = (),
+    evaluations: Sequence[EvaluatedRun] = (),
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
     **changes: Any,

@@ -12,17 +12,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from raytrain.config import RunConfig
-from raytrain.request import as_run
-from raytrain.spaces.space import SearchSpace
-from raytrain.sweep.fidelity import Fidelity
-from raytrain.sweep.ledger import Ledger
-from raytrain.sweep.mirror import PARENT
-from raytrain.sweep.population import PopulationLedger
-from raytrain.sweep.study import open_study
-from raytrain.sweep.tally import SweepProgress
+from raytrain.config.request import as_run
+from raytrain.config.run import RunConfig
+from raytrain.distributed.worker_group import Job
 from raytrain.tracking import Status, Tracker
-from raytrain.worker import Job
+from raytrain.tuning.budget import SweepProgress
+from raytrain.tuning.fidelity import Fidelity
+from raytrain.tuning.mlflow_runs import PARENT
+from raytrain.tuning.population import PopulationManager
+from raytrain.tuning.space.search_space import SearchSpace
+from raytrain.tuning.study import open_study
+from raytrain.tuning.trial_manager import TrialManager
 
 METRIC = "valid/robust"
 
@@ -138,22 +138,22 @@ class Launch:
         if self.deaths is not None:
             haunt(study._storage, STORED, self.deaths)
             haunt(tracker, TRACKED, self.deaths)
-        kind = PopulationLedger if self.space.search.sampler == "pbt" else Ledger
-        self.ledger = kind(study, self.space, tracker, self.folder, fidelity, self.seen.append)
+        kind = PopulationManager if self.space.search.sampler == "pbt" else TrialManager
+        self.manager = kind(study, self.space, tracker, self.folder, fidelity, self.seen.append)
         if self.deaths is not None:
-            haunt(self.ledger.journal, ("add",), self.deaths)
+            haunt(self.manager.journal, ("add",), self.deaths)
 
     def again(self, space: SearchSpace | None = None) -> Launch:
         """The next driver, after this one was killed."""
         return Launch(self.folder, self.store, space or self.space)
 
     def begin(self, tune_id: str) -> Job:
-        started = self.ledger.begin(tune_id)
+        started = self.manager.begin(tune_id)
         assert started is not None
         return started["job"]
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.ledger.study.get_trials(states=states or None)
+        return self.manager.study.get_trials(states=states or None)
 
     def complete(self, tune_id: str, *values: float) -> None:
         """Begin a trial and train it to its end."""
@@ -164,8 +164,8 @@ class Launch:
         last = first + len(values) - 1
         for epoch, value in enumerate(values, start=first):
             if epoch < last:
-                assert not self.ledger.row(tune_id, row(epoch, value))
-        self.ledger.end(tune_id, row(last, values[-1], final=True), lost=False)
+                assert not self.manager.row(tune_id, row(epoch, value))
+        self.manager.end(tune_id, row(last, values[-1], final=True), lost=False)
 
 
 def row(epoch: int, value: float | None, final: bool = False) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from raytrain.algorithms.si_hg import SiHg
 from raytrain.algorithms.ssds import Ssds
 from raytrain.algorithms.trades import TradesRecipe
 from raytrain.algorithms.yopo import Yopo
-from raytrain.types import named
+from raytrain.core.types import named
 
 Recipe = Annotated[
     Natural

@@ -8,21 +8,21 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from raytrain.balls import AbstractBall
-from raytrain.memory import Part, Setting
-from raytrain.objectives import CrossEntropy, Smoothing
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.losses import CrossEntropy, Smoothing
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, Card, Spec
 from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, Card, Spec
 
 
 class AbstractAlgorithm(ABC):
     """All that the loop knows. `step` changes the `TrainState` and nothing else."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         """What it keeps between steps, by name, the outer update's memory included.
 
         Raises:
@@ -56,7 +56,7 @@ class AbstractRecipe(Spec):
             return values
         return {**cls.presets.get(str(values.get("preset")), {}), **values}
 
-    def build(self, ball: AbstractBall, outer: AbstractOuter) -> AbstractAlgorithm:
+    def build(self, ball: AbstractThreatModel, outer: AbstractOuter) -> AbstractAlgorithm:
         """The algorithm for a threat model and an outer update.
 
         Raises:
@@ -76,7 +76,7 @@ class AbstractRecipe(Spec):
         return self.assemble(ball, outer)
 
     @abstractmethod
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> AbstractAlgorithm:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> AbstractAlgorithm:
         """The parts, for a combination that makes sense."""
 
     def why_not_in(self, norm: str) -> str:

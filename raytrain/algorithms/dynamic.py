@@ -10,10 +10,10 @@ from pydantic import Field, PositiveInt
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import Gap, ProjectedAscent, Start, Uniform
-from raytrain.balls import AbstractBall
+from raytrain.core.schedules import Power, Shape
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import BatchNorm, Card, Number, StepSize, named
 from raytrain.outer import AbstractOuter
-from raytrain.schedules import Power, Shape
-from raytrain.types import BatchNorm, Card, Number, StepSize, named
 
 _PAPER = {
     "steps": 10,
@@ -119,7 +119,7 @@ class Dynamic(Smoothed):
         bool, Field(description="stopped samples leave the batch; needs attack_bn=eval")
     ] = True
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         stop = Gap(
             c_max=self.c_max, decay=self.decay, over=self.over, anchor=self.anchor, per=self.per
         )

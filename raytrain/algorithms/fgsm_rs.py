@@ -9,9 +9,9 @@ from pydantic import Field
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Start, Uniform
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import BatchNorm, Card, StepSize
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
@@ -43,7 +43,7 @@ class FgsmRs(Smoothed):
     start: Start = Uniform()
     attack_bn: BatchNorm = "train"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=self.start, steps=1, step_size=self.step_size, bn=self.attack_bn
         )

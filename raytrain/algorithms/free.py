@@ -10,13 +10,13 @@ from pydantic import Field, PositiveInt
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import ascend
-from raytrain.balls import AbstractBall
-from raytrain.memory import Part, Setting
-from raytrain.objectives import CrossEntropy
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.losses import CrossEntropy
+from raytrain.core.sample_store import SlotStore
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, Card, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.store import SlotStore
-from raytrain.types import Batch, Card, StepSize, in_pixels
 
 
 @final
@@ -24,13 +24,13 @@ from raytrain.types import Batch, Card, StepSize, in_pixels
 class FreeTraining(AbstractAlgorithm):
     """(g_theta, g_delta) from one pass;  theta <- theta - lr g_theta;  delta <- P(delta + s sign g_delta)."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
     objective: CrossEntropy
     m: int
     step_size: StepSize
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         return {**self.outer.memory(setting), "slots": SlotStore(setting)}
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
@@ -93,7 +93,7 @@ class Free(Smoothed):
     m: Annotated[PositiveInt, Field(description="replays of each batch")] = 8
     step_size: StepSize = "eps"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> FreeTraining:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> FreeTraining:
         return FreeTraining(ball, outer, self.cross_entropy(), self.m, self.step_size)
 
     def why_not_elsewhere(self) -> str | None:

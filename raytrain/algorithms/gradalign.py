@@ -10,16 +10,15 @@ from pydantic import Field
 
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
 from raytrain.attacks import Start, Zero, ascend
-from raytrain.balls import AbstractBall
-from raytrain.objectives import (
+from raytrain.core.losses import (
     AttackedByCrossEntropy,
     Reference,
     Smoothing,
     cross_entropy,
 )
-from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.types import (
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import (
     Batch,
     BatchNorm,
     Card,
@@ -32,6 +31,7 @@ from raytrain.types import (
     over_pixels,
     per_sample_dot,
 )
+from raytrain.outer import AbstractOuter
 
 
 @final
@@ -64,7 +64,7 @@ class Aligned(AttackedByCrossEntropy):
 class GradAlignTraining(AbstractAlgorithm):
     """delta <- P(delta0 + s sign g), g = grad CE(x + delta0);  theta <- outer(theta, delta) on `Aligned`."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
     objective: Aligned
     start: Start
@@ -130,7 +130,7 @@ class GradAlign(Smoothed):
     start: Start = Zero()
     attack_bn: BatchNorm = "train"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> GradAlignTraining:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> GradAlignTraining:
         if self.start.remembers:
             raise ValueError(
                 "algorithm.start: gradalign keeps no perturbation per image; expected zero or uniform"

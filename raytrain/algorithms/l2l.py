@@ -29,14 +29,14 @@ from raytrain.attacks.learned import (
     Scale,
     Squash,
 )
-from raytrain.balls import AbstractBall
-from raytrain.memory import Part, Setting
-from raytrain.meter import Meter
-from raytrain.objectives import AbstractObjective, Trades
-from raytrain.oracle import Oracle
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.cost import Meter
+from raytrain.core.losses import AbstractLoss, Trades
+from raytrain.core.oracle import Oracle
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, BatchNorm, Card, mix
 from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, BatchNorm, Card, mix
 
 
 @final
@@ -44,20 +44,20 @@ from raytrain.types import Batch, BatchNorm, Card, mix
 class Learned(AbstractAlgorithm):
     """delta by the attacker;  attacker <- Adam, ascending on its own path;  theta <- outer(theta, delta)."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
-    objective: AbstractObjective
+    objective: AbstractLoss
     start: Start
     attacker: AttackerSpec
     ascent: LearnedAscent
     warm_ascent: ProjectedAscent
     recipe: L2l
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         attacker = self.attacker.build(mix(setting.seed, "attacker"))
-        attacker = attacker.to(setting.place.device, setting.dtype)
+        attacker = attacker.to(setting.context.device, setting.dtype)
         optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr)
-        parts: dict[str, Part] = {"attacker": attacker, "attacker_optimizer": optimizer}
+        parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
         return {**self.outer.memory(setting), **parts}
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
@@ -87,8 +87,8 @@ class Learned(AbstractAlgorithm):
             else:
                 found = self.warm_ascent.maximise(oracle, ball, start, state.clock)
             losses.append(oracle.losses(found.delta).double().mean())
-        means = torch.stack(losses) / state.place.world
-        attack, pgd = state.place.total(means).tolist()
+        means = torch.stack(losses) / state.context.world
+        attack, pgd = state.context.total(means).tolist()
         return {**super().measures(state, batch), "l2l/attack_loss": attack, "l2l/pgd_loss": pgd}
 
     def _attack(self, state: TrainState, oracle: Oracle, batch: Batch) -> Found:
@@ -101,7 +101,7 @@ class Learned(AbstractAlgorithm):
         optimizer.zero_grad(set_to_none=True)
         found = self.ascent.maximise(oracle, self.ball, start, attacker, learns)
         if learns:
-            state.place.average_grads(attacker)
+            state.context.average_grads(attacker)
             if self.recipe.phi_clip > 0:
                 torch.nn.utils.clip_grad_value_(attacker.parameters(), self.recipe.phi_clip)
             optimizer.step()
@@ -190,7 +190,7 @@ class L2l(Smoothed):
     ] = None
     attack_bn: BatchNorm = "eval"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Learned:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Learned:
         if self.start is not None and self.start.remembers:
             raise ValueError(
                 "algorithm.start: l2l keeps no perturbation per image; expected uniform, gaussian or zero"

@@ -9,10 +9,10 @@ from pydantic import Field, NonNegativeInt
 from raytrain.algorithms.base import AbstractRecipe
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import Gaussian, ProjectedAscent, Start
-from raytrain.balls import AbstractBall
-from raytrain.objectives import Mart
+from raytrain.core.losses import Mart
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import BatchNorm, Card, StepSize
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
@@ -50,7 +50,7 @@ class MartRecipe(AbstractRecipe):
     start: Start = Gaussian()
     attack_bn: BatchNorm = "eval"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
         )

@@ -9,9 +9,9 @@ from pydantic import Field, PositiveFloat
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Uniform
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import BatchNorm, Card, StepSize
 from raytrain.outer import AbstractOuter
-from raytrain.types import BatchNorm, Card, StepSize
 
 
 @final
@@ -38,7 +38,7 @@ class NFgsm(Smoothed):
     step_size: StepSize = "eps"
     attack_bn: BatchNorm = "train"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(
             start=Uniform(radius=self.k),
             steps=1,

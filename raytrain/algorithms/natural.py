@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, final
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Zero
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import Card
 from raytrain.outer import AbstractOuter
-from raytrain.types import Card
 
 
 @final
@@ -24,6 +24,6 @@ class Natural(Smoothed):
 
     name: Literal["natural"] = "natural"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(start=Zero(), steps=0, step_size="eps", bn="eval")
         return Nested(ball, attack, outer, self.cross_entropy())

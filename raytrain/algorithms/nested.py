@@ -7,13 +7,13 @@ from typing import ClassVar, Literal, final
 
 from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
 from raytrain.attacks import ProjectedAscent
-from raytrain.balls import AbstractBall
-from raytrain.memory import Part, Setting
-from raytrain.objectives import AbstractObjective, CrossEntropy, Objective
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.losses import AbstractLoss, CrossEntropy, Loss
+from raytrain.core.sample_store import SampleStore
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, Card
 from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.store import SampleStore
-from raytrain.types import Batch, Card
 
 
 @final
@@ -24,13 +24,13 @@ class Nested(AbstractAlgorithm):
     With `own_loss`, sample i counts with its own loss at delta, from the second epoch on.
     """
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     attack: ProjectedAscent
     outer: AbstractOuter
-    objective: AbstractObjective = CrossEntropy()
+    objective: AbstractLoss = CrossEntropy()
     own_loss: bool = False
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         parts = self.outer.memory(setting)
         if self.attack.start.remembers:
             parts["delta"] = SampleStore.of_perturbations(setting, self.ball.eps)
@@ -62,7 +62,7 @@ class NestedRecipe(AbstractRecipe):
 
     name: Literal["nested"] = "nested"
     attack: ProjectedAscent
-    objective: Objective = CrossEntropy()
+    objective: Loss = CrossEntropy()
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> Nested:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         return Nested(ball, self.attack, outer, self.objective)

@@ -10,15 +10,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
-from raytrain.balls import AbstractBall, in_box
-from raytrain.memory import Part, Setting, Weights
-from raytrain.network import shifted, trainable
-from raytrain.objectives import AbstractObjective
-from raytrain.oracle import Oracle
-from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.store import GradientTable, Keep, SampleStore, SlotStore
-from raytrain.types import (
+from raytrain.core.algorithm_state import Stateful, TrainingSetup, Weights
+from raytrain.core.losses import AbstractLoss
+from raytrain.core.network import shifted, trainable
+from raytrain.core.oracle import Oracle
+from raytrain.core.sample_store import GradientTable, Keep, SampleStore, SlotStore
+from raytrain.core.threat_models import AbstractThreatModel, in_box
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import (
     Batch,
     BatchNorm,
     Card,
@@ -28,6 +27,7 @@ from raytrain.types import (
     StepSize,
     in_pixels,
 )
+from raytrain.outer import AbstractOuter
 
 _TABLE_LIMIT = 2 * 2**30  # bytes
 
@@ -37,12 +37,12 @@ _TABLE_LIMIT = 2 * 2**30  # bytes
 class SemiImplicit(AbstractAlgorithm):
     """One ascent on delta and one descent on theta per batch, in the order of `recipe.mode`."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
-    objective: AbstractObjective
+    objective: AbstractLoss
     recipe: SiHg
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         parts, recipe = self.outer.memory(setting), self.recipe
         if recipe.store == "per_sample":
             parts["delta"] = self._bank(setting)
@@ -192,14 +192,14 @@ class SemiImplicit(AbstractAlgorithm):
         elif self.recipe.store == "batch_slot":
             state.part("slots", SlotStore).values = delta
 
-    def _bank(self, setting: Setting) -> SampleStore:
+    def _bank(self, setting: TrainingSetup) -> SampleStore:
         recipe = self.recipe
         aligned = recipe.bank_align == "canonical"
         return SampleStore.of_perturbations(
             setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
         )
 
-    def _table(self, setting: Setting) -> GradientTable:
+    def _table(self, setting: TrainingSetup) -> GradientTable:
         num_weights = sum(p.numel() for p in trainable(setting.model))
         size = setting.num_images * num_weights * setting.dtype.itemsize
         if size > _TABLE_LIMIT:
@@ -323,7 +323,7 @@ class SiHg(Smoothed):
             return "1.25*eps" if self.m == 1 else f"2.5*eps/{self.m}"
         return "eps/2" if self.m == 1 else "eps/4"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> SemiImplicit:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> SemiImplicit:
         return SemiImplicit(ball, outer, self.cross_entropy(), self)
 
     def why_not_elsewhere(self) -> str | None:

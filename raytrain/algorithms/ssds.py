@@ -13,13 +13,12 @@ from torch import Tensor
 
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
-from raytrain.balls import L2, AbstractBall, in_box
-from raytrain.memory import Numbers, Part, Setting
-from raytrain.objectives import AbstractObjective
-from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.store import Keep, SampleStore
-from raytrain.types import (
+from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
+from raytrain.core.losses import AbstractLoss
+from raytrain.core.sample_store import Keep, SampleStore
+from raytrain.core.threat_models import L2, AbstractThreatModel, in_box
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import (
     Batch,
     BatchNorm,
     Card,
@@ -29,6 +28,7 @@ from raytrain.types import (
     in_pixels,
     over_pixels,
 )
+from raytrain.outer import AbstractOuter
 
 
 @final
@@ -36,12 +36,12 @@ from raytrain.types import (
 class SaddlePoint(AbstractAlgorithm):
     """Descent in theta, ascent in the remembered delta, growth of the budget's multipliers."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
-    objective: AbstractObjective
+    objective: AbstractLoss
     recipe: Ssds
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         recipe = self.recipe
         parts = self.outer.memory(setting)
         aligned = recipe.bank_align == "canonical"
@@ -50,7 +50,7 @@ class SaddlePoint(AbstractAlgorithm):
         )
         if recipe.budget != "project":
             parts["v"] = SampleStore(
-                setting.num_images, (), setting.place, setting.dtype, initial=recipe.v0
+                setting.num_images, (), setting.context, setting.dtype, initial=recipe.v0
             )
         if recipe.budget == "full":
             parts["epigraph"] = Numbers(lam=recipe.lam0, lam_before=recipe.lam0, t=recipe.t0)
@@ -154,7 +154,7 @@ class SaddlePoint(AbstractAlgorithm):
         if recipe.budget != "full":
             return 1.0
         sums = torch.stack([losses.sum(), (grown * excess).sum(), losses.new_tensor(len(losses))])
-        total, slack, count = state.place.total(sums.double()).tolist()
+        total, slack, count = state.context.total(sums.double()).tolist()
         numbers = state.part("epigraph", Numbers)
         numbers.update(recipe.epigraph(numbers, total / count, slack, count, decay))
         return numbers["lam"]
@@ -332,7 +332,7 @@ class Ssds(Smoothed):
             new = lam + alpha / self.c2 * (loss - t - slack / count)
         return {"lam": max(0.0, new), "lam_before": lam, "t": t}
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> SaddlePoint:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> SaddlePoint:
         return SaddlePoint(ball, outer, self.cross_entropy(), self)
 
     def why_not_elsewhere(self) -> str | None:

@@ -10,13 +10,13 @@ from pydantic import Field, PositiveInt
 
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
 from raytrain.attacks import Start, Uniform, ascend
-from raytrain.balls import AbstractBall
-from raytrain.memory import Numbers, Part, Setting
-from raytrain.network import mode, trainable
-from raytrain.objectives import CrossEntropy
+from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
+from raytrain.core.losses import CrossEntropy
+from raytrain.core.network import mode, trainable
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, Card, RequestError, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
-from raytrain.state import Outcome, TrainState
-from raytrain.types import Batch, Card, RequestError, StepSize, in_pixels
 
 
 @final
@@ -24,12 +24,12 @@ from raytrain.types import Batch, Card, RequestError, StepSize, in_pixels
 class YopoTraining(AbstractAlgorithm):
     """m full passes, each giving the costate p;  n steps after each along grad <p, stem(x + delta)>."""
 
-    ball: AbstractBall
+    ball: AbstractThreatModel
     outer: AbstractOuter
     objective: CrossEntropy
     recipe: Yopo
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         share = Numbers({"share": stem_share(setting)})
         return {**self.outer.memory(setting), "stem": share}
 
@@ -54,7 +54,7 @@ class YopoTraining(AbstractAlgorithm):
         for parameter in trainable(state.model):
             if parameter.grad is not None:
                 parameter.grad /= recipe.m
-        state.place.average_grads(state.model)
+        state.context.average_grads(state.model)
         self.outer.step(state)
         assert first is not None
         return Outcome(first, delta, torch.full_like(batch.labels, recipe.m * recipe.n))
@@ -113,7 +113,7 @@ class Yopo(Smoothed):
         ),
     ] = "hamiltonian"
 
-    def assemble(self, ball: AbstractBall, outer: AbstractOuter) -> YopoTraining:
+    def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> YopoTraining:
         if self.start.remembers:
             raise ValueError(
                 "algorithm.start: yopo keeps no perturbation per image; expected uniform or zero"
@@ -124,7 +124,7 @@ class Yopo(Smoothed):
         return "its costate and weight gradients belong to the present weights; expected sgd, clip or engm"
 
 
-def stem_share(setting: Setting) -> float:
+def stem_share(setting: TrainingSetup) -> float:
     """The first layer's part of a forward pass, in floating-point operations.
 
     Raises:
@@ -133,7 +133,7 @@ def stem_share(setting: Setting) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = setting.model
-    image = torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.place.device)
+    image = torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.context.device)
     if not (hasattr(model, "stem") and hasattr(model, "rest")):
         raise RequestError(
             f"model.name: yopo needs a network that tells its first layer (stem) from the rest, and "

@@ -1,10 +1,10 @@
 """How a perturbation is moved at fixed weights: a start, a step, a projection and a rule to stop."""
 
 from raytrain.attacks.ascent import Found, ProjectedAscent
+from raytrain.attacks.init import Gaussian, Remembered, Start, Uniform, Zero
 from raytrain.attacks.learned import AttackerSpec, LearnedAscent
-from raytrain.attacks.moves import Ascent, ascend
-from raytrain.attacks.starts import Gaussian, Remembered, Start, Uniform, Zero
-from raytrain.attacks.stops import Gap, Never, Stop
+from raytrain.attacks.step import Ascent, ascend
+from raytrain.attacks.stopping import Gap, Never, Stop
 
 __all__ = [
     "Ascent",

@@ -10,12 +10,12 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 
-from raytrain.attacks.moves import ascend
-from raytrain.attacks.starts import Start, Uniform
-from raytrain.attacks.stops import Gap, Never, Stop
-from raytrain.balls import AbstractBall, in_box
-from raytrain.oracle import Oracle
-from raytrain.types import Batch, BatchNorm, Clock, Delta, Spec, StepSize, in_pixels
+from raytrain.attacks.init import Start, Uniform
+from raytrain.attacks.step import ascend
+from raytrain.attacks.stopping import Gap, Never, Stop
+from raytrain.core.oracle import Oracle
+from raytrain.core.threat_models import AbstractThreatModel, in_box
+from raytrain.core.types import Batch, BatchNorm, Clock, Delta, Spec, StepSize, in_pixels
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class ProjectedAscent(Spec):
             )
         return self
 
-    def maximise(self, oracle: Oracle, ball: AbstractBall, delta: Delta, clock: Clock) -> Found:
+    def maximise(
+        self, oracle: Oracle, ball: AbstractThreatModel, delta: Delta, clock: Clock
+    ) -> Found:
         """Ascend from `delta` at the weights of `oracle`. Reads no host value unless samples may stop."""
         batch, step_size = oracle.batch, in_pixels(self.step_size, ball.eps)
         rows = torch.arange(len(batch), device=delta.device)
@@ -90,7 +92,7 @@ class ProjectedAscent(Spec):
         return Found(delta, taken)
 
     def _moved(
-        self, ball: AbstractBall, delta: Delta, grad: Delta, batch: Batch, step_size: float
+        self, ball: AbstractThreatModel, delta: Delta, grad: Delta, batch: Batch, step_size: float
     ) -> Delta:
         there = ascend(ball, delta, grad, batch.images, step_size, "steepest")
         return ball.feasible(there, batch.images) if self.confined else in_box(there, batch.images)

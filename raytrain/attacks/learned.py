@@ -11,9 +11,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from raytrain.attacks.ascent import Found
-from raytrain.balls import AbstractBall, Linf
-from raytrain.oracle import Oracle
-from raytrain.types import (
+from raytrain.core.oracle import Oracle
+from raytrain.core.threat_models import AbstractThreatModel, Linf
+from raytrain.core.types import (
     BatchNorm,
     Delta,
     Spec,
@@ -151,7 +151,12 @@ class LearnedAscent(Spec):
     truncate: PositiveInt | None
 
     def maximise(
-        self, oracle: Oracle, ball: AbstractBall, delta: Delta, attacker: Attacker, learn: bool
+        self,
+        oracle: Oracle,
+        ball: AbstractThreatModel,
+        delta: Delta,
+        attacker: Attacker,
+        learn: bool,
     ) -> Found:
         """Ascend from `delta`; with `learn`, add the descent direction of the attacker to its p.grad."""
         size = self._size(ball, delta, attacker)
@@ -179,7 +184,7 @@ class LearnedAscent(Spec):
         taken = torch.full((count,), self.steps, device=delta.device)
         return Found(delta.detach(), taken)
 
-    def _size(self, ball: AbstractBall, delta: Delta, attacker: Attacker) -> float:
+    def _size(self, ball: AbstractThreatModel, delta: Delta, attacker: Attacker) -> float:
         """A pixel's largest move; in l2 such that a step of all pixels together is `scale` long."""
         size = in_pixels(attacker.spec.scale, ball.eps)
         return size if isinstance(ball, Linf) else size / delta[0].numel() ** 0.5
@@ -192,7 +197,7 @@ class LearnedAscent(Spec):
         }[self.weighting]
         return [weight / sum(raw) for weight in raw]
 
-    def _projected(self, ball: AbstractBall, delta: Delta, images: Tensor) -> Delta:
+    def _projected(self, ball: AbstractThreatModel, delta: Delta, images: Tensor) -> Delta:
         inside = ball.feasible(delta, images)
         if self.projection == "hard":
             return inside

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from torch import Tensor
 
+from raytrain.core.types import RequestError
 from raytrain.data.spec import DataSpec
-from raytrain.types import RequestError
 
 
 def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:

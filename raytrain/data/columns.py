@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from raytrain.core.types import RequestError
 from raytrain.data.arrays import is_array
 from raytrain.data.encoded import is_encoded
 from raytrain.data.images import Location, Origin
-from raytrain.types import RequestError
 
 IMAGE_NAMES = ("image", "img", "images", "pixels")
 LABEL_NAMES = ("label", "labels", "target", "fine_label", "class", "y")

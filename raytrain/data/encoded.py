@@ -21,8 +21,8 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
+from raytrain.core.types import RequestError
 from raytrain.data.images import Location
-from raytrain.types import RequestError
 
 SLICE = 64  # images to a task: a task for each small image would cost more than the image
 TURNS = {  # EXIF orientation -> how an upright image is made

@@ -17,23 +17,23 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.sample_store import cut
+from raytrain.core.types import AugmentedView, Batch, Dice, RequestError, mix
 from raytrain.data.augment import random_view
 from raytrain.data.carve import carve
 from raytrain.data.sources import SOURCES, Images, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
-from raytrain.place import Place
-from raytrain.store import cut
-from raytrain.types import Batch, Dice, RequestError, View, mix
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitShard:
     """This worker's images of a split: row k has index rank + k * world."""
 
     pixels: UInt8[Tensor, "owned c h w"]
     labels: Int64[Tensor, " owned"]
     num_images: int  # over all workers
-    place: Place
+    context: DistributedContext
     dtype: torch.dtype = torch.float32
 
     @property
@@ -42,9 +42,9 @@ class Part:
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
-    def batch(self, index: Tensor, dice: Dice, view: View | None = None) -> Batch:
+    def batch(self, index: Tensor, dice: Dice, view: AugmentedView | None = None) -> Batch:
         """The images with these indices, all owned by this worker, as `view` cuts them."""
-        rows = index // self.place.world
+        rows = index // self.context.world
         pixels = self.pixels[rows]
         if view is not None:
             pixels = cut(pixels, view)
@@ -55,12 +55,14 @@ class Part:
 class Splits:
     """What training sees: never the test set."""
 
-    train: Part
-    valid: Part
+    train: SplitShard
+    valid: SplitShard
     source: Source
 
 
-def open_splits(spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32) -> Splits:
+def open_splits(
+    spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
+) -> Splits:
     """Read the training set and carve the validation split from it, stratified by label.
 
     Raises:
@@ -72,7 +74,7 @@ def open_splits(spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
     held, kept = carve(images.labels, spec)
-    return Splits(_part(images, kept, place, dtype), _part(images, held, place, dtype), source)
+    return Splits(_part(images, kept, context, dtype), _part(images, held, context, dtype), source)
 
 
 def open_source(spec: DataSpec) -> Source:
@@ -81,8 +83,8 @@ def open_source(spec: DataSpec) -> Source:
 
 
 def open_test(
-    spec: DataSpec, place: Place, dtype: torch.dtype = torch.float32
-) -> tuple[Part, Source]:
+    spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
+) -> tuple[SplitShard, Source]:
     """The test set, for `evaluate` alone: labels and channels are those of the training images.
 
     Raises:
@@ -90,10 +92,10 @@ def open_test(
     """
     training, source = _training_set(spec)
     images = _read(spec, "test", like=training)
-    return _part(images, np.arange(len(images.labels)), place, dtype), source
+    return _part(images, np.arange(len(images.labels)), context, dtype), source
 
 
-def num_steps(part: Part, batch_size: int) -> int:
+def num_steps(part: SplitShard, batch_size: int) -> int:
     """Whole batches in an epoch; what is left over is another random rest in every epoch."""
     if batch_size > part.num_images:
         raise RequestError(
@@ -102,13 +104,13 @@ def num_steps(part: Part, batch_size: int) -> int:
     return part.num_images // batch_size
 
 
-def visit(
-    part: Part, batch_size: int, seed: int, epoch: int, pad: int, flip: bool
+def iter_train(
+    part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool
 ) -> Iterator[Batch]:
     """The training batches of one epoch for this worker: a function of seed and epoch alone."""
-    place, device = part.place, part.pixels.device
+    context, device = part.context, part.pixels.device
     order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
-    slots = slice(place.rank, None, place.world)
+    slots = slice(context.rank, None, context.world)
     for step, index in enumerate(order[:, slots].to(device)):
         dice = Dice(mix(seed, "batch", epoch, step), batch_size, slots, device)
         yield part.batch(index, dice, random_view(dice, pad, flip))
@@ -123,21 +125,27 @@ def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "s
     return chosen * batch_size + torch.arange(batch_size)
 
 
-def sweep(part: Part, batch_size: int, seed: int, images: int | None = None) -> Iterator[Batch]:
+def iter_eval(
+    part: SplitShard, batch_size: int, seed: int, images: int | None = None
+) -> Iterator[Batch]:
     """Every image once (or the first so many `images`), in order, un-augmented: for evaluation."""
-    place, device = part.place, part.pixels.device
+    context, device = part.context, part.pixels.device
     count = part.num_images if images is None else min(images, part.num_images)
     for first in range(0, count, batch_size):
         width = min(batch_size, count - first)
-        slots = slice((place.rank - first) % place.world, None, place.world)
+        slots = slice((context.rank - first) % context.world, None, context.world)
         index = torch.arange(first, first + width, device=device)[slots]
         yield part.batch(index, Dice(mix(seed, "sweep", first), width, slots, device))
 
 
-def _part(images: Images, chosen: np.ndarray, place: Place, dtype: torch.dtype) -> Part:
-    owned = torch.from_numpy(chosen)[place.rank :: place.world]
+def _part(
+    images: Images, chosen: np.ndarray, context: DistributedContext, dtype: torch.dtype
+) -> SplitShard:
+    owned = torch.from_numpy(chosen)[context.rank :: context.world]
     pixels, labels = images.pixels[owned], images.labels[owned]
-    return Part(pixels.to(place.device), labels.to(place.device), len(chosen), place, dtype)
+    return SplitShard(
+        pixels.to(context.device), labels.to(context.device), len(chosen), context, dtype
+    )
 
 
 def _read(spec: DataSpec, split: Split, like: Images | None = None) -> Images:

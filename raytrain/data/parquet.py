@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
+from raytrain.core.types import RequestError
 from raytrain.data.arrays import unpack
 from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded
 from raytrain.data.images import DARK, Images, Location, Origin, label_fault, pixel_fault
-from raytrain.types import RequestError
 
 BATCH_ROWS = 1024
 MAX_CLASSES = 65_536

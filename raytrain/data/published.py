@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.images import Images, Split, label_fault, pixel_fault
-from raytrain.types import RequestError
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
 from raytrain.data.images import Images, Split
 from raytrain.data.spec import DEFAULT_FOLDER
 from raytrain.data.splits import is_parquet, parquet_files
-from raytrain.types import RequestError
 
 __all__ = ["SOURCES", "Images", "Source", "Split", "check_name", "describe", "read", "source_of"]
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
+from raytrain.core.types import Spec
 from raytrain.data.catalogue import SOURCES
-from raytrain.types import Spec
 
 DEFAULT_FOLDER = Path("data")
 

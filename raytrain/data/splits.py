@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from raytrain.core.types import RequestError
 from raytrain.data.images import Split
-from raytrain.types import RequestError
 
 SUFFIX = ".parquet"
 SHARD = re.compile(r"-\d{5}-of-\d{5}")

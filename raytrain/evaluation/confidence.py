@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from scipy.optimize import root_scalar
 from scipy.stats import binomtest, norm, t
 
-from raytrain.types import RequestError
+from raytrain.core.types import RequestError
 
 Flags = Bool[np.ndarray, "_"]
 """One verdict per image: classified rightly, or survived an attack."""

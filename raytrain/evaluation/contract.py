@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Contract:
     bn: str = "eval"
 
     @classmethod
-    def of(cls, threat: AbstractBall, mean: Sequence[float], std: Sequence[float]) -> Contract:
+    def of(
+        cls, threat: AbstractThreatModel, mean: Sequence[float], std: Sequence[float]
+    ) -> Contract:
         """For a ball and a normaliser; numbers are kept to six digits, which survive a text file."""
         return cls(threat.norm, _short(threat.eps), _all_short(mean), _all_short(std))
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raytrain.balls import AbstractBall
-from raytrain.evaluation.examiner import Attacked
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.evaluation.evaluator import Attacked
 from raytrain.evaluation.runner import Verdicts
 
 SHOWN = 10
@@ -20,7 +20,7 @@ ATTACK = "pgd20"
 
 
 def examples_table(
-    attacked: Callable[[Tensor], Attacked], verdicts: Verdicts, ball: AbstractBall
+    attacked: Callable[[Tensor], Attacked], verdicts: Verdicts, ball: AbstractThreatModel
 ) -> pa.Table:
     """The first correctly classified image of each of up to ten classes, under PGD-20.
 

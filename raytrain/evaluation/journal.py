@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrain.evaluation.unit import Unit, Verdict
-from raytrain.types import TrainingFailed
+from raytrain.core.types import TrainingFailed
+from raytrain.evaluation.work_item import Verdict, WorkItem
 
 
 class Journal:
@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, file: Path, key: Mapping[str, Any]) -> None:
         self._file = file
-        self._known: dict[Unit, Verdict] = {}
+        self._known: dict[WorkItem, Verdict] = {}
         first = json.dumps({"key": dict(key)}, sort_keys=True) + "\n"
         lines = self._read(first)
         try:
@@ -48,13 +48,13 @@ class Journal:
         """The same in seconds of the processes that attacked."""
         return math.fsum(verdict.seconds for verdict in self._known.values())
 
-    def get(self, unit: Unit) -> Verdict | None:
+    def get(self, unit: WorkItem) -> Verdict | None:
         """What came of a unit, if it is known."""
         return self._known.get(unit)
 
     def add(self, verdict: Verdict) -> None:
         """Write a verdict down; it is on the disk when this returns."""
-        unit = verdict.unit
+        unit = verdict.work_item
         line = {"stage": unit.stage, "rows": unit.rows, "values": verdict.values}
         line |= {"fe": verdict.fe, "seconds": round(verdict.seconds, 3)}
         try:
@@ -76,7 +76,7 @@ class Journal:
             verdict = _verdict(line)
             if verdict is None:
                 break
-            self._known[verdict.unit] = verdict
+            self._known[verdict.work_item] = verdict
             whole.append(line)
         return whole
 
@@ -89,7 +89,7 @@ def _verdict(line: str) -> Verdict | None:
         return None
     try:
         told = json.loads(line)
-        unit = Unit(told["stage"], tuple(told["rows"]))
+        unit = WorkItem(told["stage"], tuple(told["rows"]))
         values = tuple(told["values"])
         if len(values) != len(unit.rows):
             return None

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raytrain.evaluation.exam import CLEAN, NOISE, Exam, standard_stage
 from raytrain.evaluation.journal import Journal
-from raytrain.evaluation.unit import Unit, Verdict
+from raytrain.evaluation.settings import CLEAN, NOISE, EvaluationSettings, standard_stage
+from raytrain.evaluation.work_item import Verdict, WorkItem
 
-Work = Callable[[list[Unit]], Iterable[Verdict]]
+Work = Callable[[list[WorkItem]], Iterable[Verdict]]
 """Whoever attacks: verdicts come in any order."""
 
 
@@ -21,7 +21,7 @@ class Standing:
 
     stage: str
     done: int  # units of this stage
-    units: int
+    work_items: int
     images: int  # that the stage is about
     left: int  # of those judged so far, the ones that kept their label
     judged: int
@@ -52,7 +52,11 @@ class Verdicts:
 
 
 def run(
-    exam: Exam, labels: np.ndarray, work: Work, journal: Journal, watch: Watch | None = None
+    exam: EvaluationSettings,
+    labels: np.ndarray,
+    work: Work,
+    journal: Journal,
+    watch: Watch | None = None,
 ) -> Verdicts:
     """All stages of an exam on the images with these labels; what the journal knows is not done again.
 
@@ -66,7 +70,7 @@ def run(
         rows = _due(stage, verdicts, exam)
         values = np.full(count, -1)
         for verdict in _told(stage, rows, exam.batch_size, work, journal, watch, verdicts):
-            values[list(verdict.unit.rows)] = verdict.values
+            values[list(verdict.work_item.rows)] = verdict.values
         if stage == CLEAN:
             verdicts.predicted = values
         else:
@@ -74,7 +78,7 @@ def run(
     return verdicts
 
 
-def _due(stage: str, so_far: Verdicts, exam: Exam) -> np.ndarray:
+def _due(stage: str, so_far: Verdicts, exam: EvaluationSettings) -> np.ndarray:
     """The images that a stage is about."""
     if stage == CLEAN:
         return np.arange(len(so_far.labels))
@@ -97,8 +101,8 @@ def _told(
 ) -> Iterator[Verdict]:
     """The verdicts on a stage's images, known ones first."""
     starts = range(0, len(rows), size)
-    units = [Unit(stage, tuple(rows[at : at + size].tolist())) for at in starts]
-    known = {unit: verdict for unit in units if (verdict := journal.get(unit)) is not None}
+    work_items = [WorkItem(stage, tuple(rows[at : at + size].tolist())) for at in starts]
+    known = {unit: verdict for unit in work_items if (verdict := journal.get(unit)) is not None}
     left = judged = 0
 
     def news(verdicts: Iterable[Verdict], are_new: bool) -> Iterator[Verdict]:
@@ -106,14 +110,14 @@ def _told(
         for done, verdict in enumerate(verdicts, start=1 + (len(known) if are_new else 0)):
             if are_new:
                 journal.add(verdict)
-            right = so_far.labels[list(verdict.unit.rows)] if stage == CLEAN else 1
+            right = so_far.labels[list(verdict.work_item.rows)] if stage == CLEAN else 1
             left += int((np.array(verdict.values) == right).sum())
             judged += len(verdict.values)
             if watch is not None:
-                watch(Standing(stage, done, len(units), len(rows), left, judged))
+                watch(Standing(stage, done, len(work_items), len(rows), left, judged))
             yield verdict
 
     yield from news(known.values(), are_new=False)
-    todo = [unit for unit in units if unit not in known]
+    todo = [unit for unit in work_items if unit not in known]
     if todo:
         yield from news(work(todo), are_new=True)

@@ -7,11 +7,17 @@ import pyarrow as pa
 
 from raytrain.evaluation.checks import Finding, after
 from raytrain.evaluation.confidence import Share, wilson
-from raytrain.evaluation.exam import CLEAN, NOISE, Exam, stages_of, standard_stage
 from raytrain.evaluation.runner import Verdicts
+from raytrain.evaluation.settings import (
+    CLEAN,
+    NOISE,
+    EvaluationSettings,
+    stages_of,
+    standard_stage,
+)
 
 
-def flags_table(exam: Exam, verdicts: Verdicts) -> pa.Table:
+def flags_table(exam: EvaluationSettings, verdicts: Verdicts) -> pa.Table:
     """One row per image: `index`, `label`, `predicted`, `clean`, a flag per attack (true: survived;
     false also where `clean` is), and AutoAttack's stages, null where an image had fallen before."""
     columns: dict[str, pa.Array] = {
@@ -28,7 +34,7 @@ def flags_table(exam: Exam, verdicts: Verdicts) -> pa.Table:
     return pa.table(columns)
 
 
-def accuracies(exam: Exam, verdicts: Verdicts) -> dict[str, Share]:
+def accuracies(exam: EvaluationSettings, verdicts: Verdicts) -> dict[str, Share]:
     """The share of images that are classified correctly, and under each attack, with 95 % limits."""
     images = len(verdicts.labels)
     shares = {CLEAN: wilson(int(verdicts.clean.sum()), images)}
@@ -37,7 +43,7 @@ def accuracies(exam: Exam, verdicts: Verdicts) -> dict[str, Share]:
     return shares
 
 
-def findings_after(exam: Exam, verdicts: Verdicts) -> list[Finding]:
+def findings_after(exam: EvaluationSettings, verdicts: Verdicts) -> list[Finding]:
     """The checks that need verdicts."""
     if not exam.checks:
         return []

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from raytrain.core.types import ModelFailed, RequestError
 from raytrain.models.errors import sentence
-from raytrain.types import ModelFailed, RequestError
 
 
 @final

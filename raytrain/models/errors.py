@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from raytrain.failures import told
-from raytrain.types import ModelFailed, RequestError
+from raytrain.core.failures import told
+from raytrain.core.types import ModelFailed, RequestError
 
 
 @contextmanager

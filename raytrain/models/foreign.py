@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from raytrain.core.types import RequestError
 from raytrain.models.errors import guarded, isolated, told
-from raytrain.types import RequestError
 
 _GIVEN = WeakTensorKeyDictionary()
 """The weights that functions of the user have returned in this process, as keys."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from raytrain.core.types import RequestError
 from raytrain.models.classifier import Classifier
-from raytrain.types import RequestError
 
 _STATISTICS = {
     "mu": "normalise.mean",

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import model_validator
 from torch import nn
 
+from raytrain.core.types import RequestError, Spec
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.models.foreign import imported_model, torchvision_model, torchvision_names
 from raytrain.models.preact_resnet import PreActResNet18
@@ -18,7 +19,6 @@ from raytrain.models.resnet import ResNet18
 from raytrain.models.small_cnn import SmallCNN
 from raytrain.models.trial import ready, try_out
 from raytrain.models.wide_resnet import WideResNet
-from raytrain.types import RequestError, Spec
 
 MODELS: dict[str, str] = {
     "auto": "small_cnn below 32 pixels, resnet18 at 32, torchvision:resnet18 above",

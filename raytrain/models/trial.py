@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
 
+from raytrain.core.network import Precision, autocast, copy_of, mode
+from raytrain.core.types import RequestError
 from raytrain.models.classifier import Classifier
 from raytrain.models.errors import guarded, isolated
-from raytrain.network import Precision, autocast, copy_of, mode
-from raytrain.types import RequestError
 
 
 def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:

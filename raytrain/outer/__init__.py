@@ -4,12 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from raytrain.core.types import named
 from raytrain.outer.awp import Awp
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.clip import Clip
 from raytrain.outer.engm import Engm
 from raytrain.outer.plain import Plain
-from raytrain.types import named
 
 Outer = Annotated[Plain | Clip | Engm | Awp, Field(discriminator="name"), named("name", "sgd")]
 

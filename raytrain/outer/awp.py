@@ -8,15 +8,15 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from raytrain.memory import Part, Setting
-from raytrain.network import shifted
-from raytrain.oracle import Oracle
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.network import shifted
+from raytrain.core.oracle import Oracle
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import Card, Delta, PerSample, named
 from raytrain.outer.base import AbstractOuter
 from raytrain.outer.clip import Clip
 from raytrain.outer.engm import Engm
 from raytrain.outer.plain import Plain
-from raytrain.state import TrainState
-from raytrain.types import Card, Delta, PerSample, named
 
 Then = Annotated[Plain | Clip | Engm, Field(discriminator="name"), named("name", "sgd")]
 
@@ -69,7 +69,7 @@ class Awp(AbstractOuter):
     def leaves(self) -> bool:
         return True
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         return self.then.memory(setting)
 
     def update(
@@ -105,7 +105,7 @@ class Awp(AbstractOuter):
         found: dict[str, Tensor] = {}
         for _ in range(self.steps):
             with shifted(state.model, found):
-                grads = state.place.average(oracle.mean_grads(delta))
+                grads = state.context.average(oracle.mean_grads(delta))
             found = {
                 name: found.get(name, torch.zeros_like(p)) + self._scaled(p.detach(), grad)
                 for (name, p), grad in zip(named_weights, grads, strict=True)

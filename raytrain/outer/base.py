@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from raytrain.memory import Part, Setting
-from raytrain.oracle import Oracle, Weigh
-from raytrain.state import TrainState
-from raytrain.types import Card, Delta, PerSample, Spec
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.oracle import Oracle, Weigh
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import Card, Delta, PerSample, Spec
 
 
 class AbstractOuter(Spec):
@@ -30,7 +30,7 @@ class AbstractOuter(Spec):
         """Whether the gradient is measured at other weights than the present ones."""
         return False
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         """What it keeps between steps, by name."""
         del setting
         return {}

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from pydantic import Field, PositiveFloat
 
-from raytrain.network import trainable
+from raytrain.core.network import trainable
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import Card
 from raytrain.outer.base import AbstractOuter
-from raytrain.state import TrainState
-from raytrain.types import Card
 
 
 @final

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from raytrain.memory import Part, Setting
-from raytrain.oracle import Oracle, Weigh
+from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.oracle import Oracle, Weigh
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import Card, Delta, Number, PerSample
 from raytrain.outer.base import AbstractOuter
-from raytrain.state import TrainState
-from raytrain.types import Card, Delta, Number, PerSample
 
 _FLOOR = 1e-6  # a fitted line with a negative intercept would promise negative norms
 _KEEP = 0.9  # of the running quantile, from one batch to the next
@@ -156,8 +156,8 @@ class Engm(AbstractOuter):
     def weighs(self) -> bool:
         return True
 
-    def memory(self, setting: Setting) -> dict[str, Part]:
-        return {"engm": EngmMemory(setting.place.device)}
+    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
+        return {"engm": EngmMemory(setting.context.device)}
 
     def weights(
         self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
@@ -182,7 +182,7 @@ class Engm(AbstractOuter):
     def measures(self, state: TrainState) -> dict[str, float]:
         memory = state.part("engm", EngmMemory)
         seen = torch.tensor(memory.seen, dtype=torch.float64, device=memory.clipped.device)
-        clipped, seen = state.place.total(torch.stack([memory.clipped, seen])).tolist()
+        clipped, seen = state.context.total(torch.stack([memory.clipped, seen])).tolist()
         memory.clipped.zero_()
         memory.seen = 0
         found = {f"engm/{name}": float(value) for name, value in memory.values.items()}
@@ -191,7 +191,7 @@ class Engm(AbstractOuter):
 
     def _of(self, norms: PerSample, state: TrainState, given: PerSample | None) -> PerSample:
         """The weights for these norms of the unweighted losses."""
-        memory, place = state.part("engm", EngmMemory), state.place
+        memory, place = state.part("engm", EngmMemory), state.context
         norms = norms if given is None else norms * given
         alpha: Tensor = norms.new_tensor(self.alpha)
         if self.quantile is not None:
@@ -235,14 +235,14 @@ class Engm(AbstractOuter):
         predictor: PerSample,
     ) -> None:
         """Least squares of exact norms on the predictor, over all workers' probes: a collective."""
-        wanted = len(delta) if self.probes is None else -(-self.probes // state.place.world)
+        wanted = len(delta) if self.probes is None else -(-self.probes // state.context.world)
         norms = self._exact(oracle, delta, min(wanted, len(delta)))
-        memory.values["floor"] = state.place.gather(norms).double().min()
+        memory.values["floor"] = state.context.gather(norms).double().min()
         s = self._scale(norms)
         r = self._scale(predictor[: len(s)])
         ones = torch.ones_like(r)
         sums = torch.stack([one.sum() for one in (ones, r, s, r * s, r * r)])
-        count, sum_r, sum_s, sum_rs, sum_rr = state.place.total(sums).unbind()
+        count, sum_r, sum_s, sum_rs, sum_rr = state.context.total(sums).unbind()
         spread = count * sum_rr - sum_r**2
         slope = (count * sum_rs - sum_r * sum_s) / spread
         good = (spread > 1e-12 * count * sum_rr) & (slope > 0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
+from raytrain.core.types import Card
 from raytrain.outer.base import AbstractOuter
-from raytrain.types import Card
 
 
 @final

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raytrain.report.arenas import Arena
+from raytrain.plotting.sheet import MANY, SMALL, TEXT, cost_axis, paper, sheet, style
 from raytrain.report.cells import Cell
-from raytrain.report.looks import (
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.pairs import LEVEL, Pair
+from raytrain.report.rows import VALID
+from raytrain.report.styles import (
     Look,
     axis_of,
     best_first,
@@ -16,9 +19,6 @@ from raytrain.report.looks import (
     looks_of,
     title_of,
 )
-from raytrain.report.pairs import LEVEL, Pair
-from raytrain.report.rows import VALID
-from raytrain.sweep.paper import MANY, SMALL, TEXT, cost_axis, paper, sheet, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,31 +29,35 @@ _BARS = 16  # rows of a figure with a line for each
 _INK = "black"
 
 
-def cost_figure(arena: Arena) -> Figure | None:
+def cost_figure(comparable: ComparableRuns) -> Figure | None:
     """Every configuration where its cost and its accuracy put it, the Pareto front joined.
 
     Where some were evaluated on the test set and others were not, validation has a panel of its own.
     """
-    attacks = [arena.attack]
-    if arena.attack != VALID and any(row.judged(arena.attack) is None for row in arena.rows):
+    attacks = [comparable.attack]
+    if comparable.attack != VALID and any(
+        row.judged(comparable.attack) is None for row in comparable.rows
+    ):
         attacks.append(VALID)
-    attacks = [a for a in attacks if any(row.cost and row.judged(a) for row in arena.rows)]
+    attacks = [a for a in attacks if any(row.cost and row.judged(a) for row in comparable.rows)]
     if not attacks:
         return None
-    looks = looks_of(arena)
+    looks = looks_of(comparable)
     figure = sheet(7.6, 3.5 + head_room(2 + sum(look.named for look in looks.values())))
     panels: list[Any] = list(figure.subplots(1, len(attacks), squeeze=False).flat)
     for axes, attack in zip(panels, attacks, strict=True):
         style(axes)
-        _cost_panel(axes, arena, attack, looks)
-    _named(figure, panels[0], arena, looks)
+        _cost_panel(axes, comparable, attack, looks)
+    _named(figure, panels[0], comparable, looks)
     return figure
 
 
-def _cost_panel(axes: Axes, arena: Arena, attack: str, looks: dict[str, Look]) -> None:
+def _cost_panel(
+    axes: Axes, comparable: ComparableRuns, attack: str, looks: dict[str, Look]
+) -> None:
     known = [
         (row, row.cost, cell)
-        for row in arena.rows
+        for row in comparable.rows
         if row.cost is not None and (cell := row.judged(attack)) is not None
     ]
     for row, cost, cell in known:
@@ -71,8 +75,8 @@ def _cost_panel(axes: Axes, arena: Arena, attack: str, looks: dict[str, Look]) -
             zorder=4 if look.named else 2,
             rasterized=len(known) > MANY,
         )
-    if attack == arena.attack:
-        _front(axes, arena)
+    if attack == comparable.attack:
+        _front(axes, comparable)
     cost_axis(axes, "cost of training, FE per training image")
     axes.margins(x=0.08, y=0.1)
     axes.set_xlim(left=0)
@@ -93,22 +97,22 @@ def _whiskers(axes: Axes, cost: float, cell: Cell, look: Look, count: int) -> No
     axes.plot([cost, cost], ends, color=look.colour, linewidth=1.1, alpha=0.65, zorder=3)
 
 
-def _front(axes: Axes, arena: Arena) -> None:
-    front = sorted((row for row in arena.rows if row.front), key=lambda row: row.cost or 0.0)
+def _front(axes: Axes, comparable: ComparableRuns) -> None:
+    front = sorted((row for row in comparable.rows if row.front), key=lambda row: row.cost or 0.0)
     x = [row.cost or 0.0 for row in front]
-    y = [100 * cell.value for row in front if (cell := row.judged(arena.attack)) is not None]
+    y = [100 * cell.value for row in front if (cell := row.judged(comparable.attack)) is not None]
     if not front:
         return
-    right = max(row.cost or 0.0 for row in arena.rows)
+    right = max(row.cost or 0.0 for row in comparable.rows)
     axes.step([*x, right], [*y, y[-1]], where="post", color=_INK, linewidth=1.2, zorder=1.5)
     axes.plot([], [], color=_INK, linewidth=1.2, label="Pareto front")
 
 
-def _named(figure: Figure, axes: Axes, arena: Arena, looks: dict[str, Look]) -> None:
+def _named(figure: Figure, axes: Axes, comparable: ComparableRuns, looks: dict[str, Look]) -> None:
     """A legend of letters above the axes."""
     from matplotlib.lines import Line2D
 
-    rows = [row for row in best_first(arena) if looks[row.letter].named]
+    rows = [row for row in best_first(comparable) if looks[row.letter].named]
     handles: list[Any] = [
         Line2D(
             [],
@@ -121,17 +125,17 @@ def _named(figure: Figure, axes: Axes, arena: Arena, looks: dict[str, Look]) -> 
         )
         for row in rows
     ]
-    if len(rows) < len(arena.rows):
-        others = len(arena.rows) - len(rows)
+    if len(rows) < len(comparable.rows):
+        others = len(comparable.rows) - len(rows)
         dot = {"marker": "o", "markersize": 4, "color": "#8c8c8c", "linestyle": "none"}
         handles.append(Line2D([], [], **dot, label=f"{others} other configurations"))
     handles += axes.get_legend_handles_labels()[0]
     letter_legend(figure, handles)
 
 
-def gap_figure(arena: Arena) -> Figure | None:
+def gap_figure(comparable: ComparableRuns) -> Figure | None:
     """Robust accuracy at the best and at the last epoch: what was lost by going on."""
-    told = [(row, *row.gap(arena.attack)) for row in best_first(arena)]
+    told = [(row, *row.gap(comparable.attack)) for row in best_first(comparable)]
     known = [one for one in told if one[2] is not None and one[3] is not None][:_BARS]
     if not known:
         return None
@@ -157,7 +161,7 @@ def gap_figure(arena: Arena) -> Figure | None:
     axes.set_ylim(len(known) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    attack = arena.attack if places == {"test"} else VALID
+    attack = comparable.attack if places == {"test"} else VALID
     axes.set_xlabel("robust accuracy, %" if apart else axis_of(attack))
     axes.scatter([], [], marker="o", color="#0072b2", label="best epoch")
     axes.scatter([], [], marker="s", color="#d55e00", label="last epoch (difference beside)")

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytrain.report.arenas import Arena
-from raytrain.report.looks import (
+from raytrain.plotting.sheet import cost_axis, sheet, style
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.rows import Row
+from raytrain.report.runs import Trained
+from raytrain.report.styles import (
     Look,
     best_first,
     head_room,
@@ -16,9 +19,6 @@ from raytrain.report.looks import (
     looks_of,
     title_of,
 )
-from raytrain.report.rows import Row
-from raytrain.report.runs import Trained
-from raytrain.sweep.paper import cost_axis, sheet, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,13 +36,13 @@ INSIDE = {
 }
 
 
-def curves_figure(arena: Arena, metrics: dict[str, str]) -> Figure | None:
+def curves_figure(comparable: ComparableRuns, metrics: dict[str, str]) -> Figure | None:
     """A panel for each metric that was measured: means over seeds, with the range of the seeds."""
-    rows = [row for row in best_first(arena) if row.home]
+    rows = [row for row in best_first(comparable) if row.home]
     told = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
     if not told:
         return None
-    looks = looks_of(arena)
+    looks = looks_of(comparable)
     figure = sheet(7.6, 3.1 + head_room(1 + sum(look.named for look in looks.values())))
     panels: list[Any] = list(figure.subplots(1, len(told), squeeze=False).flat)
     for axes, (metric, name) in zip(panels, told.items(), strict=True):

@@ -22,7 +22,7 @@ _FILES = {"flags": "flags.parquet", "examples": "examples.parquet"}
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluatedRun:
     """One checkpoint on one test set under one threat model."""
 
     scope: str  # such as test, test_last, test_linf-0.1
@@ -55,7 +55,7 @@ class Evaluated:
 
 def read_evaluations(
     client: Any, run: Any, folder: Path, complain: Callable[[str], None]
-) -> tuple[Evaluated, ...]:
+) -> tuple[EvaluatedRun, ...]:
     """All evaluations of a run; what is damaged is complained of and left out.
 
     Files are fetched into `folder`.
@@ -103,7 +103,7 @@ def _evaluated(
     files: Path | None,
     complain: Callable[[str], None],
     run: Any,
-) -> Evaluated | None:
+) -> EvaluatedRun | None:
     told = _told(files, complain, run)
     contract = told.get("contract", {})
     images = int(told.get("images") or metrics.get("images", 0))
@@ -124,7 +124,7 @@ def _evaluated(
     )
     foreign = re.fullmatch(r"test(?:_last)?(?:_\d+)?_([a-z]\w*)-(.+)", scope)
     guess = f"{foreign[1]} eps {foreign[2]}" if foreign else ""
-    return Evaluated(
+    return EvaluatedRun(
         scope=scope,
         checkpoint=told.get("checkpoint", "last" if scope.startswith("test_last") else "best"),
         contract=contract.get("hash", guess),

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytrain.report.arenas import Arena
+from raytrain.core.console import log_line
+from raytrain.plotting.sheet import save
+from raytrain.plotting.sweep_figures import importance_bars
+from raytrain.report.comparable import ComparableRuns
 from raytrain.report.cost_figures import cost_figure, gap_figure, pairs_figure
 from raytrain.report.curve_figures import INSIDE, LEARNING, curves_figure
 from raytrain.report.image_figures import class_figure, examples_figure
 from raytrain.report.importance import importance_of
-from raytrain.report.inline import inline
+from raytrain.report.inline_svg import inline
 from raytrain.report.pairs import Pair
-from raytrain.report.parts import Drawn
-from raytrain.say import say
-from raytrain.sweep.figures import importance_bars
-from raytrain.sweep.paper import save
+from raytrain.report.sections import Drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,18 +63,20 @@ _TEXTS = {  # kind -> title, caption
 }
 
 
-def draw_arena(arena: Arena, pairs: list[Pair], folder: Path, prefix: str) -> list[Drawn]:
+def draw_comparable(
+    comparable: ComparableRuns, pairs: list[Pair], folder: Path, prefix: str
+) -> list[Drawn]:
     """The figures that show something; files go to `folder`, their names begin with `prefix`."""
     makers: dict[str, Callable[[], Figure | None]] = {
-        "robust_vs_cost": lambda: cost_figure(arena),
+        "robust_vs_cost": lambda: cost_figure(comparable),
         "pairs": lambda: pairs_figure(pairs),
-        "overfitting": lambda: gap_figure(arena),
-        "learning_curves": lambda: curves_figure(arena, LEARNING),
-        "fosc_and_steps": lambda: curves_figure(arena, INSIDE),
-        "per_class": lambda: class_figure(arena),
-        "examples": lambda: examples_figure(arena),
+        "overfitting": lambda: gap_figure(comparable),
+        "learning_curves": lambda: curves_figure(comparable, LEARNING),
+        "fosc_and_steps": lambda: curves_figure(comparable, INSIDE),
+        "per_class": lambda: class_figure(comparable),
+        "examples": lambda: examples_figure(comparable),
         "importances": lambda: importance_bars(
-            [(one.key, one.value, one.trials) for one in importance_of(arena)]
+            [(one.key, one.value, one.trials) for one in importance_of(comparable)]
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,5 +93,5 @@ def draw_arena(arena: Arena, pairs: list[Pair], folder: Path, prefix: str) -> li
             title, caption = _TEXTS[kind]
             drawn.append(Drawn(kind, name, title, caption, inline(vectors, name, title)))
         except Exception as error:  # a picture is not worth a report
-            say(f"raytrain: {name} could not be drawn ({type(error).__name__}: {error})")
+            log_line(f"raytrain: {name} could not be drawn ({type(error).__name__}: {error})")
     return drawn

@@ -9,10 +9,10 @@ import numpy as np
 
 from raytrain.data.catalogue import SOURCES
 from raytrain.evaluation.names import attack_title
-from raytrain.report.arenas import Arena
-from raytrain.report.looks import best_first, title_of
+from raytrain.plotting.sheet import SMALL, TEXT, sheet, short
+from raytrain.report.comparable import ComparableRuns
 from raytrain.report.rows import VALID, Row
-from raytrain.sweep.paper import SMALL, TEXT, sheet, short
+from raytrain.report.styles import best_first, title_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,20 +43,20 @@ def by_class(row: Row, attack: str) -> dict[int, float]:
     return {label: float(np.mean(values)) for label, values in sorted(shares.items())}
 
 
-def class_figure(arena: Arena) -> Figure | None:
+def class_figure(comparable: ComparableRuns) -> Figure | None:
     """A cell for each configuration and class: clean on the left, attacked on the right."""
-    if arena.attack == VALID:
+    if comparable.attack == VALID:
         return None
-    rows = [row for row in best_first(arena) if by_class(row, arena.attack)][:_ROWS]
+    rows = [row for row in best_first(comparable) if by_class(row, comparable.attack)][:_ROWS]
     if not rows:
         return None
-    labels = sorted({label for row in rows for label in by_class(row, arena.attack)})
-    labels = _hardest(rows, arena.attack, labels)
-    names = class_names(arena.data)
+    labels = sorted({label for row in rows for label in by_class(row, comparable.attack)})
+    labels = _hardest(rows, comparable.attack, labels)
+    names = class_names(comparable.data)
     words = [short(names[k], 11) if k < len(names) else str(k) for k in labels]
     figure = sheet(7.6, 1.2 + 0.34 * len(rows) * 2)
     panels: list[Any] = list(figure.subplots(2, 1, squeeze=False).flat)
-    for axes, attack in zip(panels, ("clean", arena.attack), strict=True):
+    for axes, attack in zip(panels, ("clean", comparable.attack), strict=True):
         table = np.array([[by_class(r, attack).get(k, np.nan) for k in labels] for r in rows])
         grid = np.arange(len(labels) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
         axes.pcolormesh(*grid, 100 * table, cmap="cividis", vmin=0, vmax=100)
@@ -84,15 +84,17 @@ def _hardest(rows: list[Row], attack: str, labels: list[int]) -> list[int]:
     return sorted(sorted(labels, key=lambda k: mean[k])[:_CLASSES])
 
 
-def examples_figure(arena: Arena) -> Figure | None:
+def examples_figure(comparable: ComparableRuns) -> Figure | None:
     """Images, the perturbation that was found, and the two together."""
-    rows = [(row, table) for row in best_first(arena) if (table := _examples(row)) is not None]
+    rows = [
+        (row, table) for row in best_first(comparable) if (table := _examples(row)) is not None
+    ]
     rows = rows[:_SETTINGS]
     if not rows:
         return None
     columns = max(min(_EXAMPLES, len(table)) for _, table in rows)
     figure = sheet(7.6, len(rows) * (0.5 + 3 * 7.6 / max(columns, 6) * 0.85))
-    names = class_names(arena.data)
+    names = class_names(comparable.data)
     panels: Any = figure.subplots(len(rows), 1, squeeze=False)
     for axes, (row, table) in zip(panels.flat, rows, strict=True):
         title = f"{title_of(row)}: {attack_title(table['attack'][0].as_py())}"

@@ -13,10 +13,10 @@ from optuna.distributions import (
 )
 from optuna.trial import create_trial
 
-from raytrain.report.arenas import Arena
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.configurations import as_values, varied
 from raytrain.report.rows import validation_of
-from raytrain.report.settings import as_values, varied
-from raytrain.sweep.importance import Importance, importances
+from raytrain.tuning.importance import Importance, importances
 
 _NOT_TRAINING = ("data.", "evaluation.", "sentinels.")
 _WIDE = (
@@ -24,7 +24,7 @@ _WIDE = (
 )
 
 
-def importance_of(arena: Arena) -> list[Importance]:
+def importance_of(comparable: ComparableRuns) -> list[Importance]:
     """PED-ANOVA shares of the parameters in robust validation accuracy; empty if there is too little.
 
     Only configurations that were trained to their end for the arena's own threat model, failed no check
@@ -33,7 +33,7 @@ def importance_of(arena: Arena) -> list[Importance]:
     """
     rows = [
         row
-        for row in arena.rows
+        for row in comparable.rows
         if row.home and row.trusted and row.setting.first.state == "finished"
     ]
     ways = Counter(validation_of(row.setting.first) for row in rows)

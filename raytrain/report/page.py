@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raytrain.report.arenas import Arena
-from raytrain.report.figures import draw_arena
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.configurations import ConfigurationGroup
+from raytrain.report.figures import draw_comparable
 from raytrain.report.pairs import Pair
-from raytrain.report.parts import Part, in_short, part_of
 from raytrain.report.runs import Trained
-from raytrain.report.settings import Setting
+from raytrain.report.sections import Section, in_short, section_of
 from raytrain.report.tables import write_tables
 
 _HERE = Path(__file__).parent
@@ -36,8 +36,8 @@ class Told:
 
     title: str
     uri: str  # of the store
-    settings: list[Setting]
-    arenas: list[Arena]
+    settings: list[ConfigurationGroup]
+    comparables: list[ComparableRuns]
     pairs: dict[str, list[Pair]]  # by title of the arena
     notes: list[str]  # what concerns all arenas
 
@@ -45,18 +45,18 @@ class Told:
 def write_report(told: Told, folder: Path) -> None:
     """Report, figures and data into an empty folder."""
     parts = []
-    for number, arena in enumerate(told.arenas, start=1):
-        prefix = f"{number}-" if len(told.arenas) > 1 else ""
-        pairs, figures = told.pairs[arena.title], []
+    for number, comparable in enumerate(told.comparables, start=1):
+        prefix = f"{number}-" if len(told.comparables) > 1 else ""
+        pairs, figures = told.pairs[comparable.title], []
         if number <= _DRAWN:
-            figures = draw_arena(arena, pairs, folder / "figures", prefix)
-        parts.append(part_of(arena, pairs, figures))
-    files = write_tables(folder / "data", told.settings, told.arenas, told.pairs)
+            figures = draw_comparable(comparable, pairs, folder / "figures", prefix)
+        parts.append(section_of(comparable, pairs, figures))
+    files = write_tables(folder / "data", told.settings, told.comparables, told.pairs)
     names = [file.name for file in files if file.parent.name == "data"]
     (folder / REPORT).write_text(_page(told, parts, names), encoding="utf-8")
 
 
-def _page(told: Told, parts: Sequence[Part], files: Sequence[str]) -> str:
+def _page(told: Told, parts: Sequence[Section], files: Sequence[str]) -> str:
     """The HTML; nothing in it is taken as such but the figures."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -72,10 +72,12 @@ def _page(told: Told, parts: Sequence[Part], files: Sequence[str]) -> str:
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("raytrain"),
         uri=without_password(told.uri),
-        short=[in_short(arena, told.pairs[arena.title]) for arena in told.arenas],
+        short=[
+            in_short(comparable, told.pairs[comparable.title]) for comparable in told.comparables
+        ],
         notes=told.notes,
         parts=parts,
-        runs=_runs(told.settings, told.arenas),
+        runs=_runs(told.settings, told.comparables),
         files=", ".join(files),
     )
 
@@ -90,13 +92,17 @@ def _some(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-def _runs(settings: Sequence[Setting], arenas: Sequence[Arena]) -> list[dict[str, Any]]:
-    letters = {id(row.setting): row.letter for arena in arenas for row in arena.rows}
+def _runs(
+    settings: Sequence[ConfigurationGroup], comparables: Sequence[ComparableRuns]
+) -> list[dict[str, Any]]:
+    letters = {
+        id(row.setting): row.letter for comparable in comparables for row in comparable.rows
+    }
     told = [_run(run, letters.get(id(one), ""), one) for one in settings for run in one.every]
     return sorted(told, key=lambda run: (len(run["letter"]), run["letter"]))
 
 
-def _run(run: Trained, letter: str, setting: Setting) -> dict[str, Any]:
+def _run(run: Trained, letter: str, setting: ConfigurationGroup) -> dict[str, Any]:
     note = " (repeats a seed; not averaged)" if run in setting.repeats else ""
     note += " (did not end as the others; not averaged)" if run in setting.unfinished else ""
     dirty = " (changed)" if run.tags.get("git_dirty") else ""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raytrain.evaluation.confidence import align, holm, mcnemar, paired
-from raytrain.report.arenas import Arena
-from raytrain.report.evaluations import Evaluated
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.rows import VALID, Row
 
 LEVEL = 0.05
@@ -41,18 +41,18 @@ class Pair:
         return "ahead" if self.is_ahead else "behind"
 
 
-def pairs_of(arena: Arena) -> list[Pair]:
+def pairs_of(comparable: ComparableRuns) -> list[Pair]:
     """The leader against every other trusted row that has flags of the same images, in table order.
 
     Runs are paired by seed, or in order where no seed is shared. Over several pairs the p of a direction
     is twice the median of theirs (Rueger 1978; Meinshausen, Meier and Buehlmann 2009, JASA 104:1671),
     which holds however the pairs depend on one another; p is twice that of the likelier direction.
     """
-    leader = arena.leader
-    if leader is None or arena.attack == VALID:
+    leader = comparable.leader
+    if leader is None or comparable.attack == VALID:
         return []
-    others = [row for row in arena.rows if row is not leader and row.trusted]
-    found = [pair for row in others if (pair := _pair(leader, row, arena.attack)) is not None]
+    others = [row for row in comparable.rows if row is not leader and row.trusted]
+    found = [pair for row in others if (pair := _pair(leader, row, comparable.attack)) is not None]
     adjusted = holm([pair.p for pair in found])
     return [replace(pair, holm=p) for pair, p in zip(found, adjusted, strict=True)]
 
@@ -93,7 +93,7 @@ def _combined(p_values: list[float]) -> float:
     return p_values[0] if len(p_values) == 1 else min(1.0, 2 * statistics.median(p_values))
 
 
-def _together(leader: Row, other: Row, attack: str) -> list[tuple[Evaluated, Evaluated]]:
+def _together(leader: Row, other: Row, attack: str) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
     """Evaluations with flags of the same images, paired by seed."""
     one, two = _by_seed(leader, attack), _by_seed(other, attack)
     shared = [seed for seed in one if seed in two]
@@ -102,7 +102,7 @@ def _together(leader: Row, other: Row, attack: str) -> list[tuple[Evaluated, Eva
     return list(zip(one.values(), two.values(), strict=False))
 
 
-def _by_seed(row: Row, attack: str) -> dict[str, Evaluated]:
+def _by_seed(row: Row, attack: str) -> dict[str, EvaluatedRun]:
     mine = {id(one) for one in row.best}
     return {
         run.seed: one
@@ -112,7 +112,9 @@ def _by_seed(row: Row, attack: str) -> dict[str, Evaluated]:
     }
 
 
-def _flags(first: Evaluated, second: Evaluated, attack: str) -> tuple[np.ndarray, np.ndarray]:
+def _flags(
+    first: EvaluatedRun, second: EvaluatedRun, attack: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Verdicts on the same images in the same order; an arena holds one test set only."""
     assert first.flags is not None and second.flags is not None
     one, two = align(first.flags, second.flags)

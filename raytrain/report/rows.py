@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.report.cells import Cell, of_shares, of_values
-from raytrain.report.evaluations import Evaluated
+from raytrain.report.configurations import ConfigurationGroup
+from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Trained, split_of
-from raytrain.report.settings import Setting
 
 VALID = "valid"
 """What configurations are judged by where none was evaluated on the test set."""
@@ -20,10 +20,10 @@ _ALIKE = 1.1  # costs within this factor of one another count as equal
 class Row:
     """A configuration in one arena."""
 
-    setting: Setting
+    setting: ConfigurationGroup
     home: bool  # trained for this arena's threat model
-    best: tuple[Evaluated, ...] = ()  # of the best checkpoints here, by seed
-    last: tuple[Evaluated, ...] = ()  # of the last ones
+    best: tuple[EvaluatedRun, ...] = ()  # of the best checkpoints here, by seed
+    last: tuple[EvaluatedRun, ...] = ()  # of the last ones
     cost: float | None = None  # FE per training image, mean over seeds
     letter: str = ""
     band: int = 0  # of cost, from the cheapest

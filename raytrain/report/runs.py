@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrain.record import IN_EPS
-from raytrain.report.evaluations import Evaluated
-from raytrain.report.words import parent_of
+from raytrain.core.epoch_metrics import IN_EPS
+from raytrain.report.evaluations import EvaluatedRun
+from raytrain.report.selection import parent_of
 
 Curve = dict[int, float]  # by epoch
 
@@ -45,7 +45,7 @@ class Trained:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]  # the last value of each
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    evaluations: tuple[Evaluated, ...] = ()
+    evaluations: tuple[EvaluatedRun, ...] = ()
     split_size: int | None = None  # training images, where the run tells its data sets
 
     @property
@@ -125,7 +125,7 @@ def split_of(run: Trained) -> tuple[str, ...]:
     return tuple(run.params.get(f"data.{name}", "") for name in names)
 
 
-def read(client: Any, run: Any, evaluations: tuple[Evaluated, ...]) -> Trained:
+def read(client: Any, run: Any, evaluations: tuple[EvaluatedRun, ...]) -> Trained:
     """A run of MLflow with its curves."""
     metrics = {name: float(value) for name, value in run.data.metrics.items()}
     return Trained(

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytrain.report.arenas import Arena
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.configurations import ConfigurationGroup
 from raytrain.report.pairs import Pair
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained
-from raytrain.report.settings import Setting
 
 _RUNS = pa.schema(
     [
@@ -81,12 +81,12 @@ _PAIRS = pa.schema(
 
 def write_tables(
     folder: Path,
-    settings: Iterable[Setting],
-    arenas: Iterable[Arena],
+    settings: Iterable[ConfigurationGroup],
+    comparables: Iterable[ComparableRuns],
     pairs: dict[str, list[Pair]],
 ) -> list[Path]:
     """`runs`, `scores`, `curves`, `pairs`, and in `flags/` a file per evaluation."""
-    settings, arenas = list(settings), list(arenas)
+    settings, comparables = list(settings), list(comparables)
     runs = [(run, one) for one in settings for run in one.every]
     curves = [
         (run.id, metric, epoch, value)
@@ -94,7 +94,12 @@ def write_tables(
         for metric, curve in run.curves.items()
         for epoch, value in sorted(curve.items())
     ]
-    scores = [line for arena in arenas for row in arena.rows for line in _scores(arena, row)]
+    scores = [
+        line
+        for comparable in comparables
+        for row in comparable.rows
+        for line in _scores(comparable, row)
+    ]
     tables = {
         "runs": _table([_run(run, one) for run, one in runs], _RUNS),
         "scores": _table(scores, _SCORES),
@@ -116,7 +121,7 @@ def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table([list(column) for column in columns], schema=schema)
 
 
-def _run(run: Trained, setting: Setting) -> tuple[Any, ...]:
+def _run(run: Trained, setting: ConfigurationGroup) -> tuple[Any, ...]:
     return (
         run.id,
         setting.label,
@@ -134,17 +139,17 @@ def _run(run: Trained, setting: Setting) -> tuple[Any, ...]:
     )
 
 
-def _scores(arena: Arena, row: Row) -> Iterable[tuple[Any, ...]]:
+def _scores(comparable: ComparableRuns, row: Row) -> Iterable[tuple[Any, ...]]:
     """One line per number of the table."""
-    cells = {(attack, "best"): row.score(attack) for attack in ("clean", *arena.attacks)}
-    cells |= {(a, "last"): row.score(a, last=True) for a in ("clean", *arena.attacks)}
+    cells = {(attack, "best"): row.score(attack) for attack in ("clean", *comparable.attacks)}
+    cells |= {(a, "last"): row.score(a, last=True) for a in ("clean", *comparable.attacks)}
     for metric in ("valid/clean", "valid/robust"):
         cells |= {(metric, "best"): row.valid(metric), (metric, "last"): row.valid(metric, True)}
     ranks = (row.cost, row.rank, row.band, row.front)
     for (attack, checkpoint), cell in cells.items():
         if cell is not None:
             told = (cell.value, cell.std, cell.low, cell.high, cell.seeds, row.trusted, row.home)
-            yield arena.title, row.letter, row.label, attack, checkpoint, *told, *ranks
+            yield comparable.title, row.letter, row.label, attack, checkpoint, *told, *ranks
 
 
 def _flags(run: Trained) -> Iterable[tuple[str, pa.Table]]:

@@ -8,7 +8,7 @@ What the UI makes of it: `experiment`, `views`, `notes`, `inputs`, `registry`; i
 """
 
 from raytrain.tracking.address import sqlite_file, sqlite_uri, tracking_uri
-from raytrain.tracking.book import Status
+from raytrain.tracking.outbox_state import Status
 from raytrain.tracking.registry import Entry
 from raytrain.tracking.stores import fetch, finished_runs, reader
 from raytrain.tracking.tracker import Tracker, tracked

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from raytrain.names import check_text
-from raytrain.types import RequestError
+from raytrain.config.names import check_text
+from raytrain.core.types import RequestError
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _DEFAULT = "sqlite:///mlflow.db"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.tracking import notes
-from raytrain.tracking.book import Record
-from raytrain.tracking.inputs import log_inputs
-from raytrain.tracking.spool import Spool
+from raytrain.tracking.mlflow_inputs import log_inputs
+from raytrain.tracking.outbox import Outbox
+from raytrain.tracking.outbox_state import Record
 from raytrain.tracking.stores import Store, first_line
 
 _TRIES = 3  # of a record that the store refuses
@@ -31,13 +31,13 @@ class Delivery:
     def __init__(
         self,
         store: Store,
-        spool: Spool,
+        outbox: Outbox,
         complain: Callable[[str], None],
         elsewhere: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        self.spool = spool
+        self.outbox = outbox
         self._store, self._complain, self._elsewhere = store, complain, elsewhere
-        self._doubtful = spool.tried  # up to here an earlier process may have delivered
+        self._doubtful = outbox.tried  # up to here an earlier process may have delivered
         self._todo: dict[str, list[Record]] = {}
         self._until = self._lines = 0
         self._passes = 0  # over the chunk in hand
@@ -51,10 +51,10 @@ class Delivery:
             Exception: whatever says that the store is away; call again later, nothing is lost.
         """
         if not self._todo:
-            records, self._until, self._lines = self.spool.read()
+            records, self._until, self._lines = self.outbox.read()
             if not self._lines:
                 return False
-            self.spool.trying(self._until)
+            self.outbox.trying(self._until)
             self._passes = 0
             for record in records:
                 self._todo.setdefault(record["run"], []).append(record)
@@ -64,7 +64,7 @@ class Delivery:
             last = self._run(handle) or last
         if last is not None:
             raise last
-        self.spool.delivered(self._until, self._lines)
+        self.outbox.delivered(self._until, self._lines)
         return True
 
     def _run(self, handle: str) -> Exception | None:
@@ -72,7 +72,7 @@ class Delivery:
         records = self._todo[handle]
         while records:
             parent = records[0].get("parent")
-            if parent in self._todo and parent not in self.spool.ids:
+            if parent in self._todo and parent not in self.outbox.ids:
                 return None  # its parent was refused just now and has another try
             count = self._together(records)
             try:
@@ -104,7 +104,7 @@ class Delivery:
     def _send(self, handle: str, records: list[Record]) -> None:
         first = records[0]
         if first["do"] == "adopt":
-            self.spool.named(handle, first["id"])
+            self.outbox.named(handle, first["id"])
         elif first["do"] == "open":
             self._open(handle, first)
         run_id = self._id(handle)
@@ -134,27 +134,27 @@ class Delivery:
 
     def _id(self, handle: str) -> str:
         """The run behind a handle; empty if MLflow refused to make one."""
-        if handle not in self.spool.ids:
+        if handle not in self.outbox.ids:
             # Only if the state of the spool was lost.
-            found = self._store.find(f"{self.spool.key}/{handle}")
+            found = self._store.find(f"{self.outbox.key}/{handle}")
             if found is None:
                 self._complain(f"{handle}: its run was never made, so its records are left out")
-            self.spool.named(handle, found or "")
-        return self.spool.ids[handle]
+            self.outbox.named(handle, found or "")
+        return self.outbox.ids[handle]
 
     def _open(self, handle: str, record: Record) -> None:
-        if handle in self.spool.ids:
+        if handle in self.outbox.ids:
             return
-        key = f"{self.spool.key}/{handle}"
+        key = f"{self.outbox.key}/{handle}"
         # An earlier try may have made the run although nobody heard the answer.
-        unsure = self._passes > 1 or self.spool.at < self._doubtful
+        unsure = self._passes > 1 or self.outbox.at < self._doubtful
         run_id = self._store.find(key) if unsure else None
         if run_id is None:
             parent = None if record["parent"] is None else self._id(record["parent"])
             run_id = self._store.create(key, record, parent)
             if unsure:  # that try may have arrived in the meantime
                 run_id = self._store.find(key) or run_id
-        self.spool.named(handle, run_id)
+        self.outbox.named(handle, run_id)
 
     def _artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         if path.is_dir():
@@ -166,9 +166,9 @@ class Delivery:
 
     def _give_up(self, handle: str, records: list[Record], error: Exception) -> None:
         """Leave out as little as possible of what the store refuses, and say so once for a run."""
-        run_id, what = self.spool.ids.get(handle), records[0]["do"]
+        run_id, what = self.outbox.ids.get(handle), records[0]["do"]
         if run_id is None and what == "open":
-            self.spool.named(handle, "")
+            self.outbox.named(handle, "")
         elif run_id and (points := _points(records, run_id)) and not self._store.missing(run_id):
             what = ", ".join(self._bisect(run_id, points)) or what
         if handle not in self._said:

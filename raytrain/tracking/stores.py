@@ -12,10 +12,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raytrain.core.types import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.tracking.schema import make_tables
-from raytrain.types import RequestError
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the spool and the handle
 

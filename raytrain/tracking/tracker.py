@@ -11,18 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raytrain.interrupt import deferred, interrupted
-from raytrain.names import RUN_NAME
-from raytrain.say import say
-from raytrain.tracking.book import Status
+from raytrain.config.names import RUN_NAME
+from raytrain.core.console import log_line
+from raytrain.core.signals import deferred, interrupted
+from raytrain.core.types import RequestError
 from raytrain.tracking.lock import alone
 from raytrain.tracking.network import log_network, tracking_at
+from raytrain.tracking.outbox import Outbox, OutboxBusy
+from raytrain.tracking.outbox_state import Status
 from raytrain.tracking.registry import Entry, is_registered, register
-from raytrain.tracking.spool import Spool, SpoolBusy
 from raytrain.tracking.stores import Answer, Store, first_line, patiently
 from raytrain.tracking.views import TAG, View, key_of
 from raytrain.tracking.writer import Writer
-from raytrain.types import RequestError
 
 _PATIENCE = 20.0  # at the end, for a store that takes nothing
 _MANY = 2000  # records whose delivery takes long enough to be told
@@ -41,13 +41,13 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str | None, experiment: str, spool: Path, orphans: Path | None = None
+        self, uri: str | None, experiment: str, outbox: Path, orphans: Path | None = None
     ) -> None:
         self._store = Store(uri, experiment)
         self.uri, self.experiment = self._store.uri, experiment
         self.experiment_id = self._store.experiment_id
-        self._spool = _spool(self._store, spool)
-        self._writer = Writer(self._store, self._spool, orphans)
+        self._outbox = _outbox(self._store, outbox)
+        self._writer = Writer(self._store, self._outbox, orphans)
 
     def open(
         self,
@@ -83,21 +83,21 @@ class Tracker:
 
     def adopt(self, handle: str, run_id: str) -> None:
         """Give a handle to a run that was made elsewhere; its status stays what it is."""
-        known = self._spool.book.runs.get(handle)
+        known = self._outbox.run_index.runs.get(handle)
         if known is None or known.adopted != run_id:
             self._put("adopt", handle, id=run_id)
 
     def known(self, handle: str) -> bool:
         """Whether the handle has a run, be it delivered or not."""
-        return handle in self._spool.book.runs
+        return handle in self._outbox.run_index.runs
 
     def run_id(self, handle: str, seconds: float = 60.0) -> str | None:
         """The id of a run, waiting for MLflow to give it; None if it does not in this time."""
         known = self._must_know(handle)
         if known.adopted is not None:
             return known.adopted
-        self._writer.wait(lambda: handle in self._spool.ids, seconds)
-        return self._spool.ids.get(handle) or None
+        self._writer.wait(lambda: handle in self._outbox.ids, seconds)
+        return self._outbox.ids.get(handle) or None
 
     def knows(self, run_id: str) -> bool:
         """Whether the store has this run; one that does not answer is believed to."""
@@ -120,15 +120,15 @@ class Tracker:
 
         Children that only the store knows get their id as their handle.
         """
-        runs = self._spool.book.runs
-        parent_id = self._must_know(parent).adopted or self._spool.ids.get(parent)
+        runs = self._outbox.run_index.runs
+        parent_id = self._must_know(parent).adopted or self._outbox.ids.get(parent)
         strays: set[str] = set()
         if parent_id:
             try:
                 strays = set(self._store.running(parent_id))
             except Exception as error:  # away: the spool knows its own
                 self._complain(first_line(error))
-            strays -= set(self._spool.ids.values())
+            strays -= set(self._outbox.ids.values())
         for run_id in sorted(strays - set(runs)):
             self.adopt(run_id, run_id)
         return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(strays)
@@ -213,53 +213,53 @@ class Tracker:
 
     def flush(self, seconds: float = 60.0) -> bool:
         """Wait until everything queued is in the store; False if it is not in this time."""
-        until = self._spool.end
-        return self._writer.wait(lambda: self._spool.at >= until, seconds)
+        until = self._outbox.end
+        return self._writer.wait(lambda: self._outbox.at >= until, seconds)
 
     def shut(self, status: Status) -> None:
         """End what is open with `status` and deliver everything, unless the store takes nothing."""
-        for handle in self._spool.book.left_open():
+        for handle in self._outbox.run_index.left_open():
             self.close(handle, status)
-        if self._spool.waiting > _MANY:
-            say(
-                f"raytrain: delivering {self._spool.waiting} records to MLflow at {self.uri}; "
+        if self._outbox.waiting > _MANY:
+            log_line(
+                f"raytrain: delivering {self._outbox.waiting} records to MLflow at {self.uri}; "
                 "interrupted, the next command goes on with them"
             )
         try:
             done = self._writer.settle(_PATIENCE)
-            waiting = self._spool.waiting
+            waiting = self._outbox.waiting
         finally:
             self._writer.stop()
         if not done and waiting:
-            say(
+            log_line(
                 f"raytrain: MLflow at {self.uri} does not answer: {waiting} records wait in "
-                f"{self._spool.file}; the next command delivers them"
+                f"{self._outbox.file}; the next command delivers them"
             )
 
     def _must_know(self, handle: str) -> Any:
         try:
-            return self._spool.book.runs[handle]
+            return self._outbox.run_index.runs[handle]
         except KeyError:
-            raise KeyError(f"{handle}: no run of {self._spool.file}") from None
+            raise KeyError(f"{handle}: no run of {self._outbox.file}") from None
 
     def _put(self, deed: str, handle: str, **details: Any) -> None:
-        self._spool.append({"do": deed, "run": handle, **details})
+        self._outbox.append({"do": deed, "run": handle, **details})
         self._writer.wake()
 
     def _complain(self, problem: str) -> None:
-        say(f"raytrain: MLflow at {self.uri}: {problem}")
+        log_line(f"raytrain: MLflow at {self.uri}: {problem}")
 
 
 @contextmanager
 def tracked(
-    uri: str | None, experiment: str, spool: Path, orphans: Path | None = None
+    uri: str | None, experiment: str, outbox: Path, orphans: Path | None = None
 ) -> Iterator[Tracker]:
     """A tracker for the time of a command: whatever is still open ends as the command does.
 
     Raises:
         RequestError: if the store does not answer.
     """
-    tracker = Tracker(uri, experiment, spool, orphans)
+    tracker = Tracker(uri, experiment, outbox, orphans)
     status: Status = "FAILED"
     try:
         yield tracker
@@ -275,11 +275,11 @@ def tracked(
             tracker.shut(status)
 
 
-def _spool(store: Store, file: Path) -> Spool:
+def _outbox(store: Store, file: Path) -> Outbox:
     """The spool at `file`, made to go to `store`."""
     try:
-        spool = _made(store, file)
-    except SpoolBusy:
+        outbox = _made(store, file)
+    except OutboxBusy:
         raise RequestError(
             f"{file}: another process is writing here; expected one command at a time"
         ) from None
@@ -288,23 +288,23 @@ def _spool(store: Store, file: Path) -> Spool:
             f"storage: {file} could not be opened ({error.strerror}); expected a folder that can be "
             "written"
         ) from None
-    if (spool.uri, spool.experiment) != (store.uri, store.experiment):
-        run_id = next(filter(None, spool.ids.values()), None)
+    if (outbox.uri, outbox.experiment) != (store.uri, store.experiment):
+        run_id = next(filter(None, outbox.ids.values()), None)
         if run_id is not None and store.missing(run_id):
-            spool.close()
+            outbox.close()
             raise RequestError(
-                f"tracking_uri: the runs of {file} are in MLflow at {spool.uri}, experiment "
-                f"{spool.experiment}, and {store.uri} does not have them"
+                f"tracking_uri: the runs of {file} are in MLflow at {outbox.uri}, experiment "
+                f"{outbox.experiment}, and {store.uri} does not have them"
             )
-        spool.moved(store.uri, store.experiment)
-    return spool
+        outbox.moved(store.uri, store.experiment)
+    return outbox
 
 
-def _made(store: Store, file: Path) -> Spool:
+def _made(store: Store, file: Path) -> Outbox:
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            return Spool(file, store.uri, store.experiment)
+            return Outbox(file, store.uri, store.experiment)
         except FileNotFoundError:
             continue  # a process that ends has just removed the empty folder
         except FileExistsError:

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from raytrain.say import say
+from raytrain.core.console import log_line
 from raytrain.tracking.delivery import Delivery
-from raytrain.tracking.spool import Spool, orphans
+from raytrain.tracking.outbox import Outbox, orphans
 from raytrain.tracking.stores import Store, first_line
 
 _BATCH_SECONDS = 0.5  # records are collected this long before they are delivered
@@ -19,14 +19,14 @@ _FIRST_RETRY, _LAST_RETRY = 0.5, 30.0  # seconds, doubling; while somebody waits
 class Writer:
     """Delivers a spool for ever, and then the orphans in a folder, until it is stopped."""
 
-    def __init__(self, store: Store, spool: Spool, folder: Path | None) -> None:
-        self._store, self._spool = store, spool
-        self._own = Delivery(store, spool, self._complain)
-        self._disposable = folder is not None and spool.file.parent == folder
+    def __init__(self, store: Store, outbox: Outbox, folder: Path | None) -> None:
+        self._store, self._outbox = store, outbox
+        self._own = Delivery(store, outbox, self._complain)
+        self._disposable = folder is not None and outbox.file.parent == folder
         # Locked now, so that no process that starts later sets the status of a run we continue.
         found = [] if folder is None else orphans(folder, store.uri, store.experiment)
         self._orphans = [
-            Delivery(store, orphan, self._complain, spool.book.adopts) for orphan in found
+            Delivery(store, orphan, self._complain, outbox.run_index.adopts) for orphan in found
         ]
         self._changed = threading.Condition()
         self._stopping = self._idle = self._away_was_said = False
@@ -75,7 +75,7 @@ class Writer:
     # ---------------------------------------------------------------- the thread
 
     def _busy(self) -> bool:
-        return self._spool.waiting > 0 or bool(self._orphans)
+        return self._outbox.waiting > 0 or bool(self._orphans)
 
     def _write_for_ever(self) -> None:
         try:
@@ -95,17 +95,17 @@ class Writer:
             if delay:
                 delay = min(delay, _FIRST_RETRY) if self._hurrying else delay
                 self._changed.wait_for(lambda: self._stopping or self._asked > asked, delay)
-            elif self._spool.waiting:
+            elif self._outbox.waiting:
                 self._changed.wait_for(lambda: self._stopping or self._hurrying, _BATCH_SECONDS)
             return not self._stopping
 
     def _step(self, delay: float) -> float:
         """Deliver a chunk; returns how long to wait before the next."""
         try:
-            if self._spool.waiting:
+            if self._outbox.waiting:
                 if not self._own.step():
                     return _FIRST_RETRY  # half a line, since the disk is full
-                self._spool.compact()
+                self._outbox.compact()
             elif self._orphans:
                 self._bring_in(self._orphans[0])
         except Exception as error:  # the edge: nothing is lost, and it is tried again
@@ -120,32 +120,32 @@ class Writer:
         """A chunk of what a dead process left; at the end of it, its runs are ended too."""
         if orphan.step():
             return
-        spool = orphan.spool
-        unended = spool.book.left_open()
+        outbox = orphan.outbox
+        unended = outbox.run_index.left_open()
         for handle in unended:
             # Died at about the time of the last record.
-            ms = int(spool.file.stat().st_mtime * 1000)
-            spool.append({"do": "end", "run": handle, "status": "KILLED", "ms": ms})
+            ms = int(outbox.file.stat().st_mtime * 1000)
+            outbox.append({"do": "end", "run": handle, "status": "KILLED", "ms": ms})
         if not unended:
             self._orphans.remove(orphan)
-            spool.remove()
-            spool.close()
+            outbox.remove()
+            outbox.close()
 
     def _leave(self) -> None:
-        if self._spool.waiting == 0:
-            if self._disposable and not self._spool.book.left_open():
-                self._spool.remove()
+        if self._outbox.waiting == 0:
+            if self._disposable and not self._outbox.run_index.left_open():
+                self._outbox.remove()
                 with contextlib.suppress(OSError):  # in use
-                    self._spool.file.parent.rmdir()
+                    self._outbox.file.parent.rmdir()
             else:
-                self._spool.compact(0)
+                self._outbox.compact(0)
         for delivery in (self._own, *self._orphans):
-            delivery.spool.close()
+            delivery.outbox.close()
 
     def _away(self, error: Exception) -> None:
         if not self._away_was_said:
-            self._complain(f"{first_line(error)}; records are kept in {self._spool.file}")
+            self._complain(f"{first_line(error)}; records are kept in {self._outbox.file}")
         self._away_was_said = True
 
     def _complain(self, problem: str) -> None:
-        say(f"raytrain: MLflow at {self._store.uri}: {problem}")
+        log_line(f"raytrain: MLflow at {self._store.uri}: {problem}")

@@ -8,12 +8,12 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from raytrain.config.request import as_run
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.types import RequestError
 from raytrain.data.carve import carve
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
-from raytrain.place import Place
-from raytrain.request import as_run
-from raytrain.types import RequestError
 
 
 def _labels(*counts: int) -> Tensor:
@@ -119,5 +119,5 @@ WRONG = {
 @pytest.mark.parametrize("word", WRONG)
 def test_a_number_that_cannot_be_is_refused_by_its_name(word: str) -> None:
     with pytest.raises(RequestError) as caught:
-        open_splits(as_run(None, [word]).data, Place())
+        open_splits(as_run(None, [word]).data, DistributedContext())
     assert str(caught.value).startswith(f"{word.partition('=')[0]}: {WRONG[word]}")

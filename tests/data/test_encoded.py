@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from raytrain.core.types import RequestError
 from raytrain.data.sources import read
-from raytrain.types import RequestError
 
 ORIENTATION = ExifTags.Base.Orientation
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.types import RequestError
 from raytrain.data.loader import open_source, open_splits, open_test
 from raytrain.data.spec import DataSpec
-from raytrain.place import Place
-from raytrain.types import RequestError
 
 RANDOM = np.random.RandomState(0)
 SIDE = 4
@@ -56,8 +56,8 @@ def _labels(folder: Path, split: str, **options: Any) -> list[int]:
     """The labels of all images, sorted: of the training images before the validation split."""
     spec = DataSpec(name=str(folder), validation=3, **options)
     if split == "test":
-        return open_test(spec, Place())[0].labels.tolist()
-    splits = open_splits(spec, Place())
+        return open_test(spec, DistributedContext())[0].labels.tolist()
+    splits = open_splits(spec, DistributedContext())
     return sorted([*splits.train.labels.tolist(), *splits.valid.labels.tolist()])
 
 
@@ -195,7 +195,7 @@ def test_integers_of_any_width_are_labels(kind: pa.DataType, tmp_path: Path) -> 
 def test_test_images_may_lack_classes(tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet")
     _write(tmp_path / "test.parquet", IMAGES[:2], [1, 1])
-    test, source = open_test(DataSpec(name=str(tmp_path)), Place())
+    test, source = open_test(DataSpec(name=str(tmp_path)), DistributedContext())
     assert test.labels.tolist() == [1, 1] and source.classes == ("0", "1", "2")
 
 
@@ -227,7 +227,7 @@ def test_a_file_without_the_column_of_the_first_is_refused(
 def test_images_are_read_from_the_column_of_the_first_file(tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet", image="scan")
     _write(tmp_path / "test.parquet", image="scan", others={"image": (255 - SHADES).tolist()})
-    test = open_test(DataSpec(name=str(tmp_path)), Place())[0]
+    test = open_test(DataSpec(name=str(tmp_path)), DistributedContext())[0]
     assert torch.equal(test.pixels[:, 0], torch.from_numpy(SHADES))
 
 
@@ -264,7 +264,7 @@ def test_grey_test_images_become_three_equal_channels_for_coloured_training_imag
 ) -> None:
     _write(tmp_path / "train.parquet", COLOUR["files"])
     _write(tmp_path / "test.parquet", GREY[kind])
-    test, source = open_test(DataSpec(name=str(tmp_path)), Place())
+    test, source = open_test(DataSpec(name=str(tmp_path)), DistributedContext())
     assert source.channels == 3
     assert torch.equal(test.pixels, torch.from_numpy(SHADES)[:, None].expand(-1, 3, -1, -1))
 
@@ -286,7 +286,7 @@ def test_coloured_test_images_are_refused_for_grey_training_images(
 def test_test_images_may_be_stored_in_another_way(kind: str, other: str, tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet", GREY[kind])
     _write(tmp_path / "test.parquet", GREY[other])
-    test = open_test(DataSpec(name=str(tmp_path)), Place())[0]
+    test = open_test(DataSpec(name=str(tmp_path)), DistributedContext())[0]
     assert torch.equal(test.pixels[:, 0], torch.from_numpy(SHADES))
 
 

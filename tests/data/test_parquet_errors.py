@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raytrain.core.types import RequestError
 from raytrain.data.sources import read
-from raytrain.types import RequestError
 
 
 def _png(height: int, width: int, form: str = "PNG", mode: str = "L", color: int = 200) -> bytes:

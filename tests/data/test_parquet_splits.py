@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytrain.core.types import RequestError
 from raytrain.data.sources import Split, read
-from raytrain.types import RequestError
 
 FIVE = list(range(5))
 

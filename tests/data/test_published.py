@@ -11,9 +11,9 @@ import pytest
 import torch
 from torchvision import datasets
 
+from raytrain.core.types import RequestError
 from raytrain.data.published import PUBLISHED
 from raytrain.data.sources import SOURCES, Split, read
-from raytrain.types import RequestError
 
 NUM_IMAGES = 100
 LAYOUTS = {  # how torchvision holds the pixels of an n c h w tensor

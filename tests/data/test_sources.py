@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytrain.core.types import RequestError
 from raytrain.data.published import PUBLISHED
 from raytrain.data.sources import SOURCES, Images, check_name, describe, read, source_of
-from raytrain.types import RequestError
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raytrain.checkpoint import load, restore, save
+from raytrain.config.request import as_run
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.types import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
-from raytrain.loop import network, start
-from raytrain.place import Place
-from raytrain.request import as_run
-from raytrain.types import RequestError
+from raytrain.training.checkpoint import load, restore, save
+from raytrain.training.trainer import network, start
 
 
 def _data(folder: Path, names: list[str] | None, num_classes: int = 3) -> DataSpec:
@@ -33,7 +33,12 @@ def _data(folder: Path, names: list[str] | None, num_classes: int = 3) -> DataSp
 
 def _checkpoint(data: DataSpec, folder: Path, **content: Any) -> Path:
     run = as_run({"data": data.model_dump(mode="json"), "batch_size": 8})
-    save(start(run, open_splits(run.data, Place()), Place()), run, folder / "best.pt", Place())
+    save(
+        start(run, open_splits(run.data, DistributedContext()), DistributedContext()),
+        run,
+        folder / "best.pt",
+        DistributedContext(),
+    )
     file = folder / "best.pt"
     torch.save({**torch.load(file, weights_only=True), **content}, file)
     return file
@@ -42,7 +47,11 @@ def _checkpoint(data: DataSpec, folder: Path, **content: Any) -> Path:
 def _resume(file: Path, data: DataSpec) -> None:
     saved = load(file)
     run = saved.run.model_copy(update={"data": data})
-    restore(start(run, open_splits(data, Place()), Place()), saved, Place())
+    restore(
+        start(run, open_splits(data, DistributedContext()), DistributedContext()),
+        saved,
+        DistributedContext(),
+    )
 
 
 OTHERS = {

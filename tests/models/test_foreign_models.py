@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from raytrain.core.types import RequestError
 from raytrain.models import Classifier, ModelSpec
-from raytrain.types import RequestError
 
 MODULE = """
 import functools

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raytrain.core.types import ModelFailed, RequestError
 from raytrain.models import Classifier, guarded
 from raytrain.models.classifier import Normalise
-from raytrain.types import ModelFailed, RequestError
 
 
 class Unspoken(Exception):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
+from raytrain.core.types import RequestError
 from raytrain.models import MODELS, Classifier, ModelSpec
-from raytrain.types import RequestError
 
 
 def build(name: str, channels: int = 3, size: int = 8) -> Classifier:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from raytrain.core.types import RequestError
 from raytrain.models import Classifier, ModelSpec
-from raytrain.types import RequestError
 
 GREY = {"mean": [0.3], "std": [0.4]}
 COLOUR = {"mean": [0.49, 0.48, 0.44], "std": [0.24, 0.25, 0.26]}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from raytrain.core.types import RequestError
 from raytrain.models import Classifier, ModelSpec, load_robustbench, robustbench_state_dict
-from raytrain.types import RequestError
 
 KEYS = {
     "resnet18": {

@@ -11,14 +11,14 @@ from helpers import same
 from torch import Tensor, nn
 from torch.nn.functional import dropout, one_hot
 
-from raytrain.attacks.standard.answers import Answers
-from raytrain.checkpoint import Saved
-from raytrain.config import RunConfig
-from raytrain.loop import fit, network, preflight
-from raytrain.meter import Meter
+from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.config.run import RunConfig
+from raytrain.core.cost import Meter
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.types import RequestError
 from raytrain.models import Classifier, ModelSpec
-from raytrain.place import Place
-from raytrain.types import RequestError
+from raytrain.training.checkpoint import Saved
+from raytrain.training.trainer import fit, network, preflight
 
 
 class Net(nn.Module):
@@ -268,7 +268,9 @@ def half(num_classes: int) -> nn.Module:
 @pytest.mark.parametrize("function", ["double", "half"])
 def test_weights_of_any_width_become_those_of_the_run(function: str) -> None:
     assert {p.dtype for p in build(function).parameters()} == {torch.float32}
-    _, state = next(fit(run_of(model=f"{__name__}:{function}", precision="fp64"), Place()))
+    _, state = next(
+        fit(run_of(model=f"{__name__}:{function}", precision="fp64"), DistributedContext())
+    )
     assert {p.dtype for p in state.model.parameters()} == {torch.float64}
 
 
@@ -290,7 +292,7 @@ def test_lazy_layers_have_weights_of_the_seed_that_are_trained_and_read_again() 
     assert first.backbone.get_buffer("norm.running_var").eq(1).all()
     assert first.backbone.get_buffer("norm.num_batches_tracked") == 0
     run = run_of(model=f"{__name__}:Lazy")
-    _, state = next(fit(run, Place()))
+    _, state = next(fit(run, DistributedContext()))
     assert len(state.optimizer.param_groups[0]["params"]) == 6
     read = network(Saved(run, {"ema": None, "model": state.model.state_dict()}))
     assert same(read, state.model)

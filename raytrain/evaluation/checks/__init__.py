@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import Images, Labels, RequestError, Rows, mix
 from raytrain.evaluation.checks.attacked import falls_with_eps, large_eps, more_steps
 from raytrain.evaluation.checks.black_box import black_box, under_noise
 from raytrain.evaluation.checks.forward import (
@@ -25,14 +26,13 @@ from raytrain.evaluation.checks.forward import (
 from raytrain.evaluation.checks.gradients import zero_gradients
 from raytrain.evaluation.checks.probe import Finding
 from raytrain.evaluation.confidence import Flags
-from raytrain.types import Images, Labels, RequestError, Rows, mix
 
 MOST = 128
 """Images that `before_belief` looks at: about 150 passes, forward and backward, of one batch."""
 
 
 def before_belief(
-    model: nn.Module, images: Images, labels: Labels, ball: AbstractBall, seed: int
+    model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> list[Finding]:
     """Every check that needs no flags, on at most 128 of the images, drawn by `seed`.
 

@@ -11,7 +11,9 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from raytrain.balls import AbstractBall
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import Batch, Dice, Images, Labels, mix
 from raytrain.evaluation.checks.gradients import Connected
 from raytrain.evaluation.checks.probe import (
     ONE_CLASS,
@@ -22,9 +24,7 @@ from raytrain.evaluation.checks.probe import (
     still,
 )
 from raytrain.evaluation.confidence import Flags, holm, mcnemar
-from raytrain.judge import Evaluation, judge
-from raytrain.place import Place
-from raytrain.types import Batch, Dice, Images, Labels, mix
+from raytrain.evaluation.validation import Evaluation, validate
 
 LADDER = (0.5, 1.0, 2.0, 4.0)  # radii, in multiples of eps
 
@@ -38,7 +38,7 @@ FLOOR, ALLOWED_IMAGES = 0.02, 2  # that may survive any perturbation, whatever t
 
 
 def falls_with_eps(
-    model: nn.Module, images: Images, labels: Labels, ball: AbstractBall, seed: int
+    model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> Finding:
     """`falls_with_eps`: a larger ball holds the smaller one, so that PGD-10 must not find less.
 
@@ -63,7 +63,7 @@ def falls_with_eps(
 
 
 def large_eps(
-    model: nn.Module, images: Images, labels: Labels, ball: AbstractBall, seed: int
+    model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> Finding:
     """`large_eps`: in a ball that holds plain grey for every image, PGD-20 leaves less than half of
     chance.
@@ -93,7 +93,7 @@ def large_eps(
 
 
 def more_steps(
-    model: nn.Module, images: Images, labels: Labels, ball: AbstractBall, seed: int
+    model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> Finding:
     """`more_steps`: PGD-10 and PGD-40 find no less than one step, nor PGD-40 than PGD-10.
 
@@ -121,7 +121,7 @@ def survivors(
     model: nn.Module,
     images: Images,
     labels: Labels,
-    ball: AbstractBall,
+    ball: AbstractThreatModel,
     evaluations: Sequence[Evaluation],
     seed: int,
 ) -> list[Flags]:
@@ -132,8 +132,8 @@ def survivors(
     found: list[Flags] = []
     for evaluation in evaluations:
         with still(model, seed, images.device):
-            place = Place(images.device)
-            _, flags = judge(Connected(model), [everything], ball, evaluation, place)
+            context = DistributedContext(images.device)
+            _, flags = validate(Connected(model), [everything], ball, evaluation, context)
         found.append(flags.robust.cpu().numpy())
     return found
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from raytrain.balls import AbstractBall
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import Dice, Images, Labels, RequestError, mix
 from raytrain.evaluation.checks.probe import Finding, logits_of, percent, still
 from raytrain.evaluation.confidence import Flags
-from raytrain.types import Dice, Images, Labels, RequestError, mix
 
 SHARE, IMAGES = 0.002, 2
 """As in practice: Square alone breaks a handful of ten thousand images of an honest model."""
@@ -47,7 +47,7 @@ def under_noise(
     model: nn.Module,
     images: Images,
     labels: Labels,
-    ball: AbstractBall,
+    ball: AbstractThreatModel,
     seed: int,
     draws: int = 20,
 ) -> Flags:

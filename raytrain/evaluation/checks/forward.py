@@ -8,8 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from raytrain.core.types import Images
 from raytrain.evaluation.checks.probe import Finding, logits_of, percent, still
-from raytrain.types import Images
 
 SAME = 1e-4
 """Changes below this share of an image's logit range are rounding in the same kernels."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from raytrain.core.losses import cross_entropy
+from raytrain.core.types import Images, Labels, Mask, PerSample
 from raytrain.evaluation.checks.probe import (
     ONE_CLASS,
     Finding,
@@ -15,8 +17,6 @@ from raytrain.evaluation.checks.probe import (
     percent,
     still,
 )
-from raytrain.objectives import cross_entropy
-from raytrain.types import Images, Labels, Mask, PerSample
 
 LEAST = torch.finfo(torch.float32).tiny
 """A gradient with no component above this has underflowed in float32; attacks see zero."""

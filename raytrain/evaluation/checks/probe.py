@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raytrain.network import autocast, mode
-from raytrain.types import Images, Labels, RequestError, mix
+from raytrain.core.network import autocast, mode
+from raytrain.core.types import Images, Labels, RequestError, mix
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""AutoAttack's four attacks in their standard version: a library's, with the waste left out.
+
+Croce & Hein 2020 (arXiv 2003.01690; for l1: 2103.01208): APGD on the cross-entropy, targeted APGD on
+the difference-of-logits ratio (DLR), targeted FAB, Square. The attacks are pyautoattack's, whose loops
+are those of the authors' code; each subclass here gives the same verdicts for fewer passes, with loops of
+its own for FAB and, in l-inf, Square.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from raytrain.attacks.autoattack.apgd import Apgd, ApgdMargin, ApgdTargeted
+from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.fab import Fab
+from raytrain.attacks.autoattack.square import Square
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.types import Images, Labels
+
+Stage = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+EDITION = 2
+"""Of these attacks: raised by whoever changes what a verdict may be, so that old ones are not taken over."""
+
+CHEAP: tuple[Stage, ...] = ("apgd-ce", "apgd-t")
+"""The part of it that costs a quarter and has left at most 0.02 points in published logs."""
+
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+_DLR_CLASSES = 4  # the targeted DLR divides by the largest minus the mean of the third and fourth
+
+
+@dataclass(frozen=True)
+class Standard:
+    """The numbers of the standard version; with fewer than ten classes, as many targets as there are."""
+
+    steps: int = 100
+    restarts: int = 1  # of APGD-CE
+    targets: int = 9  # of APGD-T
+    fab_targets: int = 9
+    queries: int = 5000
+    large_radii: bool = False  # begin at three and two times the radius
+
+    @classmethod
+    def of(cls, norm: str, classes: int) -> Standard:
+        """For a norm and a number of classes."""
+        most = max(1, classes - 1)
+        if norm == "l1":
+            return cls(
+                restarts=5, targets=min(5, most), fab_targets=min(9, most), large_radii=True
+            )
+        return cls(targets=min(9, most), fab_targets=min(9, most))
+
+
+def survivors(
+    stage: Stage,
+    answers: Answers,
+    images: Images,
+    labels: Labels,
+    ball: AbstractThreatModel,
+    seed: int,
+) -> Tensor:
+    """Which rows keep their label through a stage: (n,) bool. `images` are classified correctly.
+
+    The verdict is the network's on the images that the attack hands over, if they are legal: inside
+    the ball and [0, 1]. The global random state is as it was afterwards.
+    """
+    # The library seeds every device.
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), exact_float32():
+        attack = _attack(stage, answers, images, ball, seed)
+        found = attack.perturb(images.float(), labels.long()).detach()
+        wrong = answers.classes(found) != labels
+    return ~(wrong & _legal(found, images.float(), ball))
+
+
+def _legal(found: Images, images: Images, ball: AbstractThreatModel) -> Tensor:
+    """Inside the ball, up to float32's rounding, and inside [0, 1]; NaN is not."""
+    apart = ball.norm_of(found - images)
+    inside = (found >= 0).flatten(1).all(1) & (found <= 1).flatten(1).all(1)
+    return inside & (apart <= ball.eps * (1 + 1e-4) + 1e-6)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 that is float32: no TF32 in convolutions and products, no autocast from outside."""
+    # The old names of the switch for products may not be mixed with this one.
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _attack(
+    stage: Stage, answers: Answers, images: Images, ball: AbstractThreatModel, seed: int
+) -> Any:
+    with torch.no_grad():
+        classes = answers(images[:1].float()).shape[1]
+    numbers = Standard.of(ball.norm, classes)
+    common: dict[str, Any] = {
+        "norm": _NORMS[ball.norm],
+        "eps": ball.eps,
+        "seed": seed,
+        "device": images.device,
+    }
+    radii = {"use_largereps": numbers.large_radii, "logger": _silent()}
+    if stage == "apgd-ce":
+        return Apgd(
+            answers,
+            n_iter=numbers.steps,
+            n_restarts=numbers.restarts,
+            loss="ce",
+            **radii,
+            **common,
+        )
+    if stage == "apgd-t":
+        kind = ApgdTargeted if classes >= _DLR_CLASSES else ApgdMargin
+        return kind(
+            answers, n_iter=numbers.steps, n_target_classes=numbers.targets, **radii, **common
+        )
+    if stage == "fab-t":
+        return Fab(
+            answers,
+            ball,
+            n_iter=numbers.steps,
+            n_target_classes=numbers.fab_targets,
+            targeted=True,
+            **common,
+        )
+    return Square(answers, n_queries=numbers.queries, resc_schedule=False, **common)
+
+
+def _silent() -> logging.Logger:
+    """The library warns of zero gradients at every call; the checks say it once."""
+    logger = logging.getLogger("raytrain.standard")
+    logger.propagate = False
+    logger.setLevel(logging.CRITICAL)
+    return logger

@@ -1,0 +1,126 @@
+"""Square that does not ask about the same image twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+
+from raytrain.attacks.autoattack.counted_model import Answers, WholeModel
+from raytrain.attacks.autoattack.local import Local
+from raytrain.attacks.autoattack.regions import Region, Span
+
+Windows = Float[Tensor, "n c size size"]
+
+SIDE, SMALL = 16, 2
+"""From this side of an image on, squares of at most half of it leave much of an answer as it is."""
+
+
+class Square(SquareAttack):
+    """Square that does not ask about the same image twice; l-inf only, the other norms as they are.
+
+    All images of a batch try the same square at once. One whose best image is the same as when that
+    square was last tried, or that the square would not change, knows the answer: no improvement.
+    """
+
+    predict: Answers
+    eps: float
+
+    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norm != "Linf":
+            return super().attack_single_run(x, y)
+        with torch.no_grad():
+            return self._linf(x, y)
+
+    def _linf(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        count, channels, height, width = x.shape
+        stripes = self.random_choice([count, channels, 1, width])
+        best = (x + self.eps * stripes).clamp(0, 1)
+        margin = self._judged(_margin(self.predict(best), y), best, y)
+        queries = torch.ones(count, device=x.device)
+        changed = torch.zeros(count, dtype=torch.long, device=x.device)
+        tried: dict[tuple[int, ...], int] = {}
+        board: WholeModel | Local = WholeModel(self.predict, best)
+        follow = min(height, width) >= SIDE
+        for query in range(self.n_queries):
+            if bool((margin <= 0).all()):
+                break
+            square = self._square(query, channels, height, width)
+            if follow and square.size * SMALL <= min(height, width):
+                board, follow = self.predict.local(best) or board, False
+            known, tried[square.key] = tried.get(square.key, -1), query + 1
+            rows = ((margin > 0) & (changed >= known)).nonzero().flatten()
+            before = square.region.of(best)[rows]
+            after = square.moved(before, square.region.of(x)[rows], self.eps)
+            moves = (after != before).flatten(1).any(1)
+            rows, after = rows[moves], after[moves]
+            if len(rows) == 0:
+                continue
+            found = _margin(board.ask(rows, square.region, after), y[rows])
+            over = (found <= 0).nonzero().flatten()
+            if len(over):
+                attempt = best[rows[over]]
+                square.region.of(attempt).copy_(after[over])
+                found[over] = self._judged(found[over], attempt, y[rows[over]])
+            better = found < margin[rows]
+            board.keep(better)
+            rows = rows[better]
+            margin[rows], square.region.of(best)[rows] = found[better], after[better]
+            changed[rows], queries[rows] = query + 1, float(query + 1)
+        return queries, best
+
+    def _judged(self, margin: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Margins of which none says that an image has fallen if only the attacked copy thinks so."""
+        over = (margin <= 0).nonzero().flatten()
+        if len(over):
+            stands = self.predict.classes(images[over]) == labels[over]
+            margin[over[stands]] = torch.finfo(margin.dtype).tiny
+        return margin
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's, for the other norms; it takes no margin of exactly zero for a success."""
+        margin, loss = super().margin_and_loss(x, y)  # pyright: ignore[reportGeneralTypeIssues]
+        return torch.where(margin == 0, -torch.finfo(margin.dtype).tiny, margin), loss
+
+    def _square(self, query: int, channels: int, height: int, width: int) -> _Square:
+        """The next proposal, drawn as the library draws it."""
+        size = max(round(math.sqrt(self.p_selection(query) * height * width)), 1)
+        size = min(size, height, width)
+        top = int(self.random_int(0, height - size))
+        left = int(self.random_int(0, width - size))
+        return _Square(top, left, size, self.random_choice([channels, 1, 1]))
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the label minus the largest other: the attack's loss, (n,)."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
+@dataclass(frozen=True)
+class _Square:
+    """A square window in which every channel moves by 2 eps up or down."""
+
+    top: int
+    left: int
+    size: int
+    signs: Tensor
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return self.top, self.left, self.size, *(int(s) for s in self.signs.flatten().tolist())
+
+    @property
+    def region(self) -> Region:
+        """The window."""
+        rows = Span(self.top, self.top + self.size)
+        return Region(rows, Span(self.left, self.left + self.size))
+
+    def moved(self, window: Windows, clean: Windows, eps: float) -> Windows:
+        """A window after the move, inside the ball around the `clean` one and [0, 1]."""
+        moved = window + 2 * eps * self.signs
+        return moved.maximum(clean - eps).minimum(clean + eps).clamp(0, 1)

@@ -1,0 +1,95 @@
+"""Where an attack begins."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from raytrain.core.sample_store import SampleStore
+from raytrain.core.threat_models import AbstractThreatModel, in_box
+from raytrain.core.types import Batch, Delta, Number, Spec, named
+
+
+class AbstractInit(Spec):
+    """The first perturbation of an attack. Always inside the pixel box."""
+
+    @abstractmethod
+    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+        """(n, c, h, w)."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the algorithm must keep a `SampleStore` for this start."""
+        return False
+
+
+@final
+class Zero(AbstractInit):
+    """delta = 0."""
+
+    kind: Literal["zero"] = "zero"
+
+    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+        del ball, store
+        return torch.zeros_like(batch.images)
+
+
+@final
+class Uniform(AbstractInit):
+    """delta = random point of the ball blown up by `radius`, clipped to the pixel box.
+
+    l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
+    """
+
+    kind: Literal["uniform"] = "uniform"
+    radius: Annotated[
+        PositiveFloat, Field(description="in multiples of eps (k of N-FGSM); 1 fills the ball")
+    ] = 1.0
+
+    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+        del store
+        return in_box(ball.noise(batch.images, batch.dice, "start", self.radius), batch.images)
+
+
+@final
+class Gaussian(AbstractInit):
+    """delta = std * N(0, 1), clipped to ball and pixel box.
+
+    The start of TRADES and MART (std 0.001), whose public codes do not clip it before the first
+    gradient. The KL that TRADES maximises has no gradient at delta = 0.
+    """
+
+    kind: Literal["gaussian"] = "gaussian"
+    std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
+
+    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+        del store
+        noise = batch.dice.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
+        return ball.feasible(self.std * noise, batch.images)
+
+
+@final
+class Remembered(AbstractInit):
+    """delta = what the last visit of the same image ended with (ATTA, Zheng et al. 2020), moved
+    with its crop and flip.
+
+    Kept in the run's precision: 4 bytes per pixel and channel of every training image.
+    """
+
+    kind: Literal["remembered"] = "remembered"
+
+    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+        assert store is not None
+        return ball.feasible(store.read(batch), batch.images)
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+
+Start = Annotated[
+    Zero | Uniform | Gaussian | Remembered, Field(discriminator="kind"), named("kind", "uniform")
+]

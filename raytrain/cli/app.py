@@ -1,0 +1,333 @@
+"""The `raytrain` command: parse, call, print, exit. Everything heavy is imported inside a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raytrain.core.signals import EXIT_STATUS, exit_with, handled, interrupted
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Adversarial training: distributed by Ray Train, tuned by Ray Tune and Optuna, recorded "
+    "in MLflow.",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE] [KEY=VALUE]...", help="a YAML file, then fields by dotted path"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object last on stdout")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+@app.command()
+def train(
+    words: Words = None,
+    resume: Annotated[
+        str | None, typer.Option(help="id or checkpoint folder of a run to continue")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one network: `raytrain train algorithm=dynamic data=cifar10 workers=2 epochs=30`."""
+    with outcome(debug):
+        from raytrain.cli.train import Epochs, train_summary
+        from raytrain.commands import train as api
+
+        file, overrides = split(words)
+        with Epochs() as epochs:
+            result = api.train(file, overrides, resume=resume, watch=epochs)
+        say(train_summary(result), result.json(), as_json)
+
+
+@app.command()
+def tune(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SPACE.yaml [KEY=VALUE]...",
+            help="a search space, then fields of its base run, of search or of budget",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="continue the sweep of this name")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="name of the sweep")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="trials, instead of the file's")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the space, samples and the cost; train nothing")
+    ] = False,
+    final: Annotated[
+        int,
+        typer.Option(min=0, help="train the best so many again and evaluate them on test data"),
+    ] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="seeds of each of those")] = 3,
+    fanova: Annotated[
+        bool, typer.Option("--fanova", help="importances by fANOVA (slow), not PED-ANOVA")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Search: `raytrain tune search_spaces/quickstart.yaml budget.fe_per_image=5000`."""
+    with outcome(debug):
+        from raytrain.cli import tune as sweeps
+
+        space, overrides = split(words)
+        if dry_run:
+            from raytrain.tuning.preview import preview_space
+            from raytrain.tuning.requested_space import wanted_space
+
+            preview = preview_space(wanted_space(space, overrides, resume, trials))
+            say(sweeps.preview(preview), preview.json(), as_json)
+            return
+        from raytrain.commands import tune as engine
+
+        with sweeps.Trials() as watch:
+            result = engine.tune(
+                space,
+                overrides,
+                resume=resume,
+                name=name,
+                trials=trials,
+                final=final,
+                seeds=seeds,
+                importance="fanova" if fanova else "ped-anova",
+                watch=watch,
+            )
+        say(sweeps.tune_summary(result), result.json(), as_json)
+        if result.failed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
+        ),
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
+    ] = None,
+    another_contract: Annotated[
+        bool,
+        typer.Option(
+            "--another-contract",
+            help="allow threat.* to differ from training; the numbers are labelled",
+        ),
+    ] = False,
+    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Clean, PGD and AutoAttack accuracy on the test set: `raytrain evaluate RUN attacks=pgd,aa`."""
+    with outcome(debug):
+        from raytrain.cli.evaluate import Stages, evaluate_summary
+        from raytrain.commands.evaluate import evaluate
+
+        with Stages() as stages:
+            result = evaluate(
+                run,
+                overrides or (),
+                which=which,
+                another_contract=another_contract,
+                storage=storage,
+                watch=stages,
+            )
+        say(evaluate_summary(result), result.json(), as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="new or empty; default: exports/NAME"),
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="safetensors,robustbench,onnx (default: all that are possible)"
+        ),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--license", help="of the weights, as the Hugging Face hub names it")
+    ] = "unknown",
+    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Weights for others, with a model card: `raytrain export RUN --to FOLDER`."""
+    with outcome(debug):
+        from raytrain.cli.export import export_summary
+        from raytrain.commands import export as leave
+
+        wanted = None if formats is None else _listed(formats)
+        result = leave.export(
+            run, to, which=which, formats=wanted, storage=storage, licence=licence
+        )
+        say(export_summary(result), result.json(), as_json)
+
+
+@app.command()
+def compare(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|SWEEP|EXPERIMENT]...",
+            help="ids of runs, or names of experiments, sweeps or runs; default: experiment raytrain",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="default: comparisons/ and the words")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="open the report in a browser")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Runs beside one another, at their cost: `raytrain compare SWEEP_A SWEEP_B --open`."""
+    with outcome(debug):
+        from raytrain.cli.compare import compare_summary
+        from raytrain.commands.compare import compare as compared
+
+        result = compared(words or (), to=to, uri=uri)
+        say(compare_summary(result), result.json(), as_json)
+        if open_it:
+            typer.launch(result.report.as_uri())
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
+    uri: Annotated[
+        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The MLflow UI on the store in use, on loopback only."""
+    with outcome(debug):
+        from raytrain.tracking import tracking_uri, ui_server
+
+        store = tracking_uri(uri)
+        if store.startswith(("http:", "https:")):
+            typer.echo(f"The MLflow server's own UI is at {store}")
+            return
+        server, settings = ui_server(store, port)
+        typer.echo(f"MLflow UI of {store}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        ended = subprocess.run(server, env=settings, check=False)
+        if ended.returncode not in (0, -2, 130):
+            raise typer.Exit(1)
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="tell all about this one")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The catalogue: hyperparameters, ranges, cost, paper."""
+    with outcome(debug):
+        from raytrain.cli import algorithms as catalogue
+
+        if name is None:
+            say(catalogue.catalogue(), catalogue.catalogue_json(), as_json)
+        else:
+            say(catalogue.algorithm(name), catalogue.algorithm_json(name), as_json)
+
+
+def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The file, if the first word is one, and the `key=value` words: a file may have = in its name."""
+    first, *rest = words or [""]
+    if first and ("=" not in first or os.path.isfile(first)):
+        return Path(first), rest
+    return None, [word for word in (first, *rest) if word]
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in map(str.strip, text.split(",")) if word]
+
+
+def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None:
+    """The result for a reader, or for a script."""
+    if as_json:
+        sys.stdout.write(json.dumps(values, default=str) + "\n")
+    else:
+        text()
+
+
+@contextmanager
+def outcome(debug: bool) -> Iterator[None]:
+    """Exit status 2 for a wrong request, 1 for failed work, 130 for a signal; one sentence on stderr."""
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
+    except Exception as error:
+        from raytrain.core.types import RequestError
+
+        if interrupted():  # the error is a consequence
+            _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
+        _exit(2 if isinstance(error, RequestError) else 1, _sentence(error), debug)
+
+
+def _sentence(error: Exception) -> str:
+    from raytrain.core.types import ModelFailed, RequestError, TrainingFailed
+
+    if isinstance(error, RequestError | TrainingFailed | ModelFailed):
+        return str(error)
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _exit(status: int, sentence: str, debug: bool) -> None:
+    sys.stderr.write(f"raytrain: {sentence}\n")
+    if debug:
+        traceback.print_exc()
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.path.insert(0, os.getcwd())  # for model=module:function; Ray hands the path to its workers
+    status: Any = 0
+    with handled():
+        try:
+            app()
+        except SystemExit as ended:
+            status = ended.code
+        exit_with(status if isinstance(status, int) else int(status is not None))

@@ -1,0 +1,82 @@
+"""The output of `raytrain train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raytrain.cli.common import is_terminal, line, number, open_ui
+from raytrain.config.run import RunConfig
+from raytrain.core.console import log_line
+from raytrain.core.epoch_metrics import EpochMetrics
+
+if TYPE_CHECKING:
+    from raytrain.commands.train import TrainResult
+
+
+class Epochs:
+    """Progress of one training: call it after every epoch."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not is_terminal(),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Epochs:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, run: RunConfig, report: EpochMetrics) -> None:
+        note = f"loss {report.loss:.3f}"
+        if report.clean is not None and report.robust is not None:
+            note += f"  clean {report.clean:.3f}  robust {report.robust:.3f}"
+        note += f"  steps {report.inner_steps:.1f}  FOSC {report.fosc:.3f}"
+        note += f"  {report.fe / report.samples:.1f} FE/sample"
+        if is_terminal():
+            if self._task is None:
+                self._task = self._bar.add_task(run.algorithm.name, total=100, note="")
+            self._bar.update(self._task, completed=round(100 * report.progress), note=note)
+        else:
+            log_line(f"{_where(run, report)}  {note}")
+        if report.stopped_early:
+            said = f"stopped early after {_where(run, report)}: {report.stopped_by}"
+            self._bar.console.print(said) if is_terminal() else log_line(said)
+
+
+def _where(run: RunConfig, report: EpochMetrics) -> str:
+    if run.fe_per_image is None:
+        return f"epoch {report.epoch}/{run.epochs}"
+    return f"epoch {report.epoch}, {report.progress:.0%} of {run.fe_per_image:g} FE/image"
+
+
+def train_summary(result: TrainResult) -> Callable[[], None]:
+    """The end of `raytrain train`."""
+
+    def show() -> None:
+        table = Table(title=f"{result.name}  ({result.signature})", title_justify="left")
+        table.add_column("metric")
+        table.add_column("last epoch", justify="right")
+        for name, value in result.metrics.items():
+            if not name.startswith("fosc_histogram/"):  # for figures
+                table.add_row(name, number(value))
+        console = Console()
+        console.print(table)
+        line(console, "checkpoints", str(result.checkpoints))
+        line(console, "test set", f"raytrain evaluate {result.run_id}")
+        line(console, "MLflow UI", open_ui(result.tracking_uri))
+
+    return show

@@ -1,0 +1,237 @@
+"""The output of `raytrain tune`: one screen while it runs, a plain log elsewhere, a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from raytrain.cli.common import is_terminal, line, number, open_ui, span
+from raytrain.core.console import log_line
+from raytrain.tuning.space.labels import describe
+
+if TYPE_CHECKING:
+    from raytrain.commands.tune import TuneResult
+    from raytrain.tuning.budget import SweepProgress, TrialRow
+    from raytrain.tuning.preview import Preview
+
+_SHOWN = 20  # trials in the table at the end; the Parquet file has them all
+_RUNNING = 12  # trials under way on the screen
+_ERRORS = 3  # of different kinds
+_SECONDS = 0.2  # between two drawings
+
+
+class Trials:
+    """Progress of a sweep: call it after every result."""
+
+    def __init__(self) -> None:
+        self._live = Live(
+            Text("starting Ray and MLflow ..."), console=Console(stderr=True), transient=True
+        )
+        self._ended = -1
+        self._drawn = 0.0
+
+    def __enter__(self) -> Trials:
+        if is_terminal():
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def __call__(self, progress: SweepProgress) -> None:
+        if is_terminal():
+            now = time.monotonic()
+            if now - self._drawn >= _SECONDS:
+                self._drawn = now
+                self._live.update(screen(progress))
+        elif progress.finished > self._ended:
+            self._ended = progress.finished
+            if progress.finished:
+                log_line(plain(progress))
+
+
+def plain(progress: SweepProgress) -> str:
+    """One line of a log."""
+    best = "-" if progress.best is None else f"{progress.best.value:.4f} ({progress.best.handle})"
+    return (
+        f"trial {_of(progress.finished, progress.budget.trials)}  best {best}  "
+        f"{_outcomes(progress)}  {_cost(progress)}  {span(progress.seconds)}"
+        f"{_left(progress)}"
+    )
+
+
+def screen(progress: SweepProgress) -> Group:
+    """All that matters, on one screen."""
+    head = Text.assemble(
+        (f"{_of(progress.finished, progress.budget.trials)} trials", "bold"),
+        f"   {_outcomes(progress)}   {_cost(progress)}   {span(progress.seconds)}{_left(progress)}",
+    )
+    rows = [head]
+    if progress.best is not None:
+        best = progress.best
+        said = f"{best.value:.4f}  {best.handle}  {describe(best.params, '  ')}"
+        rows.append(Text.assemble(("best  ", "bold"), said, overflow="ellipsis", no_wrap=True))
+    table = Table.grid(padding=(0, 2))
+    for one in progress.running[:_RUNNING]:
+        value = "" if one.value is None else f"{one.value:.4f}"
+        bar = ProgressBar(total=1.0, completed=one.progress, width=20)
+        table.add_row(
+            f"t{one.number:04d}", bar, value, Text(describe(one.params, "  "), no_wrap=True)
+        )
+    more = len(progress.running) - _RUNNING
+    tail = [Text(f"and {more} more", style="dim")] if more > 0 else []
+    return Group(*rows, table, *tail)
+
+
+def tune_summary(result: TuneResult) -> Callable[[], None]:
+    """The end of `raytrain tune`: the best trials, what mattered, and where to look next."""
+
+    def show() -> None:
+        console = Console()
+        console.print(_trials_table(result))
+        _say_errors(console, result)
+        _say_best(console, result)
+        _say_importances(console, result)
+        _say_finals(console, result)
+        line(console, "all rows", str(result.table))
+        line(console, "figures", str(result.folder / "figures"))
+        line(console, "continue", _again(result))
+        line(console, "MLflow UI", open_ui(result.tracking_uri))
+
+    return show
+
+
+def _again(result: TuneResult) -> str:
+    """The command that continues a sweep, as a shell takes it."""
+    return f"raytrain tune {quote(str(result.space_file))} --resume {quote(result.name)}"
+
+
+def preview(told: Preview) -> Callable[[], None]:
+    """`raytrain tune --dry-run`: the space, some of its configurations, and what they would cost."""
+
+    def show() -> None:
+        console = Console()
+        table = Table(title=f"space {told.name}", title_justify="left")
+        for column in ("path", "range", "when"):
+            table.add_column(column, overflow="fold")
+        for row in told.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        for text in told.constraints:
+            line(console, "constraint", text)
+        samples = Table(title="samples", title_justify="left")
+        samples.add_column("FE per image", justify="right")
+        samples.add_column("configuration")
+        for values, price in told.samples:
+            samples.add_row(number(price), Text(describe(values, "  ")))
+        console.print(samples)
+        for label, text in told.words().items():
+            line(console, label, text)
+
+    return show
+
+
+def _trials_table(result: TuneResult) -> Table:
+    table = Table(title=f"sweep {result.name}", title_justify="left", min_width=72)
+    shown = [*result.objectives, *(m for m in ("valid/clean",) if m not in result.objectives)]
+    names = [metric.rsplit("/", 1)[-1] for metric in shown]
+    for column in ("trial", "state", *names, "epochs", "FE/sample", "seconds"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    sign, starred = result.directions[0], {row.number for row in _starred(result)}
+    ranked = sorted(result.trials, key=lambda t: (t.value is None, -(t.value or 0.0) * sign))
+    for trial in ranked[:_SHOWN]:
+        best = trial.number in starred
+        table.add_row(
+            f"{trial.handle}{' *' if best else ''}",
+            trial.state,
+            *(number(trial.metrics.get(metric)) for metric in shown),
+            str(trial.epochs),
+            number(trial.metrics.get("cost/fe_per_sample")),
+            number(trial.metrics.get("cost/seconds")),
+            style="bold" if best else None,
+        )
+    if len(ranked) > _SHOWN:
+        table.caption = f"and {len(ranked) - _SHOWN} more"
+    return table
+
+
+def _starred(result: TuneResult) -> list[TrialRow]:
+    return result.front or ([] if result.best is None else [result.best])
+
+
+def _say_errors(console: Console, result: TuneResult) -> None:
+    """What went wrong, each kind once."""
+    said: dict[str, list[str]] = {}
+    for row in result.trials:
+        if row.error is not None and row.state in ("diverged", "failed"):
+            said.setdefault(row.error, []).append(row.handle)
+    for error, handles in list(said.items())[:_ERRORS]:
+        more = f" and {len(handles) - 1} more" if len(handles) > 1 else ""
+        line(console, "failed", f"{handles[0]}{more}: {error}")
+
+
+def _say_best(console: Console, result: TuneResult) -> None:
+    if result.best is None:
+        console.print("no trial finished")
+        return
+    if result.front:
+        console.print(f"Pareto front: {len(result.front)} trials (*)")
+    console.print(f"best: {result.best.handle}, {result.objectives[0]} {result.best.value:.4f}")
+    for path, value in result.best.params.items():
+        console.print(f"  {path} = {number(value)}", highlight=False)
+    line(console, "train it", f"raytrain train {quote(str(result.best_file))}")
+    if not result.finals:
+        line(console, "test set", f"{_again(result)} --final 3")
+
+
+def _say_importances(console: Console, result: TuneResult) -> None:
+    if not result.importances:
+        return
+    said = "  ".join(f"{one.key} {one.value:.2f}" for one in result.importances[:6])
+    line(console, "importance", said)
+
+
+def _say_finals(console: Console, result: TuneResult) -> None:
+    if not result.finals:
+        return
+    seeds, attack = result.finals[0].seeds, result.finals[0].attack
+    table = Table(title=f"test set, {seeds} seeds, by rank in validation", title_justify="left")
+    for column in ("rank", "trial", f"{attack} ± std", "clean ± std", "FE/sample"):
+        table.add_column(column, justify="right")
+    for row in result.finals:
+        table.add_row(
+            str(row.rank),
+            f"t{row.trial:04d}",
+            f"{100 * row.robust:.2f} ± {100 * row.robust_std:.2f}",
+            f"{100 * row.clean:.2f} ± {100 * row.clean_std:.2f}",
+            number(row.fe_per_sample),
+        )
+    console.print(table)
+
+
+def _outcomes(progress: SweepProgress) -> str:
+    counts = [f"{count} {outcome}" for outcome, count in progress.outcomes.items() if count]
+    retries = [f"{progress.retries} retried"] if progress.retries else []
+    return ", ".join([*counts, *retries]) or "none ended"
+
+
+def _cost(progress: SweepProgress) -> str:
+    budget = progress.budget.fe_per_image
+    spent = f"{progress.fe_per_image:,.0f}"
+    return f"{spent} FE/image" if budget is None else f"{spent} of {budget:,.0f} FE/image"
+
+
+def _left(progress: SweepProgress) -> str:
+    return "" if progress.seconds_left is None else f", about {span(progress.seconds_left)} left"
+
+
+def _of(count: int, budget: int | None) -> str:
+    return str(count) if budget is None else f"{count}/{budget}"

@@ -1,0 +1,1 @@
+"""What each command does, as functions: `train`, `tune`, `evaluate`, `compare`, `export`."""

@@ -1,0 +1,223 @@
+"""`raytrain compare`: from words to a folder with a report, figures and data."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrain.core.types import RequestError
+from raytrain.report.comparable import ComparableRuns, comparable_runs
+from raytrain.report.configurations import ConfigurationGroup, settings_of
+from raytrain.report.evaluations import read_evaluations
+from raytrain.report.page import GENERATOR, OURS, REPORT, Told, write_report
+from raytrain.report.pairs import Pair, pairs_of
+from raytrain.report.rows import Row
+from raytrain.report.runs import Trained, read
+from raytrain.report.selection import Chosen, choose
+from raytrain.tracking import reader, tracked, tracking_uri
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison and where it lies."""
+
+    title: str
+    folder: Path
+    report: Path
+    comparables: list[ComparableRuns]
+    pairs: dict[str, list[Pair]]  # by title of the arena
+    notes: list[str]
+    runs: int
+    tracking_uri: str
+    parent: str | None  # the run in MLflow that holds it too
+
+    def json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return {
+            "title": self.title,
+            "report": str(self.report),
+            "folder": str(self.folder),
+            "runs": self.runs,
+            "parent": self.parent,
+            "notes": self.notes,
+            "arenas": [
+                _arena_json(comparable, self.pairs[comparable.title])
+                for comparable in self.comparables
+            ],
+        }
+
+
+def compare(
+    words: Sequence[str] = (), *, to: str | Path | None = None, uri: str | None = None
+) -> Comparison:
+    """Lay recorded runs beside one another: a table, figures, a report, the data.
+
+    `words` are ids of runs, or names of experiments, sweeps or runs; without any it is the experiment
+    `raytrain`. Everything is left in the folder `to` (default: `comparisons/` and the words); an
+    earlier comparison there is replaced. The trials of one sweep leave it on the sweep's own run too.
+
+    Raises:
+        RequestError: if a word names nothing or several things, or the folder holds something else.
+    """
+    client = reader(uri)
+    chosen = choose(client, list(words))
+    folder = _folder(to, chosen.title)
+    notes: list[str] = []
+    settings = settings_of(_read(client, chosen, notes))
+    runs = [run for one in settings for run in one.every]
+    comparables = comparable_runs(settings)
+    pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
+    notes += _notes(settings, comparables)
+    store = tracking_uri(uri)
+    told = Told(chosen.title, store, settings, comparables, pairs, notes)
+    with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
+        write_report(told, Path(made))
+        _replace(Path(made), folder)
+    parent = _leave(chosen, folder, store, client)
+    return Comparison(
+        title=chosen.title,
+        folder=folder,
+        report=folder / REPORT,
+        comparables=comparables,
+        pairs=pairs,
+        notes=notes,
+        runs=len(runs),
+        tracking_uri=store,
+        parent=parent,
+    )
+
+
+def _read(client: Any, chosen: Chosen, notes: list[str]) -> list[Trained]:
+    with tempfile.TemporaryDirectory(prefix="raytrain-") as files:
+        return [
+            read(client, run, read_evaluations(client, run, Path(files), notes.append))
+            for run in chosen.runs
+        ]
+
+
+def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]) -> list[str]:
+    """What concerns all arenas."""
+    notes = []
+    if len(comparables) > 1:
+        notes.append(
+            f"These runs are of {len(comparables)} kinds that must not be ranked against each other: "
+            "another data set, test set, threat model or way of validation. Each has a part of its "
+            "own below."
+        )
+    repeats = sum(len(one.repeats) for one in settings)
+    if repeats:
+        notes.append(
+            f"{repeats} runs repeat a configuration with the same seed: they are listed among the "
+            "runs, but are not averaged."
+        )
+    unfinished = sum(len(one.unfinished) for one in settings)
+    if unfinished:
+        notes.append(
+            f"{unfinished} runs did not end (interrupted, failed, diverged or running) while other "
+            "seeds of their configuration did: they are listed among the runs, but are not averaged."
+        )
+    alive = [run for one in settings for run in one.runs if run.status == "RUNNING"]
+    if alive:
+        notes.append(
+            f"{len(alive)} runs have not ended: they are running, or their driver died. Their numbers are "
+            "those of their last row."
+        )
+    return notes
+
+
+def _folder(to: str | Path | None, title: str) -> Path:
+    """Where the comparison is left: a new or empty folder, or that of an earlier one."""
+    name = re.sub(r"[^\w.-]+", "-", title)[:60].strip("-.") or "runs"
+    folder = (Path("comparisons") / name if to is None else Path(to)).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"--to: {folder} is a file; expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_report(folder / REPORT):
+        raise RequestError(
+            f"--to: {folder} holds something else; expected a new or empty folder, or that of an "
+            "earlier comparison"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"--to: {folder} cannot be made ({error.strerror}); expected a folder that can be written"
+        ) from None
+    return folder
+
+
+def _replace(made: Path, folder: Path) -> None:
+    """Put what was made in the place of an earlier comparison; other files there are left alone."""
+    for name in OURS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        if (made / name).exists():
+            (made / name).replace(folder / name)
+
+
+def _is_report(file: Path) -> bool:
+    return (
+        file.is_file() and GENERATOR in file.read_text(encoding="utf-8", errors="replace")[:2000]
+    )
+
+
+def _leave(chosen: Chosen, folder: Path, uri: str, client: Any) -> str | None:
+    """The same files on the sweep's own run, under `comparison/`."""
+    if chosen.parent is None:
+        return None
+    run_id = chosen.parent.info.run_id
+    experiment = client.get_experiment(chosen.parent.info.experiment_id).name
+    spools = folder / ".mlflow"
+    outbox = spools / f"{time.time_ns():x}-{os.getpid()}.jsonl"
+    with tracked(uri, experiment, outbox, spools) as tracker:
+        tracker.adopt(run_id, run_id)
+        tracker.artifact(run_id, folder / REPORT, "comparison")
+        for name in ("figures", "data"):
+            if (folder / name).is_dir():
+                tracker.artifact(run_id, folder / name, f"comparison/{name}")
+    return run_id
+
+
+def _arena_json(comparable: ComparableRuns, pairs: list[Pair]) -> dict[str, Any]:
+    leader = comparable.leader
+    return {
+        "title": comparable.title,
+        "threat": comparable.threat,
+        "test_images": comparable.images,
+        "ranked_by": comparable.attack,
+        "leader": None if leader is None else leader.letter,
+        "notes": list(comparable.notes),
+        "rows": [_row_json(comparable, row) for row in comparable.rows],
+        "pairs": [
+            {
+                "other": pair.other.letter,
+                "difference": pair.difference,
+                "p": pair.p,
+                "p_holm": pair.holm,
+            }
+            for pair in pairs
+        ],
+    }
+
+
+def _row_json(comparable: ComparableRuns, row: Row) -> dict[str, Any]:
+    cells = {name: row.score(name) for name in ("clean", *comparable.attacks)}
+    cells["valid/robust"] = row.valid()
+    return {
+        "letter": row.letter,
+        "configuration": row.label,
+        "run_ids": [run.id for run in row.setting.runs],
+        "rank": row.rank,
+        "band": row.band,
+        "front": row.front,
+        "trusted": row.trusted,
+        "home": row.home,
+        "fe_per_image": row.cost,
+        "scores": {name: vars(cell) for name, cell in cells.items() if cell is not None},
+    }

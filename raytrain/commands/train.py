@@ -1,0 +1,202 @@
+"""The API behind `raytrain train`. Evaluation is in `examine`, search in `sweep`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytrain.config.request import Configuration, as_run
+from raytrain.config.run import RunConfig
+from raytrain.core.distributed_context import local_context
+from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.signals import interruptible, raise_if_interrupted
+from raytrain.core.types import RequestError
+from raytrain.data.loader import SplitShard
+from raytrain.distributed.ray_session import (
+    concurrent_trials,
+    session,
+    wanted_cluster,
+    worker_resources,
+)
+from raytrain.distributed.worker_group import Job, RecentRows, WorkerGroup, local_rows
+from raytrain.tracking import Tracker, provenance, tracked
+from raytrain.tracking.data_sets import training_inputs
+from raytrain.tracking.registered_model import registered
+from raytrain.training.checkpoint import (
+    BEST,
+    LAST,
+    folder_of,
+    is_run_id,
+    leave_run_file,
+    load,
+    stored_run,
+    to_yaml,
+)
+from raytrain.training.trainer import check_resumable, network, preflight
+
+Overrides = Iterable[str] | Mapping[str, Any]
+Watch = Callable[[RunConfig, EpochMetrics], None]
+
+_GRACE = 2.0  # seconds for workers to leave after a failure, before Ray ends them
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training."""
+
+    run_id: str
+    name: str
+    signature: str
+    metrics: dict[str, float]  # of the last epoch
+    checkpoints: Path  # the folder of last.pt and best.pt
+    tracking_uri: str
+
+    def json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return {**asdict(self), "checkpoints": str(self.checkpoints), "status": "FINISHED"}
+
+
+def train(
+    config: Configuration | None = None,
+    overrides: Overrides = (),
+    *,
+    resume: str | Path | None = None,
+    watch: Watch | None = None,
+) -> TrainResult:
+    """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
+
+    `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
+    mapping of dotted paths. `resume` is the id or the checkpoint folder of a run to continue in the
+    same MLflow run, with its own configuration unless another is given. `watch` is called after
+    every epoch.
+
+    Raises:
+        RequestError: if something is wrong with the request; nothing was begun.
+        TrainingFailed: if training ended early; the run is FAILED, its checkpoints are kept.
+    """
+    folder = None
+    if resume is not None:
+        storage = as_run(config, overrides).storage
+        folder = folder_of(str(resume), storage)
+        config = stored_run(folder) if config is None else config
+    run = as_run(config, overrides)
+    splits = preflight(run)
+    if run.workers == 1 and wanted_cluster() is None:
+        local_context(run.device)
+    if folder is not None and (folder / LAST).is_file():
+        check_resumable(run, load(folder / LAST), splits)
+    # On the way out MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
+        on_cluster = cluster.enter_context(_cluster(run))
+        handle, done = _open(tracker, run, folder)
+        run_id = _run_id(tracker, handle)
+        folder = (run.storage / run.experiment / run_id).resolve()
+        leave_run_file(run, folder)
+        job = Job.of(run, folder, resume=resume is not None)
+        metrics: dict[str, float] = {}
+        for report in _rows(run, job, on_cluster):
+            raise_if_interrupted()
+            metrics = report.metrics()
+            if report.epoch <= done:
+                continue  # repeated after a restart of the workers
+            done = report.epoch
+            tracker.log(handle, metrics, done)
+            if report.stopped_by is not None:
+                tracker.tag(handle, {"stopped_by": report.stopped_by})
+            if watch is not None:
+                watch(run, report)
+        cluster.close()
+        leave_network(tracker, handle, folder, splits.valid, metrics)
+    name = run.run_name or provenance.describe(run)
+    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
+
+
+def leave_network(
+    tracker: Tracker, handle: str, folder: Path, part: SplitShard, metrics: Mapping[str, float]
+) -> None:
+    """The artifacts of a finished training: its checkpoints, and the network in MLflow's format.
+
+    `metrics` are those of its last epoch.
+    """
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            tracker.artifact(handle, folder / name, "checkpoints")
+    example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
+    saved = load(folder)
+    entry = registered(saved, metrics) if saved.run.registry else None
+    tracker.model(handle, network(saved).float(), example, entry)
+
+
+@contextmanager
+def _cluster(run: RunConfig) -> Iterator[bool]:
+    """A Ray cluster where the run needs one: several workers, or RAY_ADDRESS is set."""
+    if run.workers == 1 and wanted_cluster() is None:
+        yield False
+        return
+    with session(run):
+        concurrent_trials(run, 1)
+        yield True
+
+
+def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[EpochMetrics]:
+    """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
+    if job.resume:
+        yield from RecentRows(Path(job.folder)).rows
+    if not on_cluster:
+        yield from local_rows(job, local_context(run.device))
+        return
+    resources = worker_resources(run)
+    group = WorkerGroup(run.workers, resources, "train", run.storage, run.max_failures)
+    try:
+        group.submit(job)
+        yield from group.rows()
+    except BaseException:  # a signal, or a job that failed: nothing is left to wait for
+        group.close(_GRACE)
+        raise
+    group.close()
+
+
+def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
+    """The handle of the MLflow run to write to, and the epochs it already has."""
+    if folder is not None and is_run_id(folder.name):
+        handle = folder.name
+        if not tracker.knows(handle):
+            raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
+        tracker.adopt(handle, handle)
+        tracker.reopen(handle)
+        return handle, tracker.last_step(handle)
+    name = run.run_name or provenance.describe(run)
+    tracker.open(
+        "run",
+        name,
+        provenance.parameters(run),
+        provenance.tags(run),
+        note=provenance.note(run),
+    )
+    tracker.text("run", to_yaml(run), "run.yaml")
+    tracker.inputs("run", training_inputs(run.data))
+    return "run", 0
+
+
+def _run_id(tracker: Tracker, handle: str) -> str:
+    """The id of the run, which names its folder."""
+    run_id = tracker.run_id(handle)
+    if run_id is None:
+        raise RequestError(
+            f"tracking_uri: MLflow at {tracker.uri} made no run; expected an answer"
+        )
+    return run_id
+
+
+def own_tracker(run: RunConfig, storage: Path) -> AbstractContextManager[Tracker]:
+    """A tracker with a spool of its own, which also delivers what dead processes left beside it."""
+    folder = (storage / run.experiment / ".mlflow").resolve()
+    outbox = folder / f"{time.time_ns():x}-{os.getpid()}.jsonl"
+    return tracked(run.tracking_uri, run.experiment, outbox, folder)

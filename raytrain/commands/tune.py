@@ -1,0 +1,201 @@
+"""A sweep from its search space to what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from raytrain.commands.final import FinalRow, leave_finals, train_finals
+from raytrain.commands.sweep_results import TABLE, leave, leave_run_ids
+from raytrain.config.names import RUN_NAME, check_folder_name
+from raytrain.core.signals import interruptible
+from raytrain.data.loader import Splits
+from raytrain.distributed.ray_session import concurrent_trials, session
+from raytrain.tracking import Tracker, provenance, tracked
+from raytrain.tracking.data_sets import training_inputs
+from raytrain.training.checkpoint import to_yaml
+from raytrain.training.trainer import preflight
+from raytrain.tuning.budget import SweepProgress, TrialRow
+from raytrain.tuning.choices import check_choices
+from raytrain.tuning.descriptions import sweep_note, sweep_tags, sweep_view
+from raytrain.tuning.executor import execute, trainable_for
+from raytrain.tuning.fidelity import Fidelity
+from raytrain.tuning.importance import Importance, Method, importances
+from raytrain.tuning.initial_trials import plan_first
+from raytrain.tuning.mlflow_runs import PARENT
+from raytrain.tuning.population import PopulationManager, check_population
+from raytrain.tuning.requested_space import wanted_space
+from raytrain.tuning.space.search_space import SearchSpace
+from raytrain.tuning.study import SPACE, check_name, new_name, open_study
+from raytrain.tuning.trial_manager import TrialManager
+
+Watch = Callable[[SweepProgress], None]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished sweep."""
+
+    name: str
+    run_id: str | None  # of the parent run in MLflow; None if MLflow did not answer
+    run_ids: dict[str, str]  # of all runs, by handle
+    objectives: list[str]
+    directions: list[int]  # 1: larger is better, -1: smaller
+    best: TrialRow | None
+    front: list[TrialRow]  # of several objectives; else empty
+    trials: list[TrialRow]
+    progress: SweepProgress
+    importances: list[Importance]
+    finals: list[FinalRow]
+    best_file: Path | None  # the best configuration as a run file
+    table: Path  # Parquet: every row of every trial
+    folder: Path
+    space_file: Path
+    tracking_uri: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether no trial could be carried out."""
+        return bool(self.trials) and all(trial.state == "failed" for trial in self.trials)
+
+    def json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        progress = {**asdict(self.progress), "budget": self.progress.budget.model_dump()}
+        return {**asdict(self), "progress": progress}
+
+
+def tune(
+    space: SearchSpace | str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    resume: str | None = None,
+    name: str | None = None,
+    trials: int | None = None,
+    final: int = 0,
+    seeds: int = 3,
+    importance: Method = "ped-anova",
+    watch: Watch | None = None,
+) -> TuneResult:
+    """Search `space` until its budget is spent; each trial is a child run in MLflow.
+
+    `space` is a SearchSpace or a YAML file, and may be left out with `resume`, the name of a sweep to
+    continue: nothing that finished is repeated, what was under way goes on from its checkpoint.
+    `overrides` are `key=value` words for the base run, or for `search.*` and `budget.*`; `trials`
+    replaces the number in the file. With `final`, the best so many configurations are trained again
+    on `seeds` seeds that the search did not use, and evaluated on the test set, once.
+
+    Raises:
+        RequestError: if something is wrong with the request; nothing was begun.
+    """
+    for option, given in (("--name", name), ("--resume", resume)):
+        if given is not None:
+            check_folder_name(option, given, RUN_NAME)
+    space = wanted_space(space, overrides, resume, trials)
+    if resume is None and name is None:
+        check_folder_name("name", space.name, RUN_NAME - len("-20261121-093000-999"))
+    base = space.base_run
+    splits = preflight(base)
+    check_choices(space)
+    if space.search.sampler == "pbt":
+        check_population(space)
+    given = name if resume is None else resume
+    stem, experiment = space.name, base.storage / base.experiment
+    with new_name(stem, experiment) if given is None else nullcontext(given) as name:
+        return _tune(space, splits, name, resume is not None, final, seeds, importance, watch)
+
+
+def _tune(
+    space: SearchSpace,
+    splits: Splits,
+    name: str,
+    resume: bool,
+    final: int,
+    seeds: int,
+    importance: Method,
+    watch: Watch | None,
+) -> TuneResult:
+    base = space.base_run
+    folder = (base.storage / base.experiment / name).resolve()
+    check_name(name, folder, resume, space.study)
+    fidelity = Fidelity.of(base, splits.train.num_images)
+    outbox = folder / "mlflow.jsonl"
+    # The spool is locked: a second driver would take the trials of the first for dead. On the way out
+    # MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    with (
+        interruptible(),
+        ExitStack() as cluster,
+        tracked(base.tracking_uri, base.experiment, outbox) as tracker,
+    ):
+        space_file = folder / SPACE
+        if not space_file.is_file():  # what --resume finds, also before there is a study
+            space_file.write_text(_space_yaml(space))
+        cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
+        concurrent = concurrent_trials(base, space.budget.concurrent)
+        either = None if resume else False
+        study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
+        space_file.write_text(_space_yaml(space))
+        _open_parent(tracker, study, name, space, space_file)
+        kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
+        manager = kind(study, space, tracker, folder, fidelity, watch)
+        manager.recover()
+        plan_first(manager, space, tracker.uri)
+        execute(manager, trainable_for(base), concurrent)
+        finals = train_finals(manager, space, tracker, final, seeds, concurrent, watch)
+        cluster.close()
+        weights = importances(study, importance)
+        best_file = leave(tracker, manager, splits, weights)
+        leave_finals(tracker, folder, finals)
+        run_ids = leave_run_ids(tracker, manager)
+        best, progress = manager.best(), manager.progress()
+        note = sweep_note(space, name, tracker.experiment_id, progress, best, run_ids)
+        tracker.note(PARENT, note)
+    return TuneResult(
+        name=name,
+        run_id=run_ids.get(PARENT),
+        run_ids=run_ids,
+        objectives=[one.metric for one in space.objective],
+        directions=[one.sign for one in space.objective],
+        best=manager.best(),
+        front=manager.history.front() if len(space.objective) > 1 else [],
+        trials=manager.history.rows(),
+        progress=manager.progress(),
+        importances=weights,
+        finals=finals,
+        best_file=best_file,
+        table=folder / TABLE,
+        folder=folder,
+        space_file=space_file,
+        tracking_uri=tracker.uri,
+    )
+
+
+def _open_parent(
+    tracker: Tracker, study: optuna.Study, name: str, space: SearchSpace, space_file: Path
+) -> None:
+    """The sweep's own run in MLflow: a new one, or that of the launch being continued."""
+    base = space.base_run
+    if tracker.known(PARENT):
+        tracker.reopen(PARENT)
+    else:
+        tracker.open(
+            PARENT,
+            name,
+            provenance.parameters(base),
+            {**provenance.tags(base, "sweep"), **sweep_tags(space, study.study_name)},
+            note=sweep_note(space, name, tracker.experiment_id),
+        )
+        tracker.text(PARENT, to_yaml(base), "base.yaml")
+    tracker.view(PARENT, name, sweep_view(space, name))
+    tracker.inputs(PARENT, training_inputs(base.data))
+    tracker.artifact(PARENT, space_file)
+
+
+def _space_yaml(space: SearchSpace) -> str:
+    shown = space.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump({"name": space.name, **shown}, sort_keys=False)

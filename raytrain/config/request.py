@@ -1,0 +1,314 @@
+"""From files and `key=value` words to validated records, with one sentence when something is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from raytrain.config.documents import read_file, read_value
+from raytrain.config.fields import CHOSEN_BY, Keys, fields_at, is_text, key_of, name_key, types_at
+from raytrain.config.run import RunConfig
+from raytrain.core.types import RequestError
+
+Model = TypeVar("Model", bound=BaseModel)
+Configuration = RunConfig | Mapping[str, Any] | str | Path
+"""A run as a record, a mapping, or the path of a YAML file."""
+
+
+def as_run(
+    config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> RunConfig:
+    """A validated RunConfig from any of the forms that the API takes.
+
+    Raises:
+        RequestError: naming the file or field, and what was expected.
+    """
+    changes = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    if isinstance(config, RunConfig):
+        config = config.model_dump(mode="json")
+    values = read_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
+    return validated(RunConfig, override(values, changes))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The fields in a run file; text fields have what is written there, whatever YAML would make of it.
+
+    Raises:
+        RequestError: naming file and line, if it is no YAML mapping or has a key twice.
+    """
+    return read_file(file, partial(is_text, RunConfig)).values
+
+
+def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """`key=value` words as a mapping from dotted path to value.
+
+    Raises:
+        RequestError: naming the word or its key.
+    """
+    parsed: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise RequestError(f"{word}: expected key=value, such as threat.eps=8/255")
+        value = value_of(path, text, model)
+        if _differ(parsed.setdefault(path, value), value):
+            raise _contradiction(path, parsed[path], path, value)
+    return parsed
+
+
+def value_of(path: str, text: str, model: type[BaseModel] = RunConfig) -> Any:
+    """The value that a field of `model` is given by a word.
+
+    Free text is taken as it is, and so is what no field has (for the validation to refuse); anything
+    else is YAML. Nothing at all is None, `null` too where a text may be unset. A record that has a
+    bare name takes YAML in braces as well.
+
+    Raises:
+        RequestError: if it is not valid YAML, or not text.
+    """
+    keys = tuple(path.split("."))
+    found = types_at(model, keys)
+    if not text or (text == "null" and type(None) in found):
+        return None
+    record = name_key(model, keys) is not None and re.fullmatch(r"\s*\{.*\}\s*", text, re.DOTALL)
+    if not found or (is_text(model, keys) and not record):
+        return _encodable(path, text)
+    return read_value(text, partial(is_text, model), keys)
+
+
+def _encodable(path: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: expected text in UTF-8, found {text!r}") from None
+    return text
+
+
+def override(
+    values: Mapping[str, Any], changes: Mapping[str, Any], model: type[BaseModel] = RunConfig
+) -> dict[str, Any]:
+    """`values` of `model` with the dotted paths of `changes` set.
+
+    Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) or another preset
+    drops the fields of the old one: only what is given together with the choice belongs to it.
+
+    Raises:
+        RequestError: if two changes contradict each other.
+    """
+    result = _copy(values)
+    # From the outside in, choices first, so that the order of the words does not matter.
+    flat = _flat(changes, model)
+    for path, value in sorted(flat.items(), key=lambda item: (len(item[0]), _rank(item[0]))):
+        *parents, last = path
+        record = result
+        for parent in parents:
+            inner = record.get(parent)
+            if isinstance(inner, str):  # `start: uniform` stands for `start: {kind: uniform}`
+                inner = {key_of(parent): inner}
+            record[parent] = inner if isinstance(inner, dict) else {}
+            record = record[parent]
+        choice = _choice(path)
+        if choice is not None and record.get(last, choice.meant) != value:
+            kept = {field: record[field] for field in choice.keeps if field in record}
+            record.clear()
+            record.update(kept)
+        record[last] = _copy(value)
+    return result
+
+
+def _flat(changes: Mapping[str, Any], model: type[BaseModel]) -> dict[Keys, Any]:
+    """The changes field by field: a bare name given its key, a record taken apart after an empty one."""
+    flat: dict[Keys, Any] = {}
+    source: dict[Keys, tuple[str, Any]] = {}
+    for path, given in changes.items():
+        for keys, value in _fields(tuple(path.split(".")), given, model):
+            if _differ(flat.setdefault(keys, value), value):
+                raise _contradiction(*source[keys], path, given)
+            source.setdefault(keys, (path, given))
+    for keys in flat:
+        for holder in (keys[:length] for length in range(1, len(keys))):
+            if flat.get(holder, {}) != {}:
+                raise _contradiction(*source[holder], *source[keys])
+    return flat
+
+
+def _fields(path: Keys, value: Any, model: type[BaseModel]) -> Iterator[tuple[Keys, Any]]:
+    """A change field by field; a bare name is that of its key: `start=zero` is `start.kind=zero`."""
+    if isinstance(value, Mapping):
+        yield path, {}
+        for key, inner in value.items():
+            yield from _fields((*path, str(key)), inner, model)
+        return
+    key = name_key(model, path) if isinstance(value, str) else None
+    yield path if key is None else (*path, key), value
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other and one != other  # a NaN is not equal to itself
+
+
+def _contradiction(one: str, value: Any, other: str, another: Any) -> RequestError:
+    also = "" if one == other else f"{other} "
+    said = f"{one}: given as {_short(value)} and {also}as {_short(another)}; expected one value"
+    return RequestError(said, tuple(one.split(".")))
+
+
+def _rank(path: Keys) -> int:
+    """Kinds first, then the presets of a kind, then all that is no choice."""
+    choice = _choice(path)
+    return 2 if choice is None else len(choice.keeps)
+
+
+class _Choice(NamedTuple):
+    """A field that begins its record anew."""
+
+    meant: str | None  # where it is not given
+    keeps: Keys = ()  # the fields that do not belong to the choice before
+
+
+def _choice(path: Keys) -> _Choice | None:
+    if len(path) < 2 or path[-2] not in CHOSEN_BY:
+        return None
+    key, kind = CHOSEN_BY[path[-2]]
+    return {key: _Choice(kind), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
+
+
+def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
+    """`model` made of `values`.
+
+    Raises:
+        RequestError: for the first thing that is wrong: its path, what was expected, what was found.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise RequestError(
+            source + sentence(model, values, error), _about(error, values)
+        ) from None
+
+
+def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first complaint of a ValidationError, for a reader who knows fields and not pydantic."""
+    errors = [(*_path(one["loc"], values), one) for one in error.errors()]
+    path, tags, first = errors[0]
+    dotted = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{dotted}: no such field{_nearest(path, model, tags)}"
+    if first["type"] == "missing":
+        return f"{dotted}: missing; it has no default"
+    if first["type"].startswith("union_tag"):
+        return f"{dotted}: {_expected_tags(first)}"
+    if first["type"] == "value_error" and not path:
+        return message
+    if first["type"] == "value_error":
+        return f"{dotted}: {message}, found {first['input']!r}"
+    # A union complains once for each of its members: 1000 or 0.1.
+    wanted = dict.fromkeys(_wanted(one) for where, _, one in errors if where == path)
+    return f"{dotted}: expected {' or '.join(wanted)}, found {_short(first['input'])}"
+
+
+def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The path of the first complaint: pydantic's, or that which the complaint itself tells."""
+    first = error.errors()[0]
+    path, _ = _path(first["loc"], values)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError) and cause.path:
+        return (*path, *cause.path)
+    told = re.match(r"([a-z_]\w*(?:\.[a-z_]\w*)*): ", str(cause))
+    return (*path, *(told[1].split(".") if told and not path else ()))
+
+
+def _wanted(one: Any) -> str:
+    plain = {
+        "int_parsing": "an integer",
+        "int_type": "an integer",
+        "int_from_float": "an integer",
+        "float_parsing": "a number",
+        "float_type": "a number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
+        "string_type": "a string",
+        "string_too_short": "a string that is not empty",
+        "path_type": "a path",
+        "model_type": "a record",
+        "model_attributes_type": "a record",
+        "dict_type": "a record",
+    }
+    message = one["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return plain.get(one["type"]) or message[0].lower() + message[1:]
+
+
+def _expected_tags(first: Any) -> str:
+    context = first.get("ctx", {})
+    expected = str(context.get("expected_tags", context.get("discriminator"))).replace("'", "")
+    if first["type"] == "union_tag_not_found":
+        return f"expected a record with the field {expected}"
+    names = expected.split(", ")
+    close = difflib.get_close_matches(context.get("tag", ""), names, n=1)
+    hint = f"; the nearest is {close[0]}" if close else ""
+    return f"expected one of {expected}, found {context.get('tag')!r}{hint}"
+
+
+def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
+    """The user's path of an error, and pydantic's tags for the members of unions taken on the way."""
+    path: list[str] = []
+    tags: list[str] = []
+    here: Any = values
+    for step, part in enumerate(loc):
+        if isinstance(here, str):  # a bare name stands for its record
+            here = {"name": here, "kind": here, "norm": here}
+        if _holds(here, part):
+            here = here[part]
+            path.append(str(part))
+        elif part == "[key]":
+            continue  # the complaint is about the key, which the path ends with already
+        elif step == len(loc) - 1 and _lacks(here, part):
+            path.append(str(part))  # a missing field
+        else:
+            tags.append(str(part))
+    return path, tags
+
+
+def _holds(here: Any, part: Any) -> bool:
+    if isinstance(here, Mapping):
+        return part in here
+    return isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+
+
+def _lacks(here: Any, part: Any) -> bool:
+    if isinstance(here, Mapping):
+        return not _is_tag(part, here)
+    return isinstance(here, list | tuple) and isinstance(part, int)
+
+
+def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
+    in_braces = str(part).startswith("{")  # {Real}: a dimension of a search space
+    return in_braces or part in {here.get("name"), here.get("kind"), here.get("norm")}
+
+
+def _nearest(path: list[str], model: type[BaseModel], tags: list[str]) -> str:
+    """`; the nearest is X` among the fields that exist beside the unknown one."""
+    *parents, unknown = path
+    fields = fields_at(model, parents, tags)
+    close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
+    if close:
+        return f"; the nearest is {'.'.join([*parents, close[0]])}"
+    return f"; expected one of {', '.join(fields)}" if fields else ""
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {str(key): _copy(value) for key, value in values.items()}
+    return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,286 @@
+"""The run: one validated record of everything that decides a training run, and where it is to happen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from raytrain.algorithms import AbstractAlgorithm, Pgd, Recipe
+from raytrain.config.names import (
+    EXPERIMENT_NAME,
+    RUN_NAME,
+    check_folder_name,
+    check_name,
+    check_text,
+)
+from raytrain.core.network import Precision
+from raytrain.core.optimizer import Sgd
+from raytrain.core.schedules import Ramp
+from raytrain.core.threat_models import ThreatModel
+from raytrain.core.types import RequestError, Spec, named
+from raytrain.data.catalogue import SOURCES
+from raytrain.data.spec import DataSpec
+from raytrain.evaluation.sentinels import Sentinels
+from raytrain.evaluation.validation import Evaluation
+from raytrain.models import ModelSpec
+from raytrain.outer import Outer, Plain
+
+RUNTIME = frozenset(
+    {
+        "workers",
+        "device",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "max_failures",
+        "storage",
+        "experiment",
+        "run_name",
+        "tracking_uri",
+        "registry",
+        "checkpoint_every",
+    }
+)
+"""Fields that say where and how a run happens, not what it computes: not part of its signature."""
+
+
+Scheduled = Literal["eps", "steps", "step_size", "c_max", "beta", "lam", "sigma", "theta"]
+"""What a curriculum may change: numbers that no memory of the algorithm is made of."""
+
+
+class EarlyStop(Spec):
+    """End a run once validation robustness has not risen for `patience` validations in a row."""
+
+    patience: PositiveInt
+    min_gain: Annotated[
+        NonNegativeFloat, Field(description="a smaller rise than this does not count")
+    ] = 0.0
+
+
+def _patience(value: Any) -> Any:
+    return {"patience": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class RunConfig(Spec):
+    """A training run. Every field can be set as `dotted.path=value` on the command line."""
+
+    data: Annotated[DataSpec, named("name"), Field(description="what to train on")] = DataSpec()
+    model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()
+    threat: Annotated[
+        ThreatModel,
+        named("norm", "linf"),
+        Field(description="norm: linf, l2 or l1, and eps; default: customary for the data"),
+    ]
+    algorithm: Annotated[
+        Recipe, named("name", "pgd"), Field(description="see `raytrain algorithms`")
+    ] = Pgd()
+    outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
+    optimizer: Sgd = Sgd()
+    epochs: Annotated[PositiveInt, Field(description="passes over the training images")] = 15
+    fe_per_image: Annotated[
+        PositiveFloat | None,
+        Field(description="train for this cost instead, in forward-equivalents per image"),
+    ] = None
+    curriculum: Annotated[
+        dict[Scheduled, Ramp],
+        Field(description="numbers that change over training: {eps: {start: 0, until: 0.3}}"),
+    ] = {}
+    batch_size: Annotated[
+        PositiveInt, Field(description="images per weight update, over all workers together")
+    ] = 128
+    ema: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="decay of averaged weights, which are then evaluated"),
+    ] = None
+    early_stop: Annotated[
+        EarlyStop | None,
+        BeforeValidator(_patience),
+        Field(description="validations without a gain in valid/robust before the run ends"),
+    ] = None
+    sentinels: Annotated[
+        Sentinels | None,
+        Field(
+            description="signs of false robustness, looked for at validations; null: not at all"
+        ),
+    ] = Sentinels()
+    precision: Annotated[
+        Precision, Field(description="fp32, bf16 (autocast) or fp64; evaluation is never bf16")
+    ] = "fp32"
+    seed: NonNegativeInt = 0
+    evaluation: Annotated[Evaluation, Field(description="the attack of validation")] = Evaluation()
+
+    workers: Annotated[PositiveInt, Field(description="processes, one model replica each")] = 1
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="auto: a GPU where there is one")
+    ] = "auto"
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Annotated[
+        PositiveFloat | None, Field(description="default: 1 on GPUs; below 1 shares one")
+    ] = None
+    max_failures: Annotated[
+        NonNegativeInt, Field(description="restarts from the last checkpoint after a lost worker")
+    ] = 2
+    storage: Annotated[
+        Path, Field(description="folder of checkpoints; on a cluster, shared by all nodes")
+    ] = Path("runs")
+    experiment: Annotated[
+        str, Field(min_length=1, description="MLflow experiment, and a folder below storage")
+    ] = "raytrain"
+    run_name: Annotated[str | None, Field(description="default: made of the configuration")] = None
+    tracking_uri: Annotated[
+        str | None,
+        Field(description="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db"),
+    ] = None
+    registry: Annotated[
+        bool, Field(description="make the network a version of a registered model in MLflow")
+    ] = True
+    checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _customary_radius(cls, value: Any) -> Any:
+        """Fill in the l-inf radius that is customary for the data set, where none is given."""
+        if not isinstance(value, dict):
+            return value
+        threat = value.get("threat", {})
+        if threat == "linf":
+            threat = {"norm": "linf"}
+        if isinstance(threat, dict) and threat.get("norm", "linf") == "linf":
+            value = {**value, "threat": {"norm": "linf", "eps": _customary(value), **threat}}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.threat.norm == "linf" and self.threat.eps > 1:
+            raise ValueError(
+                f"threat.eps: {self.threat.eps:g} is not in pixels of [0, 1]; did you mean "
+                f"{self.threat.eps:g}/255?"
+            )
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
+                "equally; expected a divisor of it"
+            )
+        try:
+            self.algorithm.build(self.threat, self.outer)
+        except ValidationError as error:  # of a part that the recipe is made of
+            raise ValueError(f"algorithm: {_first(error)}") from None
+        for name in self.curriculum:
+            self._check_ramp(name)
+        return self
+
+    def _check_ramp(self, name: Scheduled) -> None:
+        if name != "eps" and name not in type(self.algorithm).model_fields:
+            has = [field for field in get_args(Scheduled) if hasattr(self.algorithm, field)]
+            raise ValueError(
+                f"curriculum.{name}: algorithm {self.algorithm.name} has no {name}; "
+                f"expected {' or '.join(['eps', *has])}"
+            )
+        for quarter in range(5):
+            try:
+                self.algorithm_with(self.scheduled(quarter / 4))
+            except ValidationError as error:
+                raise ValueError(f"curriculum.{name}: {_first(error)}") from None
+            except ValueError as error:
+                raise ValueError(f"curriculum.{name}: {error}") from None
+
+    def scheduled(self, progress: float) -> dict[str, float | str]:
+        """What the curriculum makes of its numbers at a share of training."""
+        return {
+            name: ramp.at(progress, self._configured(name), self.threat.eps)
+            for name, ramp in self.curriculum.items()
+        }
+
+    def algorithm_with(self, scheduled: Mapping[str, float | str]) -> AbstractAlgorithm:
+        """The algorithm, with these of its numbers changed."""
+        threat, recipe, given = self.threat, self.algorithm, dict(scheduled)
+        if "eps" in given:
+            threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
+        if given:
+            for name, value in given.items():
+                if isinstance(getattr(recipe, name), int) and isinstance(value, float):
+                    given[name] = round(value)
+            recipe = type(recipe).model_validate({**recipe.model_dump(), **given})
+        return recipe.build(threat, self.outer)
+
+    def _configured(self, name: str) -> float | str:
+        value = self.threat.eps if name == "eps" else getattr(self.algorithm, name)
+        if value is None:
+            raise ValueError(
+                f"algorithm.{name} has no value to move to or from; expected a number"
+            )
+        return value if isinstance(value, str) else float(value)
+
+    def signature(self) -> str:
+        """12 hexadecimal digits that change exactly when what is computed may change."""
+        text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def ends_by(self, waited: int, seen: Mapping[str, float]) -> str | None:
+        """Why a run ends after a validation, as `field: what was seen`; None if it goes on.
+
+        It may be the level of a sentinel, or too many validations in a row without a gain.
+        """
+        alarm = None if self.sentinels is None else self.sentinels.alarm(seen)
+        if alarm is None and self.early_stop is not None and waited >= self.early_stop.patience:
+            return f"early_stop: {waited} validations without a gain"
+        return alarm
+
+    def check_names(self) -> None:
+        """Refuse names that MLflow or a file system does not take; those of earlier runs are read.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        check_folder_name("experiment", self.experiment, EXPERIMENT_NAME)
+        if self.run_name:
+            check_name("run_name", self.run_name, RUN_NAME)
+        check_text("storage", str(self.storage))
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(self.storage)):
+            raise RequestError(
+                f"storage: {str(self.storage)!r} is the address of something else; expected the path "
+                "of a folder, on a cluster of one that all nodes share"
+            )
+
+    def check_radius(self, shape: tuple[int, ...]) -> None:
+        """Refuse a radius that covers the whole pixel cube: it was meant in another unit.
+
+        Raises:
+            RequestError: if eps is not below the norm's diameter of [0, 1]^shape.
+        """
+        pixels = 1
+        for length in shape:
+            pixels *= length
+        widest = {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[self.threat.norm]
+        if self.threat.eps >= widest:
+            raise RequestError(
+                f"threat.eps: {self.threat.eps:g} is as wide as the whole set of images "
+                f"({self.threat.norm}: {widest:g}); expected pixels of [0, 1], such as "
+                f"{self.threat.eps:g}/255"
+            )
+
+
+def _first(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
+
+
+def _customary(value: dict[str, Any]) -> float:
+    data = value.get("data", "digits")
+    name = data if isinstance(data, str) else getattr(data, "name", None)
+    if isinstance(data, dict):
+        name = data.get("name", "digits")
+    return SOURCES[str(name)].eps if str(name) in SOURCES else 8 / 255

@@ -1,0 +1,60 @@
+"""What an algorithm keeps from one step to the next, beside the weights: the parts of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from raytrain.core.distributed_context import DistributedContext
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something that changes while training and must survive it: a store, an optimiser, a few numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; may be a collective, so all workers must ask for it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What training is about to run on: all that is needed to lay out a memory for it."""
+
+    context: DistributedContext
+    model: nn.Module
+    num_images: int  # in the training split, over all workers
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    batch_size: int  # over all workers
+    dtype: torch.dtype  # of images, weights and perturbations
+    seed: int
+
+
+class Numbers(dict[str, float]):
+    """A few named numbers, the same on every worker."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clear()
+        self.update(state)
+
+
+class Weights:
+    """A copy of a network's trainable weights, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in self.values.items():
+            value.copy_(state[name])

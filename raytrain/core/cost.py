@@ -1,0 +1,37 @@
+"""What training costs, in forward-equivalents: the unit in which all algorithms are compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from raytrain.core.distributed_context import DistributedContext
+
+
+@dataclass
+class Meter:
+    """What training cost so far, counted in samples walked by each kind of pass.
+
+    One forward-equivalent (FE) is the forward of one image. The gradient for the input costs one
+    more, the gradient for input and weights two more: FE = forwards + input_backwards + 2
+    full_backwards + stem. Differentiating an input gradient once more (GradAlign) counts as one
+    more full backward.
+    """
+
+    forwards: int = 0
+    input_backwards: int = 0
+    full_backwards: int = 0
+    stem: float = 0.0  # FE spent in the first layer alone (YOPO)
+    samples: int = 0  # images trained on, counted once per batch
+
+    @property
+    def fe(self) -> int:
+        """Forward-equivalents in all."""
+        return round(self.forwards + self.input_backwards + 2 * self.full_backwards + self.stem)
+
+    def over(self, context: DistributedContext) -> Meter:
+        """The sum over all workers: a collective."""
+        counts = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
+        forwards, inputs, fulls, stem, samples = context.total(counts.to(context.device)).tolist()
+        return Meter(int(forwards), int(inputs), int(fulls), stem, int(samples))

@@ -1,0 +1,53 @@
+"""Stochastic gradient descent and the shape of its learning rate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from torch import nn
+
+from raytrain.core.schedules import OneCycle, Shape
+from raytrain.core.types import Spec, named
+
+
+@final
+class Sgd(Spec):
+    """v <- momentum v + g + weight_decay theta;  theta <- theta - lr * schedule(t) * v."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[PositiveFloat, Field(allow_inf_nan=False, description="peak learning rate")] = (
+        0.1
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5e-4
+    nesterov: bool = False
+    schedule: Annotated[
+        Shape,
+        named("kind", "onecycle"),
+        Field(description="factor on lr, per step: onecycle, piecewise, cosine, ..."),
+    ] = OneCycle()
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Sgd:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true needs momentum > 0")
+        return self
+
+    def build(self, model: nn.Module) -> torch.optim.SGD:
+        """The optimiser over all parameters of `model`."""
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> float:
+        """Give the optimiser its learning rate at `progress` and return it."""
+        rate = self.lr * self.schedule.at(progress)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate

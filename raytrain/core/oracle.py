@@ -1,0 +1,376 @@
+"""Evaluate, differentiate and count: every pass that training pays for goes through here.
+
+Perturbation gradients go through the bare module and `torch.autograd.grad`, so that no weight
+gradient is computed, no collective runs, and ranks may take different numbers of inner steps.
+Weight gradients go through the wrapper; a network that is its own wrapper has them averaged afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, func, nn
+
+from raytrain.core.cost import Meter
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.losses import AbstractLoss, Reference
+from raytrain.core.network import Precision, autocast, mode, trainable, weight_grads
+from raytrain.core.types import (
+    Batch,
+    BatchNorm,
+    Delta,
+    Mask,
+    PerSample,
+    Predict,
+    Rows,
+    TrainingFailed,
+)
+
+Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
+"""Weights of a mean, made of the losses and, if it asks, their input gradients."""
+
+
+class Oracle:
+    """What the objective looks like around one batch. Every call is counted.
+
+    `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself, whose gradients
+    are averaged over the workers of `place` after the pass);
+    `attack_bn` is the BatchNorm mode of all passes that are not the weight update, which itself
+    runs in train mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: AbstractLoss,
+        batch: Batch,
+        meter: Meter,
+        *,
+        attack_bn: BatchNorm,
+        wrapper: nn.Module | None = None,
+        context: DistributedContext | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.batch = batch
+        self.latest: Delta | None = None  # the last input gradient taken of each sample
+        self._model, self._wrapper = model, model if wrapper is None else wrapper
+        self._objective, self._meter = objective, meter
+        self._place = DistributedContext() if context is None else context
+        self._attack_bn: BatchNorm = attack_bn
+        self._precision: Precision = precision
+        self._reference: Reference | None = None
+        self._walked = 0  # samples forwarded into the present graph
+        self._held = False
+
+    # ---------------------------------------------------------------- at fixed weights
+
+    @contextmanager
+    def attacking(self) -> Iterator[None]:
+        """Hold the attack's BatchNorm mode over many calls, instead of switching at each one."""
+        if self._held:
+            yield
+            return
+        with mode(self._model, self._attack_bn):
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    @property
+    def reference(self) -> Reference:
+        """What the objective computes once per batch, in the attack's mode, at the first call."""
+        if self._reference is None:
+            with torch.no_grad(), self.attacking():
+                found = self._objective.reference(self._predictor(self._model), self.batch)
+            self._reference = tuple(part.detach() for part in found)
+        return self._reference
+
+    def refer(self, *reference: Tensor) -> None:
+        """Set the reference of this batch instead: what an algorithm has computed already."""
+        self._reference = reference
+
+    def losses(self, delta: Delta) -> PerSample:
+        """The inner objective at delta, without a graph."""
+        with torch.no_grad():
+            return self._inner(self.batch, delta, self.reference)
+
+    def correct(self, delta: Delta) -> Mask:
+        """Whether each sample is still classified as its label at delta."""
+        with torch.no_grad(), self.attacking():
+            logits = self._predictor(self._model)(self.batch.images + delta)
+        return logits.argmax(1) == self.batch.labels
+
+    def delta_grad(self, delta: Delta, rows: Rows | None = None) -> tuple[PerSample, Delta]:
+        """Inner losses and d loss_i / d delta_i, for the batch or for `rows` of it (delta has just those)."""
+        batch, reference = self.batch, self.reference
+        if rows is not None:
+            batch, reference = batch[rows], tuple(part[rows] for part in reference)
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            losses = self._inner(batch, delta, reference)
+            # The gradient of the SUM is the per-sample gradient, whatever the batch size.
+            (grad,) = torch.autograd.grad(losses.sum(), delta)
+        self._meter.input_backwards += self._walked
+        if rows is None:
+            self.latest = grad
+        else:
+            self.latest = (
+                torch.zeros_like(self.batch.images) if self.latest is None else self.latest
+            )
+            self.latest = self.latest.index_copy(0, rows, grad)
+        return losses.detach(), grad
+
+    def outer_grad(self, delta: Delta, bn: BatchNorm) -> tuple[PerSample, Delta]:
+        """Outer losses and their input gradients, on the bare module in the mode `bn`."""
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta, bn)
+            (grad,) = torch.autograd.grad(losses.sum(), delta)
+        self._meter.input_backwards += len(delta)
+        return losses.detach(), grad
+
+    # ---------------------------------------------------------------- weight gradients
+
+    def theta_grad(self, delta: Delta, weights: PerSample | Weigh | None = None) -> PerSample:
+        """The outer losses; their (weighted) mean's gradient, over all workers, is added to every p.grad."""
+        delta = delta.detach()
+        if callable(weights):
+            delta.requires_grad_(True)
+        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        weighted, _ = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
+        self._backward(weighted.mean())
+        self._meter.full_backwards += walked + self._nested
+        return losses.detach()
+
+    def both_grads(
+        self, delta: Delta, weights: PerSample | Weigh | None = None
+    ) -> tuple[PerSample, Delta]:
+        """`theta_grad` and d loss_i / d delta_i from one pass, of the outer losses in train mode."""
+        delta = delta.detach().requires_grad_(True)
+        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        weighted, used = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
+        self._backward(weighted.mean())
+        self._meter.full_backwards += walked + self._nested
+        # Local, also under DDP: of the mean over this worker's samples, not over all of them.
+        return losses.detach(), _per_sample(delta, used)
+
+    def local_grads(self, delta: Delta, factor: float) -> Delta:
+        """Add `factor` times this worker's mean outer gradient to every p.grad, without a collective.
+
+        The bare module with batch statistics, whose running ones are left alone; returns d loss_i /
+        d delta_i. A later pass through the wrapper averages what was added over the workers.
+        """
+        delta = delta.detach().requires_grad_(True)
+        losses = self._outer(self._model, delta, "batch_nostat")
+        (factor * losses.mean()).backward()
+        self._meter.full_backwards += self._walked + self._nested
+        return _per_sample(delta, None) / factor
+
+    def mean_grads(self, delta: Delta) -> list[Tensor]:
+        """This worker's mean outer gradient for every trainable weight; no p.grad is touched.
+
+        The bare module with batch statistics, whose running ones are left alone.
+        """
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta.detach(), "batch_nostat")
+            grads = weight_grads(losses.mean(), self._model)
+        self._meter.full_backwards += self._walked + self._nested
+        return grads
+
+    def sample_grads(
+        self, delta: Delta, bn: BatchNorm, chunk: int, count: int | None = None
+    ) -> Iterator[list[Tensor]]:
+        """The own outer gradients of the first `count` samples, (k, *weight) for every trainable
+        weight, `chunk` samples at a time.
+
+        In eval mode samples do not meet, and a chunk is vectorised, in float32 or wider; the memory is
+        `chunk` times that of the weights. With batch statistics a sample's gradient is that of its
+        loss through the statistics of the whole batch: one backward of the whole batch for each.
+        """
+        if bn != "eval":
+            yield from self._grads_through_the_batch(delta, bn, count)
+            return
+        reference = self._outer_reference
+        for rows in torch.arange(len(self.batch), device=delta.device)[:count].split(chunk):
+            part = tuple(one[rows] for one in reference)
+            if chunk == 1 or self._objective.nested_gradients:
+                for row in rows:
+                    yield self._grads_of_one(delta, row.view(1))
+            else:
+                yield self._grads_of_many(self.batch[rows], delta[rows].detach(), part)
+
+    # ---------------------------------------------------------------- in two stages (YOPO)
+
+    def costate(
+        self, delta: Delta, weights: PerSample | Weigh | None, stem_too: bool
+    ) -> tuple[PerSample, Tensor, PerSample | None]:
+        """Outer losses, d loss_i / d stem_i, and the weights of the mean.
+
+        The later layers' mean gradient is added to their p.grad, without a collective; `stem_too`
+        adds the first layer's gradient at this delta as well. The model must have `stem` and `rest`.
+        """
+        seams: list[tuple[Tensor, Tensor]] = []
+
+        def staged(images: Tensor) -> Tensor:
+            after = self._model.stem(images)  # pyright: ignore[reportCallIssue]
+            seams.append((after, after.detach().requires_grad_(True)))
+            return self._model.rest(seams[0][1])  # pyright: ignore[reportCallIssue]
+
+        losses, walked = self._outer(staged, delta.detach(), "train"), self._walked
+        ((after, seam),) = seams
+        # This pass does not reach the pixels: who asks for their gradients pays for another.
+        weighted, used = self._weighted(
+            losses, weights, lambda: self.outer_grad(delta, "batch_nostat")[1]
+        )
+        weighted.mean().backward()
+        self._meter.full_backwards += walked
+        if stem_too:
+            after.backward(seam.grad)
+        return losses.detach(), _per_sample(seam, used), used
+
+    def stem_delta_grad(self, delta: Delta, costate: Tensor, share: float) -> Delta:
+        """d <stem(x + delta_i), costate_i> / d delta_i: all that a frozen costate leaves to compute.
+
+        `share` is the part of a forward that the stem is.
+        """
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            product = self._hamiltonian(delta, costate)
+            (grad,) = torch.autograd.grad(product, delta)
+        self._meter.stem += 2 * share * len(delta)
+        return grad
+
+    def stem_theta_grad(self, delta: Delta, costate: Tensor, share: float) -> None:
+        """Add the mean of d <stem(x + delta_i), costate_i> / d weights to the stem's p.grad."""
+        (self._hamiltonian(delta.detach(), costate) / len(delta)).backward()
+        self._meter.stem += 2 * share * len(delta)
+
+    # ---------------------------------------------------------------- within
+
+    @property
+    def _outer_reference(self) -> Reference:
+        """Only an objective with gradients inside looks at it when training: others save its cost."""
+        return self.reference if self._objective.nested_gradients else ()
+
+    @property
+    def _nested(self) -> int:
+        """Samples whose loss holds an input gradient: to differentiate it is one more full backward."""
+        return self._objective.nested_gradients * len(self.batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradient to every p.grad, averaged over the workers with all that was there before."""
+        loss.backward()
+        if self._wrapper is self._model:
+            self._place.average_grads(self._model)
+
+    def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
+        with mode(self._model, "train"), autocast(delta.device, self._precision):
+            after = self._model.stem(self.batch.images + delta)  # pyright: ignore[reportCallIssue]
+        return (after * costate).sum()
+
+    def _inner(self, batch: Batch, delta: Delta, reference: Reference) -> PerSample:
+        self._walked = 0
+        with self.attacking():
+            return self._objective.inner(self._predictor(self._model), batch, delta, reference)
+
+    def _outer(self, module: Predict, delta: Delta, bn: BatchNorm) -> PerSample:
+        reference = self._outer_reference
+        self._walked = 0
+        with mode(self._model, bn):
+            losses = self._objective.outer(self._predictor(module), self.batch, delta, reference)
+        self._meter.input_backwards += self._nested
+        return losses
+
+    def _weighted(
+        self,
+        losses: PerSample,
+        weights: PerSample | Weigh | None,
+        input_grads: Callable[[], Delta],
+    ) -> tuple[PerSample, PerSample | None]:
+        """The losses times their weights, and the weights."""
+        if weights is None:
+            return losses, None
+        found = weights(losses.detach(), input_grads) if callable(weights) else weights
+        return losses * found.detach(), found.detach()
+
+    def _input_grads(self, losses: PerSample, delta: Delta) -> Delta:
+        """d loss_i / d delta_i, the graph kept: delta enters one branch of any objective."""
+        self._meter.input_backwards += len(delta)
+        return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
+
+    def _grads_of_one(self, delta: Delta, row: Rows) -> list[Tensor]:
+        part = tuple(one[row] for one in self._outer_reference)
+        self._walked = 0
+        with torch.enable_grad(), mode(self._model, "eval"):
+            predict = self._predictor(self._model, "fp32")
+            losses = self._objective.outer(predict, self.batch[row], delta[row].detach(), part)
+            grads = weight_grads(losses.sum(), self._model)
+        self._meter.full_backwards += self._walked + self._objective.nested_gradients
+        self._meter.input_backwards += self._objective.nested_gradients
+        return [grad[None] for grad in grads]
+
+    def _grads_of_many(self, batch: Batch, delta: Delta, reference: Reference) -> list[Tensor]:
+        names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        weights = dict(zip(names, trainable(self._model), strict=True))
+        self._walked = 0
+
+        def loss(
+            weights: dict[str, Tensor], image: Tensor, label: Tensor, delta: Tensor, *part: Tensor
+        ) -> Tensor:
+            one = Batch(image[None], label[None], batch.index[:1], batch.dice)
+
+            def module(images: Tensor) -> Tensor:
+                return func.functional_call(self._model, weights, (images,))
+
+            given = tuple(value[None] for value in part)
+            predict = self._predictor(module, "fp32")
+            return self._objective.outer(predict, one, delta[None], given).sum()
+
+        with mode(self._model, "eval"):
+            per_sample = func.vmap(
+                func.grad(loss), in_dims=(None, 0, 0, 0, *(0 for _ in reference))
+            )
+            fixed = {name: value.detach() for name, value in weights.items()}
+            try:
+                grads = per_sample(fixed, batch.images, batch.labels, delta, *reference)
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                raise TrainingFailed(
+                    "per-sample gradients of this network cannot be vectorised "
+                    f"({str(error).splitlines()[0][:150]}); chunk=1 takes them one by one"
+                ) from error
+        # vmap traced one sample; all of the chunk were computed.
+        self._meter.forwards += self._walked * (len(batch) - 1)
+        self._meter.full_backwards += self._walked * len(batch)
+        return [grads[name] for name in names]
+
+    def _grads_through_the_batch(
+        self, delta: Delta, bn: BatchNorm, count: int | None
+    ) -> Iterator[list[Tensor]]:
+        with torch.enable_grad():
+            losses = self._outer(self._model, delta.detach(), bn)
+            walked = self._walked
+            for loss in losses[:count]:
+                grads = weight_grads(loss, self._model, retain_graph=True)
+                self._meter.full_backwards += walked + self._nested
+                yield [one[None] for one in grads]
+
+    def _predictor(self, module: Predict, precision: Precision | None = None) -> Predict:
+        def predict(images: Tensor) -> Tensor:
+            self._meter.forwards += len(images)
+            self._walked += len(images)
+            with autocast(images.device, precision or self._precision):
+                return module(images)
+
+        return predict
+
+
+def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:
+    """The gradient of each sample's own loss, from that of their (weighted) mean."""
+    assert leaf.grad is not None
+    grad = leaf.grad * len(leaf)
+    return grad if weights is None else grad / weights.view(-1, *[1] * (leaf.dim() - 1))

@@ -1,0 +1,82 @@
+"""Everything that changes while training, and so everything a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from raytrain.core.algorithm_state import Stateful
+from raytrain.core.cost import Meter
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.losses import AbstractLoss
+from raytrain.core.network import Precision
+from raytrain.core.oracle import Oracle
+from raytrain.core.types import Batch, BatchNorm, Clock
+
+P = TypeVar("P")
+
+
+@dataclass
+class TrainState:
+    """One worker's training. `parts` are the memories of the algorithm and of the outer update.
+
+    The sampler and the noise are not here: they are functions of seed, epoch and step
+    (`types.Dice`).
+    """
+
+    model: nn.Module
+    wrapper: nn.Module  # the DDP wrapper, or the model itself
+    optimizer: Optimizer
+    precision: Precision = "fp32"
+    context: DistributedContext = DistributedContext()
+    parts: dict[str, Stateful] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
+    ema: AveragedModel | None = None
+    epoch: int = 0  # epochs finished
+    step: int = 0  # batches trained on
+    clock: Clock = Clock(0.0, 0.0)
+    seconds: float = 0.0  # spent training, evaluation left out
+    best: float = float("-inf")  # best validation robust accuracy so far
+    patience_count: int = 0  # validations since the last one that counted as better
+    sentinel_values: dict[str, float] = field(
+        default_factory=dict
+    )  # what sentinels saw at the last validation
+    stopped_by: str | None = None  # why training ends early
+    classes: tuple[str, ...] = ()  # names, in the order of the network's outputs
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is evaluated: the averaged weights where they are kept."""
+        return self.model if self.ema is None else self.ema.module
+
+    def oracle(self, batch: Batch, objective: AbstractLoss, attack_bn: BatchNorm) -> Oracle:
+        """The objective around a batch, its cost on this state's meter."""
+        return Oracle(
+            self.model,
+            objective,
+            batch,
+            self.meter,
+            wrapper=self.wrapper,
+            context=self.context,
+            attack_bn=attack_bn,
+            precision=self.precision,
+        )
+
+    def part(self, name: str, kind: type[P]) -> P:
+        """The memory of this name."""
+        found = self.parts[name]
+        assert isinstance(found, kind), f"{name} is a {type(found).__name__}"
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step leaves for the record."""
+
+    losses: Tensor  # outer losses before the update, (n,)
+    delta: Tensor  # the perturbation at the end of the step: trained on, or (free, yopo) the next
+    steps: Tensor  # inner steps taken by each sample, (n,)

@@ -1,0 +1,271 @@
+"""Words shared by everything else: frozen specifications, pixel quantities, batches, users' errors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    model_validator,
+)
+from torch import Tensor
+
+Images = Float[Tensor, "n c h w"]  # pixels in [0, 1]
+Delta = Float[Tensor, "n c h w"]  # perturbation, same unit
+PerSample = Float[Tensor, " n"]
+Labels = Int[Tensor, " n"]
+Rows = Int[Tensor, " m"]
+Mask = Bool[Tensor, " n"]
+
+BatchNorm = Literal["eval", "train", "batch_nostat"]
+"""How BatchNorm (and dropout) behave in a pass: `eval` running statistics; `train` batch
+statistics, running ones updated; `batch_nostat` batch statistics, running ones left alone."""
+
+
+class RequestError(ValueError):
+    """The request itself is wrong: one sentence naming the field or file and what was expected.
+
+    The command line prints it without a traceback and exits with status 2. `path` is what it is
+    about, key by key, where that is known.
+    """
+
+    def __init__(self, message: str = "", path: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class TrainingFailed(RuntimeError):
+    """Work began and cannot go on (divergence, a full disk): exit status 1, the run is recorded as FAILED."""
+
+
+class Diverged(TrainingFailed):
+    """The loss is no longer a number, or absurd: the fault of the configuration's own numbers."""
+
+
+class WorkersLost(TrainingFailed):
+    """The processes that trained are gone: not the configuration's fault, and worth another try."""
+
+
+class ModelFailed(RuntimeError):
+    """A network's own code raised an error, at any time; on one of several workers perhaps."""
+
+
+class Spec(BaseModel):
+    """Hyperparameters and behaviour in one frozen object; what changes while training lives elsewhere."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                wanted = cls.model_fields[name].annotation
+                kinds = set(get_args(wanted)) or {wanted}
+                if kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name}: expected a number, found {value}")
+        return values
+
+
+def named(key: str, default: str | None = None) -> BeforeValidator:
+    """Accept a bare name where a record with only that `key` is meant: `start: zero`.
+
+    A record that does not say its name is of the `default` kind.
+    """
+
+    def record(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if default is not None and isinstance(value, dict) and key not in value:
+            return {key: default, **value}
+        return value
+
+    return BeforeValidator(record)
+
+
+_FRACTION = re.compile(r"\s*([-+0-9.eE]+)\s*/\s*([-+0-9.eE]+)\s*")
+_OF_EPS = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*?\s*)?eps(?:\s*/\s*([0-9.eE+-]+))?\s*")
+
+
+def fraction(value: Any) -> Any:
+    """`"8/255"` as a float; anything else unchanged, for the field's own type to judge."""
+    match = _FRACTION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    try:
+        return float(match[1]) / float(match[2])
+    except (ValueError, ZeroDivisionError):
+        return value
+
+
+def _a_number(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("expected a number")
+    return value
+
+
+def _step_size(value: float | str) -> float | str:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
+            value = float(value)
+    if isinstance(value, str):
+        if _OF_EPS.fullmatch(value) is None:
+            raise ValueError(
+                "expected pixels in [0, 1] such as 2/255, or a multiple of the radius such as eps/4"
+            )
+        in_pixels(value, 1.0)
+    elif not 0 < value < math.inf:
+        raise ValueError("expected a positive number of pixels")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(fraction), AfterValidator(_a_number)]
+"""A float that may be written as a fraction: `8/255`."""
+
+StepSize = Annotated[float | str, BeforeValidator(fraction), AfterValidator(_step_size)]
+"""Pixels in [0, 1] (`2/255`, `0.01`) or a multiple of the threat's radius (`eps/4`, `1.25*eps`)."""
+
+
+def in_pixels(step_size: float | str, eps: float) -> float:
+    """A `StepSize` as a number of pixels, given the radius it may refer to."""
+    if not isinstance(step_size, str):
+        return step_size
+    match = _OF_EPS.fullmatch(step_size)
+    assert match is not None
+    try:
+        factor, divisor = float(match[1] or 1), float(match[2] or 1)
+        pixels = eps * factor / divisor
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{step_size!r} is not a multiple of eps such as eps/4") from None
+    if eps > 0 and not 0 < pixels < math.inf:
+        raise ValueError("expected a positive multiple of eps")
+    return pixels
+
+
+@dataclass(frozen=True)
+class Dice:
+    """The randomness of one batch, a function of the seed, the step and the slot in the
+    *global* batch.
+
+    Every rank draws for the whole batch and keeps its own slots, so that noise and augmentation do
+    not depend on the number of workers, and nothing needs to be remembered for a resumption. A
+    `purpose` names an independent stream.
+    """
+
+    seed: int  # already mixed with epoch and step
+    width: int  # slots in the global batch
+    slots: slice | Tensor  # those of this rank
+    device: torch.device
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """U(0, 1), float32, of shape (n, *shape)."""
+        return torch.rand(
+            self.width, *shape, generator=self._generator(purpose), device=self.device
+        )[self.slots]
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """N(0, 1), float32, of shape (n, *shape)."""
+        return torch.randn(
+            self.width, *shape, generator=self._generator(purpose), device=self.device
+        )[self.slots]
+
+    def integers(self, purpose: str, high: int) -> Tensor:
+        """Uniform on 0..high-1, of shape (n,)."""
+        generator = self._generator(purpose)
+        return torch.randint(high, (self.width,), generator=generator, device=self.device)[
+            self.slots
+        ]
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(mix(self.seed, purpose))
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed that is a fixed function of `parts`, the same in every process and version of Python."""
+    import hashlib
+
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class AugmentedView:
+    """Where each augmented image was cut from: padded by `pad`, cropped at (top, left), perhaps mirrored."""
+
+    pad: int
+    top: Int[Tensor, " n"]
+    left: Int[Tensor, " n"]
+    mirrored: Bool[Tensor, " n"]
+
+    def __getitem__(self, rows: Tensor) -> AugmentedView:
+        return AugmentedView(self.pad, self.top[rows], self.left[rows], self.mirrored[rows])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A mini-batch of one rank. `index` is each image's number in its split: the key of per-sample state."""
+
+    images: Images
+    labels: Labels
+    index: Int[Tensor, " n"]
+    dice: Dice
+    view: AugmentedView | None = None  # None: not augmented
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """The sub-batch of these rows. Its dice are those of the whole batch: draw before narrowing."""
+        view = None if self.view is None else self.view[rows]
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            index=self.index[rows],
+            view=view,
+        )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far training has come, as a share in [0, 1]: in whole epochs, and at this very step."""
+
+    epoch: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `raytrain algorithms NAME` tells beside the hyperparameters."""
+
+    paper: str
+    rule: str
+    cost: str  # per image and weight update, in forward-equivalents
+    memory: str = "none"  # state per training image
+    norms: tuple[str, ...] = ("linf", "l2", "l1")
+    ranges: Mapping[str, str] = field(default_factory=dict)  # hyperparameter -> range to search
+
+
+Predict = Callable[[Tensor], Tensor]  # pixels (n, c, h, w) -> logits (n, classes)
+
+
+def per_sample_dot(a: Delta, b: Delta) -> PerSample:
+    """<a_i, b_i> for every row, (n,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def over_pixels(values: PerSample) -> Float[Tensor, "n 1 1 1"]:
+    """One number per sample, shaped to multiply images."""
+    return values.view(-1, 1, 1, 1)

@@ -1,0 +1,405 @@
+"""Ray Train: a group of workers that stays alive and pulls jobs; only the first job pays for its start.
+
+The driver submits a job and polls its rows; rank 0 asks for the job, tells the others, and asks
+after every epoch whether to go on. A worker that dies makes Ray Train start the group anew, and the
+job continues from its last checkpoint. Jobs end cooperatively, never by killing a group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raytrain.config.run import RunConfig
+from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
+from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.failures import as_failure, from_plain, is_lost, plain
+from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
+from raytrain.training.checkpoint import LAST, ROWS, load
+
+_ABORTS = 20  # tries to end a group that is being started, a second apart
+_IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training for a group: everything a worker needs, as plain values."""
+
+    run: str  # RunConfig as JSON
+    folder: str  # for checkpoints
+    resume: bool  # from last.pt in `folder`, where there is one
+    until: float = 1.0  # share of training at which it pauses
+
+    @classmethod
+    def of(cls, run: RunConfig, folder: Path, resume: bool, until: float = 1.0) -> Job:
+        """The job of a run, wherever its workers are started."""
+        located = run.model_copy(update={"data": run.data.located()})
+        return cls(located.model_dump_json(), str(folder.resolve()), resume, until)
+
+
+class _JobQueue:
+    """Jobs one way (the newest wins), rows the other: an actor without CPUs, one per group."""
+
+    def __init__(self, max_failures: int) -> None:
+        self.number, self.job = 0, None
+        self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self.changed = asyncio.Condition()
+        self.taken, self.max_failures = 0, max_failures
+        self.failed = 0  # the last job that one of its workers gave up
+        self.controller: Any = None  # Ray Train's actor that runs the group
+
+    async def submit(self, job: Job | None) -> int:
+        """A new job in place of the present one; None ends the group."""
+        async with self.changed:
+            self.number, self.job, self.taken = self.number + 1, job, 0
+            self.rows = asyncio.Queue()
+            self.changed.notify_all()
+        return self.number
+
+    async def next_job(self, after: int) -> tuple[int, Job | None, int]:
+        """The job newer than `after`, or number -1 after a while; how often it was begun before."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(
+                    self.changed.wait_for(lambda: self.number > max(after, self.failed)),
+                    _IDLE_SECONDS,
+                )
+            except TimeoutError:
+                return -1, None, 0
+            self.taken += 1
+            if self.taken > self.max_failures + 1 and self.job is not None:
+                why = f"its workers died {self.taken - 1} times"
+                self.rows.put_nowait(("failed", plain(TrainingFailed(why))))
+                await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
+                return -1, None, 0
+            return self.number, self.job, self.taken - 1
+
+    async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
+        """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""
+        if number != self.number or number == self.failed:
+            return False
+        if kind == "failed":
+            self.failed = number
+        self.rows.put_nowait((kind, value))
+        async with self.changed:
+            await self.changed.wait_for(
+                lambda: number != self.number or self.rows.qsize() <= ahead
+            )
+        return number == self.number
+
+    async def controlled_by(self, controller: Any) -> None:
+        """Keep the actor that runs the group."""
+        self.controller = controller
+
+    async def abort(self) -> None:
+        """End the group at once, if it is there yet: its workers die with their owner."""
+        import ray
+
+        if self.controller is not None:
+            ray.kill(self.controller)
+
+    async def poll(self, seconds: float) -> tuple[str, Any] | None:
+        """The next row of the present job; None if there is none for so long."""
+        try:
+            row = await asyncio.wait_for(self.rows.get(), seconds)
+        except TimeoutError:
+            return None
+        async with self.changed:
+            self.changed.notify_all()
+        return row
+
+
+def _announcement(bus: Any) -> Any:
+    """A callback of Ray Train's that gives the bus the actor it runs in, which `fit` keeps to itself."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Announcement(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            del train_run_context
+            ray.get(bus.controlled_by.remote(ray.get_runtime_context().current_actor))
+
+    return Announcement()
+
+
+@lru_cache(maxsize=1)
+def _job_queue_class() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0)(_JobQueue)
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What every worker of a group does: job after job, until there is none."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    train_context = ray.train.get_context()
+    device = get_device()
+    keep_freed_memory()
+    context = DistributedContext(
+        device if not isinstance(device, list) else device[0],
+        train_context.get_world_rank(),
+        train_context.get_world_size(),
+    )
+    worker, number = _Worker(settings["bus"], context), 0
+    while True:
+        newer, job, before = worker.next_job(number)
+        if newer < 0:
+            continue
+        if job is None:
+            return
+        number = newer
+        worker.train(number, job, resume=job.resume or before > 0)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One worker of a group, and its way to the bus: rank 0 speaks for all."""
+
+    bus: Any
+    context: DistributedContext
+
+    def next_job(self, after: int) -> tuple[int, Job | None, int]:
+        """See `_Bus.next_job`; the same on every rank."""
+        return self._agree(self._call("next_job", after) if self.context.leads else None)
+
+    def train(self, number: int, job: Job, resume: bool) -> None:
+        """Train a job and report its rows.
+
+        Raises:
+            Exception: after which the group has to start anew.
+        """
+        try:
+            for report in job_rows(job, self.context, resume):
+                if not self._report(number, "row", asdict(report)):
+                    break
+            else:
+                self._report(number, "done", None, 10)
+        except (TrainingFailed, RequestError) as error:
+            # Raised on every rank alike; a bad configuration must not cost the group its life.
+            self._report(number, "failed", plain(error), 10)
+        except Exception as error:
+            # Perhaps on this rank alone, while the others wait in a collective.
+            if not is_lost(error):
+                self._call("report", number, "failed", plain(as_failure(error)), 10)
+            raise
+
+    def _report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
+        leads = self.context.leads
+        return self._agree(self._call("report", number, kind, value, ahead) if leads else None)
+
+    def _call(self, method: str, *given: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self.bus, method).remote(*given))
+
+    def _agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        if self.context.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.context.device)
+        return box[0]
+
+
+def local_rows(job: Job, context: DistributedContext) -> Iterator[EpochMetrics]:
+    """The rows of a job that this process trains alone.
+
+    Raises:
+        RequestError, TrainingFailed: whatever its parts raise becomes one of these, unless the
+            process itself is no longer fit for work.
+    """
+    try:
+        yield from job_rows(job, context, job.resume)
+    except Exception as error:
+        if is_lost(error):
+            raise
+        raise as_failure(error) from error
+
+
+def job_rows(job: Job, context: DistributedContext, resume: bool) -> Iterator[EpochMetrics]:
+    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
+    from raytrain.training.trainer import fit_and_checkpoint
+
+    folder = Path(job.folder)
+    saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
+    recent = RecentRows(folder, resume)
+    if saved is not None and recent.reached(saved.epoch, job.until):
+        return
+    note = recent.add if context.leads else None
+    for report in fit_and_checkpoint(
+        RunConfig.model_validate_json(job.run), context, folder, saved, note
+    ):
+        yield report
+        if report.progress >= job.until:
+            return  # not one epoch further: whoever pauses a trial wants its checkpoint as it is
+
+
+class RecentRows:
+    """The last rows of a job, in a file beside its checkpoints and written before them.
+
+    A driver may die before rows reach it that a checkpoint is already beyond: up to two of a group,
+    which runs ahead. Whoever resumes the job is told these again. So may the worker that is about to
+    tell one: what a group that was started anew goes on after is told from here.
+    """
+
+    _MOST = 4
+
+    def __init__(self, folder: Path, resume: bool = True) -> None:
+        self._file = folder / ROWS
+        self.rows: list[EpochMetrics] = []
+        if resume and self._file.is_file():
+            self.rows = [_report(row) for row in json.loads(self._file.read_text())]
+
+    def between(self, epoch: int, other: int | None = None) -> list[EpochMetrics]:
+        """The rows of the epochs after one and, if given, before another."""
+        end = math.inf if other is None else other
+        return [row for row in self.rows if epoch < row.epoch < end]
+
+    def reached(self, epoch: int, until: float) -> bool:
+        """Whether a job that pauses at `until` was to do so after `epoch`."""
+        return until < 1 and any(r.epoch == epoch and r.progress >= until for r in self.rows)
+
+    def add(self, report: EpochMetrics) -> None:
+        """Keep a row; those of epochs that are trained again are forgotten."""
+        before = [row for row in self.rows if row.epoch < report.epoch]
+        self.rows = [*before, report][-self._MOST :]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_name(f".{self._file.name}")
+        temporary.write_text(json.dumps([asdict(row) for row in self.rows]))
+        temporary.replace(self._file)
+
+
+def _report(row: dict[str, Any]) -> EpochMetrics:
+    return EpochMetrics(**{**row, "fosc_below": tuple(row["fosc_below"])})
+
+
+def _cause(error: Exception) -> str:
+    """The line of a report of Ray Train's that names what a worker raised; its last one if none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)]
+    return (raised or lines or [type(error).__name__])[-1][:300]
+
+
+class WorkerGroup:
+    """A living Ray Train worker group, from the driver's side.
+
+    `resources` are those of one worker. Its name is made unique, since Ray Train restores a run whose
+    name it has seen.
+    """
+
+    def __init__(
+        self, workers: int, resources: dict[str, float], name: str, storage: Path, failures: int
+    ) -> None:
+        import ray
+
+        self._ray = ray
+        self._bus = _job_queue_class().remote(failures)
+        name = f"{name}-{time.time_ns():x}"
+        self._folder = storage.resolve() / "ray" / name
+        self._folder_of_job = Path()
+        self._told = 0  # the last epoch that whoever resumes the job has been told of
+        self._ended: str | None = None  # why the group is gone, if it is
+        self._thread = threading.Thread(
+            target=self._hold,
+            args=(workers, resources, failures),
+            name="group",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Begin a job; one that is running is dropped at its next epoch."""
+        self._folder_of_job = Path(job.folder)
+        before = RecentRows(self._folder_of_job, job.resume).rows
+        self._told = max((row.epoch for row in before), default=0)
+        self._ray.get(self._bus.submit.remote(job))
+
+    def rows(self) -> Iterator[EpochMetrics]:
+        """The rows of the job until it ends; after a restart of the group an epoch may come twice,
+        and none is missing.
+
+        Raises:
+            RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
+            WorkersLost: if the group is gone.
+        """
+        folder, last = self._folder_of_job, self._told
+        while True:
+            polled = self._ray.get(self._bus.poll.remote(1.0))
+            if polled is None and self._ended is not None:
+                raise WorkersLost(f"the worker group is gone: {self._ended}")
+            if polled is None:
+                continue
+            kind, value = polled
+            if kind == "done":
+                yield from RecentRows(folder).between(last)
+                return
+            if kind == "failed":
+                raise from_plain(*value)
+            report = EpochMetrics(**value)
+            if report.epoch > last + 1:  # a worker died between a checkpoint and its row
+                yield from RecentRows(folder).between(last, report.epoch)
+            yield report
+            last = max(last, report.epoch)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the group is gone, and takes no more jobs."""
+        return self._ended is not None
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Let the workers finish their epoch and leave, for as long as this; then end them."""
+        with contextlib.suppress(Exception):  # the bus may be gone together with its node
+            self._ray.get(self._bus.submit.remote(None), timeout=seconds)
+        self._thread.join(seconds)
+        for _ in range(
+            _ABORTS
+        ):  # a thread that still waits for Ray would not survive its shutdown
+            if not self._thread.is_alive():
+                break
+            with contextlib.suppress(Exception):
+                self._ray.get(self._bus.abort.remote(), timeout=seconds)
+            self._thread.join(1.0)
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._bus)
+        shutil.rmtree(self._folder, ignore_errors=True)  # Ray Train's own notes: never read again
+
+    def _hold(self, workers: int, resources: dict[str, float], failures: int) -> None:
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"bus": self._bus},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=resources["GPU"] > 0,
+                resources_per_worker={k: v for k, v in resources.items() if v},
+            ),
+            run_config=RunConfig(
+                name=self._folder.name,
+                storage_path=str(self._folder.parent),
+                failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[_announcement(self._bus)],
+            ),
+        )
+        try:
+            trainer.fit()
+            self._ended = "it was told to end"
+        except Exception as error:  # told to whoever waits for rows
+            self._ended = _cause(error)

@@ -1,0 +1,135 @@
+"""What all pictures of a sweep share: its trials, units, and sheets that no global state knows of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from raytrain.tuning.budget import TrialRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MANY = 3000  # points or curves: more are drawn as pixels, and no more than so many of them
+SMALL, TEXT = 8, 9  # points
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that ended, and what all trials had cost by then."""
+
+    row: TrialRow
+    last: FrozenTrial  # its last attempt
+    spent: float  # FE per training image, this trial included
+
+    @property
+    def value(self) -> float:
+        """The first objective; not a number if there is none."""
+        return math.nan if self.row.value is None else self.row.value
+
+
+def label(metric: str) -> str:
+    """A metric with its unit."""
+    shares = ("valid/", "fosc_histogram/", "engm/clipped", "sentinel/")
+    units = {"train/inner_steps": "", "train/lr": "", "cost/seconds": "s", "cost/samples": ""}
+    if metric.startswith("cost/fe") or metric == "sentinel/fe":
+        unit = "FE"
+    elif metric.startswith(shares):
+        unit = "%"
+    else:
+        unit = units.get(metric, "nats" if metric.startswith(("train/", "l2l/")) else "")
+    return f"{metric}, {unit}" if unit else metric
+
+
+def shown(metric: str, values: Any) -> Any:
+    """Shares in per cent."""
+    values = np.asarray(values, dtype=float)
+    return 100 * values if label(metric).endswith("%") else values
+
+
+def some(count: int) -> np.ndarray:
+    """Which of so many are drawn: all, or `MANY` of them, always the same."""
+    if count <= MANY:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, MANY, replace=False))
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty sheet, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def paper(width: float, height: float) -> tuple[Figure, Axes]:
+    """A sheet with one pair of axes."""
+    figure = sheet(width, height)
+    axes = figure.subplots()
+    style(axes)
+    return figure, axes
+
+
+def style(axes: Axes) -> None:
+    """Little ink, and text of 8 points or more."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(which="minor", labelsize=SMALL)
+    axes.xaxis.label.set_fontsize(TEXT)
+    axes.yaxis.label.set_fontsize(TEXT)
+
+
+def cost_axis(axes: Axes, name: str) -> None:
+    """From 0, in whole numbers that are written out."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_xlabel(name)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, where it hides nothing."""
+    from matplotlib.collections import PathCollection
+
+    handles, names = axes.get_legend_handles_labels()
+    drawn = figure.legend(
+        handles,
+        names,
+        loc="outside upper left",
+        ncols=6,
+        frameon=False,
+        fontsize=SMALL,
+        columnspacing=1.2,
+        handletextpad=0.3,
+        handlelength=1.4,
+    )
+    for handle in drawn.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([26])
+
+
+def short(text: str, longest: int = 34) -> str:
+    """What there is room for."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """As pixels and as lines; the same figure gives the same bytes of pixels."""
+    files = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    figure.savefig(files[0], dpi=160)
+    figure.savefig(files[1], dpi=160, metadata={"Date": None})
+    return files

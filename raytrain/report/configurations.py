@@ -1,0 +1,121 @@
+"""Runs that differ in nothing but their seed are one configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain.report.runs import Trained
+from raytrain.tuning.space.labels import describe
+
+_APART = ("seed",)  # what seeds of one configuration differ in
+_SPELLED = ("evaluation.", "sentinels.", "data.")  # whose last words alone would mislead
+
+
+@dataclass(frozen=True)
+class ConfigurationGroup:
+    """A configuration and its runs, one per seed."""
+
+    label: str
+    runs: tuple[Trained, ...]  # by seed
+    repeats: tuple[Trained, ...] = ()  # of a seed that is there: not independent, not averaged
+    unfinished: tuple[Trained, ...] = ()  # beside seeds that have ended: not averaged
+
+    @property
+    def every(self) -> tuple[Trained, ...]:
+        """Also those that are not averaged."""
+        return (*self.runs, *self.repeats, *self.unfinished)
+
+    @property
+    def first(self) -> Trained:
+        """Any of them: they agree in all but the seed."""
+        return self.runs[0]
+
+
+def settings_of(runs: Iterable[Trained]) -> list[ConfigurationGroup]:
+    """Configurations in the order in which they were first tried."""
+    groups: dict[tuple[Any, ...], list[Trained]] = {}
+    for run in sorted(runs, key=lambda run: (run.began, run.id)):
+        groups.setdefault(_key(run), []).append(run)
+    labels = _labels([group[0] for group in groups.values()])
+    return [_setting(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+
+
+def _key(run: Trained) -> tuple[Any, ...]:
+    told = tuple(sorted((k, v) for k, v in run.params.items() if k not in _APART))
+    return (told, run.contract) if told else (run.id,)
+
+
+def _setting(label: str, group: list[Trained]) -> ConfigurationGroup:
+    """Of several runs of one seed the one that tells most, then the latest."""
+    by_seed: dict[str, list[Trained]] = {}
+    for run in group:
+        by_seed.setdefault(run.seed, []).append(run)
+    chosen, others = [], []
+    for _, some in sorted(by_seed.items(), key=lambda item: (len(item[0]), item[0])):
+        some.sort(key=lambda run: (len(run.evaluations), run.ended, run.began))
+        *rest, best = some
+        chosen.append(best)
+        others += rest
+    ended = [run for run in chosen if run.ended or run.evaluations]
+    unfinished = [run for run in chosen if run not in ended] if ended else []
+    return ConfigurationGroup(label, tuple(ended or chosen), tuple(others), tuple(unfinished))
+
+
+def _labels(runs: list[Trained]) -> list[str]:
+    """What each is beside the others: its algorithm, and the numbers in which they differ."""
+    kinds: dict[str, list[Trained]] = {}
+    for run in runs:
+        kinds.setdefault(_algorithm(run), []).append(run)
+    shared = _differing(runs)
+    own = {kind: _differing(some) for kind, some in kinds.items()}
+    return [_label(run, shared, own[_algorithm(run)]) for run in runs]
+
+
+def _label(run: Trained, shared: list[str], own: list[str]) -> str:
+    if not run.params:
+        return run.name
+    names = [n for n in own if n.startswith("algorithm.")]
+    names += [n for n in shared if not n.startswith(("algorithm.", "outer."))]
+    names += [n for n in own if n.startswith("outer.") and n != "outer.name"]
+    outer = run.params.get("outer.name", "sgd")
+    head = _algorithm(run) + ("" if outer == "sgd" else f" + {outer}")
+    told = {name: _value(run.params[name]) for name in names if name in run.params}
+    plain = {name: value for name, value in told.items() if not name.startswith(_SPELLED)}
+    spelled = [f"{name}={value}" for name, value in told.items() if name.startswith(_SPELLED)]
+    return " ".join(filter(None, [head, describe(plain), *spelled]))
+
+
+def _algorithm(run: Trained) -> str:
+    return run.params.get("algorithm.name", run.tags.get("algorithm", run.name))
+
+
+def _differing(runs: list[Trained]) -> list[str]:
+    """Parameters in which they differ, in the order of the configuration."""
+    names = dict.fromkeys(name for run in runs for name in run.params if name not in _APART)
+    hidden = ("algorithm.name", "outer.name")
+    runs = [run for run in runs if run.params]
+    return [n for n in names if n not in hidden and len({r.params.get(n) for r in runs}) > 1]
+
+
+def varied(settings: Iterable[ConfigurationGroup]) -> list[str]:
+    """Every parameter in which some of these differ, the seed left out."""
+    runs = [setting.first for setting in settings]
+    names = dict.fromkeys(name for run in runs for name in run.params if name not in _APART)
+    return [name for name in names if len({run.params.get(name) for run in runs}) > 1]
+
+
+def _value(text: str) -> Any:
+    """A parameter as what it was before MLflow made it a string."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
+def as_values(params: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters as numbers where they are some."""
+    return {name: _value(text) for name, text in params.items()}

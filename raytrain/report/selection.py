@@ -1,0 +1,166 @@
+"""Which runs are meant by the words of `raytrain compare`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain.core.types import RequestError
+
+DEFAULT = "raytrain"
+"""The experiment that is compared where no word is given: the one that `train` and `tune` record in."""
+
+_KINDS = ("experiment", "sweep", "run")
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_PAGE = 1000  # runs in one answer
+_NAMES = 5000  # runs whose names are looked through for a near one
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs of a comparison, as MLflow has them, in the order in which they began."""
+
+    title: str
+    runs: list[Any]
+    parent: Any | None  # the sweep's own run, if these are its trials, all of them
+
+
+def choose(client: Any, words: Sequence[str]) -> Chosen:
+    """All runs that the words name, each once; a sweep's own run stands for its trials.
+
+    A word is a run's id, or the name of an experiment, a sweep or a run. `experiment:`, `sweep:` or
+    `run:` before it say which, where a name has several.
+
+    Raises:
+        RequestError: for a word that names nothing, or more than one thing.
+    """
+    found: dict[str, Any] = {}
+    for word in words or [f"experiment:{DEFAULT}"]:
+        for run in _meant(client, word):
+            found.setdefault(run.info.run_id, run)
+    runs = sorted(found.values(), key=lambda run: (run.info.start_time or 0, run.info.run_id))
+    title = ", ".join(word.partition(":")[2] or word for word in words) if words else DEFAULT
+    return Chosen(title, runs, _sweep_of(client, runs))
+
+
+def _sweep_of(client: Any, runs: Sequence[Any]) -> Any | None:
+    """The sweep's own run, if these are all of its trials."""
+    parents = {parent_of(run) for run in runs}
+    (parent,) = parents if len(parents) == 1 else (None,)
+    sweep = None if parent is None else _existing(client, parent)
+    if sweep is None:
+        return None
+    trials = {run.info.run_id for run in _unfolded(client, sweep)}
+    return sweep if trials == {run.info.run_id for run in runs} else None
+
+
+def parent_of(run: Any) -> str | None:
+    """The id of the sweep's run that a trial belongs to."""
+    return run.data.tags.get("mlflow.parentRunId")
+
+
+def _meant(client: Any, word: str) -> list[Any]:
+    kind, colon, rest = word.partition(":")
+    kinds, name = ((kind,), rest) if colon and kind in _KINDS else (_KINDS, word)
+    if _RUN_ID.fullmatch(name) and "run" in kinds:
+        run = _existing(client, name)
+        if run is not None:
+            return _unfolded(client, run)
+    told = {kind: _by_name(client, kind, name) for kind in kinds}
+    meanings = {kind: found for kind, found in told.items() if found is not None}
+    if not meanings:
+        raise RequestError(_unknown(client, word, name, kinds))
+    if len(meanings) > 1:
+        said = " and ".join(f"{'an' if k == 'experiment' else 'a'} {k}" for k in meanings)
+        wanted = " or ".join(f"{kind}:{name}" for kind in meanings)
+        raise RequestError(f"{word}: this is the name of {said}; expected {wanted}")
+    ((kind, runs),) = meanings.items()
+    if kind == "run" and len(runs) > 1 and "run" not in word.split(":")[:1]:
+        ids = ", ".join(run.info.run_id for run in runs[:3])
+        more = ", ..." if len(runs) > 3 else ""
+        raise RequestError(
+            f"{word}: {len(runs)} runs have this name ({ids}{more}); expected one id, or run:{name} "
+            "for all of them"
+        )
+    if kind != "experiment":
+        runs = [one for run in runs for one in _unfolded(client, run)]
+    runs = [run for run in runs if not _is_sweep(run)]
+    if not runs:
+        raise RequestError(f"{word}: there is no run in this {kind} yet; expected at least one")
+    return runs
+
+
+def _by_name(client: Any, kind: str, name: str) -> list[Any] | None:
+    """What has this name; None if nothing has."""
+    if kind == "experiment":
+        found = client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage == "deleted":
+            return None
+        runs = list(_search(client, [found.experiment_id]))
+        parents = {parent_of(run) for run in runs}
+        return [run for run in runs if run.info.run_id not in parents]
+    every = [one.experiment_id for one in client.search_experiments()]
+    if (quoted := _quoted(name)) is None or not every:
+        return None
+    if kind == "sweep":
+        sweeps = _search(client, every, f"tags.sweep = {quoted}")
+        return [run for run in sweeps if _is_sweep(run)] or None
+    named = _search(client, every, f"attributes.run_name = {quoted}")
+    return [run for run in named if not _is_sweep(run)] or None
+
+
+def _unfolded(client: Any, run: Any) -> list[Any]:
+    """A run, or the trials of the sweep that it stands for."""
+    below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
+    trials = list(_search(client, [run.info.experiment_id], below))
+    return trials or ([] if _is_sweep(run) else [run])
+
+
+def _is_sweep(run: Any) -> bool:
+    return "sweep" in run.data.tags and "trial" not in run.data.tags
+
+
+def _existing(client: Any, run_id: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        return None
+    return None if run.info.lifecycle_stage == "deleted" else run
+
+
+def _search(
+    client: Any, experiments: list[str], wanted: str = "", most: int | None = None
+) -> Iterator[Any]:
+    token, seen = None, 0
+    while True:
+        page = client.search_runs(experiments, wanted, max_results=_PAGE, page_token=token)
+        yield from page
+        token, seen = page.token, seen + len(page)
+        if not token or (most is not None and seen >= most):
+            return
+
+
+def _unknown(client: Any, word: str, name: str, kinds: Sequence[str]) -> str:
+    """One sentence, with the nearest of the names that there are."""
+    experiments = client.search_experiments()
+    known = [one.name for one in experiments] if "experiment" in kinds else []
+    for run in _search(client, [one.experiment_id for one in experiments], most=_NAMES):
+        wanted = "sweep" if _is_sweep(run) else "run"
+        if wanted in kinds:
+            known.append(run.data.tags["sweep"] if wanted == "sweep" else run.info.run_name)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(filter(None, known))), 3, 0.4)
+    hint = f"; the nearest names are {', '.join(close)}" if close else ""
+    return f"{word}: MLflow has no {' and no '.join(kinds)} of this name{hint}"
+
+
+def _quoted(name: str) -> str | None:
+    """A name as MLflow's filters take it; None if they cannot."""
+    for quote in "'\"":
+        if quote not in name:
+            return f"{quote}{name}{quote}"
+    return None

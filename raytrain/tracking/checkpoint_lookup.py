@@ -1,0 +1,38 @@
+"""Which checkpoint a user means: by path, by the id of a run, here or in MLflow."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, get_args
+
+from raytrain.core.types import RequestError
+from raytrain.tracking import fetch
+from raytrain.training.checkpoint import BEST, find, folder_of, is_run_id
+
+Which = Literal["best", "last"]
+
+
+def checkpoint_file(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
+    """The file; where `which` is None, best.pt, or else last.pt. MLflow is asked for what is not here.
+
+    Raises:
+        RequestError: if there is none.
+    """
+    if which not in (None, *get_args(Which)):
+        raise RequestError(f"--which: expected best or last, found {which}")
+    wanted = BEST if which is None else f"{which}.pt"
+    try:
+        folder = folder_of(name, storage)
+    except RequestError:
+        if not is_run_id(name):
+            raise
+        file = fetch(uri, name, f"checkpoints/{wanted}", storage / "fetched" / name)
+        with suppress(RequestError):  # only for the paths as they were given
+            fetch(uri, name, "run.yaml", file.parent)
+        return file
+    if which is None or folder.is_file():
+        return find(folder)
+    if not (folder / wanted).is_file():
+        raise RequestError(f"--which: {folder} has no {wanted}")
+    return folder / wanted

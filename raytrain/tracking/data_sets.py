@@ -1,0 +1,91 @@
+"""Which images a run saw: digest, shape and origin of its splits, as MLflow tells data sets apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.data.catalogue import SOURCES
+from raytrain.data.loader import open_splits
+from raytrain.data.spec import DEFAULT_FOLDER, DataSpec
+
+Input = dict[str, str]
+"""A data set: name, digest, source_type, source, schema, profile (JSON), and its context in the run."""
+
+
+def training_inputs(spec: DataSpec) -> list[Input]:
+    """The training and the validation split; both are read and digested once in a process."""
+    return list(_splits(spec.model_dump_json()))
+
+
+@lru_cache(maxsize=8)
+def _splits(spec: str) -> tuple[Input, Input]:
+    data = DataSpec.model_validate_json(spec)
+    splits = open_splits(data, DistributedContext())
+    train, valid = splits.train, splits.valid
+    return (
+        as_input(data, "training", train.pixels, train.labels),
+        as_input(data, "validation", valid.pixels, valid.labels),
+    )
+
+
+def data_name(spec: DataSpec) -> str:
+    """A data set by name: of Parquet, the last part of its path."""
+    return spec.name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
+
+
+def as_input(spec: DataSpec, context: str, pixels: Tensor, labels: Tensor) -> Input:
+    """Images (n, c, h, w) of bytes and their labels (n,), as the input of a run."""
+    shape = list(pixels.shape[1:])
+    profile = {
+        "num_rows": len(pixels),
+        "num_elements": pixels.numel(),
+        "classes": labels.unique().numel(),
+    }
+    return {
+        "name": data_name(spec),
+        "digest": digest(pixels, labels),
+        **_source(spec, context),
+        "schema": json.dumps(
+            {
+                "mlflow_tensorspec": {
+                    "features": _tensor("images", "uint8", [-1, *shape]),
+                    "targets": _tensor("labels", "int64", [-1]),
+                }
+            }
+        ),
+        "profile": json.dumps(profile),
+        "context": context,
+    }
+
+
+def digest(pixels: Tensor, labels: Tensor) -> str:
+    """12 hexadecimal digits of the images and labels, in their order."""
+    found = hashlib.sha256()
+    for tensor in (pixels, labels):
+        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:12]
+
+
+def _source(spec: DataSpec, context: str) -> Input:
+    """Where the images come from: a file, a folder, or a function of scikit-learn."""
+    if spec.name == "digits":
+        where = {"tags": {"mlflow.source.name": "sklearn.datasets.load_digits"}}
+        return {"source_type": "code", "source": json.dumps(where)}
+    path = Path(spec.name)
+    if spec.name in SOURCES:
+        path = spec.root or DEFAULT_FOLDER
+    elif context == "test" and spec.test_path is not None:
+        path = spec.test_path
+    return {"source_type": "local", "source": json.dumps({"uri": str(path.resolve())})}
+
+
+def _tensor(name: str, kind: str, shape: list[int]) -> str:
+    spec = {"dtype": kind, "shape": shape}
+    return json.dumps([{"name": name, "type": "tensor", "tensor-spec": spec}])

@@ -1,0 +1,1 @@
+"""The training loop of one run and its checkpoints. No Ray, MLflow or Optuna here."""

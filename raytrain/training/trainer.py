@@ -1,0 +1,427 @@
+"""Epochs: train, validate, report. Knows neither Ray nor MLflow nor Optuna."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raytrain.algorithms import AbstractAlgorithm
+from raytrain.config.run import RunConfig
+from raytrain.core.algorithm_state import TrainingSetup
+from raytrain.core.console import log_line
+from raytrain.core.cost import Meter
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.epoch_metrics import FOSC_EDGES, EpochMetrics, robust_drop
+from raytrain.core.losses import CrossEntropy
+from raytrain.core.network import copy_of
+from raytrain.core.oracle import Oracle
+from raytrain.core.threat_models import AbstractThreatModel
+from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.types import Batch, Dice, Diverged, RequestError, mix
+from raytrain.data.catalogue import Source
+from raytrain.data.loader import (
+    Splits,
+    SplitShard,
+    iter_eval,
+    iter_train,
+    num_steps,
+    open_source,
+    open_splits,
+)
+from raytrain.data.spec import DataSpec
+from raytrain.evaluation.checks import of_answers
+from raytrain.evaluation.sentinels import probe, readings
+from raytrain.evaluation.validation import validate
+from raytrain.models import Classifier, guarded, try_alone, try_out
+from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
+from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
+
+DIVERGED = 1e4
+"""A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
+
+_LOOKED_AT = 16  # training images that a network of the user is asked about before it is trained
+_CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+
+
+@dataclass
+class _Sums:
+    """Totals of an epoch, kept on the device until somebody asks."""
+
+    loss: Tensor
+    steps: Tensor
+    samples: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        self.loss += outcome.losses.sum(dtype=torch.float64)
+        self.steps += outcome.steps.sum()
+        self.samples += len(outcome.losses)
+
+    def means(self, context: DistributedContext) -> tuple[float, float]:
+        loss, steps, samples = context.total(
+            torch.stack([self.loss, self.steps.double(), self.loss.new_tensor(self.samples)])
+        ).tolist()
+        return loss / samples, steps / samples
+
+
+def fit(
+    run: RunConfig, context: DistributedContext, resume: Saved | None = None
+) -> Iterator[tuple[EpochMetrics, TrainState]]:
+    """Train to the end of `run`, yielding once per epoch; all workers must be asked for the same
+    epochs.
+
+    The state that comes with a report is the live one: save it before asking for the next.
+
+    Raises:
+        RequestError: if the configuration does not fit the data.
+        Diverged: if the loss is no longer a number, or absurd.
+    """
+    dtype = torch.float64 if run.precision == "fp64" else torch.float32
+    splits = open_splits(run.data, context, dtype)
+    run.check_radius(splits.train.shape)
+    state = start(run, splits, context)
+    if resume is not None:
+        restore(state, resume, context)
+        state.stopped_by = run.ends_by(state.patience_count, state.sentinel_values)
+    pace = progress_of(run, splits, context)
+    while not (pace.over(state) or state.stopped_by):
+        yield _epoch(run, state, pace, splits, context), state
+
+
+def fit_and_checkpoint(
+    run: RunConfig,
+    context: DistributedContext,
+    folder: Path,
+    resume: Saved | None = None,
+    note: Callable[[EpochMetrics], None] | None = None,
+) -> Iterator[EpochMetrics]:
+    """`fit`, with `last.pt` and `best.pt` in `folder`: each written before its epoch is reported.
+
+    `note` is given every row before that: what it keeps is never behind a checkpoint.
+
+    Raises:
+        TrainingFailed: on every worker, also if the folder cannot be written.
+    """
+    for report, state in fit(run, context, resume):
+        if note is not None:
+            note(report)
+        if report.improved:
+            save(state, run, folder / BEST, context)
+        if state.epoch % run.checkpoint_every == 0 or report.final:
+            save(state, run, folder / LAST, context)
+        yield report
+
+
+def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
+    """Whether there is something left to train, from a checkpoint that fits.
+
+    Raises:
+        RequestError: with what was expected instead.
+    """
+    state = start(run, splits, DistributedContext())
+    restore(state, saved, DistributedContext())
+    if progress_of(run, splits, DistributedContext()).over(state):
+        by_epochs = run.fe_per_image is None
+        end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
+        raise RequestError(f"{end} have been trained already; expected more, to go on")
+    if why := run.ends_by(saved.patience_count, saved.sentinel_values):
+        rule = why.partition(":")[0]
+        raise RequestError(
+            f"{why}: the run has stopped early after {saved.epoch} epochs; {rule}=null goes on to the "
+            "end"
+        )
+
+
+def preflight(run: RunConfig) -> Splits:
+    """Everything that can be found wrong before work begins: the data read, the network built.
+
+    Raises:
+        RequestError: naming the field or file.
+    """
+    run.check_names()
+    splits = open_splits(run.data, DistributedContext())
+    run.check_radius(splits.train.shape)
+    num_steps(splits.train, run.batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix(run.seed, "weights"))
+        model = build_model(run, splits.source)
+        if run.model.users:
+            build_model(run, splits.source)  # is refused if it has weights of the first
+    _try_out(run, model, splits, DistributedContext())
+    if run.model.users:
+        _warn(run, model, splits.train)
+    run.algorithm.build(run.threat, run.outer).memory(
+        _setting(run, splits, model, DistributedContext())
+    )
+    return splits
+
+
+def _try_out(
+    run: RunConfig, model: Classifier, splits: Splits, context: DistributedContext
+) -> None:
+    """Try the network as it is going to be trained, where that has not been done when it was built."""
+    shape, classes = splits.train.shape, len(splits.source.classes)
+    as_built = context.device.type == "cpu" and run.precision == "fp32"
+    if run.model.foreign(splits.source.size) and not as_built:
+        try_out(model, shape, classes, context.device, run.precision)
+    if run.batch_size == run.workers:
+        try_alone(model, shape, classes, run.workers)
+
+
+def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
+    """One line for everything that evaluation is going to hold against the answers of the network."""
+    rows = torch.arange(min(_LOOKED_AT, part.num_images))
+    batch = part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
+    with guarded(model.name, "cannot be tried on training images"):
+        findings = of_answers(model, batch.images, run.seed)
+    for finding in findings:
+        if not finding.passed:
+            log_line(f"raytrain: model.name: {model.name}: {finding.sentence}")
+
+
+def progress_of(run: RunConfig, splits: Splits, context: DistributedContext) -> AbstractProgress:
+    """What ends the run: its epochs, or its cost."""
+    if run.fe_per_image is not None:
+        return ByCost(run.fe_per_image, splits.train.num_images, context)
+    return ByEpochs(run.epochs, num_steps(splits.train, run.batch_size))
+
+
+def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainState:
+    """A fresh network, optimiser and memory: the same on every worker."""
+    torch.manual_seed(mix(run.seed, "weights"))
+    model = build_model(run, splits.source)
+    _try_out(run, model, splits, context)
+    model = model.to(context.device, splits.train.dtype)
+    wrapper = context.wrap(model, fixed=not run.model.users)
+    torch.manual_seed(mix(run.seed, "dropout", context.rank))
+    ema = None
+    if run.ema is not None:
+        average = get_ema_multi_avg_fn(run.ema)
+        ema = AveragedModel(copy_of(model), multi_avg_fn=average, use_buffers=True)
+    return TrainState(
+        model=model,
+        wrapper=wrapper,
+        optimizer=run.optimizer.build(model),
+        precision=run.precision,
+        context=context,
+        parts=run.algorithm.build(run.threat, run.outer).memory(
+            _setting(run, splits, model, context)
+        ),
+        ema=ema,
+        classes=splits.source.classes,
+    )
+
+
+def _setting(
+    run: RunConfig, splits: Splits, model: nn.Module, context: DistributedContext
+) -> TrainingSetup:
+    return TrainingSetup(
+        context=context,
+        model=model,
+        num_images=splits.train.num_images,
+        shape=splits.train.shape,
+        batch_size=run.batch_size,
+        dtype=splits.train.dtype,
+        seed=run.seed,
+    )
+
+
+def build_model(run: RunConfig, source: Source) -> Classifier:
+    """The configured network for the images and classes of `source`."""
+    return run.model.build(
+        source.channels, source.size, len(source.classes), source.mean, source.std
+    )
+
+
+def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
+
+    `data` is where its data set is now, if that is not where it was trained.
+
+    Raises:
+        RequestError: if the data set has other classes than those it was trained on.
+    """
+    source = open_source(data or saved.run.data)
+    saved.check_classes(source.classes)
+    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+        model = build_model(saved.run, source)
+    if saved.run.precision == "fp64":
+        model = model.double()
+    with guarded(model.name, "is not the network of the checkpoint"):
+        model.load_state_dict(saved.weights)
+    return model.eval()
+
+
+def _epoch(
+    run: RunConfig,
+    state: TrainState,
+    pace: AbstractProgress,
+    splits: Splits,
+    context: DistributedContext,
+) -> EpochMetrics:
+    began = time.perf_counter()
+    trained = _train(run, state, pace, splits, context)
+    _wait(context)
+    state.seconds += time.perf_counter() - began
+    state.epoch += 1
+    context.average_buffers(state.model)
+    if state.ema is not None:
+        context.average_buffers(state.ema.module)
+    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.outcome, context)
+    own = trained.algorithm.measures(state, trained.batch)
+    over = pace.over(state)
+    due = state.epoch % run.evaluation.every == 0 or over
+    valid = _validate(run, state, splits.valid, context) if due else _Validated()
+    meter = state.meter.over(context)
+    return EpochMetrics(
+        epoch=state.epoch,
+        progress=pace.progress(state),
+        loss=trained.loss,
+        inner_steps=trained.inner_steps,
+        fosc=float(fosc.mean()),
+        fosc_box=float(fosc_box.mean()),
+        fosc_p90=float(fosc.quantile(0.9)),
+        lr=trained.rate,
+        fe=meter.fe,
+        samples=meter.samples,
+        seconds=state.seconds,
+        clean=valid.clean,
+        robust=valid.robust,
+        best=state.best if due else None,
+        improved=valid.improved,
+        final=over or state.stopped_by is not None,
+        stopped_early=state.stopped_by is not None and not over,
+        stopped_by=None if over else state.stopped_by,
+        fosc_below=tuple(float((fosc <= edge).double().mean()) for edge in FOSC_EDGES),
+        own=own,
+        sentinels=valid.sentinels,
+    )
+
+
+@dataclass(frozen=True)
+class _Validated:
+    """What a validation found; in an epoch without one, nothing."""
+
+    clean: float | None = None
+    robust: float | None = None
+    improved: bool = False
+    sentinels: Mapping[str, float] = field(default_factory=dict)
+
+
+def _validate(
+    run: RunConfig, state: TrainState, part: SplitShard, context: DistributedContext
+) -> _Validated:
+    """Judge the network, look at the sentinels, and stop training if a rule says so."""
+    batch_size, model = run.evaluation.batch_size, state.eval_model
+    batches = iter_eval(part, batch_size, mix(run.seed, "valid"), run.evaluation.images)
+    judged, flags = validate(model, batches, run.threat, run.evaluation, context, run.precision)
+    improved = judged.robust > state.best
+    gain = 0.0 if run.early_stop is None else run.early_stop.min_gain
+    state.patience_count = 0 if judged.robust > state.best + gain else state.patience_count + 1
+    state.best = max(state.best, judged.robust)
+    seen: dict[str, float] = {}
+    if run.sentinels is not None:
+        ball, corners = run.evaluation.ball(run.threat), run.sentinels.corners
+        probed = probe(part, flags, run.sentinels.images, batch_size, run.seed)
+        seen = readings(model, probed, ball, corners, context, run.precision)
+    state.sentinel_values = {**seen, "robust_drop": robust_drop(state.best, judged.robust)}
+    state.stopped_by = run.ends_by(state.patience_count, state.sentinel_values)
+    return _Validated(judged.clean, judged.robust, improved, seen)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of the steps of an epoch."""
+
+    algorithm: AbstractAlgorithm  # as it was at the last step
+    batch: Batch  # the last one
+    outcome: Outcome  # of the last step
+    loss: float  # means over the epoch
+    inner_steps: float
+    rate: float  # of the last step
+
+
+def _train(
+    run: RunConfig,
+    state: TrainState,
+    pace: AbstractProgress,
+    splits: Splits,
+    context: DistributedContext,
+) -> _Trained:
+    """The steps of one epoch, or of as much of it as is left to train."""
+    source, spec, epoch = splits.source, run.data, state.epoch
+    pad = source.pad if spec.pad is None else spec.pad
+    flip = source.flip if spec.flip is None else spec.flip
+    state.model.train()
+    zero = torch.zeros((), dtype=torch.float64, device=context.device)
+    sums = _Sums(zero.clone(), zero.clone().long())
+    scheduled: dict[str, float | str] = {}
+    algorithm, batch, outcome, rate = run.algorithm_with({}), None, None, 0.0
+    pace.begin(state)
+    for done, batch in enumerate(
+        iter_train(splits.train, run.batch_size, run.seed, epoch, pad, flip)
+    ):
+        rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
+        state.clock = pace.clock(state, done)
+        if (now := run.scheduled(state.clock.step)) != scheduled:
+            scheduled, algorithm = now, run.algorithm_with(now)
+        outcome = algorithm.step(state, batch)
+        state.step += 1
+        state.meter.samples += len(batch)
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        sums.add(outcome)
+        if (done + 1) % _CHECK_EVERY == 0:
+            _must_be_finite(sums.means(context)[0], epoch)
+        if pace.over(state):
+            break
+    assert batch is not None and outcome is not None
+    loss, inner_steps = sums.means(context)
+    _must_be_finite(loss, epoch)
+    return _Trained(algorithm, batch, outcome, loss, inner_steps, rate)
+
+
+def _probe(
+    ball: AbstractThreatModel,
+    state: TrainState,
+    batch: Batch,
+    outcome: Outcome,
+    context: DistributedContext,
+) -> tuple[Tensor, Tensor]:
+    """FOSC of the last training perturbations at the weights they led to, in eval mode, over all
+    workers.
+
+    One gradient per epoch, the same for every algorithm; it is not part of the training cost.
+    """
+    oracle = Oracle(
+        state.model,
+        CrossEntropy(),
+        batch,
+        Meter(),
+        attack_bn="eval",
+        precision=state.precision,
+    )
+    _, grad = oracle.delta_grad(outcome.delta)
+    return (
+        context.gather(ball.gap(outcome.delta, grad)),
+        context.gather(ball.box_gap(outcome.delta, grad, batch.images)),
+    )
+
+
+def _must_be_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss) or loss > DIVERGED:
+        raise Diverged(
+            f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
+            "optimizer.lr usually helps"
+        )
+
+
+def _wait(context: DistributedContext) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)

@@ -1,0 +1,297 @@
+"""A search space: a base run, what varies in it, the objective and the budget. One YAML file per study."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from raytrain.config.request import override, validated
+from raytrain.config.run import RUNTIME, RunConfig
+from raytrain.core.types import RequestError, Spec
+from raytrain.evaluation.sentinels import Sentinels
+from raytrain.tuning.space.base import AbstractSearched, Suggests
+from raytrain.tuning.space.checks import check
+from raytrain.tuning.space.dimensions import Derived, Entry, Real
+from raytrain.tuning.space.draws import Replay, Walk
+from raytrain.tuning.space.encoding import defaults, encode
+from raytrain.tuning.space.expressions import Absent, parse
+from raytrain.tuning.space.lookup import Lookup
+from raytrain.tuning.space.settings import (
+    CATASTROPHIC,
+    Budget,
+    Limit,
+    Objective,
+    Objectives,
+    Search,
+    check_limits,
+    check_plan,
+)
+from raytrain.tuning.space.variables import Variable, lay_out
+
+Answer = Callable[[Variable, AbstractSearched, float], Any]
+"""Who decides the value of a dimension, given how many pixels its unit is."""
+
+_PASSWORD = re.compile(r"^[^:/]*://[^:/]*:[^@]*@|[?&](password|passwd|passphrase)=", re.IGNORECASE)
+"""In a URL, where SQLAlchemy would look for one."""
+
+
+class SearchSpace(Spec):
+    """A study: `base` with the fields of `space` varied, to the best of `objective`.
+
+    `sample`, `values`, `encode` and `grid` walk through the same dimensions in the same order and
+    differ only in who answers. Raw parameters go by a dimension's `key`, values in the units of the
+    run by its path.
+    """
+
+    name: str
+    description: str = ""
+    base: dict[str, Any] = {}
+    space: dict[str, Entry] = {}
+    constraints: Annotated[
+        list[str], Field(description="conditions; what breaks one is never trained")
+    ] = []
+    objective: Objectives = (Objective(),)
+    feasible: Annotated[
+        dict[str, Limit],
+        Field(
+            description="bounds on metrics of the last epoch; beyond them, a trial is infeasible"
+        ),
+    ] = CATASTROPHIC
+    search: Search = Search()
+    budget: Budget = Budget()
+    study: Annotated[
+        str | None, Field(description="database URL of the study; default: a journal file")
+    ] = None
+
+    _laid_out: tuple[Any, Any, tuple[Variable, ...], Lookup] | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_are_limits(cls, values: Any) -> Any:
+        """What ends a run makes its trial infeasible, unless `feasible` bounds that metric itself."""
+        if not isinstance(values, dict):
+            return values
+        given = values.get("feasible", CATASTROPHIC)
+        levels = _levels(values.get("base"))
+        if not levels or not isinstance(given, dict):
+            return values
+        limits = {metric: Limit(max=level) for metric, level in levels.items()}
+        merged = {**limits, **given} if "feasible" in values else {**given, **limits}
+        return {**values, "feasible": merged}
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> SearchSpace:
+        check_plan(self.search, self.objective)
+        check_limits(self.feasible)
+        if self.study is not None and _PASSWORD.search(self.study):
+            raise ValueError(
+                "study: the file is kept and shown in MLflow; expected a URL without a password, which "
+                "belongs to the driver's own means (PGPASSWORD, ~/.pgpass, ?read_default_file=~/.my.cnf)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SearchSpace:
+        _ = self.variables
+        for number, text in enumerate(self.constraints):
+            where = ("constraints", str(number))
+            try:
+                names = parse(text).names
+            except ValueError as error:
+                raise RequestError(f"constraints: {error}", where) from None
+            if hidden := sorted(name for name in names if name.startswith("$")):
+                raise RequestError(
+                    f"constraints: {text!r} is about {hidden[0]}, which is no field of the run; "
+                    "expected conditions on what is derived from it",
+                    where,
+                )
+        return self
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        """Every dimension, branches included, in the order in which they are decided."""
+        return self._plan()[0]
+
+    @property
+    def base_run(self) -> RunConfig:
+        """The run that nothing has been varied in."""
+        try:
+            return validated(RunConfig, self.base)
+        except RequestError as error:
+            raise RequestError(f"base.{error}", ("base", *error.path)) from None
+
+    def sample(self, trial: Suggests) -> dict[str, Any]:
+        """What a trial varies, by path and in the units of the run, derived values included.
+
+        Raises:
+            RequestError: if a formula has no value for what the trial proposes.
+        """
+        return {path: one for path, one in self.walk(trial).items() if path[0] != "$"}
+
+    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What `sample` gave for the trial with these parameters.
+
+        Raises:
+            RequestError: if they are not those of a trial of this space.
+        """
+        return self.sample(Replay(params))
+
+    def run(self, values: Mapping[str, Any]) -> RunConfig:
+        """The run with these values by path.
+
+        Raises:
+            RequestError: if they do not make a valid one.
+        """
+        return validated(RunConfig, override(self.base, values))
+
+    def violations(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """By how much each constraint is broken: at most 0 where it holds.
+
+        One about fields that the configuration does not have holds.
+        """
+        return {text: self._excess(text, values) for text in self.constraints}
+
+    def allows(self, values: Mapping[str, Any]) -> bool:
+        """Whether all constraints hold."""
+        return all(self._excess(text, values) <= 0 for text in self.constraints)
+
+    def encode(self, run: RunConfig) -> dict[str, Any] | None:
+        """The parameters that make this space give the run's values; None if it never does."""
+        return encode(self, run)
+
+    def defaults(self) -> list[dict[str, Any]]:
+        """The base run and, where algorithms are searched, each of them with its own defaults, as far
+        as this space contains them.
+        """
+        return defaults(self)
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """The parameters of every configuration that the constraints allow.
+
+        Raises:
+            RequestError: if there are infinitely many.
+        """
+        for variable in self.variables:
+            entry = variable.entry
+            if (
+                isinstance(entry, Real)
+                and entry.step is None
+                and entry.ends()[0] < entry.ends()[1]
+            ):
+                raise RequestError(f"space.{variable.path}: a grid needs a step", variable.where)
+        way: list[int] | None = []
+        while way is not None:
+            walk = Walk(way)
+            if self.allows(self.sample(walk)):
+                yield walk.params
+            way = walk.after()
+
+    def check(self) -> None:
+        """Try random configurations and the corners of the space.
+
+        Raises:
+            RequestError: for the first that is not a valid run.
+        """
+        _ = self.base_run
+        check(self)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What varies, as a table: path, range, condition."""
+        return [(v.path, v.entry.words(), v.said()) for v in self.variables]
+
+    def hash(self) -> str:
+        """Changes when trials would no longer be comparable: not with name, budget or place of work."""
+        shown = self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude={
+                "name": True,
+                "description": True,
+                "budget": True,
+                "study": True,
+                "base": set(RUNTIME),
+            },
+        )
+        return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
+
+    def walk(
+        self, trial: Suggests | Answer, chosen: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The values of all dimensions that apply, `$names` included, filled into `chosen`."""
+
+        def asked(variable: Variable, entry: AbstractSearched, scale: float) -> Any:
+            return entry.suggest(trial, variable.key, scale)  # pyright: ignore[reportArgumentType]
+
+        answer = asked if isinstance(trial, Suggests) else trial
+        chosen = {} if chosen is None else chosen
+        variables, lookup = self._plan()
+        for variable in variables:
+            try:
+                self._decide(variable, chosen, lookup, answer)
+            except RequestError:
+                raise
+            except (ValueError, Absent) as error:
+                missing = "this configuration has no " if isinstance(error, Absent) else ""
+                raise RequestError(
+                    f"space.{variable.path}: {missing}{error}", variable.where
+                ) from None
+        return chosen
+
+    def lookup(self, values: Mapping[str, Any], name: str) -> Any:
+        """What a name stands for in the configuration with these values.
+
+        Raises:
+            Absent: if it has no such field.
+        """
+        return self._plan()[1].value(values, name)
+
+    def _plan(self) -> tuple[tuple[Variable, ...], Lookup]:
+        """The dimensions laid out; anew for a copy with another base or space."""
+        known = self._laid_out
+        if known is None or known[0] is not self.base or known[1] is not self.space:
+            known = (self.base, self.space, lay_out(self.space), Lookup(self.base))
+            self._laid_out = known
+        return known[2], known[3]
+
+    def _decide(
+        self, variable: Variable, chosen: dict[str, Any], lookup: Lookup, answer: Answer
+    ) -> None:
+        values = functools.partial(lookup.value, chosen)
+        entry, path = variable.entry, variable.path
+        if not variable.applies(chosen, values):
+            return
+        if path in chosen:
+            raise ValueError("two of its dimensions apply at once; their conditions must differ")
+        if isinstance(entry, Derived):
+            chosen[path] = entry.formula.value(values)
+        elif isinstance(entry, AbstractSearched):
+            scale = lookup.eps(chosen) if entry.in_eps else 1.0
+            chosen[path] = answer(variable, entry, scale)
+
+    def _excess(self, text: str, values: Mapping[str, Any]) -> float:
+        try:
+            return parse(text).excess(functools.partial(self.lookup, values))
+        except Absent:
+            return -1.0
+        except RequestError:
+            raise
+        except ValueError as error:
+            where = ("constraints", str(self.constraints.index(text)))
+            raise RequestError(f"constraints: {error}", where) from None
+
+
+def _levels(base: Any) -> dict[str, float]:
+    """The levels of sentinels in a base run, by metric; none where it is not understood."""
+    sentinels = base.get("sentinels") if isinstance(base, dict) else None
+    if sentinels is None:
+        return {}
+    try:
+        return Sentinels.model_validate(sentinels).stop.limits()
+    except ValidationError:  # for the base run itself to tell
+        return {}

@@ -1,0 +1,141 @@
+"""Processes that outlive trials: Tune hands them one configuration after the other.
+
+A trial of one worker runs in the slot's own process, which already has torch and the data. A trial
+of several runs on a Ray Train worker group that the slot keeps alive. Neither pays for a new process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from raytrain.config.run import RunConfig
+from raytrain.core.distributed_context import local_context
+from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.types import Diverged, RequestError, TrainingFailed, WorkersLost
+from raytrain.distributed.worker_group import Job, RecentRows, WorkerGroup, local_rows
+
+
+class AbstractTrainable(tune.Trainable):
+    """One row per `step`; a configuration that fails ends its trial, not the process."""
+
+    _rows: Iterator[EpochMetrics]
+    _until = 1.0
+    _again: Iterator[EpochMetrics]  # rows that are told once more
+    _folder: Path  # of the trial
+    _begun = 0  # trials in this process
+
+    @abstractmethod
+    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
+        """Start a trial, dropping the one before it."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        job = new_config["job"]
+        self._rows = iter(())  # lets go of the network and the memories of the trial before
+        _as_new()
+        self._begun += 1
+        if self._begun == 2:
+            # Libraries that the first trial has loaded are here to stay: to look through them at every
+            # collection takes longer than all else that a new trial needs.
+            gc.freeze()
+        self._until, folder = job.until, Path(job.folder)
+        # A driver may have died before the rows up to the last checkpoint reached it.
+        self._again = iter(RecentRows(folder).rows if job.resume else [])
+        self._folder = folder
+        self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        again = next(self._again, None)
+        if again is not None and not again.final:
+            return {**_told_of(again), "done": again.progress >= self._until}
+        try:
+            report = next(self._rows)
+        except StopIteration:  # resumed after its last epoch, whose row may have been lost
+            last = RecentRows(self._folder).rows[-1:]
+            told = _told_of(last[0]) if last else _row({}, 0, 1.0, final=True)
+            return {**told, "final": True, "done": True}
+        except WorkersLost:
+            raise  # this process is given up, and the trial tried again
+        except (RequestError, TrainingFailed) as error:
+            why = "diverged" if isinstance(error, Diverged) else "failed"
+            return {**_row({}, 0, 0.0, final=False), why: str(error), "done": True}
+        return {**_told_of(report), "done": report.final or report.progress >= self._until}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: checkpoints are the loop's, in the folder of the trial."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, likewise."""
+
+
+def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) -> dict[str, Any]:
+    # One string, because Tune flattens and copies every key of a result several times.
+    return {
+        "metrics": json.dumps(metrics),
+        "epoch": epoch,
+        "progress": progress,
+        "final": final,
+        "done": final,
+    }
+
+
+def _told_of(report: EpochMetrics) -> dict[str, Any]:
+    row = _row(report.metrics(), report.epoch, report.progress, final=report.final)
+    return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
+
+
+def _as_new() -> None:
+    """What a trial may have changed in its process, as it was before: settings, graphs, memory."""
+    gc.collect()
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+class SingleTrainable(AbstractTrainable):
+    """Trials of one worker, in this process."""
+
+    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
+        return local_rows(job, local_context(run.device))
+
+    def cleanup(self) -> None:
+        self._rows = iter(())
+        gc.unfreeze()
+
+
+class GroupTrainable(AbstractTrainable):
+    """Trials of several workers, on a Ray Train worker group started by the first of them."""
+
+    _group: WorkerGroup | None = None
+
+    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
+        from raytrain.distributed.ray_session import worker_resources
+
+        if self._group is None or self._group.ended:
+            self._group = WorkerGroup(
+                run.workers,
+                worker_resources(run),
+                f"slot-{self.trial_id}",
+                Path(job.folder).parents[1],
+                run.max_failures,
+            )
+        self._group.submit(job)
+        return self._group.rows()
+
+    def cleanup(self) -> None:
+        if self._group is not None:
+            self._group.close()

@@ -1,0 +1,207 @@
+"""A worker of a group dies in the middle of a trial: no row is lost, none doubled, nothing paid twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from test_ray import ray_folder, runs_of, started, trials_of
+
+from raytrain.config.request import as_run
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.distributed.worker_group import Job, RecentRows, WorkerGroup, job_rows
+from raytrain.training.checkpoint import LAST
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+stage: Any = importlib.import_module("faults_stage")  # scripts, no package
+audit: Any = importlib.import_module("faults_audit")
+
+pytestmark = [
+    # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
+    pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
+]
+__all__ = ["ray_folder"]  # a fixture
+
+
+# --- a row that died between its checkpoint and the driver ------------------------------------
+
+
+class Spoken:
+    """Ray, and a bus that says what it was given to say."""
+
+    def __init__(self, *said: tuple[str, Any]) -> None:
+        self._said, self.submit, self.poll = list(said), self, self
+        self.jobs: list[Job] = []
+
+    def remote(self, what: Any) -> Any:
+        if isinstance(what, Job):
+            self.jobs.append(what)
+            return None
+        return self._said.pop(0)
+
+    def get(self, answer: Any) -> Any:
+        return answer
+
+
+def report_of(epoch: int) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=epoch,
+        loss=1.0 / epoch,
+        inner_steps=1.0,
+        fosc=0.0,
+        fosc_box=0.0,
+        fosc_p90=0.0,
+        lr=0.1,
+        fe=10 * epoch,
+        samples=2 * epoch,
+        seconds=0.5,
+        progress=epoch / 4,
+        final=epoch == 4,
+    )
+
+
+def told(folder: Path, kept: int, *said: int, before: int = 0) -> list[int]:
+    """Epochs that the driver hears of, of a job whose workers kept rows up to `kept` and told `said`.
+
+    The job is resumed if there were rows `before`.
+    """
+    group: Any = object.__new__(WorkerGroup)
+    group._ended = None
+    group._ray = group._bus = Spoken(
+        *(("row", asdict(report_of(epoch))) for epoch in said), ("done", None)
+    )
+    recent = RecentRows(folder)
+    for epoch in range(1, before + 1):
+        recent.add(report_of(epoch))
+    group.submit(Job("{}", str(folder), resume=before > 0))
+    for epoch in range(before + 1, kept + 1):
+        recent.add(report_of(epoch))
+    reports = list(group.rows())
+    assert reports == [report_of(report.epoch) for report in reports]
+    return [report.epoch for report in reports]
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ((1, 2, 3, 4), [1, 2, 3, 4]),
+        ((1, 2, 4), [1, 2, 3, 4]),
+        ((2, 3, 4), [1, 2, 3, 4]),
+        ((1, 2, 3), [1, 2, 3, 4]),
+        ((1, 2, 2, 3, 4), [1, 2, 2, 3, 4]),
+        ((1, 2, 1, 2, 4), [1, 2, 1, 2, 3, 4]),
+    ],
+    ids=["whole", "one lost", "the first lost", "the last lost", "trained again", "both"],
+)
+def test_a_row_that_a_worker_took_with_it_is_told_from_its_file(
+    tmp_path: Path, said: tuple[int, ...], heard: list[int]
+) -> None:
+    assert told(tmp_path, 4, *said) == heard
+
+
+@pytest.mark.parametrize(("said", "heard"), [((3, 4), [3, 4]), ((4,), [3, 4]), ((), [3, 4])])
+def test_a_resumed_group_tells_what_came_after_it_was_resumed(
+    tmp_path: Path, said: tuple[int, ...], heard: list[int]
+) -> None:
+    assert told(tmp_path, 4, *said, before=2) == heard
+
+
+def test_workers_that_start_anew_do_not_train_beyond_a_pause(tmp_path: Path) -> None:
+    run = as_run(
+        {"data": {"name": "digits", "train_size": 64}, "epochs": 3, "batch_size": 32},
+        ["algorithm.steps=1", "evaluation.steps=1", "device=cpu"],
+    )
+    paused = Job.of(run, tmp_path, resume=False, until=0.3)
+    assert [row.epoch for row in job_rows(paused, DistributedContext(), resume=False)] == [1]
+    checkpoint = (tmp_path / LAST).read_bytes()
+    assert list(job_rows(paused, DistributedContext(), resume=True)) == []
+    assert (tmp_path / LAST).read_bytes() == checkpoint
+    whole = Job.of(run, tmp_path, resume=True)
+    assert [row.epoch for row in job_rows(whole, DistributedContext(), resume=True)] == [2, 3]
+    longer = Job.of(run.model_copy(update={"epochs": 4}), tmp_path, resume=True)
+    assert [row.epoch for row in job_rows(longer, DistributedContext(), resume=True)] == [4]
+
+
+# --- a worker that is killed ------------------------------------------------------------------
+
+EPOCHS, IMAGES, WORKERS = 8, 256, 2
+SPACE = f"""
+base:
+  data: {{name: digits, train_size: {IMAGES}}}
+  algorithm: {{name: pgd, steps: 1}}
+  epochs: {EPOCHS}
+  batch_size: 64
+  evaluation: {{steps: 1}}
+  device: cpu
+  workers: {WORKERS}
+space:
+  optimizer.lr: {{float: [0.01, 0.2], log: true}}
+search: {{sampler: random, pruner: none, defaults: false}}
+budget: {{trials: 2, concurrent: 1}}
+"""
+FE = 5  # of one image in an epoch: PGD of one step
+
+
+def until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 240
+    while not done():
+        assert process.poll() is None and time.monotonic() < end, "the sweep does not get there"
+        time.sleep(0.02)
+
+
+def workers_below(process: subprocess.Popen[str]) -> list[int]:
+    """Training processes of the group."""
+    return sorted(p for p in stage._below(process) if "RayTrainWorker" in stage._command(p))
+
+
+def epochs_in(file: Path) -> int:
+    return file.read_text().count("\n") if file.is_file() else 0
+
+
+@pytest.mark.ray
+def test_a_killed_worker_of_a_group_costs_no_row_and_doubles_none(
+    tmp_path: Path, ray_folder: str
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(SPACE)
+    folder = tmp_path / "runs" / "raytrain" / "s"
+    with started(tmp_path, ray_folder, "tune", "tiny.yaml", "--name", "s", "--json") as process:
+        until(lambda: epochs_in(folder / "rows.jsonl") >= 3, process)
+        group = workers_below(process)
+        assert len(group) == WORKERS
+        os.kill(group[0], signal.SIGKILL)
+        at_death = epochs_in(folder / "rows.jsonl")
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert at_death < EPOCHS, "it died too late to be missed"
+    result = json.loads(out.splitlines()[-1])  # Ray tells of the death before it
+
+    assert [trial.user_attrs["outcome"] for trial in trials_of(tmp_path, "s")] == ["complete"] * 2
+    wanted = [(trial, epoch) for trial in range(2) for epoch in range(1, EPOCHS + 1)]
+    table = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [(row["trial"], row["epoch"]) for row in table] == wanted
+    assert [row["cost/fe"] for row in table] == [FE * IMAGES * epoch for _, epoch in wanted]
+    assert result["progress"]["fe_per_image"] == 2 * EPOCHS * FE
+
+    (parent,), children = runs_of(tmp_path)
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    seen = audit.ended(folder, "s")
+    outcomes, found = audit.audit(folder, "s", f"sqlite:///{tmp_path / 'mlflow.db'}", 2, seen)
+    assert outcomes == {"complete": 2}
+    assert {name: count for name, count in found.items() if count} == {}
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for run in children:
+        history = client.get_metric_history(run.info.run_id, "cost/fe")
+        assert [point.step for point in history] == list(range(1, EPOCHS + 1))

@@ -1,0 +1,72 @@
+"""What only a CUDA device can show; skipped without one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain.algorithms import CATALOGUE
+from raytrain.config.request import as_run
+from raytrain.config.run import RunConfig
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.outer import OUTERS
+from raytrain.training.checkpoint import LAST, load, save
+from raytrain.training.trainer import fit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SMALL = {
+    "data": {"name": "digits", "train_size": 256, "pad": 0},
+    "model": "small_cnn_nobn",
+    "batch_size": 64,
+    "epochs": 2,
+    "evaluation": {"steps": 2},
+}
+
+
+def last(run: RunConfig, device: str) -> EpochMetrics:
+    *_, (report, _) = fit(run, DistributedContext(torch.device(device)))
+    return report
+
+
+def test_a_gpu_trains_what_a_cpu_trains() -> None:
+    # From zero: the generators of the two devices draw different noise.
+    run = as_run({**SMALL, "precision": "fp64", "algorithm": {"name": "pgd", "start": "zero"}})
+    found, wanted = last(run, "cuda"), last(run, "cpu")
+    # 1e-9: sums over a batch run in another order.
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-9)
+    assert found.fe == wanted.fe
+
+
+@pytest.mark.parametrize("algorithm", [name for name in CATALOGUE if name != "nested"])
+def test_every_algorithm_trains_in_bf16(algorithm: str) -> None:
+    report = last(as_run({**SMALL, "precision": "bf16", "algorithm": algorithm}), "cuda")
+    assert 0 < report.loss < 10 and report.fe > 0
+
+
+@pytest.mark.parametrize("outer", OUTERS)
+def test_every_outer_update_trains_in_bf16(outer: str) -> None:
+    report = last(as_run({**SMALL, "precision": "bf16", "outer": outer}), "cuda")
+    assert 0 < report.loss < 10 and report.fe > 0
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["si_hg", "ssds", "free", "l2l", {"name": "si_hg", "mode": "B"}], ids=str
+)
+def test_a_gpu_resumes_with_its_memories(algorithm: Any, tmp_path: Path) -> None:
+    run, context = (
+        as_run({**SMALL, "algorithm": algorithm}),
+        DistributedContext(torch.device("cuda")),
+    )
+    rows = fit(run, context)
+    _, state = next(rows)
+    save(state, run, tmp_path / LAST, context)
+    wanted, _ = next(rows)
+    found, _ = next(fit(run, context, load(tmp_path / LAST)))
+    # 1e-3: a GPU adds up in no fixed order.
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-3)
