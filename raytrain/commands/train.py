@@ -196,7 +196,7 @@ def _run_id(tracker: Tracker, handle: str) -> str:
 
 
 def own_tracker(run: RunConfig, storage: Path) -> AbstractContextManager[Tracker]:
-    """A tracker with a spool of its own, which also delivers what dead processes left beside it."""
+    """A tracker with an outbox of its own, which also delivers what dead processes left beside it."""
     folder = (storage / run.experiment / ".mlflow").resolve()
     outbox = folder / f"{time.time_ns():x}-{os.getpid()}.jsonl"
     return tracked(run.tracking_uri, run.experiment, outbox, folder)

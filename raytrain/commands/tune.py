@@ -125,7 +125,7 @@ def _tune(
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     outbox = folder / "mlflow.jsonl"
-    # The spool is locked: a second driver would take the trials of the first for dead. On the way out
+    # The outbox is locked: a second driver would take the trials of the first for dead. On the way out
     # MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
     with (
         interruptible(),

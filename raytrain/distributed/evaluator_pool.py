@@ -27,7 +27,7 @@ from raytrain.training.trainer import network
 
 
 class EvaluatorPool(Protocol):
-    """Examiners of one network: see `Examiner`."""
+    """Evaluators of one network: see `Examiner`."""
 
     def examine(self, work_items: list[WorkItem]) -> Iterator[Verdict]:
         """Carry out units, told in any order."""
@@ -46,7 +46,7 @@ class EvaluatorPool(Protocol):
 def evaluator_pool(
     config: RunConfig, saved: Saved, exam: EvaluationSettings
 ) -> Iterator[EvaluatorPool]:
-    """As many examiners as the run has workers; more than one, or RAY_ADDRESS, means Ray."""
+    """As many evaluators as the run has workers; more than one, or RAY_ADDRESS, means Ray."""
     if config.workers == 1 and wanted_cluster() is None:
         yield _Alone(_examiner(config, saved, exam))
         return
@@ -99,7 +99,7 @@ class _Several:
 
 
 class _RemoteEvaluator:
-    """An examiner as a Ray actor, built where it runs."""
+    """an evaluator as a Ray actor, built where it runs."""
 
     def __init__(self, config: RunConfig, saved: Saved, exam: EvaluationSettings) -> None:
         self._examiner = _examiner(config, saved, exam)
@@ -115,7 +115,7 @@ class _RemoteEvaluator:
 
 
 def _examiner(config: RunConfig, saved: Saved, exam: EvaluationSettings) -> Evaluator:
-    """An examiner of a checkpoint, on the device of this process."""
+    """an evaluator of a checkpoint, on the device of this process."""
     place = local_context(config.device)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     part, _ = open_test(config.data, place, dtype)

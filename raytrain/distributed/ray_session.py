@@ -61,7 +61,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     import ray
 
     address = wanted_cluster()
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger tells of failures
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trial manager tells of failures
     try:
         with deferred(), _without_handler():
             if address is not None:

@@ -1,10 +1,10 @@
 """MLflow, written by one thread of the driver from a file, so that training never waits for it.
 
 A sweep is a parent run and its trials are the children; a single training is a run of its own.
-Workers never import mlflow. From the bottom up: `book` (what a file says about its runs), `spool`
-(the file), `address` (which store is meant), `schema` (its tables), `stores` (MLflow), `delivery`
-(from a spool to a store), `tracker` (what the commands use).
-What the UI makes of it: `experiment`, `views`, `notes`, `inputs`, `registry`; its server: `ui`.
+Workers never import mlflow. From the bottom up: `outbox_state` (what a file says about its runs),
+`outbox` (the file), `address` (which store is meant), `schema` (its tables), `stores` (MLflow),
+`delivery` (from an outbox to a store), `tracker` (what the commands use). For the UI: `experiment`,
+`views`, `notes`, `mlflow_inputs`, `registry`; its server: `ui`.
 """
 
 from raytrain.tracking.address import sqlite_file, sqlite_uri, tracking_uri

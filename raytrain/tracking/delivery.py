@@ -1,4 +1,4 @@
-"""From a spool to MLflow, a bounded chunk at a time, each record at least once and visible once.
+"""From an outbox to MLflow, a bounded chunk at a time, each record at least once and visible once.
 
 What is delivered twice, because a process died or an answer got lost, is not there twice: a run is
 looked for by its tag before it is made again, and MLflow drops a point of a metric that it has.
@@ -22,7 +22,7 @@ _BATCHED = ("row", "tag")
 
 
 class Delivery:
-    """Takes the records of a spool to a store.
+    """Takes the records of an outbox to a store.
 
     `complain` is told what is given up; `elsewhere(run_id)` says whether the status of a run is
     another's to set.
@@ -135,7 +135,7 @@ class Delivery:
     def _id(self, handle: str) -> str:
         """The run behind a handle; empty if MLflow refused to make one."""
         if handle not in self.outbox.ids:
-            # Only if the state of the spool was lost.
+            # Only if the state of the outbox was lost.
             found = self._store.find(f"{self.outbox.key}/{handle}")
             if found is None:
                 self._complain(f"{handle}: its run was never made, so its records are left out")

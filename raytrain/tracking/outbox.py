@@ -1,9 +1,9 @@
 """Records on their way to MLflow, as JSON lines in a file: a killed process loses none of them.
 
-Beside the spool lies its state: how far it was delivered, and which run of MLflow each handle became.
+Beside the outbox lies its state: how far it was delivered, and which run of MLflow each handle became.
 Offsets count from the first record that was ever written; once everything is delivered the file
 starts anew, and its header says at which offset. A lock on the file, held as long as the process
-lives, tells an orphan from a spool in use.
+lives, tells an orphan from an outbox in use.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from raytrain.core.console import log_line
 from raytrain.tracking.outbox_state import Record, RunIndex
 
 CHUNK = 1 << 18  # bytes read at once
-_COMPACT = 1 << 22  # bytes after which a delivered spool starts anew
+_COMPACT = 1 << 22  # bytes after which a delivered outbox starts anew
 _HELD_BACK = 1 << 23  # bytes kept in memory while the disk takes none
 
 
 class OutboxBusy(Exception):
-    """Another process writes to the spool."""
+    """Another process writes to the outbox."""
 
 
 class Outbox:
-    """A spool and its state, owned by this process until `close`.
+    """An outbox and its state, owned by this process until `close`.
 
     Raises:
         SpoolBusy: if it is another's.
@@ -125,8 +125,8 @@ class Outbox:
             self._write_header(self.at)
 
     def remove(self) -> None:
-        """Delete the spool: nothing in it is needed any more."""
-        # In this order, since without its state a spool would be delivered again.
+        """Delete the outbox: nothing in it is needed any more."""
+        # In this order, since without its state an outbox would be delivered again.
         self.file.unlink(missing_ok=True)
         state_of(self.file).unlink(missing_ok=True)
 
@@ -219,12 +219,12 @@ class Outbox:
 
 
 def state_of(file: Path) -> Path:
-    """The state of a spool."""
+    """The state of an outbox."""
     return file.with_suffix(".state")
 
 
 def orphans(folder: Path, uri: str, experiment: str) -> Iterator[Outbox]:
-    """The spools in `folder` that nobody writes to and that belong to this store."""
+    """The outboxes in `folder` that nobody writes to and that belong to this store."""
     for file in sorted(folder.glob("*.jsonl")):
         try:
             # A file without either is being made just now.

@@ -1,4 +1,4 @@
-"""What the records of a spool say about its runs, without asking MLflow."""
+"""What the records of an outbox say about its runs, without asking MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Known:
 
 
 class RunIndex:
-    """The runs of a spool by handle. A few hundred bytes for each; never a row."""
+    """The runs of an outbox by handle. A few hundred bytes for each; never a row."""
 
     def __init__(self) -> None:
         self.runs: dict[str, Known] = {}

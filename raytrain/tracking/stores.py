@@ -17,7 +17,7 @@ from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_ur
 from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.tracking.schema import make_tables
 
-KEY = "raytrain.key"  # the tag by which a run is found again: the spool and the handle
+KEY = "raytrain.key"  # the tag by which a run is found again: the outbox and the handle
 
 _SOURCE = {"mlflow.source.type": "JOB", "mlflow.source.name": "raytrain"}
 _DEFAULTS = {  # each may be overridden from outside

@@ -31,13 +31,13 @@ _MANY = 2000  # records whose delivery takes long enough to be told
 class Tracker:
     """One MLflow experiment, held open by the driver of a training or a sweep.
 
-    `spool` is the file that records wait in; one that is there is continued. Spools of dead
+    `outbox` is the file that records wait in; one that is there is continued. Outboxes of dead
     processes in the folder `orphans` are delivered too, after one's own, and what they left open
-    ends as KILLED; a spool in that folder is deleted when it is delivered and all its runs ended,
+    ends as KILLED; an outbox in that folder is deleted when it is delivered and all its runs ended,
     any other is kept, for a sweep that is resumed.
 
     Raises:
-        RequestError: if the store does not answer when it is opened, or the spool is another's.
+        RequestError: if the store does not answer when it is opened, or the outbox is another's.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Tracker:
         if parent_id:
             try:
                 strays = set(self._store.running(parent_id))
-            except Exception as error:  # away: the spool knows its own
+            except Exception as error:  # away: the outbox knows its own
                 self._complain(first_line(error))
             strays -= set(self._outbox.ids.values())
         for run_id in sorted(strays - set(runs)):
@@ -276,7 +276,7 @@ def tracked(
 
 
 def _outbox(store: Store, file: Path) -> Outbox:
-    """The spool at `file`, made to go to `store`."""
+    """The outbox at `file`, made to go to `store`."""
     try:
         outbox = _made(store, file)
     except OutboxBusy:

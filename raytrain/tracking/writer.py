@@ -17,7 +17,7 @@ _FIRST_RETRY, _LAST_RETRY = 0.5, 30.0  # seconds, doubling; while somebody waits
 
 
 class Writer:
-    """Delivers a spool for ever, and then the orphans in a folder, until it is stopped."""
+    """Delivers an outbox for ever, and then the orphans in a folder, until it is stopped."""
 
     def __init__(self, store: Store, outbox: Outbox, folder: Path | None) -> None:
         self._store, self._outbox = store, outbox

@@ -1,4 +1,4 @@
-"""Ray Tune as the executor of what a ledger asks for."""
+"""Ray Tune as the executor of what a trial manager asks for."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from raytrain.tuning.trial_manager import TrialManager
 
 
 def execute(manager: TrialManager, slot: Any, concurrent: int) -> None:
-    """Train what the ledger asks for in `concurrent` slots, until it asks for no more.
+    """Train what the trial manager asks for in `concurrent` slots, until it asks for no more.
 
-    Tune is started afresh at every launch; it remembers nothing that the ledger does not.
+    Tune is started afresh at every launch; it remembers nothing that the trial manager does not.
     """
     notes = manager.folder / "ray"
     try:
@@ -60,7 +60,7 @@ def trainable_for(base: RunConfig) -> Any:
 
 
 class _Search(Searcher):
-    """Tune's searcher interface over the ledger."""
+    """Tune's searcher interface over the trial manager."""
 
     def __init__(self, manager: TrialManager) -> None:
         super().__init__(metric="epoch", mode="max")
@@ -89,7 +89,7 @@ class _Search(Searcher):
         del checkpoint_path
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its searcher; the ledger holds files and threads
+        return {}  # Tune pickles its searcher; the trial manager holds files and threads
 
 
 class _Pruning(FIFOScheduler):

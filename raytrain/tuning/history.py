@@ -86,7 +86,7 @@ class History:
         return self.space.values(params) if params else {}
 
     def handle(self, origin: int) -> str:
-        """What a trial is called in MLflow's spool and on disk."""
+        """What a trial is called in MLflow's outbox and on disk."""
         return f"{self._prefix}{origin:04d}"
 
 

@@ -1,4 +1,4 @@
-"""What MLflow is told of a sweep: a projection of the ledger, each trial a child run of the sweep's."""
+"""A sweep in MLflow: a projection of the study, each trial a child run of the sweep's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARENT = "sweep"
 
 
 class MlflowRuns:
-    """Queues what the ledger decides; nothing here waits for MLflow."""
+    """Queues what the trial manager decides; nothing here waits for MLflow."""
 
     def __init__(self, tracker: Tracker, sweep: str, folder: Path) -> None:
         self._tracker, self._folder = tracker, folder

@@ -56,7 +56,7 @@ def check_population(space: SearchSpace) -> None:
 
 
 class PopulationManager(TrialManager):
-    """A ledger whose trials pause at every interval."""
+    """A trial manager whose trials pause at every interval."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

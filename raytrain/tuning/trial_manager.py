@@ -1,4 +1,4 @@
-"""The Optuna study is the ledger of a sweep: what was tried, what came of it, what is under way.
+"""Trials on their way between Optuna, Tune and MLflow; the study holds what was tried and what came of it.
 
 Tune only executes. To resume is to open the study again: what was in flight when the driver died is
 queued anew, with its parameters, its checkpoints and its MLflow run. The order of every two writes is

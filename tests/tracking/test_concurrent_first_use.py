@@ -43,8 +43,8 @@ trackers.log_network = logged
 
 def record(folder):
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    spool = folder / ".mlflow" / f"{number}.jsonl"
-    with tracked(uri, "together", spool, spool.parent) as tracker:
+    outbox = folder / ".mlflow" / f"{number}.jsonl"
+    with tracked(uri, "together", outbox, outbox.parent) as tracker:
         tracker.open("run", f"run {number}", {"number": number}, {})
         tracker.log("run", {"loss": 0.5}, 1)
         entry = Entry("m", "of it", "this", "j", f"w{number}", (7 * number % 5) / 10)

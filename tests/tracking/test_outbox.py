@@ -1,4 +1,4 @@
-"""A spool loses nothing and delivers nothing twice, wherever its writer was killed."""
+"""An outbox loses nothing and delivers nothing twice, wherever its writer was killed."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def expected(records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def story(tmp_path: Path) -> Path:
-    """A spool with the story in it, undelivered."""
+    """An outbox with the story in it, undelivered."""
     outbox = spool_in(tmp_path)
     for record in STORY:
         outbox.append(record)

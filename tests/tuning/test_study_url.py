@@ -1,4 +1,4 @@
-"""A study in a database: the same ledger as in a file, and one sentence where there is no database."""
+"""A study in a database: the same trial manager as in a file, and one sentence where there is no database."""
 
 from __future__ import annotations
 

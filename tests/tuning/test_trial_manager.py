@@ -1,4 +1,4 @@
-"""The study is the ledger: the budget is met exactly, nothing is repeated, nothing is left open."""
+"""The study is the trial manager: the budget is met exactly, nothing is repeated, nothing is left open."""
 
 from __future__ import annotations
 
