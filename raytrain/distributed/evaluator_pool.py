@@ -27,7 +27,7 @@ from raytrain.training.trainer import network
 
 
 class EvaluatorPool(Protocol):
-    """Evaluators of one network: see `Examiner`."""
+    """Evaluators of one network: see `Evaluator`."""
 
     def examine(self, work_items: list[WorkItem]) -> Iterator[Verdict]:
         """Carry out units, told in any order."""

@@ -469,7 +469,7 @@ def test_a_training_that_was_interrupted_before_its_first_checkpoint_can_be_resu
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "own_rows", interrupted)
+        patch.setattr(api, "local_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             raytrain.train(None, (*SMALL, "seed=3"))
     (run,) = runs_in(here)

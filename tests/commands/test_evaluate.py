@@ -411,7 +411,7 @@ def test_two_workers_find_what_one_finds_also_if_one_of_them_is_killed(
 
     def kill(now: Standing) -> None:
         if now.stage == "pgd20" and not killed:
-            killed.extend(processes("RemoteExaminer")[:1])
+            killed.extend(processes("RemoteEvaluator")[:1])
             os.kill(killed[0], signal.SIGKILL)
 
     three = evaluate(alone, {**asked, "workers": 2, "max_failures": 2}, watch=kill)

@@ -11,10 +11,10 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from raytrain.core.distributed_context import here
+from raytrain.core.distributed_context import local_context
 
 if sys.argv[1] == "kept":
-    here("cpu")
+    local_context("cpu")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

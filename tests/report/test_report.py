@@ -89,7 +89,7 @@ def _train(place: DistributedContext, kind: str, seed: int, **changes: Any) -> N
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds; most tests are about something else."""
-    monkeypatch.setattr(pages, "draw_arena", lambda *_: [])
+    monkeypatch.setattr(pages, "draw_comparable", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

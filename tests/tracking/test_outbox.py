@@ -312,8 +312,8 @@ def test_a_spool_that_ends_early_leaves_its_runs_as_they_were(
 
 def test_records_of_a_killed_process_are_all_in_its_file(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom raytrain.tracking.outbox import Spool\n"
-        f"spool = Spool(Path({str(tmp_path / 's.jsonl')!r}), 'memory', 'tests')\n"
+        "import sys\nfrom pathlib import Path\nfrom raytrain.tracking.outbox import Outbox\n"
+        f"spool = Outbox(Path({str(tmp_path / 's.jsonl')!r}), 'memory', 'tests')\n"
         "spool.append({'do': 'open', 'run': 'r', 'name': 'r', 'params': {}, 'tags': {},"
         " 'parent': None, 'ms': 1})\n"
         "for step in range(1, 10**9):\n"
