@@ -2,7 +2,8 @@
 
 The driver submits a job and polls its rows; rank 0 asks for the job, tells the others, and asks
 after every epoch whether to go on. A worker that dies makes Ray Train start the group anew, and the
-job continues from its last checkpoint. Jobs end cooperatively, never by killing a group.
+job continues from its last checkpoint. Jobs end cooperatively; a group is killed only after a signal
+or a failure, when nothing else is to run on it.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class _Worker:
     context: DistributedContext
 
     def next_job(self, after: int) -> tuple[int, Job | None, int]:
-        """See `_Bus.next_job`; the same on every rank."""
+        """See `_JobQueue.next_job`; the same on every rank."""
         return self._agree(self._call("next_job", after) if self.context.leads else None)
 
     def train(self, number: int, job: Job, resume: bool) -> None:
