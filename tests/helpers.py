@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractAlgorithm
+from raytrain.attacks import Probe
 from raytrain.core.algorithm_state import TrainingSetup
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.losses import AbstractLoss, Reference
@@ -19,7 +20,16 @@ from raytrain.core.network import trainable
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import L1, L2, Linf
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import AugmentedView, Batch, Delta, Dice, PerSample, Predict
+from raytrain.core.types import (
+    BEGINNING,
+    AugmentedView,
+    Batch,
+    Delta,
+    Dice,
+    PerSample,
+    Predict,
+    Progress,
+)
 
 CPU = torch.device("cpu")
 
@@ -160,6 +170,32 @@ def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, as copies."""
     for name, value in model.state_dict().items():
         yield name, value.clone()
+
+
+def probe_of(
+    ball: Linf | L2 | L1,
+    batch: Batch,
+    delta: Tensor,
+    grad: Tensor,
+    *,
+    start: Tensor | None = None,
+    logits: Tensor | None = None,
+    steps: int = 1,
+    progress: Progress = BEGINNING,
+) -> Probe:
+    """What a stopping rule sees of a whole batch; where nothing is given, what does not matter."""
+    return Probe(
+        threat=ball,
+        images=batch.images,
+        labels=batch.labels,
+        delta=delta,
+        start=torch.zeros_like(delta) if start is None else start,
+        losses=torch.zeros(len(batch)),
+        grad=grad,
+        logits=torch.zeros(len(batch), 4) if logits is None else logits,
+        steps=steps,
+        progress=progress,
+    )
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,6 @@
 """The catalogue: every algorithm a configuration can name."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
+from raytrain.algorithms.base import RECIPES, AbstractAlgorithm, AbstractRecipe, Recipe
 from raytrain.algorithms.dynamic import Dynamic
 from raytrain.algorithms.fgsm_rs import FgsmRs
 from raytrain.algorithms.free import Free
@@ -19,49 +15,26 @@ from raytrain.algorithms.si_hg import SiHg
 from raytrain.algorithms.ssds import Ssds
 from raytrain.algorithms.trades import TradesRecipe
 from raytrain.algorithms.yopo import Yopo
-from raytrain.core.types import named
 
-Recipe = Annotated[
-    Natural
-    | FgsmRs
-    | NFgsm
-    | Free
-    | Pgd
-    | Yopo
-    | TradesRecipe
-    | MartRecipe
-    | GradAlign
-    | Dynamic
-    | SiHg
-    | Ssds
-    | L2l
-    | NestedRecipe,
-    Field(discriminator="name"),
-    named("name"),
-]
-
-CATALOGUE: dict[str, type[AbstractRecipe]] = {
-    recipe.model_fields["name"].default: recipe
-    for recipe in (
-        Natural,
-        FgsmRs,
-        NFgsm,
-        Free,
-        Pgd,
-        Yopo,
-        TradesRecipe,
-        MartRecipe,
-        GradAlign,
-        Dynamic,
-        SiHg,
-        Ssds,
-        L2l,
-        NestedRecipe,
-    )
-}
+RECIPES.register(
+    Natural,
+    FgsmRs,
+    NFgsm,
+    Free,
+    Pgd,
+    Yopo,
+    TradesRecipe,
+    MartRecipe,
+    GradAlign,
+    Dynamic,
+    SiHg,
+    Ssds,
+    L2l,
+    NestedRecipe,
+)
 
 __all__ = [
-    "CATALOGUE",
+    "RECIPES",
     "AbstractAlgorithm",
     "AbstractRecipe",
     "Dynamic",

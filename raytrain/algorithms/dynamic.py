@@ -7,12 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, PositiveInt
 
-from raytrain.algorithms.base import Smoothed
+from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.algorithms.nested import Nested
-from raytrain.attacks import Gap, ProjectedAscent, Start, Uniform
-from raytrain.core.schedules import Power, Shape
+from raytrain.attacks import Gap
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.registry import OneOf
+from raytrain.core.schedules import SHAPES, AbstractShape, Power
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, Number, StepSize, named
+from raytrain.core.types import SCHEDULABLE, Number
 from raytrain.outer import AbstractOuter
 
 _PAPER = {
@@ -31,7 +33,7 @@ _PAPER = {
 
 
 @final
-class Dynamic(Smoothed):
+class Dynamic(Smoothed, Iterated):
     """PGD that leaves sample i alone once FOSC(delta_i) <= c_t;  c_t = c_max (1 - t/T')^+ falls to
     0.
 
@@ -67,15 +69,19 @@ class Dynamic(Smoothed):
         cost="2 min(s + 1, K) + 3 FE for a sample that stops after s of K steps (K=10: 7 to 23); "
         "weighting=own_ce: 1 more",
         ranges={
-            "c_max": "[0.05, 2] nats, log",
-            "decay.kind": "constant | power | cosine",
-            "decay.end": "[0.5, 1] of training",
-            "decay.exponent": "[0.5, 2], log (kind=power; 1 is the paper's)",
-            "steps": "5..20",
-            "step_size": "eps * [1/8, 1/2], log, steps * step_size >= eps",
-            "start": "uniform | zero",
-            "over": "ball | ball_box",
-            "weighting": "none | own_ce",
+            "c_max": Range(0.05, 2, log=True, unit="nats"),
+            "decay.kind": Options(("constant", "power", "cosine")),
+            "decay.end": Range(0.5, 1.0, unit="of training"),
+            "decay.exponent": Range(
+                0.5, 2, log=True, when={"decay.kind": "power"}, note="1 is the paper's"
+            ),
+            "steps": Range(5, 20),
+            "step_size": Range(
+                1 / 8, 1 / 2, log=True, unit="eps", note="steps * step_size >= eps"
+            ),
+            "start": Options(("uniform", "zero")),
+            "over": Options(("ball", "ball_box")),
+            "weighting": Options(("none", "own_ce")),
         },
     )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -87,13 +93,14 @@ class Dynamic(Smoothed):
     preset: Annotated[
         Literal["paper", "official"] | None, Field(description="defaults for all other fields")
     ] = None
-    steps: Annotated[PositiveInt, Field(description="K, the most inner steps")] = 10
-    step_size: StepSize = "eps/4"
+    steps: Annotated[PositiveInt, SCHEDULABLE, Field(description="K, the most inner steps")] = 10
     c_max: Annotated[
-        Number, Field(description="FOSC threshold at the start, in nats; negative: PGD")
+        Number,
+        SCHEDULABLE,
+        Field(description="FOSC threshold at the start, in nats; negative: PGD"),
     ] = 0.5
     decay: Annotated[
-        Shape, named("kind", "power"), Field(description="how the threshold falls")
+        AbstractShape, OneOf(SHAPES, "power"), Field(description="how the threshold falls")
     ] = Power(end=0.8)
     per: Annotated[
         Literal["epoch", "step"],
@@ -113,8 +120,6 @@ class Dynamic(Smoothed):
         Literal["none", "own_ce"],
         Field(description="own_ce: samples count with their own loss, from the second epoch on"),
     ] = "none"
-    start: Start = Uniform()
-    attack_bn: BatchNorm = "eval"
     compact: Annotated[
         bool, Field(description="stopped samples leave the batch; needs attack_bn=eval")
     ] = True
@@ -123,14 +128,5 @@ class Dynamic(Smoothed):
         stop = Gap(
             c_max=self.c_max, decay=self.decay, over=self.over, anchor=self.anchor, per=self.per
         )
-        attack = ProjectedAscent(
-            start=self.start,
-            steps=self.steps,
-            step_size=self.step_size,
-            stop=stop,
-            bn=self.attack_bn,
-            compact=self.compact,
-        )
-        return Nested(
-            ball, attack, outer, self.cross_entropy(), own_loss=self.weighting == "own_ce"
-        )
+        attack, weighted = self.attack(stop, self.compact), self.weighting == "own_ce"
+        return Nested(ball, attack, outer, self.cross_entropy(), own_loss=weighted)

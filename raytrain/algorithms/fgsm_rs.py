@@ -8,9 +8,10 @@ from pydantic import Field
 
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
-from raytrain.attacks import ProjectedAscent, Start, Uniform
+from raytrain.attacks import Init, ProjectedAscent, Uniform
+from raytrain.core.card import Card, Range
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, StepSize
+from raytrain.core.types import SCHEDULABLE, BatchNorm, StepSize
 from raytrain.outer import AbstractOuter
 
 
@@ -35,12 +36,14 @@ class FgsmRs(Smoothed):
         paper="Fast is better than free, Wong et al. 2020, arXiv 2001.03994",
         rule="delta <- P(u + step_size sign g(u)), u uniform;  theta <- theta - lr grad(delta)",
         cost="5 FE",
-        ranges={"step_size": "eps * [0.5, 2]"},
+        ranges={"step_size": Range(0.5, 2, unit="eps")},
     )
 
     name: Literal["fgsm_rs"] = "fgsm_rs"
-    step_size: Annotated[StepSize, Field(description="10/255 at eps 8/255")] = "1.25*eps"
-    start: Start = Uniform()
+    step_size: Annotated[StepSize, SCHEDULABLE, Field(description="10/255 at eps 8/255")] = (
+        "1.25*eps"
+    )
+    start: Init = Uniform()
     attack_bn: BatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:

@@ -11,11 +11,13 @@ from pydantic import Field, PositiveInt
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import ascend
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.card import Card, Range
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.sample_store import SlotStore
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, Card, StepSize, in_pixels
+from raytrain.core.types import SCHEDULABLE, Batch, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
 
 
@@ -32,6 +34,10 @@ class FreeTraining(AbstractAlgorithm):
 
     def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
         return {**self.outer.memory(setting), "slots": SlotStore(setting)}
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        weights = self.outer.weights_fe(self.objective, setting, has_gradient=False)
+        return self.m * (weights + self.objective.update_fe)
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         slots, size = state.part("slots", SlotStore), in_pixels(self.step_size, self.ball.eps)
@@ -86,15 +92,15 @@ class Free(Smoothed):
         rule="m times per batch, from one pass: theta descends, delta of the slot ascends",
         cost="3 m FE for m weight updates (m=8: 24)",
         memory="none per image; one perturbation per slot of the batch",
-        ranges={"m": "2..12", "step_size": "eps * [0.5, 1.25]"},
+        ranges={"m": Range(2, 12), "step_size": Range(0.5, 1.25, unit="eps")},
     )
 
     name: Literal["free"] = "free"
     m: Annotated[PositiveInt, Field(description="replays of each batch")] = 8
-    step_size: StepSize = "eps"
+    step_size: Annotated[StepSize, SCHEDULABLE] = "eps"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> FreeTraining:
         return FreeTraining(ball, outer, self.cross_entropy(), self.m, self.step_size)
 
-    def why_not_elsewhere(self) -> str | None:
+    def why_not_displaced(self) -> str | None:
         return ONE_PASS

@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
-from raytrain.attacks import Start, Zero, ascend
+from raytrain.attacks import Init, Zero, ascend
+from raytrain.core.card import Card, Range
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import (
     AttackedByCrossEntropy,
     Reference,
@@ -19,9 +21,9 @@ from raytrain.core.losses import (
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
 from raytrain.core.types import (
+    SCHEDULABLE,
     Batch,
     BatchNorm,
-    Card,
     Delta,
     Mask,
     PerSample,
@@ -42,8 +44,10 @@ class Aligned(AttackedByCrossEntropy):
     has no penalty, and still counts in the mean over samples.
     """
 
+    outer_forwards: ClassVar[int] = 2
     nested_gradients: ClassVar[int] = 1
 
+    name: Literal["gradalign"] = "gradalign"
     lam: float
     label_smoothing: Smoothing = 0.0
 
@@ -67,9 +71,13 @@ class GradAlignTraining(AbstractAlgorithm):
     ball: AbstractThreatModel
     outer: AbstractOuter
     objective: Aligned
-    start: Start
+    start: Init
     step_size: StepSize
     bn: BatchNorm
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        loss = self.objective
+        return 2.0 * loss.inner_forwards + self.outer.update_fe(loss, setting, has_gradient=True)
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         oracle = state.oracle(batch, self.objective, self.bn)
@@ -119,15 +127,20 @@ class GradAlign(Smoothed):
         "2020, arXiv 2007.02617",
         rule="FGSM + lam (1 - cos(grad at x, grad at x + noise))",
         cost="11 FE",
-        ranges={"lam": "[0.02, 5], log, larger for larger eps", "step_size": "eps * [0.5, 1.5]"},
+        ranges={
+            "lam": Range(0.02, 5, log=True, note="larger for larger eps"),
+            "step_size": Range(0.5, 1.5, unit="eps"),
+        },
     )
 
     name: Literal["gradalign"] = "gradalign"
     lam: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the penalty")
+        float,
+        SCHEDULABLE,
+        Field(ge=0, allow_inf_nan=False, description="lambda, weight of the penalty"),
     ] = 0.2
-    step_size: StepSize = "1.25*eps"
-    start: Start = Zero()
+    step_size: Annotated[StepSize, SCHEDULABLE] = "1.25*eps"
+    start: Init = Zero()
     attack_bn: BatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> GradAlignTraining:
@@ -140,8 +153,8 @@ class GradAlign(Smoothed):
             ball, outer, objective, self.start, self.step_size, self.attack_bn
         )
 
-    def why_not_elsewhere(self) -> str | None:
-        return "the gradient it aligns with belongs to the present weights; expected sgd, clip or engm"
+    def why_not_displaced(self) -> str | None:
+        return "the gradient it aligns with belongs to the present weights"
 
 
 def _cosine(a: Delta, b: Delta) -> PerSample:

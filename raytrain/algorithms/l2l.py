@@ -14,28 +14,29 @@ from raytrain.attacks import (
     AttackerSpec,
     Found,
     Gaussian,
+    Init,
     LearnedAscent,
     ProjectedAscent,
-    Start,
     Uniform,
 )
 from raytrain.attacks.learned import (
     Attacker,
+    AttackerInit,
     Cell,
     Features,
     Hidden,
-    Init,
     ReadoutScale,
     Scale,
     Squash,
 )
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
-from raytrain.core.cost import Meter
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.cost import CostSetting, Meter
 from raytrain.core.losses import AbstractLoss, Trades
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, BatchNorm, Card, mix
+from raytrain.core.types import SCHEDULABLE, Batch, BatchNorm, mix
 from raytrain.outer import AbstractOuter
 
 
@@ -47,7 +48,7 @@ class Learned(AbstractAlgorithm):
     ball: AbstractThreatModel
     outer: AbstractOuter
     objective: AbstractLoss
-    start: Start
+    start: Init
     attacker: AttackerSpec
     ascent: LearnedAscent
     warm_ascent: ProjectedAscent
@@ -59,6 +60,16 @@ class Learned(AbstractAlgorithm):
         optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr)
         parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
         return {**self.outer.memory(setting), **parts}
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        loss, recipe = self.objective, self.recipe
+        if setting.epoch < recipe.warm:
+            attack = self.warm_ascent.fe_per_image(loss)
+        else:
+            # A step that trains the attacker takes the gradient at its last perturbation too.
+            gradients = recipe.steps + 1 / recipe.phi_every
+            attack = loss.reference_forwards + 2 * loss.inner_forwards * gradients
+        return attack + self.outer.update_fe(loss, setting, has_gradient=True)
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         oracle = state.oracle(batch, self.objective, self.ascent.bn)
@@ -85,7 +96,7 @@ class Learned(AbstractAlgorithm):
             if learned:
                 found = self.ascent.maximise(oracle, ball, start, attacker, learn=False)
             else:
-                found = self.warm_ascent.maximise(oracle, ball, start, state.clock)
+                found = self.warm_ascent.maximise(oracle, ball, start, state.progress)
             losses.append(oracle.losses(found.delta).double().mean())
         means = torch.stack(losses) / state.context.world
         attack, pgd = state.context.total(means).tolist()
@@ -94,7 +105,7 @@ class Learned(AbstractAlgorithm):
     def _attack(self, state: TrainState, oracle: Oracle, batch: Batch) -> Found:
         start = self.start.delta(self.ball, batch, None)
         if state.epoch < self.recipe.warm:
-            return self.warm_ascent.maximise(oracle, self.ball, start, state.clock)
+            return self.warm_ascent.maximise(oracle, self.ball, start, state.progress)
         attacker = state.part("attacker", Attacker)
         optimizer = state.part("attacker_optimizer", Adam)
         learns = state.step % self.recipe.phi_every == 0
@@ -142,31 +153,33 @@ class L2l(Smoothed):
         cost="2 (steps + 1) + 3 FE (10 steps: 25), trades 29; the small network is not counted",
         norms=("linf", "l2"),
         ranges={
-            "loss": "adv | trades",
-            "cell": "lstm | gru | rnn | linear",
-            "hidden": "5 | 10 | 20",
-            "features": "rms | linf | sign | logsign",
-            "scale": "eps * [0.1, 0.5]",
-            "phi_lr": "[0.0001, 0.03], log",
-            "steps": "5..12",
-            "step_weights": "t | uniform | last",
-            "projection": "hard | straight_through",
-            "warm": "0..5 epochs",
-            "beta": "[0.5, 15], log (loss=trades)",
+            "loss": Options(("adv", "trades")),
+            "cell": Options(("lstm", "gru", "rnn", "linear")),
+            "hidden": Options((5, 10, 20)),
+            "features": Options(("rms", "linf", "sign", "logsign")),
+            "scale": Range(0.1, 0.5, unit="eps"),
+            "phi_lr": Range(0.0001, 0.03, log=True),
+            "steps": Range(5, 12),
+            "step_weights": Options(("t", "uniform", "last")),
+            "projection": Options(("hard", "straight_through")),
+            "warm": Range(0, 5, unit="epochs"),
+            "beta": Range(0.5, 15, log=True, when={"loss": "trades"}),
         },
     )
 
     name: Literal["l2l"] = "l2l"
     loss: Annotated[Literal["adv", "trades"], Field(description="RNN-Adv or RNN-TRADES")] = "adv"
-    beta: Annotated[NonNegativeFloat, Field(description="weight of the KL (loss=trades)")] = 6.0
-    steps: Annotated[PositiveInt, Field(description="T, inner steps")] = 10
+    beta: Annotated[
+        NonNegativeFloat, SCHEDULABLE, Field(description="weight of the KL (loss=trades)")
+    ] = 6.0
+    steps: Annotated[PositiveInt, SCHEDULABLE, Field(description="T, inner steps")] = 10
     cell: Cell = "lstm"
     hidden: Hidden = 10
     layers: PositiveInt = 1
     features: Features = "rms"
     squash: Squash = "tanh"
     scale: Scale = "eps/4"
-    init: Init = "random"
+    init: AttackerInit = "random"
     readout_scale: ReadoutScale = 0.1
     step_weights: Annotated[
         Literal["t", "uniform", "last"], Field(description="w_t in what the attacker climbs")
@@ -186,7 +199,7 @@ class L2l(Smoothed):
     phi_every: Annotated[PositiveInt, Field(description="batches per step of the attacker")] = 1
     warm: Annotated[NonNegativeInt, Field(description="epochs with PGD before it begins")] = 0
     start: Annotated[
-        Start | None, Field(description="default: uniform, with loss=trades gaussian")
+        Init | None, Field(description="default: uniform, with loss=trades gaussian")
     ] = None
     attack_bn: BatchNorm = "eval"
 

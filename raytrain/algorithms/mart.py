@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, final
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
-from raytrain.algorithms.base import AbstractRecipe
+from raytrain.algorithms.base import Iterated
 from raytrain.algorithms.nested import Nested
-from raytrain.attacks import Gaussian, ProjectedAscent, Start
+from raytrain.attacks import Gaussian, Init
+from raytrain.core.card import Card, Range
 from raytrain.core.losses import Mart
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, StepSize
+from raytrain.core.types import SCHEDULABLE
 from raytrain.outer import AbstractOuter
 
 
 @final
-class MartRecipe(AbstractRecipe):
+class MartRecipe(Iterated):
     """delta <- argmax CE by PGD;
     theta <- theta - lr grad [BCE(p(x'), y) + beta KL(p(x) | p(x')) (1 - p_y(x))].
 
@@ -40,18 +41,18 @@ class MartRecipe(AbstractRecipe):
         "Wang et al. 2020, ICLR",
         rule="min BCE(p(x'), y) + beta KL(p(x) | p(x')) (1 - p_y(x)), x' by PGD on cross-entropy",
         cost="2 steps + 6 FE (10 steps: 26)",
-        ranges={"beta": "[1, 10], log", "steps": "5..10", "step_size": "eps * [0.05, 1.5], log"},
+        ranges={
+            "beta": Range(1, 10, log=True),
+            "steps": Range(5, 10),
+            "step_size": Range(0.05, 1.5, log=True, unit="eps"),
+        },
     )
 
     name: Literal["mart"] = "mart"
-    beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 5.0
-    steps: Annotated[NonNegativeInt, Field(description="K, inner steps")] = 10
-    step_size: StepSize = "eps/4"
-    start: Start = Gaussian()
-    attack_bn: BatchNorm = "eval"
+    beta: Annotated[
+        float, SCHEDULABLE, Field(ge=0, allow_inf_nan=False, description="weight of the KL")
+    ] = 5.0
+    start: Init = Gaussian()
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
-        attack = ProjectedAscent(
-            start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
-        )
-        return Nested(ball, attack, outer, Mart(beta=self.beta))
+        return Nested(ball, self.attack(), outer, Mart(beta=self.beta))

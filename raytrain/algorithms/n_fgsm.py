@@ -9,8 +9,9 @@ from pydantic import Field, PositiveFloat
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Uniform
+from raytrain.core.card import Card, Range
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, StepSize
+from raytrain.core.types import SCHEDULABLE, BatchNorm, StepSize
 from raytrain.outer import AbstractOuter
 
 
@@ -30,12 +31,12 @@ class NFgsm(Smoothed):
         paper="Make some noise, de Jorge et al. 2022, arXiv 2202.01181",
         rule="delta <- box(u + step_size sign g(u)), u ~ U(-k eps, k eps)",
         cost="5 FE",
-        ranges={"k": "[0.5, 4]", "step_size": "eps * [0.5, 1.5]"},
+        ranges={"k": Range(0.5, 4.0), "step_size": Range(0.5, 1.5, unit="eps")},
     )
 
     name: Literal["n_fgsm"] = "n_fgsm"
     k: Annotated[PositiveFloat, Field(description="noise radius in multiples of eps")] = 2.0
-    step_size: StepSize = "eps"
+    step_size: Annotated[StepSize, SCHEDULABLE] = "eps"
     attack_bn: BatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:

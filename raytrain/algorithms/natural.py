@@ -7,8 +7,8 @@ from typing import ClassVar, Literal, final
 from raytrain.algorithms.base import Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Zero
+from raytrain.core.card import Card
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Card
 from raytrain.outer import AbstractOuter
 
 

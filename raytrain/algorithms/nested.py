@@ -8,11 +8,13 @@ from typing import ClassVar, Literal, final
 from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
 from raytrain.attacks import ProjectedAscent
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.card import Card
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss, CrossEntropy, Loss
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, Card
+from raytrain.core.types import Batch
 from raytrain.outer import AbstractOuter
 
 
@@ -36,11 +38,23 @@ class Nested(AbstractAlgorithm):
             parts["delta"] = SampleStore.of_perturbations(setting, self.ball.eps)
         return parts
 
+    def fe_per_image(self, setting: CostSetting) -> float:
+        attack, loss = self.attack.fe_per_image(self.objective), self.objective
+        if self.own_loss and setting.epoch > 0:
+            attack = attack or loss.reference_forwards
+            attack += loss.inner_forwards
+        has_gradient = self.attack.steps > 0
+        return attack + self.outer.update_fe(loss, setting, has_gradient=has_gradient)
+
+    @property
+    def cost_varies(self) -> bool:
+        return self.attack.stop.may_stop and self.attack.compact
+
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         oracle = state.oracle(batch, self.objective, self.attack.bn)
         store = state.part("delta", SampleStore) if self.attack.start.remembers else None
-        start = self.attack.start.delta(self.ball, batch, store)
-        found = self.attack.maximise(oracle, self.ball, start, state.clock)
+        start = self.attack.start.delta(self.ball, batch, store, state.progress)
+        found = self.attack.maximise(oracle, self.ball, start, state.progress)
         weighted = self.own_loss and state.epoch > 0
         given = oracle.losses(found.delta) if weighted else None
         losses = self.outer.update(state, oracle, found.delta, given)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
-from pydantic import Field, NonNegativeInt
-
-from raytrain.algorithms.base import Smoothed
+from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.algorithms.nested import Nested
-from raytrain.attacks import ProjectedAscent, Start, Uniform
+from raytrain.core.card import Card, Range
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, StepSize
 from raytrain.outer import AbstractOuter
 
 
 @final
-class Pgd(Smoothed):
+class Pgd(Smoothed, Iterated):
     """delta <- P(delta + step_size * sign g(delta)), `steps` times;  theta <- theta - lr
     grad(delta).
 
@@ -37,17 +34,10 @@ class Pgd(Smoothed):
         rule="delta <- P(delta + step_size sign g(delta)), steps times;  theta <- theta - lr grad",
         cost="2 steps + 3 FE (10 steps: 23)",
         memory="4 bytes per pixel and channel with start=remembered, otherwise none",
-        ranges={"steps": "1..20", "step_size": "eps * [0.05, 1.5], log"},
+        ranges={"steps": Range(1, 20), "step_size": Range(0.05, 1.5, log=True, unit="eps")},
     )
 
     name: Literal["pgd"] = "pgd"
-    steps: Annotated[NonNegativeInt, Field(description="K, inner steps")] = 10
-    step_size: StepSize = "eps/4"
-    start: Start = Uniform()
-    attack_bn: BatchNorm = "eval"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
-        attack = ProjectedAscent(
-            start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
-        )
-        return Nested(ball, attack, outer, self.cross_entropy())
+        return Nested(ball, self.attack(), outer, self.cross_entropy())

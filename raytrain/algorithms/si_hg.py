@@ -11,6 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Stateful, TrainingSetup, Weights
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.network import shifted, trainable
 from raytrain.core.oracle import Oracle
@@ -18,9 +20,9 @@ from raytrain.core.sample_store import GradientTable, Keep, SampleStore, SlotSto
 from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.train_state import Outcome, TrainState
 from raytrain.core.types import (
+    SCHEDULABLE,
     Batch,
     BatchNorm,
-    Card,
     Delta,
     PerSample,
     RequestError,
@@ -55,6 +57,23 @@ class SemiImplicit(AbstractAlgorithm):
         if recipe.mode == "T":
             parts["table"] = self._table(setting)
         return parts
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        recipe, loss, outer = self.recipe, self.objective, self.outer
+        ascent = 2.0 * loss.inner_forwards
+        if recipe.mode in "AN":
+            update = outer.update_fe(loss, setting, has_gradient=True)
+            visit = recipe.m * ascent + update
+        elif recipe.mode == "B":
+            visit = recipe.m * ascent + outer.update_fe(loss, setting, has_gradient=False)
+        elif recipe.mode == "C":
+            first = loss.update_fe if recipe.theta else ascent
+            visit = first + (recipe.m - 1) * ascent + loss.update_fe
+        elif recipe.mode == "J":
+            visit = loss.update_fe + outer.weights_fe(loss, setting, has_gradient=False)
+        else:
+            visit = loss.inner_forwards + recipe.m * ascent + loss.update_fe
+        return recipe.replays * visit
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         recipe = self.recipe
@@ -253,15 +272,18 @@ class SiHg(Smoothed):
         cost="A, B, N: 2 m + 3 FE (m=1: 5); C: 2 m + 4; J: 3; T: 2 m + 4",
         memory="a perturbation per image (fp32 4, fp16 2, int8 1 byte per pixel and channel), in B two",
         ranges={
-            "mode": "A | C | N (B, J as ablations)",
-            "theta": "[0, 1.5]",
-            "m": "1 | 2 | 3 | 5",
-            "store": "none | per_sample",
-            "sigma": "eps * [1/8, 1.5], log (steepest); [0.001, 10] pixel^2/nat, log (raw)",
-            "init": "zero | uniform (store=none)",
-            "shrink": "[0.5, 1] (store=per_sample)",
-            "theta_warmup": "0 | 1 | 3 epochs",
-            "attack_bn": "batch_nostat | eval",
+            "mode": Options(("A", "C", "N"), note="B, J as ablations"),
+            "theta": Range(0.0, 1.5),
+            "m": Options((1, 2, 3, 5)),
+            "store": Options(("none", "per_sample")),
+            "sigma": (
+                Range(1 / 8, 1.5, log=True, unit="eps", when={"ascent": "steepest"}),
+                Range(0.001, 10, log=True, unit="pixel^2/nat", when={"ascent": "raw"}),
+            ),
+            "init": Options(("zero", "uniform"), when={"store": "none"}),
+            "shrink": Range(0.5, 1.0, when={"store": "per_sample"}),
+            "theta_warmup": Options((0, 1, 3), note="epochs"),
+            "attack_bn": Options(("batch_nostat", "eval")),
         },
     )
 
@@ -270,14 +292,18 @@ class SiHg(Smoothed):
         Literal["A", "B", "C", "N", "J", "T"], Field(description="who looks ahead; see the rule")
     ] = "A"
     theta: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="extrapolation; 1 is PDHG's, 0 is N")
+        float,
+        SCHEDULABLE,
+        Field(ge=0, allow_inf_nan=False, description="extrapolation; 1 is PDHG's, 0 is N"),
     ] = 1.0
     theta_warmup: Annotated[
         NonNegativeInt, Field(description="epochs over which theta grows to its value")
     ] = 1
     m: Annotated[PositiveInt, Field(description="ascent steps per batch")] = 1
     sigma: Annotated[
-        StepSize | None, Field(description="ascent step; default: by m and store, see the rule")
+        StepSize | None,
+        SCHEDULABLE,
+        Field(description="ascent step; default: by m and store, see the rule"),
     ] = None
     ascent: Ascent = "steepest"
     store: Annotated[
@@ -326,16 +352,12 @@ class SiHg(Smoothed):
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> SemiImplicit:
         return SemiImplicit(ball, outer, self.cross_entropy(), self)
 
-    def why_not_elsewhere(self) -> str | None:
+    def why_not_displaced(self) -> str | None:
         if self.mode in "CJ":
             return ONE_PASS
         return "its table holds gradients of the weights themselves" if self.mode == "T" else None
 
     def why_not_weighted(self) -> str | None:
         if self.mode == "C":
-            return "an extrapolated gradient is not a mean over samples; expected sgd or clip"
-        return (
-            "its table holds the samples' own gradients; expected sgd"
-            if self.mode == "T"
-            else None
-        )
+            return "an extrapolated gradient is not a mean over samples"
+        return "its table holds the samples' own gradients" if self.mode == "T" else None

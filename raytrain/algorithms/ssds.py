@@ -14,14 +14,16 @@ from torch import Tensor
 from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.sample_store import Keep, SampleStore
-from raytrain.core.threat_models import L2, AbstractThreatModel, in_box
+from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.train_state import Outcome, TrainState
 from raytrain.core.types import (
+    SCHEDULABLE,
     Batch,
     BatchNorm,
-    Card,
     Delta,
     PerSample,
     StepSize,
@@ -29,6 +31,8 @@ from raytrain.core.types import (
     over_pixels,
 )
 from raytrain.outer import AbstractOuter
+
+_MULTIPLIED = {"budget": "multiplier"}
 
 
 @final
@@ -55,6 +59,15 @@ class SaddlePoint(AbstractAlgorithm):
         if recipe.budget == "full":
             parts["epigraph"] = Numbers(lam=recipe.lam0, lam_before=recipe.lam0, t=recipe.t0)
         return parts
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        loss, outer, order = self.objective, self.outer, self.recipe.order
+        if order == "jacobi":
+            visit = loss.update_fe + outer.weights_fe(loss, setting, has_gradient=False)
+        else:
+            ascended = order == "delta_first"
+            visit = outer.update_fe(loss, setting, has_gradient=ascended) + 2 * loss.inner_forwards
+        return self.recipe.replays * visit
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         first = delta = None
@@ -107,17 +120,11 @@ class SaddlePoint(AbstractAlgorithm):
         """delta + sigma dir(g - (v / c1) d|delta|), in the ball and the pixel box."""
         recipe = self.recipe
         if v is not None:
-            grad = grad - over_pixels(v / recipe.c1) * self._outwards(delta)
+            grad = grad - over_pixels(v / recipe.c1) * self.ball.norm_grad(delta)
         size = decay * in_pixels(recipe.step_size, self.ball.eps)
         return self._contained(
             ascend(self.ball, delta, grad, batch.images, size, recipe.ascent), batch
         )
-
-    def _outwards(self, delta: Delta) -> Delta:
-        """A subgradient of the norm: delta / |delta| in l2; in l-inf that of every pixel's own bound."""
-        if isinstance(self.ball, L2):
-            return delta / (over_pixels(self.ball.norm_of(delta)) + 1e-12)
-        return delta.sign()
 
     def _contained(self, delta: Delta, batch: Batch) -> Delta:
         if self.recipe.clamp_delta:
@@ -219,16 +226,19 @@ class Ssds(Smoothed):
         cost="delta_first, w_first: 5 FE; jacobi: 3",
         memory="a perturbation per image (fp32: 4 bytes per pixel and channel), 4 bytes for v",
         ranges={
-            "order": "delta_first | jacobi",
-            "ascent": "steepest | raw",
-            "sigma": "eps * [1/32, 1], log (steepest); [0.001, 10] pixel^2/nat, log (raw)",
-            "sigma_decay": "[0.3, 1] per 100 epochs",
-            "budget": "project | multiplier",
-            "v0": "[0.01, 10], log (multiplier)",
-            "c1": "[1, 1000], log (multiplier)",
-            "clamp_delta": "true | false (multiplier)",
-            "replays": "1 | 2 | 4",
-            "bank_align": "canonical | none",
+            "order": Options(("delta_first", "jacobi")),
+            "ascent": Options(("steepest", "raw")),
+            "sigma": (
+                Range(1 / 32, 1, log=True, unit="eps", when={"ascent": "steepest"}),
+                Range(0.001, 10, log=True, unit="pixel^2/nat", when={"ascent": "raw"}),
+            ),
+            "sigma_decay": Range(0.3, 1.0, unit="per 100 epochs"),
+            "budget": Options(("project", "multiplier")),
+            "v0": Range(0.01, 10, log=True, when=_MULTIPLIED),
+            "c1": Range(1, 1000, log=True, when=_MULTIPLIED),
+            "clamp_delta": Options((True, False), when=_MULTIPLIED),
+            "replays": Options((1, 2, 4)),
+            "bank_align": Options(("canonical", "none")),
         },
     )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -259,7 +269,9 @@ class Ssds(Smoothed):
         Literal["delta_first", "w_first", "jacobi"], Field(description="who moves first, or both")
     ] = "delta_first"
     sigma: Annotated[
-        StepSize | None, Field(description="ascent step; default: eps/4, with raw 0.1 pixel^2/nat")
+        StepSize | None,
+        SCHEDULABLE,
+        Field(description="ascent step; default: eps/4, with raw 0.1 pixel^2/nat"),
     ] = None
     ascent: Ascent = "steepest"
     sigma_decay: Annotated[
@@ -335,5 +347,5 @@ class Ssds(Smoothed):
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> SaddlePoint:
         return SaddlePoint(ball, outer, self.cross_entropy(), self)
 
-    def why_not_elsewhere(self) -> str | None:
+    def why_not_displaced(self) -> str | None:
         return ONE_PASS if self.order == "jacobi" else None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, final
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
-from raytrain.algorithms.base import Smoothed
+from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.algorithms.nested import Nested
-from raytrain.attacks import Gaussian, ProjectedAscent, Start
+from raytrain.attacks import Gaussian, Init
+from raytrain.core.card import Card, Range
 from raytrain.core.losses import Trades
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchNorm, Card, StepSize
+from raytrain.core.types import SCHEDULABLE
 from raytrain.outer import AbstractOuter
 
 
 @final
-class TradesRecipe(Smoothed):
+class TradesRecipe(Smoothed, Iterated):
     """delta <- argmax KL(p(x) | p(x + delta)) by PGD;
     theta <- theta - lr grad [CE(p(x), y) + beta KL(p(x) | p(x + delta))].
 
@@ -45,19 +46,19 @@ class TradesRecipe(Smoothed):
         "arXiv 1901.08573",
         rule="min CE(p(x), y) + beta max KL(p(x) | p(x + delta))",
         cost="2 steps + 7 FE (10 steps: 27)",
-        ranges={"beta": "[0.5, 15], log", "steps": "5..10", "step_size": "eps * [0.05, 1.5], log"},
+        ranges={
+            "beta": Range(0.5, 15, log=True),
+            "steps": Range(5, 10),
+            "step_size": Range(0.05, 1.5, log=True, unit="eps"),
+        },
     )
 
     name: Literal["trades"] = "trades"
-    beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 6.0
-    steps: Annotated[NonNegativeInt, Field(description="K, inner steps")] = 10
-    step_size: StepSize = "eps/4"
-    start: Start = Gaussian()
-    attack_bn: BatchNorm = "eval"
+    beta: Annotated[
+        float, SCHEDULABLE, Field(ge=0, allow_inf_nan=False, description="weight of the KL")
+    ] = 6.0
+    start: Init = Gaussian()
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
-        attack = ProjectedAscent(
-            start=self.start, steps=self.steps, step_size=self.step_size, bn=self.attack_bn
-        )
         objective = Trades(beta=self.beta, label_smoothing=self.label_smoothing)
-        return Nested(ball, attack, outer, objective)
+        return Nested(ball, self.attack(), outer, objective)

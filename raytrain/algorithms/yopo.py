@@ -9,13 +9,15 @@ import torch
 from pydantic import Field, PositiveInt
 
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
-from raytrain.attacks import Start, Uniform, ascend
+from raytrain.attacks import Init, Uniform, ascend
 from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
+from raytrain.core.card import Card, Range
+from raytrain.core.cost import CostSetting
 from raytrain.core.losses import CrossEntropy
-from raytrain.core.network import mode, trainable
+from raytrain.core.network import stem_share, trainable
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, Card, RequestError, StepSize, in_pixels
+from raytrain.core.types import SCHEDULABLE, Batch, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
 
 
@@ -30,8 +32,16 @@ class YopoTraining(AbstractAlgorithm):
     recipe: Yopo
 
     def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        share = Numbers({"share": stem_share(setting)})
+        share = Numbers({"share": stem_share(setting.model, _image(setting))})
         return {**self.outer.memory(setting), "stem": share}
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        recipe, loss = self.recipe, self.objective
+        weights = self.outer.weights_fe(
+            loss, setting, has_gradient=False, input_gradient=loss.outer_forwards + 1.0
+        )
+        stem = 2 * (recipe.n + 1) * setting.stem_share()
+        return recipe.m * (loss.update_fe + stem + weights)
 
     def step(self, state: TrainState, batch: Batch) -> Outcome:
         recipe, ball = self.recipe, self.ball
@@ -98,14 +108,18 @@ class Yopo(Smoothed):
         paper="You only propagate once, Zhang et al. 2019, arXiv 1905.00877",
         rule="m full passes give the costate p, n steps each along grad <p, stem(x + delta)>",
         cost="3 m FE, and 2 m (n + 1) passes of the first layer (m=5, n=3: 15 and a little)",
-        ranges={"m": "2..8", "n": "1..6", "step_size": "n step_size = eps * [0.3, 1.5]"},
+        ranges={
+            "m": Range(2, 8),
+            "n": Range(1, 6),
+            "step_size": Range(0.3, 1.5, unit="eps", note="of n * step_size"),
+        },
     )
 
     name: Literal["yopo"] = "yopo"
     m: Annotated[PositiveInt, Field(description="full passes")] = 5
     n: Annotated[PositiveInt, Field(description="steps through the first layer per full pass")] = 3
-    step_size: StepSize = "eps/4"
-    start: Start = Uniform()
+    step_size: Annotated[StepSize, SCHEDULABLE] = "eps/4"
+    start: Init = Uniform()
     stem_grad: Annotated[
         Literal["hamiltonian", "both"],
         Field(
@@ -120,31 +134,12 @@ class Yopo(Smoothed):
             )
         return YopoTraining(ball, outer, self.cross_entropy(), self)
 
-    def why_not_elsewhere(self) -> str | None:
-        return "its costate and weight gradients belong to the present weights; expected sgd, clip or engm"
+    def why_not_displaced(self) -> str | None:
+        return "its costate and weight gradients belong to the present weights"
 
 
-def stem_share(setting: TrainingSetup) -> float:
-    """The first layer's part of a forward pass, in floating-point operations.
-
-    Raises:
-        RequestError: if the network does not tell its first layer from the rest.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = setting.model
-    image = torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.context.device)
-    if not (hasattr(model, "stem") and hasattr(model, "rest")):
-        raise RequestError(
-            f"model.name: yopo needs a network that tells its first layer (stem) from the rest, and "
-            f"{type(model).__name__} does not"
-        )
-    with torch.no_grad(), mode(model, "eval"):
-        with FlopCounterMode(display=False) as stem:
-            model.stem(image)  # pyright: ignore[reportCallIssue]
-        with FlopCounterMode(display=False) as whole:
-            model(image)
-    return stem.get_total_flops() / max(1, whole.get_total_flops())
+def _image(setting: TrainingSetup) -> torch.Tensor:
+    return torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.context.device)
 
 
 def _weighted(costate: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -1,23 +1,39 @@
 """How a perturbation is moved at fixed weights: a start, a step, a projection and a rule to stop."""
 
 from raytrain.attacks.ascent import Found, ProjectedAscent
-from raytrain.attacks.init import Gaussian, Remembered, Start, Uniform, Zero
+from raytrain.attacks.init import INITS, AbstractInit, Gaussian, Init, Remembered, Uniform, Zero
 from raytrain.attacks.learned import AttackerSpec, LearnedAscent
 from raytrain.attacks.step import Ascent, ascend
-from raytrain.attacks.stopping import Gap, Never, Stop
+from raytrain.attacks.stopping import (
+    NEVER,
+    STOPPINGS,
+    AbstractStopping,
+    Gap,
+    Never,
+    Probe,
+    Stopping,
+    StoppingState,
+)
 
 __all__ = [
+    "INITS",
+    "NEVER",
+    "STOPPINGS",
+    "AbstractInit",
+    "AbstractStopping",
     "Ascent",
     "AttackerSpec",
     "Found",
     "Gap",
     "Gaussian",
+    "Init",
     "LearnedAscent",
     "Never",
+    "Probe",
     "ProjectedAscent",
     "Remembered",
-    "Start",
-    "Stop",
+    "Stopping",
+    "StoppingState",
     "Uniform",
     "Zero",
     "ascend",

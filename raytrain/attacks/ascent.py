@@ -10,12 +10,13 @@ from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 
-from raytrain.attacks.init import Start, Uniform
+from raytrain.attacks.init import Init, Uniform
 from raytrain.attacks.step import ascend
-from raytrain.attacks.stopping import Gap, Never, Stop
+from raytrain.attacks.stopping import NEVER, Probe, Stopping
+from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import Batch, BatchNorm, Clock, Delta, Spec, StepSize, in_pixels
+from raytrain.core.types import Batch, BatchNorm, Delta, Progress, Spec, StepSize, in_pixels
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,19 @@ class Found:
 
 
 class ProjectedAscent(Spec):
-    """delta <- P(delta + step_size * direction(g)), `steps` times, or until `stop` leaves a sample
-    alone.
+    """delta <- P(delta + step_size * direction(g)), `steps` times, or until `stop` ends it for a sample.
 
     P is the projection on ball and pixel box; the direction is the norm's steepest one (sign,
-    g/|g|, largest pixels). The first step is unconditional; a sample that stops after s steps has
-    cost s + 1 gradients, one that never stops costs `steps`. With `compact` the rows that stopped
+    g/|g|, largest pixels). A sample that stops after s steps has cost s + 1 gradients, one that never
+    stops costs `steps`. With `compact` the rows that stopped
     leave the batch, otherwise they are computed and not moved: the results are the same, the cost
     is not.
     """
 
-    start: Start = Uniform()
+    start: Init = Uniform()
     steps: NonNegativeInt
     step_size: StepSize
-    stop: Stop = Never()
+    stop: Stopping = NEVER
     bn: BatchNorm  # no default: it decides results, and public codes disagree
     confined: Annotated[
         bool, Field(description="project on the ball; false clips to the pixel box only (N-FGSM)")
@@ -49,38 +49,53 @@ class ProjectedAscent(Spec):
 
     @model_validator(mode="after")
     def _rows_are_independent(self) -> ProjectedAscent:
-        if isinstance(self.stop, Gap) and self.compact and self.bn != "eval":
+        if self.stop.needs_independent_rows and self.compact and self.bn != "eval":
             raise ValueError(
                 "compact=true needs attack_bn=eval: with batch statistics a sample's gradient depends on "
                 "which others are still in the batch"
             )
         return self
 
+    def fe_per_image(self, loss: AbstractLoss) -> float:
+        """Forward-equivalents of an attack whose samples take all the steps."""
+        if self.steps == 0:
+            return 0.0
+        return loss.reference_forwards + 2.0 * loss.inner_forwards * self.steps
+
     def maximise(
-        self, oracle: Oracle, ball: AbstractThreatModel, delta: Delta, clock: Clock
+        self, oracle: Oracle, threat: AbstractThreatModel, delta: Delta, progress: Progress
     ) -> Found:
         """Ascend from `delta` at the weights of `oracle`. Reads no host value unless samples may stop."""
-        batch, step_size = oracle.batch, in_pixels(self.step_size, ball.eps)
+        batch, step_size = oracle.batch, in_pixels(self.step_size, threat.eps)
         rows = torch.arange(len(batch), device=delta.device)
         taken = torch.zeros_like(rows)
         start, delta = delta, delta.clone()
+        state = self.stop.init(batch)
         with oracle.attacking():
             for step in range(self.steps):
                 everything = len(rows) == len(batch)
                 active = batch if everything else batch[rows]
                 here = delta if everything else delta[rows]
-                _, grad = oracle.delta_grad(here, None if everything else rows)
-                moved = self._moved(ball, here, grad, active, step_size)
-                stopped = (
-                    self.stop.reached(ball, here, start[rows], grad, active.images, clock)
-                    if step
-                    else None
+                losses, grad = oracle.delta_grad(here, None if everything else rows)
+                probe = Probe(
+                    threat=threat,
+                    images=active.images,
+                    labels=active.labels,
+                    delta=here,
+                    start=start if everything else start[rows],
+                    losses=losses,
+                    grad=grad,
+                    logits=oracle.logits,
+                    steps=step,
+                    progress=progress,
                 )
+                state, stopped = self.stop.update(state, probe)
+                moved = self._moved(threat, here, grad, active, step_size)
                 if stopped is None:
                     delta[rows], taken[rows] = moved, taken[rows] + 1
                 elif self.compact:
                     going = ~stopped
-                    rows = rows[going]
+                    rows, state = rows[going], tuple(part[going] for part in state)
                     if len(rows) == 0:
                         break
                     delta[rows], taken[rows] = moved[going], taken[rows] + 1
@@ -92,7 +107,14 @@ class ProjectedAscent(Spec):
         return Found(delta, taken)
 
     def _moved(
-        self, ball: AbstractThreatModel, delta: Delta, grad: Delta, batch: Batch, step_size: float
+        self,
+        threat: AbstractThreatModel,
+        delta: Delta,
+        grad: Delta,
+        batch: Batch,
+        step_size: float,
     ) -> Delta:
-        there = ascend(ball, delta, grad, batch.images, step_size, "steepest")
-        return ball.feasible(there, batch.images) if self.confined else in_box(there, batch.images)
+        there = ascend(threat, delta, grad, batch.images, step_size, "steepest")
+        return (
+            threat.feasible(there, batch.images) if self.confined else in_box(there, batch.images)
+        )

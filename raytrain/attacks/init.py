@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 from pydantic import Field, PositiveFloat
 
+from raytrain.core.registry import OneOf, Registry
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import Batch, Delta, Number, Spec, named
+from raytrain.core.types import BEGINNING, Batch, Delta, Number, Progress, Spec
 
 
 class AbstractInit(Spec):
     """The first perturbation of an attack. Always inside the pixel box."""
 
+    kind: Any = None
+
     @abstractmethod
-    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
-        """(n, c, h, w)."""
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Delta:
+        """(n, c, h, w). `store` holds where the last attack on each image ended, if it `remembers`."""
 
     @property
     def remembers(self) -> bool:
@@ -32,8 +41,14 @@ class Zero(AbstractInit):
 
     kind: Literal["zero"] = "zero"
 
-    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
-        del ball, store
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Delta:
+        del threat, store, progress
         return torch.zeros_like(batch.images)
 
 
@@ -49,9 +64,15 @@ class Uniform(AbstractInit):
         PositiveFloat, Field(description="in multiples of eps (k of N-FGSM); 1 fills the ball")
     ] = 1.0
 
-    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
-        del store
-        return in_box(ball.noise(batch.images, batch.dice, "start", self.radius), batch.images)
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Delta:
+        del store, progress
+        return in_box(threat.noise(batch.images, batch.dice, "start", self.radius), batch.images)
 
 
 @final
@@ -65,10 +86,16 @@ class Gaussian(AbstractInit):
     kind: Literal["gaussian"] = "gaussian"
     std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
 
-    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
-        del store
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Delta:
+        del store, progress
         noise = batch.dice.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
-        return ball.feasible(self.std * noise, batch.images)
+        return threat.feasible(self.std * noise, batch.images)
 
 
 @final
@@ -81,15 +108,23 @@ class Remembered(AbstractInit):
 
     kind: Literal["remembered"] = "remembered"
 
-    def delta(self, ball: AbstractThreatModel, batch: Batch, store: SampleStore | None) -> Delta:
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Delta:
+        del progress
         assert store is not None
-        return ball.feasible(store.read(batch), batch.images)
+        return threat.feasible(store.read(batch), batch.images)
 
     @property
     def remembers(self) -> bool:
         return True
 
 
-Start = Annotated[
-    Zero | Uniform | Gaussian | Remembered, Field(discriminator="kind"), named("kind", "uniform")
-]
+INITS = Registry(AbstractInit, "kind")
+INITS.register(Zero, Uniform, Gaussian, Remembered)
+
+Init = Annotated[AbstractInit, OneOf(INITS, "uniform")]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raytrain.attacks.ascent import Found
 from raytrain.core.oracle import Oracle
-from raytrain.core.threat_models import AbstractThreatModel, Linf
+from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
     BatchNorm,
     Delta,
@@ -43,7 +43,7 @@ Squash = Annotated[
     Field(description="what bounds a step; linear: nothing does"),
 ]
 Scale = Annotated[StepSize, Field(description="largest move of a pixel in one step")]
-Init = Annotated[
+AttackerInit = Annotated[
     Literal["random", "pgd"], Field(description="pgd: begins as PGD; needs features=sign")
 ]
 ReadoutScale = Annotated[PositiveFloat, Field(description="factor on the first readout")]
@@ -63,7 +63,7 @@ class AttackerSpec(Spec):
     features: Features = "rms"
     squash: Squash = "tanh"
     scale: Scale = "eps/4"
-    init: Init = "random"
+    init: AttackerInit = "random"
     readout_scale: ReadoutScale = 0.1
 
     @model_validator(mode="after")
@@ -187,7 +187,7 @@ class LearnedAscent(Spec):
     def _size(self, ball: AbstractThreatModel, delta: Delta, attacker: Attacker) -> float:
         """A pixel's largest move; in l2 such that a step of all pixels together is `scale` long."""
         size = in_pixels(attacker.spec.scale, ball.eps)
-        return size if isinstance(ball, Linf) else size / delta[0].numel() ** 0.5
+        return ball.per_pixel(size, delta[0].numel())
 
     def _weights(self) -> list[float]:
         raw = {

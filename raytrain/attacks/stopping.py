@@ -1,46 +1,105 @@
-"""When an attack leaves a sample alone."""
+"""When an attack ends for a sample."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field
+from torch import Tensor
 
-from raytrain.core.schedules import Power, Shape
+from raytrain.core.registry import OneOf, Registry
+from raytrain.core.schedules import SHAPES, AbstractShape, Power
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Clock, Delta, Images, Mask, Number, Spec, named, per_sample_dot
+from raytrain.core.types import (
+    Batch,
+    Delta,
+    Images,
+    Labels,
+    Mask,
+    Number,
+    PerSample,
+    Progress,
+    Spec,
+    per_sample_dot,
+)
+
+StoppingState = tuple[Tensor, ...]
+"""What a rule keeps during one attack: tensors with one row per sample."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The samples that are still attacked, before their next step. Row i belongs to sample i."""
+
+    threat: AbstractThreatModel
+    images: Images
+    labels: Labels
+    delta: Delta
+    start: Delta  # where the attack began
+    losses: PerSample  # inner losses at delta
+    grad: Delta  # their gradients, which the next step uses
+    logits: Tensor  # at delta, (n, classes)
+    steps: int  # steps of the attack so far
+    progress: Progress  # of training
+
+    @property
+    def correct(self) -> Mask:
+        """Whether each sample is classified as its label at delta."""
+        return self.logits.argmax(1) == self.labels
 
 
 class AbstractStopping(Spec):
-    """Decides per sample, from the gradient that the next step would use anyway."""
+    """Decides per sample, before each step, from the pass that the step needs anyway.
 
-    def reached(
-        self,
-        ball: AbstractThreatModel,
-        delta: Delta,
-        start: Delta,
-        grad: Delta,
-        images: Images,
-        clock: Clock,
-    ) -> Mask | None:
-        """True where the sample is to be left as it is; None says never, without looking.
+    A sample that stops after s steps has cost s + 1 gradients; it is not asked about after the last.
+    """
 
-        `start` is where the attack began, `grad` the gradient at `delta`.
+    needs_independent_rows: ClassVar[bool] = True
+    """Whether a sample's decision may not depend on which others are still attacked: in a compacted
+    batch that takes running BatchNorm statistics."""
+
+    kind: Any = None
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether an attack may take fewer steps than its most."""
+        return True
+
+    def init(self, batch: Batch) -> StoppingState:
+        """The state before the first step, a row for each sample of the batch."""
+        del batch
+        return ()
+
+    @abstractmethod
+    def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, Mask | None]:
+        """The state after this probe, and the samples that stop here; None: none does.
+
+        None saves a wait for the device.
         """
-        del ball, delta, start, grad, images, clock
-        return None
 
 
 @final
 class Never(AbstractStopping):
     """Take all the steps."""
 
+    needs_independent_rows: ClassVar[bool] = False
+
     kind: Literal["never"] = "never"
+
+    @property
+    def may_stop(self) -> bool:
+        return False
+
+    def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, None]:
+        del probe
+        return state, None
 
 
 @final
 class Gap(AbstractStopping):
-    """Stop where FOSC(delta_i) <= c_t, with c_t = c_max * decay(t).
+    """Stop where FOSC(delta_i) <= c_t, with c_t = c_max * decay(t), after the first step at the earliest.
 
     Wang et al. 2019 (arXiv 2112.08304), section 4. The decay defaults to the paper's linear fall. A
     negative `c_max` is not decayed: since FOSC >= 0, such a rule never stops, and the attack is PGD.
@@ -52,7 +111,7 @@ class Gap(AbstractStopping):
     c_max: Annotated[
         Number, Field(description="threshold at the start of training, in nats; negative: never")
     ]
-    decay: Annotated[Shape, named("kind", "power")] = Power()
+    decay: Annotated[AbstractShape, OneOf(SHAPES, "power")] = Power()
     over: Annotated[
         Literal["ball", "ball_box"],
         Field(
@@ -67,6 +126,10 @@ class Gap(AbstractStopping):
         Literal["epoch", "step"], Field(description="how often the threshold falls (paper: epoch)")
     ] = "epoch"
 
+    @property
+    def may_stop(self) -> bool:
+        return self.c_max >= 0 or self.anchor == "start"
+
     def threshold(self, progress: float) -> float:
         """c_t, in nats, at a share of training."""
         left = self.decay.at(progress)
@@ -74,19 +137,22 @@ class Gap(AbstractStopping):
             return self.c_max
         return self.c_max * left if left else 0.0  # inf * 0 is not a number
 
-    def reached(
-        self,
-        ball: AbstractThreatModel,
-        delta: Delta,
-        start: Delta,
-        grad: Delta,
-        images: Images,
-        clock: Clock,
-    ) -> Mask:
-        gap = ball.gap(delta, grad) if self.over == "ball" else ball.box_gap(delta, grad, images)
+    def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, Mask | None]:
+        if probe.steps == 0:
+            return state, None
+        threat, delta, grad = probe.threat, probe.delta, probe.grad
+        whole = self.over == "ball"
+        gap = threat.gap(delta, grad) if whole else threat.box_gap(delta, grad, probe.images)
         if self.anchor == "start":
-            gap = gap + per_sample_dot(start, grad)
-        return gap <= self.threshold(clock.epoch if self.per == "epoch" else clock.step)
+            gap = gap + per_sample_dot(probe.start, grad)
+        progress = probe.progress
+        share = progress.epoch if self.per == "epoch" else progress.step
+        return state, gap <= self.threshold(share)
 
 
-Stop = Annotated[Never | Gap, Field(discriminator="kind"), named("kind")]
+NEVER = Never()
+
+STOPPINGS = Registry(AbstractStopping, "kind")
+STOPPINGS.register(Never, Gap)
+
+Stopping = Annotated[AbstractStopping, OneOf(STOPPINGS)]

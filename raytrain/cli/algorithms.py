@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.core.types import RequestError
 from raytrain.outer import OUTERS
 
-_KINDS = {**CATALOGUE, **OUTERS}
+_KINDS = {**RECIPES, **OUTERS}
 
 
 def catalogue() -> Callable[[], None]:
     """All algorithms and outer updates, a line each."""
 
     def show() -> None:
-        for title, kinds in (("algorithm.name", CATALOGUE), ("outer.name", OUTERS)):
+        for title, kinds in (("algorithm.name", RECIPES), ("outer.name", OUTERS)):
             table = Table(title=title, title_justify="left")
             for column in ("name", "rule", "cost per image"):
                 table.add_column(column)

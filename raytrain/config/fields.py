@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from raytrain.core.registry import OneOf
+from raytrain.core.types import Spec
+
 Keys = tuple[str, ...]
 """A place in nested records and lists, key by key; an item of a list goes by its number."""
 
-CHOSEN_BY = {
-    "algorithm": ("name", "pgd"),
-    "objective": ("name", "cross_entropy"),
-    "outer": ("name", "sgd"),
-    "threat": ("norm", "linf"),
-    "decay": ("kind", "power"),
-    "schedule": ("kind", "onecycle"),
-    "start": ("kind", "uniform"),
-    "stop": ("kind", "never"),
-    "then": ("name", "sgd"),
-}
-"""Records chosen by one of their own fields, and the kind meant where it is not given: naming another
-kind begins the record anew."""
 
-_KEYS = {record: key for record, (key, _) in CHOSEN_BY.items()}
-_KEYS |= {"data": "name", "model": "name"}  # of one kind, whose name changes nothing else
-
-
-@lru_cache(maxsize=4096)
 def types_at(model: type[BaseModel], path: Keys) -> tuple[Any, ...]:
     """Every type that a value at `path` may have, unions taken apart; none if there is no such field.
 
-    Where a union leads to several records, a field counts that any of them has.
+    A part of a registry has its `OneOf` for a type. A field of it counts that any of the parts has.
     """
     found: tuple[Any, ...] = (model,)
     for key in path:
@@ -55,30 +39,41 @@ def is_text(model: type[BaseModel], path: Keys) -> bool:
 
 def name_key(model: type[BaseModel], path: Keys) -> str | None:
     """The field that a bare name at `path` stands for, if a record is there: `start` has its `kind`."""
-    key = _KEYS.get(path[-1]) if path else None
-    if key is None or not any(_is_record(one) for one in types_at(model, path)):
-        return None
-    return key if types_at(model, (*path, key)) else None
+    found = types_at(model, path)
+    chosen = next((one.key for one in found if isinstance(one, OneOf)), None)
+    return chosen or next((one.bare for one in found if _is_spec(one) and one.bare), None)
 
 
-def key_of(record: str) -> str:
-    """The field that says which one a record is."""
-    return _KEYS.get(record, "name")
+def choice_at(model: type[BaseModel], path: Keys) -> OneOf | None:
+    """The registry that the record at `path` is chosen from, if it is."""
+    return next((one for one in types_at(model, path) if isinstance(one, OneOf)), None)
 
 
-def fields_at(model: type[BaseModel], path: Iterable[str], tags: Iterable[str]) -> list[str]:
-    """Names of the fields of the record at `path`, where `tags` pick the members of unions."""
+def is_open(model: type[BaseModel], path: Keys) -> bool:
+    """Whether a part around `path` may be another package's, whose fields are not known yet."""
+    holders = (choice_at(model, path[:length]) for length in range(1, len(path)))
+    return any(choice is not None and choice.registry.group for choice in holders)
+
+
+def fields_at(model: type[BaseModel], path: Iterable[str], values: Any) -> list[str]:
+    """Names of the fields of the record at `path`; `values` say which part it is, where one is chosen."""
     here: Any = model
-    tags = set(tags)
     for part in path:
-        if part not in here.model_fields:
+        values = values.get(part) if isinstance(values, Mapping) else None
+        found = [_chosen(one, values) for one in types_at(here, (part,)) if _is_record(one)]
+        if not found:
             return []
-        members = [one for one in types_at(here, (part,)) if _is_record(one)]
-        if not members:
-            return []
-        chosen = [one for one in members if tags & set(_literals(one))]
-        here = (chosen or members)[0]
+        here = found[0]
     return list(here.model_fields)
+
+
+def _chosen(record: Any, values: Any) -> type[BaseModel]:
+    """The class of a record, or that of the part which its values name."""
+    if not isinstance(record, OneOf):
+        return record
+    name = values.get(record.key) if isinstance(values, Mapping) else values
+    known = record.registry.known
+    return known.get(str(name or record.default)) or next(iter(known.values()))
 
 
 def _inside(holder: Any, key: str) -> tuple[Any, ...]:
@@ -86,9 +81,14 @@ def _inside(holder: Any, key: str) -> tuple[Any, ...]:
     origin, inner = get_origin(holder), get_args(holder)
     if holder is Any:
         return (Any,)
+    if isinstance(holder, OneOf):
+        return tuple(
+            inner for part in holder.registry.with_field(key) for inner in _inside(part, key)
+        )
     if _is_record(holder):
-        fields = holder.model_fields.items()
-        return _members(*(one.annotation for name, one in fields if key in (name, one.alias)))
+        fields = [one for name, one in holder.model_fields.items() if key in (name, one.alias)]
+        chosen = [extra for one in fields for extra in one.metadata if isinstance(extra, OneOf)]
+        return tuple(chosen) or _members(*(one.annotation for one in fields))
     if origin is dict:
         return _members(inner[1])
     if origin in (list, tuple):
@@ -102,7 +102,9 @@ def _members(*annotations: Any) -> tuple[Any, ...]:
     found: list[Any] = []
     for one in annotations:
         if get_origin(one) is Annotated:
-            found += _members(get_args(one)[0])
+            inner, *extras = get_args(one)
+            chosen = [extra for extra in extras if isinstance(extra, OneOf)]
+            found += chosen or _members(inner)
         elif get_origin(one) in (Union, types.UnionType):
             found += _members(*get_args(one))
         else:
@@ -121,13 +123,8 @@ def _is_name(one: Any) -> bool:
 
 
 def _is_record(one: Any) -> bool:
-    return isinstance(one, type) and issubclass(one, BaseModel)
+    return isinstance(one, OneOf) or (isinstance(one, type) and issubclass(one, BaseModel))
 
 
-def _literals(record: type[BaseModel]) -> list[Any]:
-    return [
-        value
-        for field in record.model_fields.values()
-        if get_origin(field.annotation) is Literal
-        for value in get_args(field.annotation)
-    ]
+def _is_spec(one: Any) -> bool:
+    return isinstance(one, type) and issubclass(one, Spec)

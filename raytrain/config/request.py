@@ -12,7 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from raytrain.config.documents import read_file, read_value
-from raytrain.config.fields import CHOSEN_BY, Keys, fields_at, is_text, key_of, name_key, types_at
+from raytrain.config.fields import (
+    Keys,
+    choice_at,
+    fields_at,
+    is_open,
+    is_text,
+    name_key,
+    types_at,
+)
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
 
@@ -77,7 +85,7 @@ def value_of(path: str, text: str, model: type[BaseModel] = RunConfig) -> Any:
     if not text or (text == "null" and type(None) in found):
         return None
     record = name_key(model, keys) is not None and re.fullmatch(r"\s*\{.*\}\s*", text, re.DOTALL)
-    if not found or (is_text(model, keys) and not record):
+    if not (found or is_open(model, keys)) or (is_text(model, keys) and not record):
         return _encodable(path, text)
     return read_value(text, partial(is_text, model), keys)
 
@@ -104,16 +112,17 @@ def override(
     result = _copy(values)
     # From the outside in, choices first, so that the order of the words does not matter.
     flat = _flat(changes, model)
-    for path, value in sorted(flat.items(), key=lambda item: (len(item[0]), _rank(item[0]))):
+    ranks = {path: _rank(model, path) for path in flat}
+    for path, value in sorted(flat.items(), key=lambda item: (len(item[0]), ranks[item[0]])):
         *parents, last = path
         record = result
-        for parent in parents:
+        for depth, parent in enumerate(parents, start=1):
             inner = record.get(parent)
             if isinstance(inner, str):  # `start: uniform` stands for `start: {kind: uniform}`
-                inner = {key_of(parent): inner}
+                inner = {name_key(model, path[:depth]) or "name": inner}
             record[parent] = inner if isinstance(inner, dict) else {}
             record = record[parent]
-        choice = _choice(path)
+        choice = _choice(model, path)
         if choice is not None and record.get(last, choice.meant) != value:
             kept = {field: record[field] for field in choice.keeps if field in record}
             record.clear()
@@ -159,9 +168,9 @@ def _contradiction(one: str, value: Any, other: str, another: Any) -> RequestErr
     return RequestError(said, tuple(one.split(".")))
 
 
-def _rank(path: Keys) -> int:
+def _rank(model: type[BaseModel], path: Keys) -> int:
     """Kinds first, then the presets of a kind, then all that is no choice."""
-    choice = _choice(path)
+    choice = _choice(model, path)
     return 2 if choice is None else len(choice.keeps)
 
 
@@ -172,11 +181,12 @@ class _Choice(NamedTuple):
     keeps: Keys = ()  # the fields that do not belong to the choice before
 
 
-def _choice(path: Keys) -> _Choice | None:
-    if len(path) < 2 or path[-2] not in CHOSEN_BY:
+def _choice(model: type[BaseModel], path: Keys) -> _Choice | None:
+    choice = choice_at(model, path[:-1])
+    if choice is None:
         return None
-    key, kind = CHOSEN_BY[path[-2]]
-    return {key: _Choice(kind), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
+    key = choice.key
+    return {key: _Choice(choice.default), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
@@ -195,29 +205,31 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -
 
 def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
     """The first complaint of a ValidationError, for a reader who knows fields and not pydantic."""
-    errors = [(*_path(one["loc"], values), one) for one in error.errors()]
-    path, tags, first = errors[0]
+    errors = [(_path(one["loc"], values), one) for one in error.errors()]
+    path, first = errors[0]
     dotted = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"{dotted}: no such field{_nearest(path, model, tags)}"
+        return f"{dotted}: no such field{_nearest(path, model, values)}"
     if first["type"] == "missing":
         return f"{dotted}: missing; it has no default"
     if first["type"].startswith("union_tag"):
         return f"{dotted}: {_expected_tags(first)}"
+    if first["type"] == "part":
+        return f"{dotted}.{message}"
     if first["type"] == "value_error" and not path:
         return message
     if first["type"] == "value_error":
         return f"{dotted}: {message}, found {first['input']!r}"
     # A union complains once for each of its members: 1000 or 0.1.
-    wanted = dict.fromkeys(_wanted(one) for where, _, one in errors if where == path)
+    wanted = dict.fromkeys(_wanted(one) for where, one in errors if where == path)
     return f"{dotted}: expected {' or '.join(wanted)}, found {_short(first['input'])}"
 
 
 def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]:
     """The path of the first complaint: pydantic's, or that which the complaint itself tells."""
     first = error.errors()[0]
-    path, _ = _path(first["loc"], values)
+    path = _path(first["loc"], values)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError) and cause.path:
         return (*path, *cause.path)
@@ -256,10 +268,9 @@ def _expected_tags(first: Any) -> str:
     return f"expected one of {expected}, found {context.get('tag')!r}{hint}"
 
 
-def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
-    """The user's path of an error, and pydantic's tags for the members of unions taken on the way."""
+def _path(loc: tuple[Any, ...], values: Any) -> list[str]:
+    """The user's path of an error: without pydantic's tags for the members of unions on the way."""
     path: list[str] = []
-    tags: list[str] = []
     here: Any = values
     for step, part in enumerate(loc):
         if isinstance(here, str):  # a bare name stands for its record
@@ -271,9 +282,7 @@ def _path(loc: tuple[Any, ...], values: Any) -> tuple[list[str], list[str]]:
             continue  # the complaint is about the key, which the path ends with already
         elif step == len(loc) - 1 and _lacks(here, part):
             path.append(str(part))  # a missing field
-        else:
-            tags.append(str(part))
-    return path, tags
+    return path
 
 
 def _holds(here: Any, part: Any) -> bool:
@@ -293,10 +302,10 @@ def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
     return in_braces or part in {here.get("name"), here.get("kind"), here.get("norm")}
 
 
-def _nearest(path: list[str], model: type[BaseModel], tags: list[str]) -> str:
+def _nearest(path: list[str], model: type[BaseModel], values: Any) -> str:
     """`; the nearest is X` among the fields that exist beside the unknown one."""
     *parents, unknown = path
-    fields = fields_at(model, parents, tags)
+    fields = fields_at(model, parents, values)
     close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
     if close:
         return f"; the nearest is {'.'.join([*parents, close[0]])}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -20,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from raytrain.algorithms import AbstractAlgorithm, Pgd, Recipe
+from raytrain.algorithms import AbstractAlgorithm, AbstractRecipe, Pgd, Recipe
 from raytrain.config.names import (
     EXPERIMENT_NAME,
     RUN_NAME,
@@ -32,7 +33,7 @@ from raytrain.core.network import Precision
 from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
 from raytrain.core.threat_models import ThreatModel
-from raytrain.core.types import RequestError, Spec, named
+from raytrain.core.types import SCHEDULABLE, RequestError, Spec
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
 from raytrain.evaluation.sentinels import Sentinels
@@ -58,10 +59,6 @@ RUNTIME = frozenset(
 """Fields that say where and how a run happens, not what it computes: not part of its signature."""
 
 
-Scheduled = Literal["eps", "steps", "step_size", "c_max", "beta", "lam", "sigma", "theta"]
-"""What a curriculum may change: numbers that no memory of the algorithm is made of."""
-
-
 class EarlyStop(Spec):
     """End a run once validation robustness has not risen for `patience` validations in a row."""
 
@@ -78,16 +75,13 @@ def _patience(value: Any) -> Any:
 class RunConfig(Spec):
     """A training run. Every field can be set as `dotted.path=value` on the command line."""
 
-    data: Annotated[DataSpec, named("name"), Field(description="what to train on")] = DataSpec()
+    data: Annotated[DataSpec, Field(description="what to train on")] = DataSpec()
     model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()
     threat: Annotated[
         ThreatModel,
-        named("norm", "linf"),
         Field(description="norm: linf, l2 or l1, and eps; default: customary for the data"),
     ]
-    algorithm: Annotated[
-        Recipe, named("name", "pgd"), Field(description="see `raytrain algorithms`")
-    ] = Pgd()
+    algorithm: Annotated[Recipe, Field(description="see `raytrain algorithms`")] = Pgd()
     outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
     optimizer: Sgd = Sgd()
     epochs: Annotated[PositiveInt, Field(description="passes over the training images")] = 15
@@ -96,7 +90,7 @@ class RunConfig(Spec):
         Field(description="train for this cost instead, in forward-equivalents per image"),
     ] = None
     curriculum: Annotated[
-        dict[Scheduled, Ramp],
+        dict[str, Ramp],
         Field(description="numbers that change over training: {eps: {start: 0, until: 0.3}}"),
     ] = {}
     batch_size: Annotated[
@@ -183,12 +177,12 @@ class RunConfig(Spec):
             self._check_ramp(name)
         return self
 
-    def _check_ramp(self, name: Scheduled) -> None:
-        if name != "eps" and name not in type(self.algorithm).model_fields:
-            has = [field for field in get_args(Scheduled) if hasattr(self.algorithm, field)]
+    def _check_ramp(self, name: str) -> None:
+        has = ["eps", *_schedulable(self.algorithm)]
+        if name not in has:
             raise ValueError(
-                f"curriculum.{name}: algorithm {self.algorithm.name} has no {name}; "
-                f"expected {' or '.join(['eps', *has])}"
+                f"curriculum.{name}: algorithm {self.algorithm.name} has no such number to change; "
+                f"expected {' or '.join(has)}"
             )
         for quarter in range(5):
             try:
@@ -262,16 +256,19 @@ class RunConfig(Spec):
         Raises:
             RequestError: if eps is not below the norm's diameter of [0, 1]^shape.
         """
-        pixels = 1
-        for length in shape:
-            pixels *= length
-        widest = {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[self.threat.norm]
+        widest = self.threat.diameter(math.prod(shape))
         if self.threat.eps >= widest:
             raise RequestError(
                 f"threat.eps: {self.threat.eps:g} is as wide as the whole set of images "
                 f"({self.threat.norm}: {widest:g}); expected pixels of [0, 1], such as "
                 f"{self.threat.eps:g}/255"
             )
+
+
+def _schedulable(recipe: AbstractRecipe) -> list[str]:
+    """The fields of a recipe that a curriculum may change."""
+    fields = type(recipe).model_fields.items()
+    return [name for name, field in fields if SCHEDULABLE in field.metadata]
 
 
 def _first(error: ValidationError) -> str:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from raytrain.core.distributed_context import DistributedContext
+
+
+@dataclass(frozen=True)
+class CostSetting:
+    """What the cost of a step depends on beside the algorithm's own fields."""
+
+    epoch: int = 0  # epochs finished
+    batch_size: int = 128  # images per weight update, over all workers
+    workers: int = 1
+    stem_share: Callable[[], float] = float  # the first layer's share of a forward
 
 
 @dataclass

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from raytrain.core.types import Batch, Delta, PerSample, Predict, Spec, named
+from raytrain.core.registry import OneOf, Registry
+from raytrain.core.types import Batch, Delta, PerSample, Predict, Spec
 
 Reference = tuple[Tensor, ...]
 """What an objective computes once per batch and does not differentiate, one row per sample."""
@@ -22,8 +23,21 @@ class AbstractLoss(Spec):
     `predict` maps pixels to logits. `rows` of `reference` belong to the rows of the batch.
     """
 
+    name: Any = None
+
+    reference_forwards: ClassVar[int] = 0
+    """Passes of the network in `reference`."""
+    inner_forwards: ClassVar[int] = 1
+    """Passes of the network in `inner`, the last of them at delta."""
+    outer_forwards: ClassVar[int] = 1
+    """Passes of the network in `outer`."""
     nested_gradients: ClassVar[int] = 0
     """Input gradients that one sample's `outer` takes inside itself, to be differentiated again."""
+
+    @property
+    def update_fe(self) -> float:
+        """Forward-equivalents per image of `outer` and its weight gradient."""
+        return 3.0 * (self.outer_forwards + self.nested_gradients)
 
     def reference(self, predict: Predict, batch: Batch) -> Reference:
         """Whatever does not depend on delta, computed once per batch before the attack."""
@@ -95,6 +109,9 @@ class Trades(AbstractLoss):
     the weights are the same.
     """
 
+    reference_forwards: ClassVar[int] = 1
+    outer_forwards: ClassVar[int] = 2
+
     name: Literal["trades"] = "trades"
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 6.0
     label_smoothing: Smoothing = 0.0
@@ -133,6 +150,8 @@ class Mart(AttackedByCrossEntropy):
     the public KL is bounded (27.6 nats per unit of p_k) and its derivative by log q_k, -p_k here, has
     the factor q_k / (q_k + 1e-12): such samples count more here.
     """
+
+    outer_forwards: ClassVar[int] = 2
 
     name: Literal["mart"] = "mart"
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the KL")] = 5.0
@@ -191,6 +210,7 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-Loss = Annotated[
-    CrossEntropy | Trades | Mart, Field(discriminator="name"), named("name", "cross_entropy")
-]
+LOSSES = Registry(AbstractLoss, "name", group="raytrain.losses")
+LOSSES.register(CrossEntropy, Trades, Mart)
+
+Loss = Annotated[AbstractLoss, OneOf(LOSSES, "cross_entropy")]

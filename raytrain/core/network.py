@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from raytrain.core.types import BatchNorm
+from raytrain.core.types import BatchNorm, RequestError
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Network = TypeVar("Network", bound=nn.Module)
@@ -89,3 +89,24 @@ def shifted(model: nn.Module, offsets: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(saved[name])
+
+
+def stem_share(model: nn.Module, image: Tensor) -> float:
+    """The first layer's part of the floating-point operations of a forward pass of one `image`.
+
+    Raises:
+        RequestError: if the network does not tell its first layer (`stem`) from the `rest`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if not (hasattr(model, "stem") and hasattr(model, "rest")):
+        raise RequestError(
+            "model.name: this algorithm needs a network that tells its first layer (stem) from the rest, "
+            f"and {type(model).__name__} does not"
+        )
+    with torch.no_grad(), mode(model, "eval"):
+        with FlopCounterMode(display=False) as stem:
+            model.stem(image)  # pyright: ignore[reportCallIssue]
+        with FlopCounterMode(display=False) as whole:
+            model(image)
+    return stem.get_total_flops() / max(1, whole.get_total_flops())

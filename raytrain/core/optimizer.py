@@ -8,8 +8,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import nn
 
-from raytrain.core.schedules import OneCycle, Shape
-from raytrain.core.types import Spec, named
+from raytrain.core.registry import OneOf
+from raytrain.core.schedules import SHAPES, AbstractShape, OneCycle
+from raytrain.core.types import Spec
 
 
 @final
@@ -24,8 +25,8 @@ class Sgd(Spec):
     weight_decay: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5e-4
     nesterov: bool = False
     schedule: Annotated[
-        Shape,
-        named("kind", "onecycle"),
+        AbstractShape,
+        OneOf(SHAPES, "onecycle"),
         Field(description="factor on lr, per step: onecycle, piecewise, cosine, ..."),
     ] = OneCycle()
 

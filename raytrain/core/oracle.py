@@ -55,6 +55,9 @@ class Oracle:
     ) -> None:
         self.batch = batch
         self.latest: Delta | None = None  # the last input gradient taken of each sample
+        self.logits = batch.images.new_empty(
+            0
+        )  # of the last inner loss: the network's last output
         self._model, self._wrapper = model, model if wrapper is None else wrapper
         self._objective, self._meter = objective, meter
         self._place = DistributedContext() if context is None else context
@@ -273,8 +276,15 @@ class Oracle:
 
     def _inner(self, batch: Batch, delta: Delta, reference: Reference) -> PerSample:
         self._walked = 0
+        predict = self._predictor(self._model)
+
+        def recorded(images: Tensor) -> Tensor:
+            logits = predict(images)
+            self.logits = logits.detach()
+            return logits
+
         with self.attacking():
-            return self._objective.inner(self._predictor(self._model), batch, delta, reference)
+            return self._objective.inner(recorded, batch, delta, reference)
 
     def _outer(self, module: Predict, delta: Delta, bn: BatchNorm) -> PerSample:
         reference = self._outer_reference

@@ -8,7 +8,8 @@ from typing import Annotated, Literal, final
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from raytrain.core.types import Number, Spec, StepSize, in_pixels, named
+from raytrain.core.registry import Registry
+from raytrain.core.types import Number, Spec, StepSize, in_pixels
 
 
 class AbstractShape(Spec):
@@ -92,9 +93,8 @@ class OneCycle(AbstractShape):
         return max(0.0, min(rising, (1 - progress) / (1 - self.peak)))
 
 
-Shape = Annotated[
-    Constant | Power | Cosine | Piecewise | OneCycle, Field(discriminator="kind"), named("kind")
-]
+SHAPES = Registry(AbstractShape, "kind")
+SHAPES.register(Constant, Power, Cosine, Piecewise, OneCycle)
 
 
 @final

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from raytrain.core.registry import OneOf, Registry
 from raytrain.core.types import (
     Delta,
     Dice,
@@ -79,6 +80,18 @@ class AbstractThreatModel(Spec):
         """
         return in_box(self.project(delta), images)
 
+    @abstractmethod
+    def norm_grad(self, delta: Delta) -> Delta:
+        """A direction in which |delta_i| grows: a subgradient of the norm, or of every coordinate's own."""
+
+    @abstractmethod
+    def diameter(self, num_pixels: int) -> float:
+        """The largest norm of a difference of two images of [0, 1]^num_pixels."""
+
+    def per_pixel(self, length: float, num_pixels: int) -> float:
+        """The move of each pixel if all move equally and the whole move has norm `length`."""
+        return length / self.diameter(num_pixels)
+
     def gap(self, delta: Delta, grad: Delta) -> PerSample:
         """FOSC on the ball: eps |g|_q - <delta, g>, in nats, >= 0 for feasible delta."""
         return self.eps * self.dual_norm(grad) - per_sample_dot(delta, grad)
@@ -125,6 +138,13 @@ class Linf(AbstractThreatModel):
 
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
         return in_box(self.eps * grad.sign(), images)
+
+    def norm_grad(self, delta: Delta) -> Delta:
+        return delta.sign()  # that of a bound on every pixel, not on the largest alone
+
+    def diameter(self, num_pixels: int) -> float:
+        del num_pixels
+        return 1.0
 
 
 @final
@@ -174,6 +194,12 @@ class L2(AbstractThreatModel):
             fits = self.norm_of(in_box(wide * over_pixels(10**middle), pixels)) <= self.eps
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
         return in_box(wide * over_pixels(10**low), pixels).to(grad.dtype)
+
+    def norm_grad(self, delta: Delta) -> Delta:
+        return delta / (over_pixels(self.norm_of(delta)) + 1e-12)
+
+    def diameter(self, num_pixels: int) -> float:
+        return num_pixels**0.5
 
 
 @final
@@ -241,6 +267,12 @@ class L1(AbstractThreatModel):
         size = torch.zeros_like(flat).scatter(1, order, spent)
         return (size * flat.sign()).view_as(grad)
 
+    def norm_grad(self, delta: Delta) -> Delta:
+        return delta.sign()
+
+    def diameter(self, num_pixels: int) -> float:
+        return float(num_pixels)
+
 
 def _top(grad: Tensor, count: int) -> Tensor:
     """+-1/count on the `count` coordinates of largest magnitude of each row."""
@@ -249,4 +281,7 @@ def _top(grad: Tensor, count: int) -> Tensor:
     return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / count).view_as(grad)
 
 
-ThreatModel = Annotated[Linf | L2 | L1, Field(discriminator="norm")]
+THREAT_MODELS = Registry(AbstractThreatModel, "norm")
+THREAT_MODELS.register(Linf, L2, L1)
+
+ThreatModel = Annotated[AbstractThreatModel, OneOf(THREAT_MODELS, "linf")]

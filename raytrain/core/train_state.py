@@ -15,7 +15,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
-from raytrain.core.types import Batch, BatchNorm, Clock
+from raytrain.core.types import BEGINNING, Batch, BatchNorm, Progress
 
 P = TypeVar("P")
 
@@ -38,7 +38,7 @@ class TrainState:
     ema: AveragedModel | None = None
     epoch: int = 0  # epochs finished
     step: int = 0  # batches trained on
-    clock: Clock = Clock(0.0, 0.0)
+    progress: Progress = BEGINNING
     seconds: float = 0.0  # spent training, evaluation left out
     best: float = float("-inf")  # best validation robust accuracy so far
     patience_count: int = 0  # validations since the last one that counted as better

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,6 +67,14 @@ class Spec(BaseModel):
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings"
     )
 
+    bare: ClassVar[str | None] = None
+    """The field that a string in place of the whole record stands for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bare_name(cls, values: Any) -> Any:
+        return {cls.bare: values} if cls.bare and isinstance(values, str) else values
+
     @model_validator(mode="before")
     @classmethod
     def _true_is_no_number(cls, values: Any) -> Any:
@@ -77,22 +85,6 @@ class Spec(BaseModel):
                 if kinds & {int, float} and bool not in kinds:
                     raise ValueError(f"{name}: expected a number, found {value}")
         return values
-
-
-def named(key: str, default: str | None = None) -> BeforeValidator:
-    """Accept a bare name where a record with only that `key` is meant: `start: zero`.
-
-    A record that does not say its name is of the `default` kind.
-    """
-
-    def record(value: Any) -> Any:
-        if isinstance(value, str):
-            return {key: value}
-        if default is not None and isinstance(value, dict) and key not in value:
-            return {key: default, **value}
-        return value
-
-    return BeforeValidator(record)
 
 
 _FRACTION = re.compile(r"\s*([-+0-9.eE]+)\s*/\s*([-+0-9.eE]+)\s*")
@@ -130,6 +122,12 @@ def _step_size(value: float | str) -> float | str:
         raise ValueError("expected a positive number of pixels")
     return value
 
+
+class Schedulable:
+    """Annotation of a number that a curriculum may change: no memory of the algorithm is made of it."""
+
+
+SCHEDULABLE = Schedulable()
 
 Number = Annotated[float, BeforeValidator(fraction), AfterValidator(_a_number)]
 """A float that may be written as a fraction: `8/255`."""
@@ -239,23 +237,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """How far training has come, as a share in [0, 1]: in whole epochs, and at this very step."""
+class Progress:
+    """How far training has come: shares in [0, 1] at the start of the epoch and of the step."""
 
-    epoch: float
-    step: float
+    epoch: float = 0.0
+    step: float = 0.0
+    epochs: int = 0  # finished ones
 
 
-@dataclass(frozen=True)
-class Card:
-    """What `raytrain algorithms NAME` tells beside the hyperparameters."""
-
-    paper: str
-    rule: str
-    cost: str  # per image and weight update, in forward-equivalents
-    memory: str = "none"  # state per training image
-    norms: tuple[str, ...] = ("linf", "l2", "l1")
-    ranges: Mapping[str, str] = field(default_factory=dict)  # hyperparameter -> range to search
+BEGINNING = Progress()
 
 
 Predict = Callable[[Tensor], Tensor]  # pixels (n, c, h, w) -> logits (n, classes)

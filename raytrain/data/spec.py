@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
@@ -15,6 +15,8 @@ DEFAULT_FOLDER = Path("data")
 
 class DataSpec(Spec):
     """A data set by name (`raytrain train data=cifar10`) or by the path of a Parquet file or folder."""
+
+    bare: ClassVar[str | None] = "name"
 
     name: Annotated[
         str,

@@ -16,7 +16,7 @@ from raytrain.core.losses import AbstractLoss, CrossEntropy, Margin
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Clock, Delta, Dice, Images, Labels, mix
+from raytrain.core.types import Delta, Dice, Images, Labels, Progress, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.checks import Finding, before_belief, under_noise
 from raytrain.evaluation.checks.gradients import Connected
@@ -86,7 +86,7 @@ class Evaluator:
             precision=self._precision,
         )
         start = attack.start.delta(self._ball, batch, None)
-        delta = attack.maximise(oracle, self._ball, start, Clock(1.0, 1.0)).delta
+        delta = attack.maximise(oracle, self._ball, start, Progress(1.0, 1.0)).delta
         classes = self._answers.classes((batch.images + delta).float())
         return batch.images.cpu(), delta.cpu(), classes.cpu()
 

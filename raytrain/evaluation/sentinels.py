@@ -32,7 +32,7 @@ from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import Batch, Clock, Dice, Number, Spec, mix
+from raytrain.core.types import Batch, Dice, Number, Progress, Spec, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.validation import Flags
 
@@ -136,7 +136,7 @@ def _one_step(
     if len(right) == 0:
         return 0, 0
     oracle = Oracle(model, CrossEntropy(), right, meter, attack_bn="eval", precision=precision)
-    found = _FGSM.maximise(oracle, ball, torch.zeros_like(right.images), Clock(1.0, 1.0))
+    found = _FGSM.maximise(oracle, ball, torch.zeros_like(right.images), Progress(1.0, 1.0))
     assert oracle.latest is not None
     # Without a ball there is nothing to gain in it: then of a step of one.
     gain = (ball.eps or 1.0) * ball.dual_norm(oracle.latest)

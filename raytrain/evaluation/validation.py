@@ -23,10 +23,10 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
     Batch,
-    Clock,
     Dice,
     Mask,
     Number,
+    Progress,
     Rows,
     Spec,
     StepSize,
@@ -154,7 +154,7 @@ def survived(
             attack_bn="eval",
             precision=precision,
         )
-        found = attack.maximise(oracle, ball, start, Clock(1.0, 1.0))
+        found = attack.maximise(oracle, ball, start, Progress(1.0, 1.0))
         standing[rows] = oracle.correct(found.delta)
     return standing
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from raytrain.algorithms import CATALOGUE
 from raytrain.core.cost import Meter
 from raytrain.evaluation.names import attack_title
 from raytrain.exporting import robustbench
@@ -45,7 +44,7 @@ def card(subject: Subject, checked: Mapping[str, Checked], licence: str) -> str:
 def _title(subject: Subject) -> str:
     run, source = subject.run, subject.source
     parameters = sum(p.numel() for p in subject.model.parameters())
-    known = CATALOGUE[run.algorithm.name].card
+    known = run.algorithm.card
     return f"""\
 # {subject.name}
 

@@ -1,7 +1,6 @@
 """Networks from images in [0, 1] to logits, chosen by name; RobustBench's weights fit them."""
 
 from raytrain.models.classifier import Classifier
-from raytrain.models.errors import guarded
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
 from raytrain.models.spec import MODELS, ModelSpec
 from raytrain.models.trial import try_alone, try_out
@@ -10,7 +9,6 @@ __all__ = [
     "MODELS",
     "Classifier",
     "ModelSpec",
-    "guarded",
     "load_robustbench",
     "robustbench_state_dict",
     "try_alone",

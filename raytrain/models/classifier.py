@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raytrain.core.types import ModelFailed, RequestError
-from raytrain.models.errors import sentence
+from raytrain.core.user_code import sentence
 
 
 @final

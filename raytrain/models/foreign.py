@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from raytrain.core.failures import told
 from raytrain.core.types import RequestError
-from raytrain.models.errors import guarded, isolated, told
+from raytrain.core.user_code import guarded, imported
 
 _GIVEN = WeakTensorKeyDictionary()
 """The weights that functions of the user have returned in this process, as keys."""
@@ -42,12 +42,9 @@ def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Mod
     Raises:
         RequestError: if it cannot be made, or has weights of a network that was returned before.
     """
-    path, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in [*path.split("."), *function.split(".")]):
-        raise RequestError(f"model.name: {name!r} is not of the form module:function")
-    network = _made(
-        name, _function(name, _imported(path), function), {"num_classes": classes}, kwargs
-    )
+    module, found = imported(name, "model.name", "function")
+    make = _function(name, module, found)
+    network = _made(name, make, {"num_classes": classes}, kwargs)
     weights: list[Tensor] = list(network.parameters())
     if any(weight in _GIVEN for weight in weights):
         raise RequestError(
@@ -58,24 +55,7 @@ def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Mod
     return network
 
 
-def _imported(path: str) -> ModuleType:
-    with isolated(), guarded(path, "cannot be imported"):
-        try:
-            return import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-                raise  # a module that this one imports
-            raise RequestError(
-                f"model.name: {path} cannot be imported ({error}); expected a module in "
-                f"{Path.cwd()} or an installed one"
-            ) from error
-
-
-def _function(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
-    found: Any = module
-    with isolated(), guarded(name, "cannot be looked up"):
-        for part in function.split("."):
-            found = getattr(found, part, None)
+def _function(name: str, module: ModuleType, found: Any) -> Callable[..., Any]:
     if isinstance(found, nn.Module):
         raise RequestError(
             f"model.name: {name} is one network, and every training begins with a new one; expected "
@@ -85,7 +65,7 @@ def _function(name: str, module: ModuleType, function: str) -> Callable[..., Any
         file = getattr(module, "__file__", None)
         where = f" ({file})" if file else ""
         raise RequestError(
-            f"model.name: module {module.__name__}{where} has no function {function!r}"
+            f"model.name: module {module.__name__}{where} has no function {name.partition(':')[2]!r}"
         )
     return found
 

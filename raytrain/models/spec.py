@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import model_validator
 from torch import nn
 
 from raytrain.core.types import RequestError, Spec
@@ -45,14 +44,11 @@ class ModelSpec(Spec):
     A torchvision name also goes without its prefix, except `resnet18`, which is raytrain's own.
     """
 
+    bare: ClassVar[str | None] = "name"
+
     name: str = "auto"
     normalise: bool = True  # False: the network sees the pixels as they are, in [0, 1]
     kwargs: dict[str, Any] = {}  # for torchvision:NAME and module:function only
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_string_is_a_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     def resolved(self, size: int) -> str:
         """The name of the network for images of this height and width: never `auto`."""

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from raytrain.core.network import Precision, autocast, copy_of, mode
 from raytrain.core.types import RequestError
+from raytrain.core.user_code import guarded, isolated
 from raytrain.models.classifier import Classifier
-from raytrain.models.errors import guarded, isolated
 
 
 def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:

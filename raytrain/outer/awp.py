@@ -9,16 +9,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.cost import CostSetting
+from raytrain.core.losses import AbstractLoss
 from raytrain.core.network import shifted
 from raytrain.core.oracle import Oracle
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Card, Delta, PerSample, named
-from raytrain.outer.base import AbstractOuter
-from raytrain.outer.clip import Clip
-from raytrain.outer.engm import Engm
+from raytrain.core.types import Delta, PerSample
+from raytrain.outer.base import AbstractOuter, InnerOuter
 from raytrain.outer.plain import Plain
-
-Then = Annotated[Plain | Clip | Engm, Field(discriminator="name"), named("name", "sgd")]
 
 
 @final
@@ -49,7 +48,11 @@ class Awp(AbstractOuter):
         rule="v_l = gamma |w_l| d_l / |d_l|, d the mean gradient;  step at w + v;  then subtract v",
         cost="one training pass more per ascent step: 3 FE, with trades and mart 6",
         memory="none per image; two copies of the weights",
-        ranges={"gamma": "[0.001, 0.02], log", "warmup": "0 | 5 | 10", "steps": "1 | 2"},
+        ranges={
+            "gamma": Range(0.001, 0.02, log=True),
+            "warmup": Options((0, 5, 10)),
+            "steps": Options((1, 2)),
+        },
     )
 
     name: Literal["awp"] = "awp"
@@ -59,14 +62,14 @@ class Awp(AbstractOuter):
     ] = 0.005
     warmup: Annotated[NonNegativeInt, Field(description="epochs before it begins")] = 0
     steps: Annotated[PositiveInt, Field(description="ascent steps on the weights")] = 1
-    then: Annotated[Then, Field(description="the update at w + v")] = Plain()
+    then: Annotated[InnerOuter, Field(description="the update at w + v")] = Plain()
 
     @property
-    def weighs(self) -> bool:
-        return self.then.weighs
+    def weighs_samples(self) -> bool:
+        return self.then.weighs_samples
 
     @property
-    def leaves(self) -> bool:
+    def displaces_weights(self) -> bool:
         return True
 
     def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
@@ -95,6 +98,11 @@ class Awp(AbstractOuter):
             with torch.no_grad():
                 for (p, _), here, there in zip(moving, before, away, strict=True):
                     p.copy_(here + (p - there))
+
+    def update_fe(self, loss: AbstractLoss, setting: CostSetting, *, has_gradient: bool) -> float:
+        moves = self.gamma > 0 and setting.epoch >= self.warmup
+        ascent = self.steps * loss.update_fe if moves else 0.0
+        return ascent + self.then.update_fe(loss, setting, has_gradient=has_gradient)
 
     def measures(self, state: TrainState) -> dict[str, float]:
         return self.then.measures(state)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator
 
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.card import Card
+from raytrain.core.cost import CostSetting
+from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle, Weigh
+from raytrain.core.registry import OneOf, Registry
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Card, Delta, PerSample, Spec
+from raytrain.core.types import Delta, PerSample, Spec
 
 
 class AbstractOuter(Spec):
@@ -15,18 +22,20 @@ class AbstractOuter(Spec):
 
     `update` is the whole of it. An algorithm that takes its weight gradients in another way (several
     passes, or one pass for both gradients) uses the pieces: `weights` for the mean over the batch,
-    `step` once every p.grad is complete. An update that `leaves` has no pieces.
+    `step` once every p.grad is complete. An update that `displaces_weights` has no pieces.
     """
 
     card: ClassVar[Card]
 
+    name: Any = None
+
     @property
-    def weighs(self) -> bool:
+    def weighs_samples(self) -> bool:
         """Whether samples count differently, so that `weights` matter."""
         return False
 
     @property
-    def leaves(self) -> bool:
+    def displaces_weights(self) -> bool:
         """Whether the gradient is measured at other weights than the present ones."""
         return False
 
@@ -66,7 +75,49 @@ class AbstractOuter(Spec):
         self.step(state, rate)
         return losses
 
+    def weights_fe(
+        self,
+        loss: AbstractLoss,
+        setting: CostSetting,
+        *,
+        has_gradient: bool,
+        input_gradient: float = 1.0,
+    ) -> float:
+        """Forward-equivalents of `weights` per image.
+
+        `has_gradient`: an attack has left its last input gradient (`Oracle.latest`). `input_gradient`:
+        what the input gradient costs where the weights ask for it during the training pass.
+        """
+        del loss, setting, has_gradient, input_gradient
+        return 0.0
+
+    def update_fe(self, loss: AbstractLoss, setting: CostSetting, *, has_gradient: bool) -> float:
+        """Forward-equivalents of `update` per image, the mean over many updates."""
+        return self.weights_fe(loss, setting, has_gradient=has_gradient) + loss.update_fe
+
     def measures(self, state: TrainState) -> dict[str, float]:
         """Numbers of its own for the record of an epoch."""
         del state
         return {}
+
+
+OUTERS = Registry(AbstractOuter, "name", group="raytrain.outers")
+
+Outer = Annotated[AbstractOuter, OneOf(OUTERS, "sgd")]
+
+
+def names_of(fits: Callable[[AbstractOuter], bool]) -> str:
+    """The names of raytrain's own outer updates that fit with their defaults, for a message."""
+    *most, last = [name for name, part in OUTERS.own.items() if fits(part.model_validate({}))]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _at_present_weights(outer: AbstractOuter) -> AbstractOuter:
+    if outer.displaces_weights:
+        expected = names_of(lambda other: not other.displaces_weights)
+        raise ValueError(f"{outer.name} displaces the weights itself; expected {expected}")
+    return outer
+
+
+InnerOuter = Annotated[AbstractOuter, OneOf(OUTERS, "sgd"), AfterValidator(_at_present_weights)]
+"""The update that another one makes at displaced weights."""

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from pydantic import Field, PositiveFloat
 
+from raytrain.core.card import Card, Range
 from raytrain.core.network import trainable
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Card
 from raytrain.outer.base import AbstractOuter
 
 
@@ -28,7 +28,7 @@ class Clip(AbstractOuter):
         "arXiv 1211.5063",
         rule="g <- g min(1, max_norm / |g|), g the mean gradient",
         cost="none beyond sgd",
-        ranges={"max_norm": "[0.1, 10], log"},
+        ranges={"max_norm": Range(0.1, 10, log=True)},
     )
 
     name: Literal["clip"] = "clip"

@@ -10,13 +10,18 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
+from raytrain.core.card import Card, Options, Range
+from raytrain.core.cost import CostSetting
+from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle, Weigh
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Card, Delta, Number, PerSample
+from raytrain.core.types import Delta, Number, PerSample
 from raytrain.outer.base import AbstractOuter
 
 _FLOOR = 1e-6  # a fitted line with a negative intercept would promise negative norms
 _KEEP = 0.9  # of the running quantile, from one batch to the next
+
+_FITTED = {"estimator": ("affine", "loss")}
 
 Scalar = Float[Tensor, ""]
 
@@ -88,14 +93,14 @@ class Engm(AbstractOuter):
         "with trades and mart 6 for 3 and 3 for 2",
         memory="none per image; a few numbers",
         ranges={
-            "alpha": "[0.3, 50], log, together with optimizer.lr",
-            "quantile": "[0.3, 0.95] (instead of alpha)",
-            "mode": "clip | normalise",
-            "renorm": "true | false (clip)",
-            "estimator": "exact | affine | input | loss",
-            "tau": "1..500, log (affine, loss)",
-            "mu": "[0, 0.95] (affine, loss)",
-            "fit": "affine | loglog (affine, loss)",
+            "alpha": Range(0.3, 50, log=True, note="together with optimizer.lr"),
+            "quantile": Range(0.3, 0.95, note="instead of alpha"),
+            "mode": Options(("clip", "normalise")),
+            "renorm": Options((True, False), when={"mode": "clip"}),
+            "estimator": Options(("exact", "affine", "input", "loss")),
+            "tau": Range(1, 500, log=True, when=_FITTED),
+            "mu": Range(0, 0.95, when=_FITTED),
+            "fit": Options(("affine", "loglog"), when=_FITTED),
         },
     )
 
@@ -153,7 +158,7 @@ class Engm(AbstractOuter):
         return self
 
     @property
-    def weighs(self) -> bool:
+    def weighs_samples(self) -> bool:
         return True
 
     def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
@@ -178,6 +183,38 @@ class Engm(AbstractOuter):
             return from_norms(_norms(oracle.outer_grad(delta, bn)[1]))
         # The training pass has the input gradient on its way: no forward more.
         return lambda losses, input_grads: from_norms(_norms(input_grads()))
+
+    def weights_fe(
+        self,
+        loss: AbstractLoss,
+        setting: CostSetting,
+        *,
+        has_gradient: bool,
+        input_gradient: float = 1.0,
+    ) -> float:
+        if self.estimator == "exact":
+            return self._exact_fe(loss, setting, setting.batch_size // setting.workers)
+        if self.estimator == "loss" or (self.gradient == "reuse" and has_gradient):
+            predictor = 0.0
+        elif self.probe_bn == "eval":
+            predictor = loss.outer_forwards + loss.nested_gradients + 1.0
+        else:
+            predictor = input_gradient
+        if self.estimator == "input":
+            return predictor
+        probes = self._probes(setting.batch_size // setting.workers, setting.workers)
+        return predictor + self._exact_fe(loss, setting, probes) / self.tau
+
+    def _exact_fe(self, loss: AbstractLoss, setting: CostSetting, probes: int) -> float:
+        """Per image, of a measurement of the norms of so many samples of one worker."""
+        if self.probe_bn == "eval":
+            return loss.update_fe * probes * setting.workers / setting.batch_size
+        backward = 2.0 * (loss.outer_forwards + loss.nested_gradients)
+        return loss.outer_forwards + loss.nested_gradients + backward * probes
+
+    def _probes(self, batch: int, workers: int) -> int:
+        """Samples of one worker's batch that are measured."""
+        return batch if self.probes is None else min(batch, -(-self.probes // workers))
 
     def measures(self, state: TrainState) -> dict[str, float]:
         memory = state.part("engm", EngmMemory)
@@ -235,8 +272,7 @@ class Engm(AbstractOuter):
         predictor: PerSample,
     ) -> None:
         """Least squares of exact norms on the predictor, over all workers' probes: a collective."""
-        wanted = len(delta) if self.probes is None else -(-self.probes // state.context.world)
-        norms = self._exact(oracle, delta, min(wanted, len(delta)))
+        norms = self._exact(oracle, delta, self._probes(len(delta), state.context.world))
         memory.values["floor"] = state.context.gather(norms).double().min()
         s = self._scale(norms)
         r = self._scale(predictor[: len(s)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
-from raytrain.core.types import Card
+from raytrain.core.card import Card
 from raytrain.outer.base import AbstractOuter
 
 

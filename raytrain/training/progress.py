@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Clock
+from raytrain.core.types import Progress
 
 
 class AbstractProgress(ABC):
@@ -21,8 +21,8 @@ class AbstractProgress(ABC):
         """An epoch is about to begin."""
 
     @abstractmethod
-    def clock(self, state: TrainState, done: int) -> Clock:
-        """The time before a step, `done` steps of its epoch being over."""
+    def at(self, state: TrainState, done: int) -> Progress:
+        """The progress before a step, `done` steps of its epoch being over."""
 
     @abstractmethod
     def middle(self, state: TrainState, done: int) -> float:
@@ -47,8 +47,9 @@ class ByEpochs(AbstractProgress):
     def begin(self, state: TrainState) -> None:
         del state
 
-    def clock(self, state: TrainState, done: int) -> Clock:
-        return Clock(state.epoch / self.epochs, (state.epoch + done / self.steps) / self.epochs)
+    def at(self, state: TrainState, done: int) -> Progress:
+        begun, now = state.epoch / self.epochs, (state.epoch + done / self.steps) / self.epochs
+        return Progress(begun, now, state.epoch)
 
     def middle(self, state: TrainState, done: int) -> float:
         return (state.epoch + (done + 0.5) / self.steps) / self.epochs
@@ -78,9 +79,9 @@ class ByCost(AbstractProgress):
     def begin(self, state: TrainState) -> None:
         self._began = self._spent = self._share(state)
 
-    def clock(self, state: TrainState, done: int) -> Clock:
-        del state, done
-        return Clock(self._began, self._spent)
+    def at(self, state: TrainState, done: int) -> Progress:
+        del done
+        return Progress(self._began, self._spent, state.epoch)
 
     def middle(self, state: TrainState, done: int) -> float:
         del done

@@ -25,6 +25,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import Outcome, TrainState
 from raytrain.core.types import Batch, Dice, Diverged, RequestError, mix
+from raytrain.core.user_code import guarded
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import (
     Splits,
@@ -39,7 +40,7 @@ from raytrain.data.spec import DataSpec
 from raytrain.evaluation.checks import of_answers
 from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
-from raytrain.models import Classifier, guarded, try_alone, try_out
+from raytrain.models import Classifier, try_alone, try_out
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
 
@@ -368,8 +369,8 @@ def _train(
         iter_train(splits.train, run.batch_size, run.seed, epoch, pad, flip)
     ):
         rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
-        state.clock = pace.clock(state, done)
-        if (now := run.scheduled(state.clock.step)) != scheduled:
+        state.progress = pace.at(state, done)
+        if (now := run.scheduled(state.progress.step)) != scheduled:
             scheduled, algorithm = now, run.algorithm_with(now)
         outcome = algorithm.step(state, batch)
         state.step += 1

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import raytrain.algorithms
 from raytrain.algorithms import (
-    CATALOGUE,
+    RECIPES,
     AbstractAlgorithm,
     AbstractRecipe,
     Dynamic,
@@ -36,8 +36,8 @@ from raytrain.outer import Plain
 NORMS = ["linf", "l2", "l1"]
 
 OWN = NestedRecipe(attack=ProjectedAscent(steps=2, step_size="eps/2", bn="eval"))
-RECIPES: dict[str, AbstractRecipe] = {
-    name: OWN if kind is NestedRecipe else kind() for name, kind in CATALOGUE.items()
+INSTANCES: dict[str, AbstractRecipe] = {
+    name: OWN if kind is NestedRecipe else kind() for name, kind in RECIPES.items()
 }
 
 UNUSUAL = {"free", "yopo", "trades", "mart", "gradalign"}
@@ -70,13 +70,13 @@ def equal(one: TrainState, other: TrainState) -> bool:
     return same(one.model, other.model) and all(map(torch.equal, *momenta))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", INSTANCES)
 class TestEveryAlgorithm:
     @pytest.mark.parametrize("norm", NORMS)
     def test_trains_on_a_feasible_perturbation(self, name: str, norm: str) -> None:
-        if norm not in RECIPES[name].card.norms:
+        if norm not in INSTANCES[name].card.norms:
             pytest.skip("refused, with the reason: test_recipes.py")
-        algorithm = algorithm_of(RECIPES[name], norm)
+        algorithm = algorithm_of(INSTANCES[name], norm)
         state = state_of(tiny_net(), algorithm)
         before = copy.deepcopy(state.model)
         for seed in range(3):
@@ -93,7 +93,7 @@ class TestEveryAlgorithm:
 
     def test_reports_the_losses_before_the_update(self, name: str) -> None:
         batch, model = batch_of(8), tiny_net()
-        algorithm = algorithm_of(RECIPES[name])
+        algorithm = algorithm_of(INSTANCES[name])
         state, twin = state_of(model, algorithm), copy.deepcopy(model)
         outcome = algorithm.step(state, batch)
         assert outcome.losses.shape == (8,) and not outcome.losses.requires_grad
@@ -107,7 +107,7 @@ class TestEveryAlgorithm:
         if name in UNUSUAL:
             pytest.skip("its own loss or passes: tested in its own file")
         batch, model = batch_of(8), tiny_net()
-        algorithm = algorithm_of(RECIPES[name])
+        algorithm = algorithm_of(INSTANCES[name])
         twin = copy.deepcopy(model)
         outcome = algorithm.step(state_of(model, algorithm), batch)
         other = state_of(twin)
@@ -118,7 +118,7 @@ class TestEveryAlgorithm:
             assert float((ours - theirs).detach().abs().max()) <= 1e-14
 
     def test_step_touches_only_the_train_state(self, name: str) -> None:
-        recipe, batch = RECIPES[name], batch_of(8)
+        recipe, batch = INSTANCES[name], batch_of(8)
         state = state_of(tiny_net(batch_norm=True), algorithm_of(recipe))
         tensors = [batch.images, batch.labels, batch.index]
         copies, record = [t.clone() for t in tensors], recipe.model_dump_json()
@@ -130,11 +130,11 @@ class TestEveryAlgorithm:
         assert [m.training for m in state.model.modules()] == flags
 
     def test_the_same_step_twice_gives_the_same_bits(self, name: str) -> None:
-        states = [trained(algorithm_of(RECIPES[name]), batch_norm=True) for _ in range(2)]
+        states = [trained(algorithm_of(INSTANCES[name]), batch_norm=True) for _ in range(2)]
         assert equal(*states) and states[0].meter == states[1].meter
 
     def test_in_bfloat16_it_keeps_everything_in_float32(self, name: str) -> None:
-        algorithm = algorithm_of(RECIPES[name])
+        algorithm = algorithm_of(INSTANCES[name])
         state = state_of(tiny_net(torch.float32, batch_norm=True), algorithm)
         state.precision = "bf16"
         algorithm.step(state, batch_of(8, dtype=torch.float32, seed=1))
@@ -148,7 +148,7 @@ class TestEveryAlgorithm:
         assert radius <= ball_of("linf").eps * (3 if name == "n_fgsm" else 1) + 1e-6
 
     def test_old_gradients_do_not_reach_the_update(self, name: str) -> None:
-        algorithm = algorithm_of(RECIPES[name])
+        algorithm = algorithm_of(INSTANCES[name])
         clean, dirty = (state_of(tiny_net(), algorithm) for _ in range(2))
         for parameter in dirty.model.parameters():
             parameter.grad = torch.full_like(parameter, 1e6)
@@ -158,27 +158,27 @@ class TestEveryAlgorithm:
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_radius_zero_is_natural_training_bit_for_bit(self, name: str, norm: str) -> None:
-        if name in AT_RADIUS_ZERO or norm not in RECIPES[name].card.norms:
+        if name in AT_RADIUS_ZERO or norm not in INSTANCES[name].card.norms:
             pytest.skip("equal to rounding, or to another loss: tested in its own file")
-        robust = trained(algorithm_of(RECIPES[name], norm, eps=0.0))
+        robust = trained(algorithm_of(INSTANCES[name], norm, eps=0.0))
         natural = trained(algorithm_of(Natural(), norm, eps=0.0))
         assert equal(robust, natural)
 
     def test_its_card_tells_what_it_is_and_names_only_its_own_fields(self, name: str) -> None:
-        kind = CATALOGUE[name]
+        kind = RECIPES[name]
         card = kind.card
         assert card.paper and card.rule and card.cost and set(card.norms) <= set(NORMS)
         assert {field.split(".")[0] for field in card.ranges} <= set(kind.model_fields)
 
     def test_is_frozen_and_refuses_unknown_fields(self, name: str) -> None:
-        recipe = RECIPES[name]
+        recipe = INSTANCES[name]
         with pytest.raises(ValidationError, match="frozen"):
             recipe.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises(ValidationError, match="omega"):
             type(recipe).model_validate({**recipe.model_dump(), "omega": 6})
 
     def test_survives_a_trip_through_its_own_record(self, name: str) -> None:
-        recipe = RECIPES[name]
+        recipe = INSTANCES[name]
         assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
         assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
 
@@ -293,7 +293,7 @@ def test_an_infinite_threshold_survives_a_trip_through_its_record() -> None:
 
 
 def test_different_algorithms_train_differently() -> None:
-    states = [trained(algorithm_of(recipe)) for recipe in RECIPES.values()]
+    states = [trained(algorithm_of(recipe)) for recipe in INSTANCES.values()]
     for i, one in enumerate(states):
         assert not any(same(one.model, other.model) for other in states[:i])
 
@@ -334,7 +334,7 @@ def test_neighbours_in_the_batch_do_not_change_an_attack_in_eval_mode() -> None:
 def test_the_catalogue_is_the_files_of_the_folder() -> None:
     folder = Path(str(raytrain.algorithms.__file__)).parent
     files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base"}
-    assert set(CATALOGUE) == files
+    assert set(RECIPES) == files
 
 
 def test_the_catalogue_is_what_a_configuration_may_name() -> None:
@@ -343,7 +343,7 @@ def test_the_catalogue_is_what_a_configuration_may_name() -> None:
     from raytrain.algorithms import Recipe
 
     recipes: TypeAdapter[AbstractRecipe] = TypeAdapter(Recipe)
-    for name, kind in CATALOGUE.items():
+    for name, kind in RECIPES.items():
         if kind is not NestedRecipe:
             assert recipes.validate_python(name) == kind()
         assert kind.model_fields["name"].default == name

@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, ball_of, batch_of, state_of, tiny_net
+from helpers import assert_near, ball_of, batch_of, probe_of, state_of, tiny_net
 
 from raytrain.algorithms import Dynamic, Nested, Pgd
 from raytrain.attacks import Gap, Uniform
 from raytrain.core.cost import Meter
 from raytrain.core.schedules import Power
-from raytrain.core.types import Clock, per_sample_dot
+from raytrain.core.types import Progress, per_sample_dot
 from raytrain.outer import Plain
 
 NORMS = ["linf", "l2", "l1"]
-START = Clock(0.0, 0.0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -33,7 +32,8 @@ def test_fosc_from_the_start_differs_by_the_start_times_the_gradient(norm: str) 
             if c_max <= 0:
                 continue
             stop = Gap(c_max=c_max, anchor="start")
-            found = stop.reached(ball, delta, start, grad, batch.images, START)
+            _, found = stop.update((), probe_of(ball, batch, delta, grad, start=start))
+            assert found is not None
             assert bool(found[i]) is reached
 
 
@@ -45,9 +45,9 @@ def test_fosc_from_the_start_may_be_negative_and_the_paper_s_may_not() -> None:
     share = {}
     for anchor in ("start", "natural"):
         stop = Gap.model_validate({"c_max": 0.0, "anchor": anchor})
-        share[anchor] = (
-            stop.reached(ball, vertex, start, grad, batch.images, START).double().mean()
-        )
+        _, found = stop.update((), probe_of(ball, batch, vertex, grad, start=start))
+        assert found is not None
+        share[anchor] = found.double().mean()
     assert share["natural"] == 1
     assert 0.1 < float(share["start"]) < 0.9  # a coin-flip
 
@@ -106,15 +106,17 @@ def test_the_paper_s_threshold_at_its_epochs() -> None:
         assert stop.threshold(epoch / 120) == pytest.approx(threshold, abs=1e-12)
 
 
-@pytest.mark.parametrize(("per", "clock"), [("epoch", Clock(0.0, 0.9)), ("step", Clock(0.9, 0.0))])
-def test_the_threshold_follows_the_clock_that_was_asked_for(per: str, clock: Clock) -> None:
+@pytest.mark.parametrize(
+    ("per", "clock"), [("epoch", Progress(0.0, 0.9)), ("step", Progress(0.9, 0.0))]
+)
+def test_the_threshold_follows_the_clock_that_was_asked_for(per: str, clock: Progress) -> None:
     # The other hand of the clock is past the end, where every sample takes all steps.
     recipe = Dynamic.model_validate({"per": per, "c_max": 1e9, "steps": 4})
     algorithm = recipe.build(ball_of("linf"), Plain())
     state = state_of(tiny_net(), algorithm)
-    state.clock = clock
+    state.progress = clock
     assert algorithm.step(state, batch_of(8)).steps.tolist() == [1] * 8
-    state.clock = Clock(0.9, 0.9)
+    state.progress = Progress(0.9, 0.9)
     assert algorithm.step(state, batch_of(8)).steps.tolist() == [4] * 8
 
 

@@ -25,18 +25,18 @@ from helpers import (
 from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractAlgorithm, Free, Natural, Yopo
-from raytrain.algorithms.yopo import stem_share
 from raytrain.attacks import Gaussian, ProjectedAscent, Uniform, Zero
 from raytrain.config.run import RunConfig
 from raytrain.core.algorithm_state import Numbers, TrainingSetup
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.losses import CrossEntropy
+from raytrain.core.network import stem_share
 from raytrain.core.oracle import Oracle, Weigh
 from raytrain.core.sample_store import SlotStore
 from raytrain.core.threat_models import in_box
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Batch, Clock, Delta, PerSample, RequestError
+from raytrain.core.types import Batch, Delta, PerSample, Progress, RequestError
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.outer import AbstractOuter, Awp, Plain
 from raytrain.training.trainer import preflight
@@ -274,7 +274,7 @@ def test_free_with_frozen_weights_walks_the_path_of_pgd_from_the_carried_start(n
         start = ball.feasible(slots_of(state).values, batch.images)
         found = algorithm.step(state, batch).delta
         oracle = Oracle(state.model, CrossEntropy(), batch, Meter(), attack_bn="train")
-        wanted = pgd.maximise(oracle, ball, start, Clock(0.0, 0.0)).delta
+        wanted = pgd.maximise(oracle, ball, start, Progress(0.0, 0.0)).delta
         # A gradient of the mean times n; l-inf sees its signs alone.
         assert_near(found, wanted, 0 if norm == "linf" else 1e-13)
     assert same(state.model, tiny_net())
@@ -409,7 +409,7 @@ def test_yopo_m_1_walks_the_path_of_pgd(norm: str) -> None:
     found = algorithm.step(state, batch)
     pgd = ProjectedAscent(steps=4, step_size="eps/3", bn="train")
     start = noise(batch, norm)
-    wanted = pgd.maximise(yopo_oracle(state.model, batch), ball, start, Clock(0.0, 0.0)).delta
+    wanted = pgd.maximise(yopo_oracle(state.model, batch), ball, start, Progress(0.0, 0.0)).delta
     assert_near(found.delta, wanted, 0 if norm == "linf" else 1e-12)
     assert found.steps.tolist() == [4] * 8
     assert_near(found.losses, yopo_oracle(state.model, batch).losses(start), 1e-14)
@@ -573,8 +573,8 @@ def test_yopo_costs_full_passes_and_a_share_for_the_first_layer(
 def test_measuring_the_first_layer_leaves_the_network_as_it_was() -> None:
     model = tiny_net(batch_norm=True, dropout=0.5).train()
     before, random = copy.deepcopy(model), torch.get_rng_state()
-    setting = TrainingSetup(DistributedContext(), model, 8, (1, 8, 8), 8, torch.float64, seed=0)
-    assert abs(stem_share(setting) - TINY_SHARE) <= 1e-12
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    assert abs(stem_share(model, image) - TINY_SHARE) <= 1e-12
     assert same(model, before) and torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in model.modules())
 

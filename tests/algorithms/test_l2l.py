@@ -722,7 +722,7 @@ def test_measures_are_the_mean_losses_of_both_attacks_from_one_start(loss: str) 
             algorithm.ascent.maximise(oracle, algorithm.ball, start, attacker, False).delta
         )
         pgd = value(
-            algorithm.warm_ascent.maximise(oracle, algorithm.ball, start, state.clock).delta
+            algorithm.warm_ascent.maximise(oracle, algorithm.ball, start, state.progress).delta
         )
     assert abs(found["l2l/attack_loss"] - attack) <= 1e-13
     assert abs(found["l2l/pgd_loss"] - pgd) <= 1e-13

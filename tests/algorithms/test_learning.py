@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import unchecked
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.training.trainer import fit
@@ -19,7 +19,7 @@ MARGIN = 0.25
 """At this length natural training ends near 0.17, the weakest robust algorithm above 0.5."""
 
 ROBUST: dict[str, dict[str, Any]] = {
-    **{name: {"algorithm": name} for name in CATALOGUE if name not in {"natural", "nested"}},
+    **{name: {"algorithm": name} for name in RECIPES if name not in {"natural", "nested"}},
     "pgd with clip": {"algorithm": "pgd", "outer": "clip"},
     "pgd with engm": {"algorithm": "pgd", "outer": "engm"},
     "pgd with awp": {"algorithm": "pgd", "outer": "awp"},

@@ -33,7 +33,7 @@ from raytrain.core.losses import (
     kl_divergence,
 )
 from raytrain.core.oracle import Oracle
-from raytrain.core.types import Batch, BatchNorm, Clock
+from raytrain.core.types import Batch, BatchNorm, Progress
 from raytrain.outer import Plain
 
 NORMS = ["linf", "l2", "l1"]
@@ -358,7 +358,7 @@ def test_the_divergence_has_no_gradient_at_no_perturbation_so_the_attack_needs_i
         attack = ProjectedAscent(start=begun, steps=1, step_size="eps", bn="eval")
         oracle = oracle_of(model, batch, Trades())
         ball = ball_of("l2")
-        found = attack.maximise(oracle, ball, begun.delta(ball, batch, None), Clock(0.0, 0.0))
+        found = attack.maximise(oracle, ball, begun.delta(ball, batch, None), Progress(0.0, 0.0))
         gains.append(float(oracle.losses(found.delta).mean()))
     assert gains[1] > gains[0]
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from raytrain.algorithms import Nested
 from raytrain.attacks import (
+    AbstractInit,
+    AbstractStopping,
     Found,
     Gap,
     ProjectedAscent,
     Remembered,
-    Start,
-    Stop,
     Uniform,
     Zero,
 )
@@ -39,7 +39,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.sample_store import SampleStore, cut, paste
 from raytrain.core.schedules import Constant, Power
 from raytrain.core.threat_models import L1, L2, AbstractThreatModel, Linf, in_box
-from raytrain.core.types import Batch, Clock, Delta, PerSample, Predict, per_sample_dot
+from raytrain.core.types import Batch, Delta, PerSample, Predict, Progress, per_sample_dot
 from raytrain.outer import Plain
 
 NORMS = ["linf", "l2", "l1"]
@@ -74,7 +74,7 @@ def run(
         model, objective or CrossEntropy(), batch, meter or Meter(), attack_bn=attack.bn
     )
     first = attack.start.delta(ball, batch, None) if start is None else start
-    return attack.maximise(oracle, ball, first, Clock(progress, progress))
+    return attack.maximise(oracle, ball, first, Progress(progress, progress))
 
 
 def pgd(steps: int, **fields: Any) -> ProjectedAscent:
@@ -338,7 +338,7 @@ def test_the_batchnorm_mode_of_an_attack_has_no_default() -> None:
 @pytest.mark.parametrize("stop", ["never", {"kind": "gap", "c_max": "1/2"}], ids=repr)
 def test_a_stop_may_be_named_or_written_out(stop: Any) -> None:
     attack = pgd(3, stop=stop, start="zero")
-    kinds: tuple[Stop, Start] = (attack.stop, attack.start)
+    kinds: tuple[AbstractStopping, AbstractInit] = (attack.stop, attack.start)
     assert kinds[0].kind == (stop if isinstance(stop, str) else "gap") and kinds[1] == Zero()
 
 

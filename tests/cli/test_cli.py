@@ -18,7 +18,7 @@ import torch
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.cli.app import app, split
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
@@ -174,15 +174,15 @@ def test_a_file_may_have_an_equals_sign_in_its_name(here: Path) -> None:
 
 def test_the_catalogue_lists_every_algorithm() -> None:
     text = answer("algorithms")
-    assert all(name in text for name in (*CATALOGUE, *OUTERS))
-    assert set(json.loads(answer("algorithms", "--json"))) == {*CATALOGUE, *OUTERS}
+    assert all(name in text for name in (*RECIPES, *OUTERS))
+    assert set(json.loads(answer("algorithms", "--json"))) == {*RECIPES, *OUTERS}
 
 
-@pytest.mark.parametrize("name", [*CATALOGUE, *OUTERS])
+@pytest.mark.parametrize("name", [*RECIPES, *OUTERS])
 def test_an_algorithm_tells_its_paper_its_cost_and_its_hyperparameters(name: str) -> None:
     told = json.loads(answer("algorithms", name, "--json"))
     assert told["name"] == name and told["paper"] and told["rule"] and told["cost"]
-    fields = set({**CATALOGUE, **OUTERS}[name].model_fields) - {"name"}
+    fields = set({**RECIPES, **OUTERS}[name].model_fields) - {"name"}
     assert fields <= {row["name"] for row in told["hyperparameters"]}
     text = answer("algorithms", name)
     assert all(field in text for field in fields)
@@ -196,7 +196,7 @@ def test_dynamic_training_tells_the_ranges_to_search() -> None:
 
 def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
     said = refusal("algorithms", "nope")
-    assert said.startswith("nope: ") and all(name in said for name in CATALOGUE)
+    assert said.startswith("nope: ") and all(name in said for name in RECIPES)
 
 
 # --- wrong requests ---------------------------------------------------------------------------

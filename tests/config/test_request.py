@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.config.fields import is_text
 from raytrain.config.request import as_run, override, parse_overrides, read_yaml
 from raytrain.config.run import RUNTIME, RunConfig
@@ -211,8 +211,8 @@ def test_a_radius_as_wide_as_all_images_is_refused_once_their_shape_is_known(
 @pytest.mark.parametrize(
     ("words", "field", "names", "nearest"),
     [
-        ("algorithm=dynamc", "algorithm", CATALOGUE, "dynamic"),
-        ("algorithm.name=dynamc", "algorithm", CATALOGUE, "dynamic"),
+        ("algorithm=dynamc", "algorithm", RECIPES, "dynamic"),
+        ("algorithm.name=dynamc", "algorithm", RECIPES, "dynamic"),
         ("threat.norm=l3 threat.eps=1", "threat", ("linf", "l2", "l1"), "found 'l3'"),
         ("optimizer.schedule=onecycl", "optimizer.schedule", ("cosine",), "onecycle"),
         ("optimizer.schedule.kind=piecwise", "optimizer.schedule", ("cosine",), "piecewise"),
@@ -708,7 +708,7 @@ def test_nothing_asked_for_is_the_default_run() -> None:
 
 RUNS = {
     "default": "",
-    **{name: f"algorithm={name}" for name in CATALOGUE if name != "nested"},
+    **{name: f"algorithm={name}" for name in RECIPES if name != "nested"},
     "l2": "threat.norm=l2 threat.eps=128/255 algorithm.step_size=eps/7",
     "l1": "threat.norm=l1 threat.eps=12 threat.spread=0.2 algorithm.start=zero",
     "endless": "algorithm=dynamic algorithm.c_max=-.inf algorithm.decay=cosine",

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from raytrain.attacks import Gap
+from raytrain.core.registry import OneOf
 from raytrain.core.schedules import (
+    SHAPES,
     AbstractShape,
     Constant,
     Cosine,
     OneCycle,
     Piecewise,
     Power,
-    Shape,
 )
 
-SHAPES: TypeAdapter[AbstractShape] = TypeAdapter(Shape)
+ANY_SHAPE: TypeAdapter[AbstractShape] = TypeAdapter(Annotated[AbstractShape, OneOf(SHAPES)])
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,11 @@ def test_onecycle_rises_linearly_to_one_at_its_peak_and_falls_linearly(peak: flo
 
 
 def test_a_bare_name_and_a_fraction_are_accepted() -> None:
-    assert SHAPES.validate_python("cosine") == Cosine()
-    assert SHAPES.validate_python({"kind": "power", "end": "4/5"}) == Power(end=0.8)
+    assert ANY_SHAPE.validate_python("cosine") == Cosine()
+    assert ANY_SHAPE.validate_python({"kind": "power", "end": "4/5"}) == Power(end=0.8)
     assert (
-        SHAPES.validate_python({"kind": "piecewise", "milestones": ["1/2", 0.75]}) == Piecewise()
+        ANY_SHAPE.validate_python({"kind": "piecewise", "milestones": ["1/2", 0.75]})
+        == Piecewise()
     )
 
 
@@ -132,4 +134,4 @@ def test_a_bare_name_and_a_fraction_are_accepted() -> None:
 )
 def test_an_impossible_shape_is_refused(wrong: Any, complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
-        SHAPES.validate_python(wrong)
+        ANY_SHAPE.validate_python(wrong)

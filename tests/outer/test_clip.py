@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from raytrain.algorithms import (
-    CATALOGUE,
+    RECIPES,
     AbstractRecipe,
     Dynamic,
     Free,
@@ -46,8 +46,8 @@ from raytrain.outer import Clip, Engm, Plain
 from raytrain.outer.base import AbstractOuter
 
 CE = CrossEntropy()
-RECIPES: dict[str, AbstractRecipe] = {
-    **{name: kind() for name, kind in CATALOGUE.items() if kind is not NestedRecipe},
+INSTANCES: dict[str, AbstractRecipe] = {
+    **{name: kind() for name, kind in RECIPES.items() if kind is not NestedRecipe},
     "nested": NestedRecipe(attack=ProjectedAscent(steps=1, step_size="eps/2", bn="eval")),
     "free": Free(m=2),
     "l2l": L2l(steps=2),
@@ -79,13 +79,13 @@ def trained(recipe: AbstractRecipe, outer: AbstractOuter, steps: int = 2) -> Tra
     return state
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", INSTANCES)
 def test_every_algorithm_takes_it_and_a_huge_bound_is_sgd_bit_for_bit(name: str) -> None:
-    plain = trained(RECIPES[name], Plain())
+    plain = trained(INSTANCES[name], Plain())
     bound = 1e12 if name == "pgd" else float("inf")
-    state = trained(RECIPES[name], Clip(max_norm=bound))
+    state = trained(INSTANCES[name], Clip(max_norm=bound))
     assert same(state.model, plain.model) and state.meter == plain.meter
-    state = trained(RECIPES[name], Clip(max_norm=1e-3))
+    state = trained(INSTANCES[name], Clip(max_norm=1e-3))
     assert 0 < float(applied(state.model).norm()) <= 1e-3
     assert not same(state.model, plain.model)
 

@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from raytrain.algorithms import (
-    CATALOGUE,
+    RECIPES,
     AbstractAlgorithm,
     AbstractRecipe,
     Dynamic,
@@ -786,7 +786,7 @@ def test_samples_that_stopped_early_reuse_the_gradient_they_stopped_on() -> None
     assert_near(weights[stopped], fresh[stopped], 1e-8)
 
 
-RECIPES: dict[str, tuple[AbstractRecipe, int, int]] = {
+INSTANCES: dict[str, tuple[AbstractRecipe, int, int]] = {
     "pgd": (Pgd(steps=3), 1, 0),
     "fgsm_rs": (FgsmRs(), 1, 0),
     "trades": (TradesRecipe(steps=2), 2, 0),
@@ -822,24 +822,24 @@ def beyond(recipe: AbstractRecipe, outer: AbstractOuter, steps: int) -> list[tup
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", INSTANCES)
 def test_exact_norms_cost_a_pass_more_whatever_the_chunk(name: str, chunk: int) -> None:
-    recipe, walks, nested = RECIPES[name]
+    recipe, walks, nested = INSTANCES[name]
     outer = Engm(estimator="exact", chunk=chunk)
     probe = (8 * walks, 8 * nested, 8 * (walks + nested))
     assert beyond(recipe, outer, 1) == [probe]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", INSTANCES)
 def test_exact_norms_through_the_batch_cost_a_whole_backward_for_each_sample(name: str) -> None:
-    recipe, walks, nested = RECIPES[name]
+    recipe, walks, nested = INSTANCES[name]
     outer = Engm(estimator="exact", probe_bn="train")
     assert beyond(recipe, outer, 1) == [(8 * walks, 8 * nested, 64 * (walks + nested))]
 
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm_rs", "trades", "mart"])
 def test_a_fresh_input_gradient_costs_a_forward_and_an_input_backward(name: str) -> None:
-    recipe, walks, _ = RECIPES[name]
+    recipe, walks, _ = INSTANCES[name]
     outer = Engm(estimator="input")
     assert beyond(recipe, outer, 2) == [(8 * walks, 8, 0)] * 2
 
@@ -851,14 +851,14 @@ def test_a_fresh_input_gradient_of_gradalign_differentiates_nothing_twice() -> N
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm_rs", "trades", "mart"])
 def test_an_input_gradient_of_the_training_pass_costs_its_backward_alone(name: str) -> None:
-    recipe, _, _ = RECIPES[name]
+    recipe, _, _ = INSTANCES[name]
     outer = Engm(estimator="input", probe_bn="train")
     assert beyond(recipe, outer, 2) == [(0, 8, 0)] * 2
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", INSTANCES)
 def test_a_reused_input_gradient_and_the_loss_cost_nothing_between_fits(name: str) -> None:
-    recipe, walks, nested = RECIPES[name]
+    recipe, walks, nested = INSTANCES[name]
     fit = (8 * walks, 8 * nested, 8 * (walks + nested))
     assert beyond(recipe, Engm(estimator="input", gradient="reuse"), 2) == [(0, 0, 0)] * 2
     for fields in ({"gradient": "reuse"}, {"estimator": "loss"}):
@@ -1023,7 +1023,7 @@ def test_the_share_of_clipped_samples_is_measured_over_an_epoch_and_starts_anew(
 # --- every algorithm --------------------------------------------------------------------------
 
 EVERY: dict[str, AbstractRecipe] = {
-    **{name: kind() for name, kind in CATALOGUE.items() if kind is not NestedRecipe},
+    **{name: kind() for name, kind in RECIPES.items() if kind is not NestedRecipe},
     "nested": NestedRecipe(attack=ProjectedAscent(steps=2, step_size="eps/2", bn="eval")),
     "free": Free(m=2),
     "pgd": Pgd(steps=2),

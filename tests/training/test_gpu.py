@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
@@ -43,7 +43,7 @@ def test_a_gpu_trains_what_a_cpu_trains() -> None:
     assert found.fe == wanted.fe
 
 
-@pytest.mark.parametrize("algorithm", [name for name in CATALOGUE if name != "nested"])
+@pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])
 def test_every_algorithm_trains_in_bf16(algorithm: str) -> None:
     report = last(as_run({**SMALL, "precision": "bf16", "algorithm": algorithm}), "cuda")
     assert 0 < report.loss < 10 and report.fe > 0

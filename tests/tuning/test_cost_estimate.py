@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.data import loader
@@ -44,7 +44,7 @@ def spent(run: RunConfig) -> float:
 ROUNDING = 0.5 / IMAGES  # the meter's sum is a whole number
 
 
-@pytest.mark.parametrize("name", sorted(CATALOGUE.keys() - {"dynamic"}))
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"dynamic"}))
 def test_the_price_of_every_algorithm_is_what_it_spends(name: str) -> None:
     run = run_of({"name": name, **OWN.get(name, {})})
     assert abs(estimate_cost(run) - spent(run)) <= ROUNDING
@@ -129,10 +129,10 @@ def test_what_begins_with_a_later_epoch_is_priced_from_there() -> None:
     assert estimate_cost(awp) == 7 * 5 + 2 * 8
 
 
-def test_a_curriculum_is_priced_at_five_points() -> None:
+def test_a_curriculum_is_priced_at_twenty_points_or_more() -> None:
     run = run_of({"name": "pgd", "steps": 10}, curriculum={"steps": {"start": 1}}, epochs=10)
-    at = [round(1 + 9 * share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    assert estimate_cost(run) == pytest.approx(sum(2 * (2 * steps + 3) for steps in at), rel=1e-12)
+    at = [round(1 + 9 * (point + 0.5) / 20) for point in range(20)]
+    assert estimate_cost(run) == pytest.approx(sum((2 * steps + 3) / 2 for steps in at), rel=1e-12)
     constant = run_of({"name": "pgd", "steps": 3}, curriculum={"eps": {"start": 0}}, epochs=10)
     assert estimate_cost(constant) == pytest.approx(90, rel=1e-12)
 

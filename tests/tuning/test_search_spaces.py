@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.config.request import override, parse_overrides
 from raytrain.config.run import RunConfig
-from raytrain.core.types import Card, fraction, in_pixels
+from raytrain.core.card import Card, Options, Range, alternatives
+from raytrain.core.types import in_pixels
 from raytrain.outer import OUTERS
 from raytrain.training.trainer import preflight
 from raytrain.tuning.space.dimensions import Choice, Real
@@ -25,10 +26,10 @@ from raytrain.tuning.space.search_space import SearchSpace
 FOLDER = Path(__file__).parents[2] / "search_spaces"
 FILES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
-ALGORITHMS = [name for name in CATALOGUE if name != "nested"]
+ALGORITHMS = [name for name in RECIPES if name != "nested"]
 OUTER_UPDATES = [name for name in OUTERS if name != "sgd"]
 CARDS: dict[str, Card] = {
-    **{f"algorithm.{name}": CATALOGUE[name].card for name in ALGORITHMS},
+    **{f"algorithm.{name}": RECIPES[name].card for name in ALGORITHMS},
     **{f"outer.{name}": OUTERS[name].card for name in OUTER_UPDATES},
 }
 OWN = [*ALGORITHMS, *OUTER_UPDATES, "nested"]
@@ -237,30 +238,6 @@ def test_fields_that_exist_only_with_others_are_searched_only_with_them(name: st
 # --- what the cards announce ------------------------------------------------------------------
 
 
-def announced(text: str) -> tuple[float, float] | set[str]:
-    """`[low, high]`, `low..high` or `a | b`, with words around them, as a range or as a set."""
-    found = re.search(r"\[([^],]+), ([^],]+)\]", text) or re.match(r"(\d+)\.\.(\d+)", text)
-    if found:
-        return float(fraction(found[1])), float(fraction(found[2]))
-    words = [re.match(r"\w+", one.strip()) for one in text.split("|")]
-    return {word[0] for word in words if word}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("[0.05, 2] nats, log", (0.05, 2.0)),
-        ("eps * [1/8, 1.5], log (steepest); [0.001, 10] pixel^2/nat, log (raw)", (0.125, 1.5)),
-        ("n step_size = eps * [0.3, 1.5]", (0.3, 1.5)),
-        ("0..5 epochs", (0.0, 5.0)),
-        ("A | C | N (B, J as ablations)", {"A", "C", "N"}),
-        ("0 | 1 | 3 epochs", {"0", "1", "3"}),
-    ],
-)
-def test_ranges_are_read_as_they_are_written(text: str, expected: Any) -> None:
-    assert announced(text) == expected
-
-
 @pytest.mark.parametrize("key", CARDS)
 def test_what_a_card_announces_is_searched_or_excused(key: str) -> None:
     record, name = key.split(".")
@@ -280,26 +257,49 @@ def test_what_a_card_announces_is_searched_or_excused(key: str) -> None:
 )
 def test_what_is_searched_lies_within_what_the_card_announces(key: str, field: str) -> None:
     record, name = key.split(".")
-    first, *others = CARDS[key].ranges[field].split("; ")
-    texts = [first, *(text for text in others if "[" in text)]  # for each unit it may be in
+    ranges = alternatives(CARDS[key].ranges[field])
     found = dimensions(name, f"{record}.{field}")
-    assert len(found) == len(texts)
-    for text, dimension in zip(texts, found, strict=True):
-        check_within(text, dimension)
+    assert len(found) == len(ranges)  # one for each unit it may be in
+    for announced, dimension in zip(ranges, found, strict=True):
+        check_within(announced, dimension)
 
 
-def check_within(text: str, dimension: Any) -> None:
-    told = announced(text)
-    assert (getattr(dimension, "unit", None) == "eps") == ("eps *" in text)
-    if isinstance(told, set):
-        assert isinstance(dimension, Choice)
-        assert {str(option).lower() for option in dimension.options} <= {
-            one.lower() for one in told
-        }
+def check_within(announced: Range | Options, dimension: Any) -> None:
+    unit = announced.unit if isinstance(announced, Range) else ""
+    assert (getattr(dimension, "unit", None) == "eps") == (unit == "eps")
+    if isinstance(announced, Options):
+        assert isinstance(dimension, Choice) and set(dimension.options) <= set(announced.values)
         return
-    low, high = told
-    assert all(low <= end <= high for end in dimension.ends() if end is not None)
-    assert getattr(dimension, "log", False) == (", log" in text)
+    ends = [end for end in dimension.ends() if end is not None]
+    assert all(announced.low <= end <= announced.high for end in ends)
+    assert getattr(dimension, "log", False) == announced.log
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        (key, field)
+        for key, card in CARDS.items()
+        for field in card.ranges
+        if any(one.when for one in alternatives(card.ranges[field]))
+    ],
+)
+def test_what_matters_with_other_fields_only_is_searched_with_them_only(
+    key: str, field: str
+) -> None:
+    record, name = key.split(".")
+    drawn = set()
+    for values, run in drawn_from(name):
+        matters = any(
+            all(
+                field_at(run, f"{record}.{other}") in (value if type(value) is tuple else (value,))
+                for other, value in one.when.items()
+            )
+            for one in alternatives(CARDS[key].ranges[field])
+        )
+        assert (f"{record}.{field}" in values) == matters
+        drawn.add(matters)
+    assert True in drawn
 
 
 @pytest.mark.parametrize("name", ["dynamic", "dynamic_cifar10", "quickstart"])

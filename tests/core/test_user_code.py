@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.core.types import ModelFailed, RequestError
-from raytrain.models import Classifier, guarded
+from raytrain.core.user_code import guarded
+from raytrain.models import Classifier
 from raytrain.models.classifier import Normalise
 
 

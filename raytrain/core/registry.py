@@ -1,0 +1,165 @@
+"""Parts that a configuration names: a registry of classes for each kind, and fields that hold one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+from raytrain.core.types import RequestError, Spec
+from raytrain.core.user_code import guarded, imported
+
+Part = TypeVar("Part", bound=Spec)
+
+_REGISTRIES: dict[type[Any], Registry[Any]] = {}  # by the base class of their parts
+
+
+class Registry(Mapping[str, type[Part]], Generic[Part]):
+    """The classes of one kind of part, by the name that selects them.
+
+    A name is one of raytrain's own (`register`), one that an installed package announces as an entry
+    point of `group`, or the address `module:Class` of any other class. Iteration covers the first two.
+    `key` is the field of a part that holds its name.
+    """
+
+    def __init__(self, base: type[Part], key: str, *, group: str | None = None) -> None:
+        self.base, self.key, self.group = base, key, group
+        self._own: dict[str, type[Part]] = {}
+        self._loaded: dict[str, type[Part]] = {}  # classes of other packages
+        _REGISTRIES[base] = self
+
+    def register(self, *parts: type[Part]) -> None:
+        """Add classes under the default of their `key`."""
+        for part in parts:
+            self._own[part.model_fields[self.key].default] = part
+
+    @property
+    def own(self) -> Mapping[str, type[Part]]:
+        """The classes that raytrain brings."""
+        return self._own
+
+    @property
+    def known(self) -> Mapping[str, type[Part]]:
+        """The classes that raytrain brings, and those of other packages that were used already."""
+        return {**self._own, **self._loaded}
+
+    @functools.cached_property
+    def plugins(self) -> Mapping[str, EntryPoint]:
+        """What installed packages announce, not yet imported."""
+        found = entry_points(group=self.group) if self.group else ()
+        return {one.name: one for one in found if one.name not in self._own}
+
+    def __getitem__(self, name: str) -> type[Part]:
+        """The class of this name.
+
+        Raises:
+            KeyError: if there is none.
+            RequestError: if it is another package's and cannot be imported, or is no such part.
+        """
+        known = self._own.get(name) or self._loaded.get(name)
+        if known is not None:
+            return known
+        if name in self.plugins:
+            self._loaded[name] = self._of_plugin(self.plugins[name])
+        elif ":" in name and self.group:
+            self._loaded[name] = self._at_address(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._own, *self.plugins])
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self.plugins)
+
+    def with_field(self, field: str) -> list[type[Part]]:
+        """The classes that have this field; those of other packages only if none of our own has it."""
+        parts = list(self._own.values())
+        if not any(field in part.model_fields for part in parts):
+            parts = [self[name] for name in (*self.plugins, *self._loaded)]
+        return [part for part in parts if field in part.model_fields]
+
+    def _of_plugin(self, plugin: EntryPoint) -> type[Part]:
+        with guarded(plugin.name, f"cannot be imported from {plugin.value}", self.key):
+            found = plugin.load()
+        return self._named(plugin.name, found)
+
+    def _at_address(self, address: str) -> type[Part]:
+        return self._named(address, imported(address, self.key, "Class")[1])
+
+    def _named(self, name: str, found: Any) -> type[Part]:
+        """The class, or a subclass whose name is the one it was found by: records hold that."""
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise RequestError(
+                f"{self.key}: {name} is not a subclass of {self.base.__module__}.{self.base.__name__}"
+            )
+        field = found.model_fields.get(self.key)
+        if field is not None and field.default == name:
+            return found
+        body = {
+            "__module__": found.__module__,
+            "__qualname__": found.__qualname__,
+            "__doc__": found.__doc__,
+            "__annotations__": {self.key: Literal[name]},  # pyright: ignore[reportInvalidTypeForm]
+            self.key: name,
+            "__reduce__": lambda part: (_restored, (self.base, name, part.model_dump())),
+        }
+        return type(found)(found.__name__, (found,), body)
+
+
+def _restored(base: type[Any], name: str, values: dict[str, Any]) -> Any:
+    """A part of another package, from what pickle kept of it."""
+    return _REGISTRIES[base][name].model_validate(values)
+
+
+class OneOf:
+    """Annotation of a field that holds one part of a registry: a part, its record, or its bare name.
+
+    A record without a name is of the `default` kind.
+    """
+
+    def __init__(self, registry: Registry[Any], default: str | None = None) -> None:
+        self.registry, self.default = registry, default
+
+    @property
+    def key(self) -> str:
+        """The field of the record that selects the part."""
+        return self.registry.key
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        del source, handler
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        del schema
+        parts = [handler(part.__pydantic_core_schema__) for part in self.registry.own.values()]
+        return {"anyOf": [{"type": "string"}, *parts]}
+
+    def _validated(self, value: Any) -> Any:
+        if isinstance(value, self.registry.base):
+            return value
+        record = {self.key: value} if isinstance(value, str) else value
+        if not isinstance(record, Mapping):
+            raise PydanticKnownError("model_attributes_type")
+        name = record.get(self.key, self.default)
+        if name is None:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": f"'{self.key}'"})
+        try:
+            part = self.registry[str(name)]
+        except RequestError as error:
+            raise PydanticCustomError("part", "{said}", {"said": str(error)}) from error
+        except KeyError:
+            expected = ", ".join(f"'{known}'" for known in self.registry)
+            context = {"discriminator": f"'{self.key}'", "tag": str(name)}
+            raise PydanticKnownError(
+                "union_tag_invalid", {**context, "expected_tags": expected}
+            ) from None
+        return part.model_validate({**record, self.key: name})

@@ -1,0 +1,103 @@
+"""Code that is not raytrain's: how it is imported, and its errors as one sentence with file and line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytrain.core.failures import told
+from raytrain.core.types import ModelFailed, RequestError
+
+
+def imported(address: str, field: str, what: str) -> tuple[ModuleType, Any]:
+    """The module of an address `module:name`, and what it has by that (dotted) name, None if nothing.
+
+    `what` is the word for the name in the message about a malformed address.
+
+    Raises:
+        RequestError: naming `field`, if it is no address or the module cannot be imported.
+    """
+    path, _, name = address.partition(":")
+    if not all(part.isidentifier() for part in [*path.split("."), *name.split(".")]):
+        raise RequestError(f"{field}: {address!r} is not of the form module:{what}")
+    module = _module(path, field)
+    found: Any = module
+    with isolated(), guarded(address, "cannot be looked up", field):
+        for part in name.split("."):
+            found = getattr(found, part, None)
+    return module, found
+
+
+def _module(path: str, field: str) -> ModuleType:
+    with isolated(), guarded(path, "cannot be imported", field):
+        try:
+            return import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+                raise  # a module that this one imports
+            raise RequestError(
+                f"{field}: {path} cannot be imported ({error}); expected a module in "
+                f"{Path.cwd()} or an installed one"
+            ) from error
+
+
+@contextmanager
+def guarded(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
+    """Run code of the user. `deed` says what was not possible if it raises, `field` names the setting.
+
+    Generators of Python and numpy start from torch's seed, so that weights drawn from them are a
+    function of the run's seed. Afterwards these generators and torch's global settings are as before.
+
+    Raises:
+        RequestError: instead of any error inside, SystemExit too; only Ctrl-C passes.
+    """
+    try:
+        with _global_state_kept():
+            random.seed(torch.initial_seed())
+            np.random.seed(torch.initial_seed() % 2**32)
+            yield
+    except (KeyboardInterrupt, GeneratorExit, RequestError):
+        raise
+    except ModelFailed as failed:
+        raise RequestError(str(failed)) from failed.__cause__
+    except BaseException as error:
+        raise RequestError(sentence(name, deed, error, field)) from error
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """torch's generator on the CPU starts from 0 inside, and is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def sentence(name: str, deed: str, error: BaseException, field: str = "model.name") -> str:
+    """`FIELD: NAME DEED: TypeError (its message) at file:line`."""
+    return f"{field}: {name} {deed}: {told(error)}"
+
+
+@contextmanager
+def _global_state_kept() -> Iterator[None]:
+    python, legacy = random.getstate(), np.random.get_state()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
