@@ -5,6 +5,7 @@
     raytrain.evaluate(run_id)
     raytrain.compare(["sweep-a", "sweep-b"])
     raytrain.export(run_id, "my-model")
+    raytrain.attack(model, images, labels, eps=8 / 255)
 
 Nothing heavy is imported until one of these names is used.
 """
@@ -12,6 +13,8 @@ Nothing heavy is imported until one of these names is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytrain.attacks.functions import attack as attack
+    from raytrain.attacks.functions import autoattack as autoattack
     from raytrain.commands.compare import Comparison as Comparison
     from raytrain.commands.compare import compare as compare
     from raytrain.commands.evaluate import EvalResult as EvalResult
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from raytrain.tuning.space.search_space import SearchSpace as SearchSpace
 
 _HOMES = {
+    "attack": "raytrain.attacks.functions",
+    "autoattack": "raytrain.attacks.functions",
     "train": "raytrain.commands.train",
     "evaluate": "raytrain.commands.evaluate",
     "TrainResult": "raytrain.commands.train",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Literal, TypeVar
 
@@ -78,10 +79,13 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
 
     def with_field(self, field: str) -> list[type[Part]]:
         """The classes that have this field; those of other packages only if none of our own has it."""
-        parts = list(self._own.values())
-        if not any(field in part.model_fields for part in parts):
-            parts = [self[name] for name in (*self.plugins, *self._loaded)]
-        return [part for part in parts if field in part.model_fields]
+        own = [part for part in self._own.values() if field in part.model_fields]
+        if own:
+            return own
+        for name in self.plugins:
+            with suppress(RequestError):  # told when it is used
+                self[name]
+        return [part for part in self._loaded.values() if field in part.model_fields]
 
     def _of_plugin(self, plugin: EntryPoint) -> type[Part]:
         with guarded(plugin.name, f"cannot be imported from {plugin.value}", self.key):

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EPS, TinyNet, ball_of, batch_of, same, state_of, tensors, tiny_net
+from helpers import EPS, TinyNet, ball_of, batch_of, same, state_of, tiny_net
 from pydantic import ValidationError
 
 import raytrain.algorithms
 from raytrain.algorithms import (
     RECIPES,
-    AbstractAlgorithm,
     AbstractRecipe,
     Dynamic,
     FgsmRs,
@@ -28,10 +27,10 @@ from raytrain.attacks import Gap, ProjectedAscent, Remembered, Uniform, Zero
 from raytrain.core.cost import Meter
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.schedules import Constant
-from raytrain.core.threat_models import in_box
-from raytrain.core.train_state import TrainState
 from raytrain.core.types import Batch
 from raytrain.outer import Plain
+from raytrain.testing import AlgorithmConformance
+from raytrain.testing.algorithms import built, equal, trained
 
 NORMS = ["linf", "l2", "l1"]
 
@@ -47,140 +46,46 @@ AT_RADIUS_ZERO = {"free", "yopo", "trades", "mart", "gradalign"}
 """At eps = 0 they replay batches, sum passes, or minimise a loss that is cross-entropy to rounding."""
 
 
-def algorithm_of(recipe: AbstractRecipe, norm: str = "linf", eps: float | None = None):
-    return recipe.build(ball_of(norm, eps), Plain())
+class TestEveryAlgorithm(AlgorithmConformance):
+    @pytest.fixture(params=INSTANCES)
+    def recipe(self, request: pytest.FixtureRequest) -> AbstractRecipe:
+        return INSTANCES[request.param]
+
+    def largest_norm(self, recipe: AbstractRecipe) -> float:
+        return 1 + recipe.k if isinstance(recipe, NFgsm) else 1.0  # it leaves the ball on purpose
 
 
-def trained(
-    algorithm: AbstractAlgorithm, steps: int = 2, *, batch_norm: bool = False
-) -> TrainState:
-    """The state after two steps of momentum SGD on different batches."""
-    state = state_of(tiny_net(batch_norm=batch_norm), algorithm)
-    for seed in range(steps):
-        algorithm.step(state, batch_of(8, seed=seed))
-    return state
+@pytest.mark.parametrize("name", sorted(INSTANCES.keys() - UNUSUAL))
+def test_reports_the_losses_before_the_update(name: str) -> None:
+    batch, model = batch_of(8), tiny_net()
+    algorithm = built(INSTANCES[name])
+    state, twin = state_of(model, algorithm), copy.deepcopy(model)
+    outcome = algorithm.step(state, batch)
+    logits = twin(batch.images + outcome.delta)
+    wanted = F.cross_entropy(logits, batch.labels, reduction="none").detach()
+    assert torch.equal(outcome.losses, wanted)
 
 
-def equal(one: TrainState, other: TrainState) -> bool:
-    """Bit-equal networks and momenta."""
-    momenta = [
-        [state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters()]
-        for state in (one, other)
-    ]
-    return same(one.model, other.model) and all(map(torch.equal, *momenta))
+@pytest.mark.parametrize("name", sorted(INSTANCES.keys() - UNUSUAL))
+def test_changes_the_weights_as_sgd_on_the_perturbed_batch_does(name: str) -> None:
+    batch, model = batch_of(8), tiny_net()
+    algorithm = built(INSTANCES[name])
+    twin = copy.deepcopy(model)
+    outcome = algorithm.step(state_of(model, algorithm), batch)
+    other = state_of(twin)
+    F.cross_entropy(twin(batch.images + outcome.delta), batch.labels).backward()
+    other.optimizer.step()
+    # 1e-14: the mean is taken in another order.
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert float((ours - theirs).detach().abs().max()) <= 1e-14
 
 
-@pytest.mark.parametrize("name", INSTANCES)
-class TestEveryAlgorithm:
-    @pytest.mark.parametrize("norm", NORMS)
-    def test_trains_on_a_feasible_perturbation(self, name: str, norm: str) -> None:
-        if norm not in INSTANCES[name].card.norms:
-            pytest.skip("refused, with the reason: test_recipes.py")
-        algorithm = algorithm_of(INSTANCES[name], norm)
-        state = state_of(tiny_net(), algorithm)
-        before = copy.deepcopy(state.model)
-        for seed in range(3):
-            batch = batch_of(8, seed=seed)
-            outcome = algorithm.step(state, batch)
-            assert outcome.delta.shape == batch.images.shape and not outcome.delta.requires_grad
-            assert torch.equal(outcome.delta, in_box(outcome.delta, batch.images))
-            # N-FGSM leaves the ball on purpose: k + 1 radii at most.
-            radius = ball_of(norm).eps * (3 if name == "n_fgsm" else 1)
-            # 1e-6: random starts of l2 and l1 are drawn in float32; l-inf is exact but for a sum.
-            rounding = 1e-6 if norm != "linf" else 1e-12 if name == "n_fgsm" else 0
-            assert float(ball_of(norm).norm_of(outcome.delta).max()) <= radius * (1 + rounding)
-        assert not same(state.model, before)
-
-    def test_reports_the_losses_before_the_update(self, name: str) -> None:
-        batch, model = batch_of(8), tiny_net()
-        algorithm = algorithm_of(INSTANCES[name])
-        state, twin = state_of(model, algorithm), copy.deepcopy(model)
-        outcome = algorithm.step(state, batch)
-        assert outcome.losses.shape == (8,) and not outcome.losses.requires_grad
-        if name in UNUSUAL:
-            return
-        logits = twin(batch.images + outcome.delta)
-        wanted = F.cross_entropy(logits, batch.labels, reduction="none").detach()
-        assert torch.equal(outcome.losses, wanted)
-
-    def test_changes_the_weights_as_sgd_on_the_perturbed_batch_does(self, name: str) -> None:
-        if name in UNUSUAL:
-            pytest.skip("its own loss or passes: tested in its own file")
-        batch, model = batch_of(8), tiny_net()
-        algorithm = algorithm_of(INSTANCES[name])
-        twin = copy.deepcopy(model)
-        outcome = algorithm.step(state_of(model, algorithm), batch)
-        other = state_of(twin)
-        F.cross_entropy(twin(batch.images + outcome.delta), batch.labels).backward()
-        other.optimizer.step()
-        # 1e-14: the mean is taken in another order.
-        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-            assert float((ours - theirs).detach().abs().max()) <= 1e-14
-
-    def test_step_touches_only_the_train_state(self, name: str) -> None:
-        recipe, batch = INSTANCES[name], batch_of(8)
-        state = state_of(tiny_net(batch_norm=True), algorithm_of(recipe))
-        tensors = [batch.images, batch.labels, batch.index]
-        copies, record = [t.clone() for t in tensors], recipe.model_dump_json()
-        random, flags = torch.get_rng_state(), [m.training for m in state.model.modules()]
-        algorithm_of(recipe).step(state, batch)
-        assert all(map(torch.equal, tensors, copies))
-        assert torch.equal(torch.get_rng_state(), random)
-        assert recipe.model_dump_json() == record
-        assert [m.training for m in state.model.modules()] == flags
-
-    def test_the_same_step_twice_gives_the_same_bits(self, name: str) -> None:
-        states = [trained(algorithm_of(INSTANCES[name]), batch_norm=True) for _ in range(2)]
-        assert equal(*states) and states[0].meter == states[1].meter
-
-    def test_in_bfloat16_it_keeps_everything_in_float32(self, name: str) -> None:
-        algorithm = algorithm_of(INSTANCES[name])
-        state = state_of(tiny_net(torch.float32, batch_norm=True), algorithm)
-        state.precision = "bf16"
-        algorithm.step(state, batch_of(8, dtype=torch.float32, seed=1))
-        outcome = algorithm.step(state, batch_of(8, dtype=torch.float32))
-        assert outcome.losses.dtype == outcome.delta.dtype == torch.float32
-        for path, value in tensors([state.model.state_dict(), outcome.delta]):
-            assert value.isfinite().all(), path
-            assert value.dtype in (torch.float32, torch.int64), path
-        # Pixels and memories are exact: bfloat16 is for the network's own arithmetic.
-        radius = float(ball_of("linf").norm_of(outcome.delta).max())
-        assert radius <= ball_of("linf").eps * (3 if name == "n_fgsm" else 1) + 1e-6
-
-    def test_old_gradients_do_not_reach_the_update(self, name: str) -> None:
-        algorithm = algorithm_of(INSTANCES[name])
-        clean, dirty = (state_of(tiny_net(), algorithm) for _ in range(2))
-        for parameter in dirty.model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e6)
-        for state in (clean, dirty):
-            algorithm.step(state, batch_of(8))
-        assert equal(clean, dirty)
-
-    @pytest.mark.parametrize("norm", NORMS)
-    def test_radius_zero_is_natural_training_bit_for_bit(self, name: str, norm: str) -> None:
-        if name in AT_RADIUS_ZERO or norm not in INSTANCES[name].card.norms:
-            pytest.skip("equal to rounding, or to another loss: tested in its own file")
-        robust = trained(algorithm_of(INSTANCES[name], norm, eps=0.0))
-        natural = trained(algorithm_of(Natural(), norm, eps=0.0))
-        assert equal(robust, natural)
-
-    def test_its_card_tells_what_it_is_and_names_only_its_own_fields(self, name: str) -> None:
-        kind = RECIPES[name]
-        card = kind.card
-        assert card.paper and card.rule and card.cost and set(card.norms) <= set(NORMS)
-        assert {field.split(".")[0] for field in card.ranges} <= set(kind.model_fields)
-
-    def test_is_frozen_and_refuses_unknown_fields(self, name: str) -> None:
-        recipe = INSTANCES[name]
-        with pytest.raises(ValidationError, match="frozen"):
-            recipe.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(ValidationError, match="omega"):
-            type(recipe).model_validate({**recipe.model_dump(), "omega": 6})
-
-    def test_survives_a_trip_through_its_own_record(self, name: str) -> None:
-        recipe = INSTANCES[name]
-        assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
-        assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", sorted(INSTANCES.keys() - AT_RADIUS_ZERO))
+def test_radius_zero_is_natural_training_bit_for_bit(name: str, norm: str) -> None:
+    if norm in INSTANCES[name].card.norms:
+        robust = trained(built(INSTANCES[name], norm, eps=0.0))
+        assert equal(robust, trained(built(Natural(), norm, eps=0.0)))
 
 
 # --- cost -------------------------------------------------------------------------------------
@@ -203,7 +108,7 @@ class TestEveryAlgorithm:
     ids=repr,
 )
 def test_step_costs_exactly_what_the_paper_says(recipe: AbstractRecipe, fe: int) -> None:
-    state = trained(algorithm_of(recipe), steps=2)
+    state = trained(built(recipe), steps=2)
     inner = (fe - 3) // 2
     assert state.meter == Meter(
         forwards=16 * (inner + 1), input_backwards=16 * inner, full_backwards=16
@@ -213,7 +118,7 @@ def test_step_costs_exactly_what_the_paper_says(recipe: AbstractRecipe, fe: int)
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_dynamic_training_costs_one_gradient_more_than_the_steps_of_each_sample(norm: str) -> None:
-    algorithm, state = algorithm_of(Dynamic(c_max=0.15), norm), state_of(tiny_net())
+    algorithm, state = built(Dynamic(c_max=0.15), norm), state_of(tiny_net())
     outcome = algorithm.step(state, batch_of(24))
     cost = 2 * (outcome.steps + 1).clamp_max(10) + 3
     assert len(cost.unique()) > 1  # samples did stop at different steps
@@ -225,7 +130,7 @@ def test_dynamic_training_costs_one_gradient_more_than_the_steps_of_each_sample(
     ("recipe", "steps"), [(Natural(), 0), (FgsmRs(), 1), (NFgsm(), 1), (Pgd(), 10), (OWN, 2)]
 )
 def test_steps_are_those_the_attack_took(recipe: AbstractRecipe, steps: int) -> None:
-    outcome = algorithm_of(recipe).step(state_of(tiny_net()), batch_of(8))
+    outcome = built(recipe).step(state_of(tiny_net()), batch_of(8))
     assert outcome.steps.tolist() == [steps] * 8
 
 
@@ -277,13 +182,13 @@ LIMITS: dict[str, tuple[AbstractRecipe, AbstractRecipe]] = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("limit", LIMITS)
 def test_one_algorithm_is_the_limit_of_another_bit_for_bit(limit: str, norm: str) -> None:
-    states = [trained(algorithm_of(recipe, norm), batch_norm=True) for recipe in LIMITS[limit]]
+    states = [trained(built(recipe, norm), batch_norm=True) for recipe in LIMITS[limit]]
     assert equal(*states)
 
 
 def test_a_step_size_in_pixels_is_the_same_multiple_of_the_radius() -> None:
     recipes = [Pgd(step_size=EPS["linf"] / 4), Pgd(step_size="eps/4")]
-    assert equal(*(trained(algorithm_of(recipe)) for recipe in recipes))
+    assert equal(*(trained(built(recipe)) for recipe in recipes))
 
 
 def test_an_infinite_threshold_survives_a_trip_through_its_record() -> None:
@@ -293,7 +198,7 @@ def test_an_infinite_threshold_survives_a_trip_through_its_record() -> None:
 
 
 def test_different_algorithms_train_differently() -> None:
-    states = [trained(algorithm_of(recipe)) for recipe in INSTANCES.values()]
+    states = [trained(built(recipe)) for recipe in INSTANCES.values()]
     for i, one in enumerate(states):
         assert not any(same(one.model, other.model) for other in states[:i])
 
@@ -306,9 +211,9 @@ def test_only_a_remembered_start_asks_for_a_store() -> None:
     ]
     for recipe in recipes:
         plain = type(recipe)()
-        assert state_of(tiny_net(), algorithm_of(plain)).parts == {}
-        state = trained(algorithm_of(recipe), steps=1)
-        outcome = algorithm_of(recipe).step(state, batch_of(8))
+        assert state_of(tiny_net(), built(plain)).parts == {}
+        state = trained(built(recipe), steps=1)
+        outcome = built(recipe).step(state, batch_of(8))
         store = state.part("delta", SampleStore)
         assert torch.equal(store.read(batch_of(8)), outcome.delta)
 

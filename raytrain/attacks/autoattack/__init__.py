@@ -66,7 +66,19 @@ def survivors(
     ball: AbstractThreatModel,
     seed: int,
 ) -> Tensor:
-    """Which rows keep their label through a stage: (n,) bool. `images` are classified correctly.
+    """Which rows keep their label through a stage: (n,) bool. `images` are classified correctly."""
+    return ~adversarial(stage, answers, images, labels, ball, seed)[1]
+
+
+def adversarial(
+    stage: Stage,
+    answers: Answers,
+    images: Images,
+    labels: Labels,
+    ball: AbstractThreatModel,
+    seed: int,
+) -> tuple[Images, Tensor]:
+    """What a stage makes of `images`, which are classified correctly, and which rows lose their label.
 
     The verdict is the network's on the images that the attack hands over, if they are legal: inside
     the ball and [0, 1]. The global random state is as it was afterwards.
@@ -77,7 +89,7 @@ def survivors(
         attack = _attack(stage, answers, images, ball, seed)
         found = attack.perturb(images.float(), labels.long()).detach()
         wrong = answers.classes(found) != labels
-    return ~(wrong & _legal(found, images.float(), ball))
+    return found, wrong & _legal(found, images.float(), ball)
 
 
 def _legal(found: Images, images: Images, ball: AbstractThreatModel) -> Tensor:
