@@ -1,4 +1,4 @@
-"""The pictures of the MLflow UI in raytrain/tracking/README.md: real runs on the digits, seen by headless Chromium.
+"""The pictures of the MLflow UI: real runs on the digits, seen by headless Chromium.
 
     python benchmarks/screenshots.py --store /tmp/pictures
 

@@ -27,7 +27,7 @@ SWEEP_METRICS = {
     "sweep/trials": "trials that ended",
     "sweep/OUTCOME": "trials that ended so: `sweep/complete`, `sweep/stopped`, ...",
     "sweep/fe_per_image": "forward-equivalents per training image, over all trials",
-    "final/robust": "test-set accuracy of the best configuration under the strongest attack, mean over new seeds",
+    "final/robust": "accuracy of the best configuration under the strongest attack, mean over new seeds",
     "final/robust_std": "standard deviation of it over the seeds",
     "final/clean": "its clean accuracy on the test set, mean",
     "final/seeds": "seeds",
