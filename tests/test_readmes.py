@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -12,10 +13,13 @@ import yaml
 
 from raytrain.algorithms import CATALOGUE
 from raytrain.cli.app import app, split
+from raytrain.commands.evaluate import _wanted as requested
 from raytrain.config.request import as_run
 from raytrain.outer import OUTERS
+from raytrain.tuning.space.reading import read_space
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "search_spaces" / "quickstart.yaml"
 PAGES = sorted(
     [
         ROOT / "README.md",
@@ -77,14 +81,18 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_have_the_options_and_fields_that_they_are_given(words: tuple[str, ...]) -> None:
     _, name, *rest = words
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     context = group.make_context("raytrain", [name, *rest])
     command = group.get_command(context, name)
     parameters = command.make_context(name, list(rest), parent=context).params
+    file, overrides = split(parameters.get("words"))
     if name == "train":
-        file, overrides = split(parameters["words"])
-        assert file is None or file.suffix == ".yaml"
         as_run(None, overrides)
+    if name == "tune":
+        named = ROOT / (file or "SPACE.yaml")
+        read_space(named if named.exists() else QUICKSTART, overrides)
+    if name == "evaluate":
+        requested(parameters["overrides"] or ())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -58,7 +58,7 @@ def in_a_changed_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def record_sweep(recorder: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep of one trial and its final."""
     trial = TrialRow(0, "complete", (0.5,), {}, {"valid/robust": 0.5}, 1, "t0000")
-    outcomes = dict.fromkeys(ENDED, 1)
+    outcomes: dict[str, int] = dict.fromkeys(ENDED, 1)
     progress = SweepProgress(1, Budget(), outcomes, 0, 1.0, 1.0, None, trial, ())
     manager: Any = SimpleNamespace(
         folder=folder,
