@@ -1,4 +1,4 @@
-"""The pictures of the MLflow UI in the README: real runs on the digits, seen by headless Chromium.
+"""The pictures of the MLflow UI: real runs on the digits, seen by headless Chromium.
 
     python benchmarks/screenshots.py --store /tmp/pictures
 

@@ -8,6 +8,11 @@
     raytrain.attack(model, images, labels, eps=8 / 255)
 
 Nothing heavy is imported until one of these names is used.
+
+>>> import raytrain
+>>> run = raytrain.RunConfig.model_validate({"algorithm": "dynamic", "epochs": 30})
+>>> run.algorithm.name, run.algorithm.steps, run.threat.eps
+('dynamic', 10, 0.1)
 """
 
 from typing import TYPE_CHECKING, Any

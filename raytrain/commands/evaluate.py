@@ -114,7 +114,7 @@ def evaluate(
 
     `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which`
     picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
-    `overrides` are fields of the `Exam` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
+    `overrides` are fields of `EvaluationSettings` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
     `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
     numbers are labelled so. Work that an interrupted evaluation has done is not done again. With
     several workers, or RAY_ADDRESS, images are shared out among processes.

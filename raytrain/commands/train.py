@@ -1,4 +1,4 @@
-"""The API behind `raytrain train`. Evaluation is in `examine`, search in `sweep`."""
+"""What `raytrain train` does: one run, recorded in MLflow, its checkpoints in a folder."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ def train(
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
         TrainingFailed: if training ended early; the run is FAILED, its checkpoints are kept.
+
+    >>> train({"algorithm": "dynamic"}, ["epochs=0"])
+    Traceback (most recent call last):
+    raytrain.core.types.RequestError: epochs: ...
     """
     folder = None
     if resume is not None:

@@ -92,6 +92,10 @@ def tune(
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
+
+    >>> tune(overrides=["budget.trials=50"])
+    Traceback (most recent call last):
+    raytrain.core.types.RequestError: SPACE.yaml: expected a search space, or --resume NAME
     """
     for option, given in (("--name", name), ("--resume", resume)):
         if given is not None:

@@ -36,6 +36,12 @@ def as_run(
 
     Raises:
         RequestError: naming the file or field, and what was expected.
+
+    >>> as_run({"algorithm": "dynamic"}, ["algorithm.c_max=0.3", "threat.eps=8/255"]).algorithm.c_max
+    0.3
+    >>> as_run(None, ["epoch=3"])
+    Traceback (most recent call last):
+    raytrain.core.types.RequestError: epoch: ...
     """
     changes = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
     if isinstance(config, RunConfig):
@@ -58,6 +64,9 @@ def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) ->
 
     Raises:
         RequestError: naming the word or its key.
+
+    >>> parse_overrides(["epochs=3", "run_name=007", "ema=null"])
+    {'epochs': 3, 'run_name': '007', 'ema': None}
     """
     parsed: dict[str, Any] = {}
     for word in words:

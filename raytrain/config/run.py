@@ -73,7 +73,14 @@ def _patience(value: Any) -> Any:
 
 
 class RunConfig(Spec):
-    """A training run. Every field can be set as `dotted.path=value` on the command line."""
+    """A training run. Every field can be set as `dotted.path=value` on the command line.
+
+    >>> run = RunConfig.model_validate({"data": "cifar10", "algorithm": "trades", "workers": 2})
+    >>> run.algorithm.name, run.threat.norm, round(255 * run.threat.eps)
+    ('trades', 'linf', 8)
+    >>> run.signature() == run.model_copy(update={"workers": 4}).signature()
+    True
+    """
 
     data: Annotated[DataSpec, Field(description="what to train on")] = DataSpec()
     model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()

@@ -28,6 +28,9 @@ class Meter:
     more, the gradient for input and weights two more: FE = forwards + input_backwards + 2
     full_backwards + stem. Differentiating an input gradient once more (GradAlign) counts as one
     more full backward.
+
+    >>> Meter(forwards=11, input_backwards=10, full_backwards=1, samples=1).fe  # PGD-10, one image
+    23
     """
 
     forwards: int = 0

@@ -36,7 +36,11 @@ class Constant(AbstractShape):
 
 @final
 class Power(AbstractShape):
-    """max(0, 1 - progress / end)^exponent; exponent 1 is the linear fall of Dynamic AT's threshold."""
+    """max(0, 1 - progress / end)^exponent; exponent 1 is the linear fall of Dynamic AT's threshold.
+
+    >>> [round(Power(end=0.8).at(progress), 3) for progress in (0.0, 0.4, 0.8, 1.0)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
 
     kind: Literal["power"] = "power"
     end: Annotated[Share, Field(description="share of training after which the factor is 0")] = 1.0
@@ -50,7 +54,11 @@ class Power(AbstractShape):
 
 @final
 class Cosine(AbstractShape):
-    """(1 + cos(pi min(1, progress / end))) / 2."""
+    """(1 + cos(pi min(1, progress / end))) / 2.
+
+    >>> [round(Cosine().at(progress), 3) for progress in (0.0, 0.5, 1.0)]
+    [1.0, 0.5, 0.0]
+    """
 
     kind: Literal["cosine"] = "cosine"
     end: Annotated[Share, Field(description="share of training after which the factor is 0")] = 1.0
@@ -61,7 +69,11 @@ class Cosine(AbstractShape):
 
 @final
 class Piecewise(AbstractShape):
-    """factor^(number of milestones passed): the step schedule of the robust-training literature."""
+    """factor^(number of milestones passed): the step schedule of the robust-training literature.
+
+    >>> [round(Piecewise().at(progress), 3) for progress in (0.0, 0.5, 0.75)]
+    [1.0, 0.1, 0.01]
+    """
 
     kind: Literal["piecewise"] = "piecewise"
     milestones: Annotated[
@@ -81,7 +93,11 @@ class Piecewise(AbstractShape):
 
 @final
 class OneCycle(AbstractShape):
-    """Rise linearly from 0 to 1 at `peak`, then fall linearly to 0: the fast schedule of FGSM-RS."""
+    """Rise linearly from 0 to 1 at `peak`, then fall linearly to 0: the fast schedule of FGSM-RS.
+
+    >>> [round(OneCycle(peak=0.4).at(progress), 3) for progress in (0.0, 0.4, 0.7, 1.0)]
+    [0.0, 1.0, 0.5, 0.0]
+    """
 
     kind: Literal["onecycle"] = "onecycle"
     peak: Annotated[float, Field(gt=0, lt=1, description="share of training at which it is 1")] = (
@@ -103,6 +119,12 @@ class Ramp(Spec):
 
     It stays at `start` before and at `end` behind. Whole numbers are rounded to the nearest. `eps/4`
     means a multiple of the radius at that time.
+
+    >>> grow = Ramp(start=0, until=0.5)
+    >>> [grow.at(progress, 0.1, eps=0.1) for progress in (0.0, 0.25, 1.0)]
+    [0.0, 0.05, 0.1]
+    >>> Ramp(start="eps/2").at(0.5, "eps/4", eps=0.1)
+    '0.375*eps'
     """
 
     start: StepSize | Number

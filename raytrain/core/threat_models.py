@@ -106,13 +106,24 @@ def in_box(delta: Delta, images: Images) -> Delta:
 
     The bounds are applied to delta, never recovered from images + delta: (x + d) - x overshoots in
     the last bit.
+
+    >>> in_box(torch.tensor([[[[0.3, -0.3]]]]), torch.tensor([[[[0.75, 0.25]]]])).flatten()
+    tensor([ 0.2500, -0.2500])
     """
     return torch.maximum(torch.minimum(delta, 1 - images), -images)
 
 
 @final
 class Linf(AbstractThreatModel):
-    """Every pixel moves by at most eps."""
+    """Every pixel moves by at most eps.
+
+    >>> ball = Linf(eps=0.1)
+    >>> image, step = torch.tensor([[[[0.05, 0.5, 0.95]]]]), torch.tensor([[[[-1.0, -1.0, 1.0]]]])
+    >>> ball.feasible(step, image).flatten()
+    tensor([-0.0500, -0.1000,  0.0500])
+    >>> ball.gap(torch.zeros_like(image), step), ball.gap(0.1 * step, step)
+    (tensor([0.3000]), tensor([0.]))
+    """
 
     norm: Literal["linf"] = "linf"
 
@@ -149,7 +160,11 @@ class Linf(AbstractThreatModel):
 
 @final
 class L2(AbstractThreatModel):
-    """The Euclidean length of the change is at most eps (128/255 is customary for CIFAR-10)."""
+    """The Euclidean length of the change is at most eps (128/255 is customary for CIFAR-10).
+
+    >>> L2(eps=1).project(torch.tensor([[[[3.0, 4.0]]]])).flatten()
+    tensor([0.6000, 0.8000])
+    """
 
     norm: Literal["l2"] = "l2"
 
@@ -204,7 +219,11 @@ class L2(AbstractThreatModel):
 
 @final
 class L1(AbstractThreatModel):
-    """The absolute changes of all pixels add up to at most eps (12 is customary for CIFAR-10)."""
+    """The absolute changes of all pixels add up to at most eps (12 is customary for CIFAR-10).
+
+    >>> L1(eps=2).project(torch.tensor([[[[3.0, -2.0, 0.5]]]])).flatten()
+    tensor([ 1.5000, -0.5000,  0.0000])
+    """
 
     norm: Literal["l1"] = "l1"
     spread: Annotated[

@@ -92,7 +92,11 @@ _OF_EPS = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*?\s*)?eps(?:\s*/\s*([0-9.eE+-]+))
 
 
 def fraction(value: Any) -> Any:
-    """`"8/255"` as a float; anything else unchanged, for the field's own type to judge."""
+    """`"8/255"` as a float; anything else unchanged, for the field's own type to judge.
+
+    >>> fraction("8/255"), fraction(0.1), fraction("eps/4")
+    (0.03137254901960784, 0.1, 'eps/4')
+    """
     match = _FRACTION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value
@@ -137,7 +141,11 @@ StepSize = Annotated[float | str, BeforeValidator(fraction), AfterValidator(_ste
 
 
 def in_pixels(step_size: float | str, eps: float) -> float:
-    """A `StepSize` as a number of pixels, given the radius it may refer to."""
+    """A `StepSize` as a number of pixels, given the radius it may refer to.
+
+    >>> in_pixels("eps/4", 0.1), in_pixels("1.25*eps", 0.1), in_pixels(0.01, 0.1)
+    (0.025, 0.125, 0.01)
+    """
     if not isinstance(step_size, str):
         return step_size
     match = _OF_EPS.fullmatch(step_size)
@@ -191,7 +199,11 @@ class Dice:
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed that is a fixed function of `parts`, the same in every process and version of Python."""
+    """A 63-bit seed that is a fixed function of `parts`, the same in every process and version of Python.
+
+    >>> mix(0, "weights") == mix(0, "weights"), mix(0, "weights") == mix(1, "weights")
+    (True, False)
+    """
     import hashlib
 
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -252,7 +264,12 @@ Predict = Callable[[Tensor], Tensor]  # pixels (n, c, h, w) -> logits (n, classe
 
 
 def per_sample_dot(a: Delta, b: Delta) -> PerSample:
-    """<a_i, b_i> for every row, (n,)."""
+    """<a_i, b_i> for every row, (n,).
+
+    >>> ones = torch.ones(2, 1, 2, 2)
+    >>> per_sample_dot(ones, 3 * ones)
+    tensor([12., 12.])
+    """
     return (a * b).flatten(1).sum(1)
 
 

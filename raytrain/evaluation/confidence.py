@@ -79,6 +79,10 @@ def wilson(count: int, images: int, level: float = 0.95) -> Share:
     The limits are the two shares that a normal test of `level` just fails to reject: they stay in
     [0, 1] and have a width where nothing, or everything, was right. Raises RequestError if there is
     no image.
+
+    >>> share = wilson(75, 100)
+    >>> round(share.low, 3), share.value, round(share.high, 3)
+    (0.657, 0.75, 0.825)
     """
     if images == 0:
         raise RequestError("images: no accuracy can be told from 0 images; expected at least one")
@@ -120,6 +124,9 @@ def mcnemar(
 
     `greater`: that the first is right so much more often. Exact, from the binomial distribution; 1 if
     the two never disagree.
+
+    >>> mcnemar(only_first=8, only_second=0)
+    0.0078125
     """
     disagreements = only_first + only_second
     if not disagreements:
@@ -132,6 +139,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Holm 1979 (Scandinavian Journal of Statistics 6:65): the smallest of m is multiplied by m, the
     next by m - 1, and so on; no adjusted value is below that of a smaller one, or above 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, floor = [0.0] * len(p_values), 0.0

@@ -16,7 +16,11 @@ _KINDS = ("clean", "fgsm", "cw", "pgd", "apgd", "aa")  # from weak to strong
 
 
 def attack_title(column: str) -> str:
-    """Such as `PGD-20, 5 restarts, step eps/8`; a column of another kind as it is."""
+    """Such as `PGD-20, 5 restarts, step eps/8`; a column of another kind as it is.
+
+    >>> attack_title("pgd20x5-eps_8"), attack_title("aa")
+    ('PGD-20, 5 restarts, step eps/8', 'AutoAttack')
+    """
     found = _STEPS.fullmatch(column)
     if found is None:
         return _PLAIN.get(column, column)
@@ -28,7 +32,11 @@ def attack_title(column: str) -> str:
 
 
 def strongest_first(columns: Iterable[str]) -> list[str]:
-    """Each once, from the strongest attack to the weakest, as far as their names tell."""
+    """Each once, from the strongest attack to the weakest, as far as their names tell.
+
+    >>> strongest_first(["clean", "pgd20", "aa", "pgd20x5"])
+    ['aa', 'pgd20x5', 'pgd20', 'clean']
+    """
     return sorted(dict.fromkeys(columns), key=_strength, reverse=True)
 
 

@@ -34,6 +34,10 @@ def load_exported(path: str | Path) -> Classifier:
 
     Raises:
         RequestError: if there is none, or it was not exported by raytrain.
+
+    >>> load_exported("no-such-folder")
+    Traceback (most recent call last):
+    raytrain.core.types.RequestError: no-such-folder: no such file; expected a folder that ...
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     facts, state = _read(file)

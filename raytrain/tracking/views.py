@@ -88,7 +88,11 @@ def _column(name: str) -> str:
 
 
 def key_of(name: str) -> str:
-    """The name of a view as a part of a tag's key and of an address."""
+    """The name of a view as a part of a tag's key and of an address.
+
+    >>> key_of("quickstart-20261121"), key_of("try #7")
+    ('quickstart-20261121', 'try--7-4dd8860f')
+    """
     kept = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
     if kept == name and len(name) <= _LONGEST_KEY:
         return name

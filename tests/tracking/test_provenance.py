@@ -24,7 +24,7 @@ from mlflow.protos.databricks_pb2 import FEATURE_DISABLED
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import IN_EPS, METRICS
+from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
 from raytrain.tracking import Entry, Tracker, provenance
@@ -228,15 +228,6 @@ def test_a_run_is_recovered_from_its_parameters_although_some_are_said_twice(fil
 def test_the_name_of_a_run_has_the_outer_update_where_it_is_not_plain() -> None:
     run = as_run(None, ["outer=awp"])
     assert provenance.describe(run) == f"pgd-awp-digits-{run.signature()[:6]}"
-
-
-def test_the_table_of_metrics_in_the_readme_is_the_one_that_runs_have() -> None:
-    text = (ROOT / "README.md").read_text()
-    section = text.partition("## The MLflow UI")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `([\w/.]+)` \| (.+) \|$", section, re.MULTILINE)
-    single = {name: meaning for name, meaning in METRICS.items() if "histogram" not in name}
-    assert {name: meaning for name, meaning in rows if name in METRICS} == single
-    assert {name.split("/")[0] for name, _ in rows} >= {name.split("/")[0] for name in METRICS}
 
 
 # --- pages that are set up --------------------------------------------------------------------

@@ -325,7 +325,7 @@ def test_all_algorithms_are_in_the_space_of_all() -> None:
             assert 1 - 1e-9 <= reach <= 4 + 1e-9
 
 
-@pytest.mark.parametrize("file", ["README.md", "search_spaces/README.md"])
+@pytest.mark.parametrize("file", ["raytrain/tuning/README.md", "search_spaces/README.md"])
 def test_the_examples_of_the_documentation_are_valid(file: str, tmp_path: Path) -> None:
     text = (FOLDER.parent / file).read_text()
     blocks = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]

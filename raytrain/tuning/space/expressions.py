@@ -78,6 +78,17 @@ def parse(text: str) -> Expression:
 
     Raises:
         ValueError: naming what is not understood or not allowed.
+
+    >>> values = {"$reach": 2, "threat.eps": 0.1, "algorithm.steps": 4}.__getitem__
+    >>> parse("$reach * threat.eps / algorithm.steps").value(values)
+    0.05
+    >>> sorted(parse("algorithm.steps <= 8 or algorithm.name == 'pgd'").names)
+    ['algorithm.name', 'algorithm.steps']
+    >>> parse("algorithm.steps <= 3").excess(values)
+    1.0
+    >>> parse("open('file')")
+    Traceback (most recent call last):
+    ValueError: "open('file')": "open('file')" (Call) is not allowed; expected numbers, ...
     """
     if len(text) > _LONGEST:
         raise ValueError(f"expected at most {_LONGEST} characters, found {len(text)}")

@@ -9,7 +9,11 @@ _KINDS = ("name", "kind", "norm")  # what a record is: told by the record's own 
 
 
 def describe(values: Mapping[str, Any], separator: str = " ") -> str:
-    """Values by the last telling part of their path: `algorithm=trades lr=0.1 steps=4`."""
+    """Values by the last telling part of their path: `algorithm=trades lr=0.1 steps=4`.
+
+    >>> describe({"algorithm.name": "trades", "optimizer.lr": 0.12345, "algorithm.steps": 4})
+    'algorithm=trades lr=0.123 steps=4'
+    """
     return separator.join(f"{_name(path)}={_value(value)}" for path, value in values.items())
 
 

@@ -47,6 +47,14 @@ class SearchSpace(Spec):
     `sample`, `values`, `encode` and `grid` walk through the same dimensions in the same order and
     differ only in who answers. Raw parameters go by a dimension's `key`, values in the units of the
     run by its path.
+
+    >>> space = SearchSpace(
+    ...     name="steps", base={"algorithm": "pgd"}, space={"algorithm.steps": {"int": [1, 3]}}
+    ... )
+    >>> space.run(space.values({"algorithm.steps": 2})).algorithm.steps
+    2
+    >>> space.objective[0].metric
+    'valid/robust'
     """
 
     name: str
