@@ -11,7 +11,7 @@ import pytest
 import typer
 import yaml
 
-from raytrain.algorithms import CATALOGUE
+from raytrain.algorithms import RECIPES
 from raytrain.cli.app import app, split
 from raytrain.commands.evaluate import _wanted as requested
 from raytrain.config.request import as_run
@@ -106,7 +106,7 @@ def test_run_files_are_valid(page: Path) -> None:
 def test_the_front_page_has_every_algorithm_and_outer_update() -> None:
     section = (ROOT / "README.md").read_text().partition("## Algorithms")[2].partition("\n## ")[0]
     algorithms, outers = section.split("`outer=NAME`")
-    assert re.findall(r"^\| `(\w+)` ", algorithms, re.MULTILINE) == list(CATALOGUE)
+    assert re.findall(r"^\| `(\w+)` ", algorithms, re.MULTILINE) == list(RECIPES)
     assert re.findall(r"^\| `(\w+)` ", outers, re.MULTILINE) == list(OUTERS)
 
 
