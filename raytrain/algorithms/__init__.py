@@ -2,6 +2,7 @@
 
 from raytrain.algorithms.base import RECIPES, AbstractAlgorithm, AbstractRecipe, Recipe
 from raytrain.algorithms.dynamic import Dynamic
+from raytrain.algorithms.fat import Fat
 from raytrain.algorithms.fgsm_rs import FgsmRs
 from raytrain.algorithms.free import Free
 from raytrain.algorithms.gradalign import GradAlign
@@ -27,6 +28,7 @@ RECIPES.register(
     MartRecipe,
     GradAlign,
     Dynamic,
+    Fat,
     SiHg,
     Ssds,
     L2l,
@@ -38,6 +40,7 @@ __all__ = [
     "AbstractAlgorithm",
     "AbstractRecipe",
     "Dynamic",
+    "Fat",
     "FgsmRs",
     "Free",
     "GradAlign",
