@@ -1,5 +1,6 @@
 """The catalogue: every algorithm a configuration can name."""
 
+from raytrain.algorithms.atta import Atta
 from raytrain.algorithms.base import RECIPES, AbstractAlgorithm, AbstractRecipe, Recipe
 from raytrain.algorithms.dynamic import Dynamic
 from raytrain.algorithms.fat import Fat
@@ -29,6 +30,7 @@ RECIPES.register(
     GradAlign,
     Dynamic,
     Fat,
+    Atta,
     SiHg,
     Ssds,
     L2l,
@@ -39,6 +41,7 @@ __all__ = [
     "RECIPES",
     "AbstractAlgorithm",
     "AbstractRecipe",
+    "Atta",
     "Dynamic",
     "Fat",
     "FgsmRs",
