@@ -71,8 +71,10 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
     """The end of `raytrain evaluate`."""
 
     def show() -> None:
+        contract = result.contract
+        assert contract is not None
         console = Console()
-        console.print(_table(result))
+        console.print(_table(result, f"{contract.norm} {contract.eps:g}"))
         if not result.same_contract:
             console.print(Text("another contract than the training's", style="bold yellow"))
         for finding in result.findings:
@@ -84,16 +86,16 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
             line(console, "checks", f"{passed} of {passed} passed")
         elif not result.findings:
             line(console, "checks", "not run: nothing says that these numbers can be believed")
-        line(console, "contract", f"{result.contract.text}  ({result.contract.hash})")
-        line(console, "checkpoint", f"{result.checkpoint} (epoch {result.epoch})")
+        line(console, "contract", f"{contract.text}  ({contract.hash})")
+        line(console, "checkpoint", f"{result.file} (epoch {result.epoch})")
         line(console, "per sample", str(result.folder / "flags.parquet"))
 
     return show
 
 
-def _table(result: EvalResult) -> Table:
+def _table(result: EvalResult, threat: str) -> Table:
     table = Table(
-        title=f"test set, {result.images} images, {result.contract.norm} {result.contract.eps:g}",
+        title=f"test set, {result.images} images, {threat}",
         title_justify="left",
     )
     table.add_column("attack")

@@ -15,10 +15,10 @@ import yaml
 
 from raytrain.config.run import RUNTIME
 from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.evaluation.record import FOLDER, RECORD
 from raytrain.exporting.check import Checked
 from raytrain.exporting.formats import FORMATS, chosen, possible
 from raytrain.exporting.model_card import card
-from raytrain.exporting.numbers import FILE, FOLDER
 from raytrain.exporting.subject import Subject, subject_of
 
 
@@ -132,7 +132,7 @@ def _leave_words(
     (folder / "run.yaml").write_text(_run_file(subject), encoding="utf-8")
     for scope, text in subject.record.texts.items():
         (folder / FOLDER / scope).mkdir(parents=True)
-        (folder / FOLDER / scope / FILE).write_text(text, encoding="utf-8")
+        (folder / FOLDER / scope / RECORD).write_text(text, encoding="utf-8")
 
 
 def _run_file(subject: Subject) -> str:

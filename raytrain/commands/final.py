@@ -159,6 +159,7 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
         return json.loads(kept.read_text())
     which = "best" if (folder / BEST).is_file() else "last"
     result = evaluate(folder / (BEST if which == "best" else LAST), storage=storage)
+    assert result.strongest is not None
     told = {
         "clean": result.accuracies["clean"].value,
         "robust": result.accuracies[result.strongest].value,

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from raytrain.algorithms import CATALOGUE
 from raytrain.core.cost import Meter
 from raytrain.evaluation.names import attack_title
+from raytrain.evaluation.record import EvaluationRecord
 from raytrain.exporting import robustbench
 from raytrain.exporting.card_metadata import front_matter
 from raytrain.exporting.check import Checked
-from raytrain.exporting.numbers import RecordedEvaluation
 from raytrain.exporting.robustbench import eps_text
 from raytrain.exporting.subject import Subject
 
@@ -91,7 +91,7 @@ def _numbers(subject: Subject) -> str:
     return "## Numbers\n\n" + "\n".join(found)
 
 
-def _evaluation(subject: Subject, found: RecordedEvaluation) -> str:
+def _evaluation(subject: Subject, found: EvaluationRecord) -> str:
     rows = [
         f"| {attack_title(name)} | {got.value:.2%} | {got.low:.2%} to {got.high:.2%} "
         f"| {got.count} of {got.images} |"
@@ -106,7 +106,7 @@ def _evaluation(subject: Subject, found: RecordedEvaluation) -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def _warning(found: RecordedEvaluation) -> str | None:
+def _warning(found: EvaluationRecord) -> str | None:
     if not found.failed:
         return None
     told = "\n".join(f"> - `{one.check}`: {one.sentence}" for one in found.failed)
@@ -116,7 +116,7 @@ def _warning(found: RecordedEvaluation) -> str | None:
     )
 
 
-def _measured_under(found: RecordedEvaluation) -> str | None:
+def _measured_under(found: EvaluationRecord) -> str | None:
     if found.same_contract or found.contract is None:
         return None
     contract = found.contract
@@ -124,7 +124,7 @@ def _measured_under(found: RecordedEvaluation) -> str | None:
     return f"Under **another** threat model, {contract.norm} eps {radius}:\n"
 
 
-def _footing(subject: Subject, found: RecordedEvaluation) -> str:
+def _footing(subject: Subject, found: EvaluationRecord) -> str:
     words = ["Wilson intervals: the chance of these test images, not of another training."]
     if found.images < subject.num_test:
         words.append(f"Only {found.images} of {subject.num_test} test images were used.")

@@ -73,7 +73,7 @@ def _rows(setting: ConfigurationGroup, cost: float | None) -> list[tuple[Key, Ro
     here: dict[Key, dict[str, list[EvaluatedRun]]] = {}
     for run in setting.runs:
         for one in run.evaluations:
-            contract = run.contract if one.same_contract else one.contract
+            contract = run.contract if one.same_contract else one.contract_hash
             key = (_data(run), contract, f"{one.images} {one.test_set}", "")
             here.setdefault(key, {}).setdefault(one.checkpoint, []).append(one)
     first = setting.first
@@ -119,7 +119,9 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
     data, contract, test, _ = key
     first = rows[0].setting.first
     threat = next((row.setting.first.contract_text for row in rows if row.home), contract)
-    told = [one.contract_text for row in rows for one in row.best if one.contract_text]
+    told = [
+        one.contract.text for row in rows for one in row.best if one.contract and one.contract.text
+    ]
     threat = told[0] if told else threat
     count = int(test.split()[0]) if test else 0
     attack = shared_attack(rows)

@@ -43,20 +43,20 @@ class Row:
     @property
     def failed(self) -> tuple[str, ...]:
         """What failed, each once, under this threat model, on whatever number of test images."""
-        threats = {(one.contract, one.same_contract) for one in (*self.best, *self.last)}
+        threats = {(one.contract_hash, one.same_contract) for one in (*self.best, *self.last)}
         told: list[str] = []
         for run in self.setting.runs:
-            own = [e for e in run.evaluations if (e.contract, e.same_contract) in threats]
-            told += [sentence for one in own for sentence in one.failed]
+            own = [e for e in run.evaluations if (e.contract_hash, e.same_contract) in threats]
+            told += [f"{f.check}: {f.sentence}" for one in own for f in one.failed]
             # The tag speaks where files are missing, and where nothing was checked.
-            if not own or not all(one.checked for one in own):
+            if not own or not all(one.findings for one in own):
                 told += filter(None, [run.failed_checks])
         return tuple(dict.fromkeys(told))
 
     @property
     def unchecked(self) -> bool:
         """Evaluated without checks, by one seed at least."""
-        return any(not one.checked for one in self.best)
+        return any(not one.findings for one in self.best)
 
     @property
     def marks(self) -> str:
@@ -66,7 +66,7 @@ class Row:
     def score(self, attack: str, last: bool = False) -> Cell | None:
         """Accuracy under an attack (or `clean`), of the best or the last checkpoints."""
         found = self.last if last else self.best
-        return of_shares([one.shares[attack] for one in found if attack in one.shares])
+        return of_shares([one.accuracies[attack] for one in found if attack in one.accuracies])
 
     def valid(self, metric: str = "valid/robust", last: bool = False) -> Cell | None:
         """The same on the validation split, at the best or the last epoch."""

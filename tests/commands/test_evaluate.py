@@ -184,7 +184,7 @@ def test_the_same_threat_written_in_another_way_is_the_same_contract(alone: Path
 
 def test_the_last_checkpoint_has_a_scope_of_its_own(home: tuple[Path, TrainResult]) -> None:
     result = evaluate(home[1].run_id, {**QUICK, "attacks": "fgsm"}, which="last")
-    assert result.scope.startswith("test_last") and result.checkpoint.name == "last.pt"
+    assert result.scope.startswith("test_last") and result.file.name == "last.pt"
     run = MlflowClient(home[1].tracking_uri).get_run(home[1].run_id)
     assert run.data.metrics[f"{result.scope}/fgsm"] == result.accuracies["fgsm"].value
 

@@ -25,6 +25,7 @@ from raytrain.evaluation.contract import Contract
 from raytrain.evaluation.evaluator import Evaluator
 from raytrain.evaluation.examples import examples_table
 from raytrain.evaluation.journal import Journal
+from raytrain.evaluation.record import RecordedContract
 from raytrain.evaluation.runner import Standing, Verdicts, run
 from raytrain.evaluation.settings import (
     CLEAN,
@@ -443,7 +444,7 @@ def test_the_hash_changes_exactly_with_what_the_contract_says() -> None:
     ]
     assert len({base.hash, *(other.hash for other in others)}) == 1 + len(others)
     assert len(base.hash) == 8 and int(base.hash, 16) >= 0
-    assert "linf eps 0.0313725" in base.text and base.json()["hash"] == base.hash
+    assert "linf eps 0.0313725" in base.text and RecordedContract.of(base).hash == base.hash
 
 
 # --- examples ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from raytrain.core.types import Images, Labels, RequestError, mix
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict of one check. `value` is what was measured, in the unit that the sentence names."""
+    """The result of one check; `value` is the measurement, in the unit that the sentence names."""
 
     check: str
     passed: bool
     sentence: str
-    value: float
+    value: float = math.nan  # NaN: not recorded
 
 
 @contextmanager
