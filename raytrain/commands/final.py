@@ -15,6 +15,7 @@ import yaml
 from raytrain.commands.evaluate import evaluate
 from raytrain.commands.sweep_results import leave_run_ids
 from raytrain.config.run import RunConfig
+from raytrain.core.files import write_atomically
 from raytrain.tracking import Tracker
 from raytrain.training.checkpoint import BEST, LAST
 from raytrain.tuning.budget import SweepProgress, TrialRow
@@ -138,7 +139,7 @@ def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None
     if not finals:
         return
     file = folder / "final.yaml"
-    file.write_text(yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
+    write_atomically(file, yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
     tracker.artifact(PARENT, file)
     first = finals[0]
     tracker.log(
@@ -169,9 +170,7 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
         "which": which,
         "trusted": result.trusted,
     }
-    temporary = kept.with_name(f".{_TEST}")
-    temporary.write_text(json.dumps(told))
-    temporary.replace(kept)
+    write_atomically(kept, json.dumps(told))
     return told
 
 

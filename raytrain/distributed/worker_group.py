@@ -26,6 +26,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, from_plain, is_lost, plain
+from raytrain.core.files import write_atomically
 from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
 from raytrain.training.checkpoint import LAST, ROWS, load
 
@@ -279,10 +280,7 @@ class RecentRows:
         """Keep a row; those of epochs that are trained again are forgotten."""
         before = [row for row in self.rows if row.epoch < report.epoch]
         self.rows = [*before, report][-self._MOST :]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f".{self._file.name}")
-        temporary.write_text(json.dumps([asdict(row) for row in self.rows]))
-        temporary.replace(self._file)
+        write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))
 
 
 def _report(row: dict[str, Any]) -> EpochMetrics:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raytrain.core.files import write_atomically
 from raytrain.core.types import TrainingFailed
 from raytrain.evaluation.work_item import Verdict, WorkItem
 
@@ -28,10 +29,7 @@ class Journal:
         first = json.dumps({"key": dict(key)}, sort_keys=True) + "\n"
         lines = self._read(first)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}")
-            temporary.write_text("".join([first, *lines]))
-            temporary.replace(file)
+            write_atomically(file, "".join([first, *lines]))
         except OSError as error:
             raise self._refused(error) from error
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.core.console import log_line
+from raytrain.core.files import write_atomically
 from raytrain.tracking.outbox_state import Record, RunIndex
 
 CHUNK = 1 << 18  # bytes read at once
@@ -211,9 +212,7 @@ class Outbox:
             "ids": self.ids,
         }
         file = state_of(self.file)
-        fresh = file.with_suffix(".fresh")
-        fresh.write_text(json.dumps(whole) + "\n")
-        fresh.replace(file)
+        write_atomically(file, json.dumps(whole) + "\n", durable=False)  # `append` does not wait
         os.close(self._state)
         self._state = os.open(file, os.O_RDWR | os.O_APPEND)
 
