@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.cli.common import is_terminal, line
+from raytrain.cli.common import is_terminal, line, progress_bar
 from raytrain.core.console import log_line
 from raytrain.evaluation.names import attack_title
 from raytrain.evaluation.runner import Standing
@@ -37,15 +36,7 @@ class Stages:
     """Progress of an evaluation: call it after every unit."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not is_terminal(),
-        )
+        self._bar = progress_bar("{task.description:<24}")
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Stages:

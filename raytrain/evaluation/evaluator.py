@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from raytrain.attacks import ProjectedAscent, Uniform, Zero
+from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.attacks.autoattack import exact_float32, survivors
 from raytrain.attacks.autoattack.counted_model import Answers
 from raytrain.core.cost import Meter
@@ -20,7 +20,13 @@ from raytrain.core.types import Clock, Delta, Dice, Images, Labels, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.checks import Finding, before_belief, under_noise
 from raytrain.evaluation.checks.gradients import Connected
-from raytrain.evaluation.settings import CLEAN, NOISE, EvaluationSettings, standard_stage
+from raytrain.evaluation.settings import (
+    CLEAN,
+    NOISE,
+    EvaluationSettings,
+    PgdSettings,
+    standard_stage,
+)
 from raytrain.evaluation.validation import survived
 from raytrain.evaluation.work_item import Verdict, WorkItem
 
@@ -76,7 +82,7 @@ class Evaluator:
         rows = rows.to(self._part.pixels.device)
         dice = Dice(mix(self._exam.seed, "examples"), len(rows), slice(None), rows.device)
         batch = self._part.batch(rows, dice)
-        attack = ProjectedAscent(start=Uniform(), steps=20, step_size="eps/4", bn="eval")
+        attack = PgdSettings(steps=20).ascent
         oracle = Oracle(
             self._attackable,
             CrossEntropy(),
@@ -121,9 +127,5 @@ class Evaluator:
         if stage == "fgsm":
             attack = ProjectedAscent(start=Zero(), steps=1, step_size="eps", bn="eval")
             return attack, CrossEntropy(), 1
-        exam = self._exam
-        attack = ProjectedAscent(
-            start=Uniform(), steps=exam.steps, step_size=exam.step_size, bn="eval"
-        )
         objective = Margin() if stage.startswith("cw") else CrossEntropy()
-        return attack, objective, exam.restarts
+        return self._exam.ascent, objective, self._exam.restarts
