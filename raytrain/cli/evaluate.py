@@ -12,7 +12,7 @@ from rich.text import Text
 from raytrain.cli.common import is_terminal, line, progress_bar
 from raytrain.core.console import log_line
 from raytrain.evaluation.names import attack_title
-from raytrain.evaluation.runner import Standing
+from raytrain.evaluation.runner import StageProgress
 from raytrain.evaluation.settings import CLEAN, NOISE
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ _STAGES = {
 
 
 def title(stage: str) -> str:
-    """A stage or an attack as people write it."""
+    """The title of a stage or an attack."""
     return _STAGES.get(stage) or attack_title(stage)
 
 
 class Stages:
-    """Progress of an evaluation: call it after every unit."""
+    """Progress of an evaluation, called after every work item."""
 
     def __init__(self) -> None:
         self._bar = progress_bar("{task.description:<24}")
@@ -46,8 +46,8 @@ class Stages:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, now: Standing) -> None:
-        note = f"{now.left} of {now.judged} left"
+    def __call__(self, now: StageProgress) -> None:
+        note = f"{now.left} of {now.evaluated} left"
         if is_terminal():
             if now.stage not in self._tasks:
                 self._tasks[now.stage] = self._bar.add_task(

@@ -1,4 +1,4 @@
-"""`raytrain evaluate`: attacks on the test set, wherever they run, and the record they leave."""
+"""`raytrain evaluate`: attacks on the test set, here or on Ray, and their record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_test
 from raytrain.distributed.evaluator_pool import evaluator_pool
 from raytrain.evaluation.examples import examples_table
-from raytrain.evaluation.journal import Journal
 from raytrain.evaluation.previous import Earlier
 from raytrain.evaluation.record import (
     EXAMPLES,
@@ -34,6 +33,7 @@ from raytrain.evaluation.record import (
     checks_tag,
     scope_of,
 )
+from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
@@ -45,11 +45,11 @@ from raytrain.training.checkpoint import load, run_id_of
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
-JOURNAL = "verdicts.jsonl"
+RESULT_LOG = "verdicts.jsonl"
 
 
 class EvalResult(EvaluationRecord):
-    """The record of an evaluation on the test set, and where it lies."""
+    """The record of an evaluation on the test set, and where it is stored."""
 
     file: Path  # the checkpoint
     folder: Path  # of flags.parquet, evaluation.json and examples.parquet
@@ -74,16 +74,16 @@ def evaluate(
 
     `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which`
     picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
-    `overrides` are fields of the `Exam` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
+    `overrides` are fields of `EvaluationSettings` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
     `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
-    numbers are labelled so. Work that an interrupted evaluation has done is not done again. With
-    several workers, or RAY_ADDRESS, images are shared out among processes.
+    numbers are labelled so. An interrupted evaluation is resumed. With several workers, or
+    RAY_ADDRESS, images are shared among processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
         TrainingFailed: if the result cannot be written.
     """
-    run_changes, exam = _wanted(overrides)
+    run_changes, settings = _requested(overrides)
     file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
@@ -96,7 +96,7 @@ def evaluate(
         )
     tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
     part, _ = open_test(config.data, local_context("cpu"))
-    count = min(part.num_images, exam.images or part.num_images)
+    count = min(part.num_images, settings.images or part.num_images)
     pixels, labels = part.pixels[:count], part.labels[:count]
     scope = scope_of(file.stem, None if count == part.num_images else count, contract, trained)
     folder = file.parent / FOLDER / scope
@@ -104,40 +104,40 @@ def evaluate(
         "weights": saved.fingerprint,
         "images": digest(pixels, labels),
         "contract": contract.hash,
-        "batch_size": exam.batch_size,
-        "seed": exam.seed,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
         "attacks": EDITION,
         "versions": {name: version(name) for name in ("torch", "pyautoattack")},
     }
     with interruptible():
-        journal = Journal(folder / JOURNAL, key)
-        with evaluator_pool(config, saved, exam) as pool:
-            findings = pool.findings() if exam.checks else []
-            verdicts = run(exam, labels.numpy(), pool.examine, journal, watch)
-            examples = examples_table(pool.attacked, verdicts, config.threat)
+        log = ResultLog(folder / RESULT_LOG, key)
+        with evaluator_pool(config, saved, settings) as pool:
+            findings = pool.findings() if settings.checks else []
+            results = run(settings, labels.numpy(), pool.run, log, watch)
+            examples = examples_table(pool.attacked, results, config.threat)
         earlier = Earlier.of(folder, key)
-        findings = earlier.with_findings([*findings, *findings_after(exam, verdicts)])
+        findings = earlier.with_findings([*findings, *findings_after(settings, results)])
         result = EvalResult(
             scope=scope,
             checkpoint=file.stem,
-            accuracies=earlier.with_shares(accuracies(exam, verdicts)),
+            accuracies=earlier.with_shares(accuracies(settings, results)),
             findings=tuple(findings),
             trusted=all(finding.passed for finding in findings),
             contract=RecordedContract.of(contract),
             same_contract=contract == trained,
             images=count,
-            fe=journal.fe,
-            seconds=journal.seconds,
+            fe=log.fe,
+            seconds=log.seconds,
             epoch=saved.epoch,
             hardware=hardware(),
             versions={name: version(name) for name in ("raytrain", "torch", "pyautoattack")},
             key=key,
-            seed=exam.seed,
+            seed=settings.seed,
             file=file,
             folder=folder,
             run_id=run_id_of(file.parent),
         )
-        flags = earlier.with_flags(flags_table(exam, verdicts))
+        flags = earlier.with_flags(flags_table(settings, results))
         _write(result, flags, examples)
         if result.run_id is not None:
             seen = as_input(config.data, "test", pixels, labels)
@@ -145,11 +145,11 @@ def evaluate(
     return result
 
 
-# ------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------ the request
 
 
-def _wanted(overrides: Overrides) -> tuple[dict[str, Any], EvaluationSettings]:
-    """The changes to the run, and the exam."""
+def _requested(overrides: Overrides) -> tuple[dict[str, Any], EvaluationSettings]:
+    """The changes to the run, and the settings of the evaluation."""
     changes = overrides if isinstance(overrides, Mapping) else _read(overrides)
     own = {
         path: value for path, value in changes.items() if path in EvaluationSettings.model_fields
@@ -172,7 +172,7 @@ def _read(words: Iterable[str]) -> dict[str, Any]:
     return {**of_run, **parse_overrides(own, EvaluationSettings)}
 
 
-# ------------------------------------------------------------------ what is left
+# ------------------------------------------------------------------ the output
 
 
 def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:

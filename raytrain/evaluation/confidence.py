@@ -21,7 +21,7 @@ from scipy.stats import binomtest, norm, t
 from raytrain.core.types import RequestError
 
 Flags = Bool[np.ndarray, "_"]
-"""One verdict per image: classified rightly, or survived an attack."""
+"""One result per image: classified rightly, or survived an attack."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def wilson(count: int, images: int, level: float = 0.95) -> Share:
 
 
 def paired(first: Flags, second: Flags, level: float = 0.95) -> Paired:
-    """Compare two rows of verdicts on the same images, in the same order.
+    """Compare two rows of results on the same images, in the same order.
 
     The interval is Tango's score interval for a difference of paired proportions (1998, Statistics
     in Medicine 17:891); `p` is McNemar's exact two-sided one (1947, Psychometrika 12:153). Raises
@@ -130,7 +130,7 @@ def mcnemar(
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of a family of tests, adjusted so that all errors together stay below the level.
 
-    Holm 1979 (Scandinavian Journal of Statistics 6:65): the smallest of m is multiplied by m, the
+    Holm 1979 (Scandinavian ResultLog of Statistics 6:65): the smallest of m is multiplied by m, the
     next by m - 1, and so on; no adjusted value is below that of a smaller one, or above 1.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -3,7 +3,7 @@
 On a fixed probe, the first images of the validation part, in eval mode, all shares of its images:
 
     fgsm       accuracy under one step of eps from the image itself
-    robust     accuracy under the attack of validation: its own verdicts, no pass more
+    robust     accuracy under the attack of validation: its own results, no pass more
     fgsm_gap   fgsm - robust: large once one step no longer finds what many do (catastrophic
                overfitting, Wong et al. 2020, arXiv 2001.03994)
     zero_grad  of the images that are classified correctly, those whose input gradient has vanished
@@ -89,7 +89,7 @@ def probe(
     part: SplitShard, flags: Flags, images: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Batch, Flags]]:
     """This worker's share of the first `images` images, as far as they were judged, with their
-    verdicts.
+    results.
     """
     width = min(images, part.num_images)
     for rows in (flags.index < width).nonzero().flatten().split(batch_size):

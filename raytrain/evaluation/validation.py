@@ -37,12 +37,12 @@ class Evaluation(PgdSettings):
     """The attack of validation; a sample counts as robust if it survives every attempt.
 
     `pgd` is that of `PgdSettings`. `apgd` is the cheap tier of AutoAttack, APGD on the
-    cross-entropy and targeted APGD: about a hundred times the cost of PGD-10 where a network holds, and
+    cross-entropy and targeted APGD: about a hundred times the cost of PGD-10 for a robust network, and
     within 0.02 points of all of AutoAttack in published logs.
     """
 
     attack: Annotated[
-        Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, dear")
+        Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, costly")
     ] = "pgd"
     steps: PositiveInt = 10
     eps: Annotated[
@@ -60,13 +60,13 @@ class Evaluation(PgdSettings):
         return attack + ("" if self.eps is None else f"-eps{self.eps:.4g}")
 
     def ball(self, threat: AbstractThreatModel) -> AbstractThreatModel:
-        """The threat model that is evaluated under."""
+        """The threat model of the evaluation."""
         return threat if self.eps is None else threat.model_copy(update={"eps": self.eps})
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Per-sample verdicts, by index in the part of the data set that was evaluated."""
+    """Per-sample results, by index in the evaluated part of the data set."""
 
     index: Int[Tensor, " n"]
     clean: Bool[Tensor, " n"]
@@ -81,8 +81,8 @@ def validate(
     context: DistributedContext,
     precision: Precision = "fp32",
 ) -> tuple[EvalReport, Flags]:
-    """Attack every sample of `batches` in eval mode; the report is over all workers, the flags are
-    this one's.
+    """Attack every sample of `batches` in eval mode; returns a report over all workers and the flags
+    of this one.
 
     Always in float32 or wider, whatever precision the network was trained in; `apgd` is float32.
     """
@@ -125,7 +125,7 @@ def survived(
     """Which of the `rows` of `batch` (default: all) keep their label through every restart of an
     attack: a mask over the whole batch, false elsewhere.
 
-    Those that have fallen are not attacked again. `objective` is what the attack maximises: the
+    Fallen samples are not attacked again. `objective` is what the attack maximises: the
     cross-entropy if not given.
     """
     standing = torch.zeros(len(batch), dtype=torch.bool, device=batch.labels.device)

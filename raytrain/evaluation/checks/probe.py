@@ -1,4 +1,4 @@
-"""What all checks share: their verdict, a model that is left as it was, its logits."""
+"""What all checks share: their result, a model that is left as it was, its logits."""
 
 from __future__ import annotations
 

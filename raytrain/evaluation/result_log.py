@@ -1,4 +1,4 @@
-"""Verdicts on disk, one line each, as they come: an evaluation that was interrupted goes on from here."""
+"""Results of work items on disk, from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from raytrain.core.files import write_atomically
 from raytrain.core.types import TrainingFailed
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 
 
-class Journal:
-    """The verdicts under one `key`: whatever decides them. A file of another key is begun anew.
+class ResultLog:
+    """The results under one `key`, which holds everything they depend on; one JSON line each.
 
-    A line that was torn by a crash is forgotten, with all after it.
+    A file of another key is replaced; a torn line is dropped with all after it.
 
     Raises:
         TrainingFailed: if the file cannot be written.
@@ -25,7 +25,7 @@ class Journal:
 
     def __init__(self, file: Path, key: Mapping[str, Any]) -> None:
         self._file = file
-        self._known: dict[WorkItem, Verdict] = {}
+        self._known: dict[WorkItem, WorkResult] = {}
         first = json.dumps({"key": dict(key)}, sort_keys=True) + "\n"
         lines = self._read(first)
         try:
@@ -38,23 +38,23 @@ class Journal:
 
     @property
     def fe(self) -> int:
-        """What all its verdicts cost, in forward-equivalents."""
-        return sum(verdict.fe for verdict in self._known.values())
+        """Cost of all results in forward-equivalents."""
+        return sum(result.fe for result in self._known.values())
 
     @property
     def seconds(self) -> float:
-        """The same in seconds of the processes that attacked."""
-        return math.fsum(verdict.seconds for verdict in self._known.values())
+        """Cost of all results in seconds, summed over processes."""
+        return math.fsum(result.seconds for result in self._known.values())
 
-    def get(self, unit: WorkItem) -> Verdict | None:
-        """What came of a unit, if it is known."""
-        return self._known.get(unit)
+    def get(self, item: WorkItem) -> WorkResult | None:
+        """The result of a work item; None if it is not known."""
+        return self._known.get(item)
 
-    def add(self, verdict: Verdict) -> None:
-        """Write a verdict down; it is on the disk when this returns."""
-        unit = verdict.work_item
-        line = {"stage": unit.stage, "rows": unit.rows, "values": verdict.values}
-        line |= {"fe": verdict.fe, "seconds": round(verdict.seconds, 3)}
+    def add(self, result: WorkResult) -> None:
+        """Append a result, flushed to the disk."""
+        item = result.work_item
+        line = {"stage": item.stage, "rows": item.rows, "values": result.values}
+        line |= {"fe": result.fe, "seconds": round(result.seconds, 3)}
         try:
             with self._file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -62,19 +62,19 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._refused(error) from error
-        self._known[unit] = verdict
+        self._known[item] = result
 
     def _read(self, first: str) -> list[str]:
-        """Lines of whole verdicts of a file that has the same key; they are known from now on."""
+        """Read the results of a file with the same key; return their lines."""
         if not self._file.is_file():
             return []
         key, *lines = [*self._file.read_text(errors="replace").splitlines(keepends=True), ""]
         whole: list[str] = []
         for line in lines if key == first else []:
-            verdict = _verdict(line)
-            if verdict is None:
+            result = _result(line)
+            if result is None:
                 break
-            self._known[verdict.work_item] = verdict
+            self._known[result.work_item] = result
             whole.append(line)
         return whole
 
@@ -82,15 +82,15 @@ class Journal:
         return TrainingFailed(f"{self._file}: could not be written ({error.strerror or error})")
 
 
-def _verdict(line: str) -> Verdict | None:
+def _result(line: str) -> WorkResult | None:
     if not line.endswith("\n"):
         return None
     try:
-        told = json.loads(line)
-        unit = WorkItem(told["stage"], tuple(told["rows"]))
-        values = tuple(told["values"])
-        if len(values) != len(unit.rows):
+        read = json.loads(line)
+        item = WorkItem(read["stage"], tuple(read["rows"]))
+        values = tuple(read["values"])
+        if len(values) != len(item.rows):
             return None
-        return Verdict(unit, values, told["fe"], told["seconds"])
+        return WorkResult(item, values, read["fe"], read["seconds"])
     except (ValueError, KeyError, TypeError):
         return None
