@@ -26,7 +26,7 @@ from raytrain.tracking import reader, tracked, tracking_uri
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison and where it lies."""
+    """A comparison and the folder of its files."""
 
     title: str
     folder: Path
@@ -133,7 +133,7 @@ def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]
 
 
 def _folder(to: str | Path | None, title: str) -> Path:
-    """Where the comparison is left: a new or empty folder, or that of an earlier one."""
+    """The output folder: a new or empty one, or that of an earlier one."""
     name = re.sub(r"[^\w.-]+", "-", title)[:60].strip("-.") or "runs"
     folder = (Path("comparisons") / name if to is None else Path(to)).resolve()
     if folder.exists() and not folder.is_dir():
@@ -153,7 +153,7 @@ def _folder(to: str | Path | None, title: str) -> Path:
 
 
 def _replace(made: Path, folder: Path) -> None:
-    """Put what was made in the place of an earlier comparison; other files there are left alone."""
+    """Replace an earlier comparison; other files of the folder are kept."""
     for name in OURS:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)

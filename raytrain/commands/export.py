@@ -1,4 +1,4 @@
-"""A run's network as a folder to hand on: written beside its place, checked, and then put there."""
+"""Export a run's network as a folder: written beside its target, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raytrain.exporting.subject import Subject, subject_of
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A folder that was left, complete and checked."""
+    """An exported folder, complete and checked."""
 
     folder: Path
     name: str
@@ -33,7 +33,7 @@ class ExportResult:
     checked: dict[str, Checked]  # by format
     skipped: dict[str, str]  # formats that are not possible here, and why
     evaluated: bool  # under the threat model of training
-    failed_checks: tuple[str, ...]  # of all evaluations that the card tells of
+    failed_checks: tuple[str, ...]  # of all evaluations on the card
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""

@@ -154,7 +154,7 @@ def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None
 
 
 def test_once(folder: Path, storage: Path) -> dict[str, Any]:
-    """The verdict of the test set on the training in `folder`; remembered, so that it is given once."""
+    """Test-set accuracy of the training in `folder`; stored there, so that it is evaluated once."""
     kept = folder / _TEST
     if kept.is_file():
         return json.loads(kept.read_text())
@@ -177,7 +177,7 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
 def summarised(
     rows: list[tuple[TrialRow, dict[str, Any]]],
 ) -> list[FinalRow]:
-    """One row per configuration; `rows` are trainings with their verdicts."""
+    """One row per configuration; `rows` are trainings with their test results."""
     by_rank: dict[int, list[tuple[TrialRow, dict[str, Any]]]] = {}
     for row, verdict in rows:
         by_rank.setdefault(row.params["rank"], []).append((row, verdict))

@@ -1,4 +1,4 @@
-"""What a sweep leaves on its parent run in MLflow and beside its study."""
+"""Output of a sweep on its parent run in MLflow and beside its study."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def leave(
 
 
 def leave_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
-    """The ids of the runs in MLflow, as far as it has given them; also left in the trials' folders, for
-    commands that are given one of the two.
+    """The ids of the runs in MLflow, as far as they are assigned; also written to the trials' folders,
+    for commands that take either.
     """
     tracker.flush(20.0)
     found: dict[str, str] = {}

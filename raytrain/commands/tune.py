@@ -1,4 +1,4 @@
-"""A sweep from its search space to what it leaves behind."""
+"""`raytrain tune`: a sweep, from its search space to its results."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def _tune(
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     outbox = folder / "mlflow.jsonl"
-    # The outbox is locked: a second driver would take the trials of the first for dead. On the way out
-    # MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    # The outbox is locked: a second driver would take the trials of the first for dead. MLflow is closed
+    # before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
         interruptible(),
         ExitStack() as cluster,

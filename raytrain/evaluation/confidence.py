@@ -1,7 +1,7 @@
-"""How much of an accuracy, or of a difference between two, is chance.
+"""Confidence intervals and tests of accuracies and of their differences.
 
 Accuracies measured on the same images are compared image by image: most images fall to both models
-or to neither, and only those on which the two disagree tell them apart. That is far sharper than
+or to neither, and only those on which the two disagree carry information. That has far more power than
 comparing two percentages with an interval each.
 """
 
@@ -63,7 +63,7 @@ class Paired:
 class Spread:
     """Mean of several seeds, its sample standard deviation and confidence limits of the mean.
 
-    One seed says nothing of the others: `std`, `low` and `high` are None.
+    With one seed `std`, `low` and `high` are None.
     """
 
     mean: float
@@ -144,7 +144,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     """Mean over seeds with Student's t interval (1908, Biometrika 6:1).
 
-    It speaks of the mean over all seeds, not of the next seed. Raises RequestError if there is no
+    An interval of the mean over all seeds, not of the next seed. Raises RequestError if there is no
     value.
     """
     seeds = len(values)

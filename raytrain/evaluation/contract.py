@@ -15,7 +15,7 @@ class Contract:
     """Which perturbations the attacker may make of which pixels, and what the network is when attacked.
 
     `eps` is in pixels of `input_range`, before the normaliser (x - mean) / std, which is a part of the
-    network. `bn` is the mode of BatchNorm and dropout while a network is attacked and judged.
+    network. `bn` is the mode of BatchNorm and dropout while a network is attacked and evaluated.
     """
 
     norm: str

@@ -28,7 +28,7 @@ def attack_title(column: str) -> str:
 
 
 def strongest_first(columns: Iterable[str]) -> list[str]:
-    """Each once, from the strongest attack to the weakest, as far as their names tell."""
+    """Each once, from the strongest attack to the weakest, by their names."""
     return sorted(dict.fromkeys(columns), key=_strength, reverse=True)
 
 

@@ -1,6 +1,6 @@
-"""Weights and claim as RobustBench keeps them (Croce et al. 2021, arXiv 2010.09670).
+"""Weights and claim in RobustBench's layout (Croce et al. 2021, arXiv 2010.09670).
 
-Its zoo looks for `models/DATA/THREAT/NAME.pt`, a state dict without prefix; a network with a
+Its zoo reads `models/DATA/THREAT/NAME.pt`, a state dict without prefix; a network with a
 normaliser has the buffers `mu` and `sigma` of shape (1, 3, 1, 1) and a class that applies them. Its
 leaderboard is made of `model_info/DATA/THREAT/NAME.json`, a claim each.
 """
@@ -124,7 +124,7 @@ def leave_robustbench(subject: Subject, folder: Path) -> Checked:
 
 
 def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
-    """The fields of a claim; what nobody knows yet is empty. Accuracies are percentages.
+    """The fields of a claim; unknown ones are empty. Accuracies are percentages.
 
     `reported` is the least accuracy that `raytrain evaluate` found under any attack, `autoattack_acc`
     that under AutoAttack. `unreliable` if a check of any evaluation has failed, also of one under

@@ -99,7 +99,7 @@ def _data(run: Trained) -> str:
 
 
 def _join_unevaluated(found: dict[tuple[str, ...], list[Row]]) -> None:
-    """What was not evaluated stands below what was, where there is one such arena."""
+    """Append configurations without test results to the arena with results, where there is just one."""
     for key in [key for key in found if not key[2]]:
         near = [other for other in found if other[:2] == key[:2] and other[2]]
         if len(near) == 1:
@@ -138,7 +138,7 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
 
 
 def _told_apart(made: list[tuple[tuple[str, ...], ComparableRuns]]) -> list[ComparableRuns]:
-    """No two with one title: where words do not tell them apart, hashes do."""
+    """Make titles unique, with hashes where need be."""
     titles = [comparable.title for _, comparable in made]
     done = []
     for number, (key, comparable) in enumerate(made):

@@ -49,7 +49,7 @@ def _key(run: Trained) -> tuple[Any, ...]:
 
 
 def _setting(label: str, group: list[Trained]) -> ConfigurationGroup:
-    """Of several runs of one seed the one that tells most, then the latest."""
+    """Of several runs of one seed the one with the most evaluations, then the latest."""
     by_seed: dict[str, list[Trained]] = {}
     for run in group:
         by_seed.setdefault(run.seed, []).append(run)

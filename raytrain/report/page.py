@@ -32,7 +32,7 @@ _DRAWN = 6  # arenas with figures
 
 @dataclass(frozen=True)
 class Told:
-    """All that a report tells."""
+    """The content of a report."""
 
     title: str
     uri: str  # of the store

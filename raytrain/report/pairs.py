@@ -30,7 +30,7 @@ class Pair:
     seeds: int  # pairs
     ahead: int  # pairs in which the leader is the better one
     p: float
-    is_ahead: bool  # the direction that p speaks for
+    is_ahead: bool  # the direction that p is of
     holm: float = 1.0  # p, adjusted for all that the leader is compared with
 
     @property

@@ -48,7 +48,7 @@ class Row:
         for run in self.setting.runs:
             own = [e for e in run.evaluations if (e.contract_hash, e.same_contract) in threats]
             told += [f"{f.check}: {f.sentence}" for one in own for f in one.failed]
-            # The tag speaks where files are missing, and where nothing was checked.
+            # The tag counts where files are missing or without findings.
             if not own or not all(one.findings for one in own):
                 told += filter(None, [run.failed_checks])
         return tuple(dict.fromkeys(told))
@@ -74,7 +74,7 @@ class Row:
         return of_values([r.metrics.get(metric) if last else r.at_best(metric) for r in runs])
 
     def judged(self, attack: str) -> Cell | None:
-        """What it is ranked by."""
+        """The value it is ranked by."""
         return self.valid() if attack == VALID else self.score(attack)
 
     def gap(self, attack: str) -> tuple[str, Cell | None, Cell | None]:
@@ -99,7 +99,7 @@ def value_of(row: Row, attack: str) -> float | None:
 
 
 def ranked(rows: list[Row], attack: str) -> list[Row]:
-    """By cost in bands, within a band by what is judged; what fails a check has no rank."""
+    """By cost in bands, within a band by accuracy under `attack`; a failed check means no rank."""
     free = sorted((row for row in rows if row.cost is None), key=lambda row: row.label)
     dear = sorted((row for row in rows if row.cost is not None), key=lambda row: row.cost or 0.0)
     bands: list[list[Row]] = []

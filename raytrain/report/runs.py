@@ -46,11 +46,11 @@ class Trained:
     metrics: Mapping[str, float]  # the last value of each
     curves: Mapping[str, Curve] = field(default_factory=dict)
     evaluations: tuple[EvaluatedRun, ...] = ()
-    split_size: int | None = None  # training images, where the run tells its data sets
+    split_size: int | None = None  # training images, where the run has its data sets
 
     @property
     def seed(self) -> str:
-        """Of the training; a run that does not say counts as seed 0."""
+        """Of the training; 0 where it is not recorded."""
         return self.params.get("seed", "0")
 
     @property

@@ -74,7 +74,7 @@ def section_of(comparable: ComparableRuns, pairs: list[Pair], figures: list[Draw
 
 
 def columns_of(comparable: ComparableRuns) -> list[str]:
-    """Clean, what is ranked by, and the other strong attacks that somebody has."""
+    """Clean, what is ranked by, and the other strong attacks of any row."""
     if not comparable.attacks:
         return []
     first = [] if comparable.attack == VALID else [comparable.attack]
@@ -166,7 +166,7 @@ def _split(comparable: ComparableRuns) -> tuple[list[Row], list[Row]]:
 
 
 def _drop_empty(heads: list[str], rows: list[dict[str, Any]]) -> None:
-    """Leave out the columns in which nobody has a number."""
+    """Drop empty columns."""
     for place in reversed(range(len(heads))):
         if all(row["cells"][place]["value"] == "-" for row in rows):
             del heads[place]

@@ -1,4 +1,4 @@
-"""How much each parameter of a search mattered, as Optuna's evaluators tell it."""
+"""Importance of each parameter of a search, by Optuna's evaluators."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _keys(trials: list[FrozenTrial]) -> list[str]:
 
 
 def _tells(key: str, trials: list[FrozenTrial]) -> bool:
-    """Whether there is enough to judge a parameter by."""
+    """Whether there are enough trials and values to evaluate a parameter."""
     values = {trial.value for trial in trials}
     return len(values) >= _FEWEST and len({repr(trial.params[key]) for trial in trials}) > 1
 
@@ -94,7 +94,7 @@ def _by_fanova(
     having: dict[str, list[FrozenTrial]],
     direction: optuna.study.StudyDirection,
 ) -> dict[str, float]:
-    """Parameters that the same trials have are judged together."""
+    """Parameters of the same trials are evaluated together."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key, trials in having.items():
         groups.setdefault(tuple(map(id, trials)), []).append(key)
@@ -113,7 +113,7 @@ def _evaluated(
     keys: list[str],
     direction: optuna.study.StudyDirection,
 ) -> dict[str, float]:
-    """What an evaluator says of these parameters in a study of these trials alone."""
+    """An evaluator's importances of these parameters in a study of these trials alone."""
     if not keys:
         return {}
     study = optuna.create_study(direction=direction)

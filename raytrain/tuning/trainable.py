@@ -1,7 +1,7 @@
-"""Processes that outlive trials: Tune hands them one configuration after the other.
+"""Ray Tune's trainables, reused for one trial after the other.
 
-A trial of one worker runs in the slot's own process, which already has torch and the data. A trial
-of several runs on a Ray Train worker group that the slot keeps alive. Neither pays for a new process.
+A trial of one worker runs in the trainable's process, where torch and the data are loaded. A trial of
+several runs on a Ray Train worker group that the trainable keeps. Neither starts a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AbstractTrainable(tune.Trainable):
 
     _rows: Iterator[EpochMetrics]
     _until = 1.0
-    _again: Iterator[EpochMetrics]  # rows that are told once more
+    _again: Iterator[EpochMetrics]  # rows that are replayed
     _folder: Path  # of the trial
     _begun = 0  # trials in this process
 

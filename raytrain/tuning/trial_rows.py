@@ -1,4 +1,4 @@
-"""Every row of every trial: written as it comes, read as one Parquet table."""
+"""Every row of every trial, appended to a file, read as one Parquet table."""
 
 from __future__ import annotations
 

@@ -65,11 +65,11 @@ def falls_with_eps(
 def large_eps(
     model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> Finding:
-    """`large_eps`: in a ball that holds plain grey for every image, PGD-20 leaves less than half of
+    """`large_eps`: in a ball that holds plain grey for every image, accuracy under PGD-20 is below half of
     chance.
 
-    The radius is 1/2 in l-inf, half the diameter of the pixel box in l2 and l1. `value` is the
-    accuracy that is left.
+    The radius is 1/2 in l-inf, half the diameter of the pixel box in l2 and l1. `value` is
+    that accuracy.
     """
     eps = max(ball.eps, float(ball.norm_of(torch.full_like(images[:1], 0.5))))
     evaluation = Evaluation(steps=20, restarts=2, eps=eps)

@@ -1,4 +1,4 @@
-"""An attack that sees no gradient must not break what attacks with gradients cannot."""
+"""Black-box check: attacks without gradients must not break images that attacks with gradients cannot."""
 
 from __future__ import annotations
 
