@@ -16,7 +16,7 @@ from raytrain.core.types import RequestError
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import ConfigurationGroup, settings_of
 from raytrain.report.evaluations import read_evaluations
-from raytrain.report.page import GENERATOR, OURS, REPORT, Told, write_report
+from raytrain.report.page import GENERATOR, OURS, REPORT, ReportContent, write_report
 from raytrain.report.pairs import Pair, pairs_of
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained, read
@@ -76,9 +76,9 @@ def compare(
     pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
     notes += _notes(settings, comparables)
     store = tracking_uri(uri)
-    told = Told(chosen.title, store, settings, comparables, pairs, notes)
+    content = ReportContent(chosen.title, store, settings, comparables, pairs, notes)
     with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
-        write_report(told, Path(made))
+        write_report(content, Path(made))
         _replace(Path(made), folder)
     parent = _leave(chosen, folder, store, client)
     return Comparison(

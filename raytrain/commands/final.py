@@ -161,7 +161,7 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
     which = "best" if (folder / BEST).is_file() else "last"
     result = evaluate(folder / (BEST if which == "best" else LAST), storage=storage)
     assert result.strongest is not None
-    told = {
+    result_values = {
         "clean": result.accuracies["clean"].value,
         "robust": result.accuracies[result.strongest].value,
         "attack": result.strongest,
@@ -170,8 +170,8 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
         "which": which,
         "trusted": result.trusted,
     }
-    write_atomically(kept, json.dumps(told))
-    return told
+    write_atomically(kept, json.dumps(result_values))
+    return result_values
 
 
 def summarised(
@@ -179,14 +179,14 @@ def summarised(
 ) -> list[FinalRow]:
     """One row per configuration; `rows` are trainings with their test results."""
     by_rank: dict[int, list[tuple[TrialRow, dict[str, Any]]]] = {}
-    for row, verdict in rows:
-        by_rank.setdefault(row.params["rank"], []).append((row, verdict))
+    for row, tested in rows:
+        by_rank.setdefault(row.params["rank"], []).append((row, tested))
     return [_mean(rank, by_rank[rank]) for rank in sorted(by_rank)]
 
 
 def _mean(rank: int, rows: list[tuple[TrialRow, dict[str, Any]]]) -> FinalRow:
-    clean = [verdict["clean"] for _, verdict in rows]
-    robust = [verdict["robust"] for _, verdict in rows]
+    clean = [tested["clean"] for _, tested in rows]
+    robust = [tested["robust"] for _, tested in rows]
     costs = [row.metrics["cost/fe_per_sample"] for row, _ in rows]
     return FinalRow(
         rank=rank,

@@ -311,7 +311,7 @@ class WorkerGroup:
         name = f"{name}-{time.time_ns():x}"
         self._folder = storage.resolve() / "ray" / name
         self._folder_of_job = Path()
-        self._told = 0  # the last epoch whose row the driver received before the resumption
+        self._delivered = 0  # the last epoch whose row the driver received before the resumption
         self._ended: str | None = None  # why the group is gone, if it is
         self._thread = threading.Thread(
             target=self._hold,
@@ -325,7 +325,7 @@ class WorkerGroup:
         """Begin a job; one that is running is dropped at its next epoch."""
         self._folder_of_job = Path(job.folder)
         before = RecentRows(self._folder_of_job, job.resume).rows
-        self._told = max((row.epoch for row in before), default=0)
+        self._delivered = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(job))
 
     def rows(self) -> Iterator[EpochMetrics]:
@@ -336,7 +336,7 @@ class WorkerGroup:
             RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
             WorkersLost: if the group is gone.
         """
-        folder, last = self._folder_of_job, self._told
+        folder, last = self._folder_of_job, self._delivered
         while True:
             polled = self._ray.get(self._bus.poll.remote(1.0))
             if polled is None and self._ended is not None:

@@ -109,10 +109,10 @@ def _evaluation(subject: Subject, found: EvaluationRecord) -> str:
 def _warning(found: EvaluationRecord) -> str | None:
     if not found.failed:
         return None
-    told = "\n".join(f"> - `{one.check}`: {one.sentence}" for one in found.failed)
+    listed = "\n".join(f"> - `{one.check}`: {one.sentence}" for one in found.failed)
     return (
         "> **WARNING: CHECKS FAILED. Do not believe the numbers under attack below;** what looks "
-        f"like robustness may be an attack that did not work.\n>\n{told}\n"
+        f"like robustness may be an attack that did not work.\n>\n{listed}\n"
     )
 
 
@@ -169,8 +169,8 @@ print(session.run(["logits"], {{"images": images}})[0].argmax(1))"""
     theirs = f"`{robustbench.FOLDER}/README.md` tells how RobustBench loads it.\n"
     own = ":" in subject.run.model.name and not subject.run.model.name.startswith("torchvision:")
     needs = f"`{subject.run.model.name}` must be importable for `load_exported`.\n" if own else ""
-    told = [codes, theirs if "robustbench" in checked else "", needs]
-    return "## Loading\n\n" + "\n\n".join(text for text in told if text).rstrip() + "\n"
+    parts = [codes, theirs if "robustbench" in checked else "", needs]
+    return "## Loading\n\n" + "\n\n".join(text for text in parts if text).rstrip() + "\n"
 
 
 def _files(checked: Mapping[str, Checked]) -> str:

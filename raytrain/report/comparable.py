@@ -119,10 +119,10 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
     data, contract, test, _ = key
     first = rows[0].setting.first
     threat = next((row.setting.first.contract_text for row in rows if row.home), contract)
-    told = [
+    texts = [
         one.contract.text for row in rows for one in row.best if one.contract and one.contract.text
     ]
-    threat = told[0] if told else threat
+    threat = texts[0] if texts else threat
     count = int(test.split()[0]) if test else 0
     attack = shared_attack(rows)
     where = f"{count:,} test images" if count else "validation only"

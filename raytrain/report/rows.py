@@ -11,7 +11,7 @@ from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Trained, split_of
 
 VALID = "valid"
-"""What configurations are judged by where none was evaluated on the test set."""
+"""What configurations are ranking_cell by where none was evaluated on the test set."""
 
 _ALIKE = 1.1  # costs within this factor of one another count as equal
 
@@ -44,14 +44,14 @@ class Row:
     def failed(self) -> tuple[str, ...]:
         """What failed, each once, under this threat model, on whatever number of test images."""
         threats = {(one.contract_hash, one.same_contract) for one in (*self.best, *self.last)}
-        told: list[str] = []
+        sentences: list[str] = []
         for run in self.setting.runs:
             own = [e for e in run.evaluations if (e.contract_hash, e.same_contract) in threats]
-            told += [f"{f.check}: {f.sentence}" for one in own for f in one.failed]
+            sentences += [f"{f.check}: {f.sentence}" for one in own for f in one.failed]
             # The tag counts where files are missing or without findings.
             if not own or not all(one.findings for one in own):
-                told += filter(None, [run.failed_checks])
-        return tuple(dict.fromkeys(told))
+                sentences += filter(None, [run.failed_checks])
+        return tuple(dict.fromkeys(sentences))
 
     @property
     def unchecked(self) -> bool:
@@ -73,7 +73,7 @@ class Row:
         runs = self.setting.runs if self.home else ()
         return of_values([r.metrics.get(metric) if last else r.at_best(metric) for r in runs])
 
-    def judged(self, attack: str) -> Cell | None:
+    def ranking_cell(self, attack: str) -> Cell | None:
         """The value it is ranked by."""
         return self.valid() if attack == VALID else self.score(attack)
 
@@ -94,7 +94,7 @@ def shared_attack(rows: list[Row]) -> str:
 
 
 def value_of(row: Row, attack: str) -> float | None:
-    cell = row.judged(attack)
+    cell = row.ranking_cell(attack)
     return None if cell is None else cell.value
 
 

@@ -143,10 +143,10 @@ def read(client: Any, run: Any, evaluations: tuple[EvaluatedRun, ...]) -> Traine
 
 
 def _split_size(run: Any) -> int | None:
-    for told in run.inputs.dataset_inputs:
-        contexts = [tag.value for tag in told.tags if tag.key == "mlflow.data.context"]
-        if contexts == ["training"] and told.dataset.profile:
-            return json.loads(told.dataset.profile).get("num_rows")
+    for data_set in run.inputs.dataset_inputs:
+        contexts = [tag.value for tag in data_set.tags if tag.key == "mlflow.data.context"]
+        if contexts == ["training"] and data_set.dataset.profile:
+            return json.loads(data_set.dataset.profile).get("num_rows")
     return None
 
 

@@ -31,7 +31,7 @@ def importances(
 ) -> list[Importance]:
     """The shares of all parameters in one objective, largest first; empty if there is too little to tell.
 
-    Only trials that were trained to the end within all constraints count: what others were told is made
+    Only trials that were trained to the end within all constraints count: the values of others are made
     up. A parameter is left out if fewer than four such trials have it, if they have fewer than four
     values of the objective, or if it never varied.
 
@@ -102,8 +102,8 @@ def _by_fanova(
     for members, keys in groups.items():
         trials = having[keys[0]]
         shared = [key for key in having if all(key in trial.params for trial in trials)]
-        told = _evaluated(FanovaImportanceEvaluator(seed=0), trials, shared, direction)
-        found |= {key: told[key] * len(members) / len(done) for key in keys}
+        shares = _evaluated(FanovaImportanceEvaluator(seed=0), trials, shared, direction)
+        found |= {key: shares[key] * len(members) / len(done) for key in keys}
     return found
 
 

@@ -94,13 +94,13 @@ class OutcomeRecorder:
 
     def _worst(self) -> list[float]:
         """The worst finished value of each objective; 0 where nothing has finished."""
-        told = [
+        reported = [
             trial.values
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         ]
         worst = []
         for place, one in enumerate(self.objectives):
-            values = [one.sign * values[place] for values in told]
+            values = [one.sign * values[place] for values in reported]
             worst.append(one.sign * min(values, default=0.0))
         return worst
 

@@ -58,19 +58,19 @@ class AbstractTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         again = next(self._again, None)
         if again is not None and not again.final:
-            return {**_told_of(again), "done": again.progress >= self._until}
+            return {**_row_of(again), "done": again.progress >= self._until}
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch, whose row may have been lost
             last = RecentRows(self._folder).rows[-1:]
-            told = _told_of(last[0]) if last else _row({}, 0, 1.0, final=True)
-            return {**told, "final": True, "done": True}
+            row = _row_of(last[0]) if last else _row({}, 0, 1.0, final=True)
+            return {**row, "final": True, "done": True}
         except WorkersLost:
             raise  # this process is given up, and the trial tried again
         except (RequestError, TrainingFailed) as error:
             why = "diverged" if isinstance(error, Diverged) else "failed"
             return {**_row({}, 0, 0.0, final=False), why: str(error), "done": True}
-        return {**_told_of(report), "done": report.final or report.progress >= self._until}
+        return {**_row_of(report), "done": report.final or report.progress >= self._until}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""
@@ -90,7 +90,7 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
     }
 
 
-def _told_of(report: EpochMetrics) -> dict[str, Any]:
+def _row_of(report: EpochMetrics) -> dict[str, Any]:
     row = _row(report.metrics(), report.epoch, report.progress, final=report.final)
     return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
 

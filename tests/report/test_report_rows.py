@@ -195,7 +195,8 @@ def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -
         trained("b", robust=[0.9], id="0" * 32),
     )
     assert [
-        (row.label, row.rank, row.judged(comparable.attack) is None) for row in comparable.rows
+        (row.label, row.rank, row.ranking_cell(comparable.attack) is None)
+        for row in comparable.rows
     ] == [
         ("a", 1, False),
         ("b", None, True),
@@ -378,7 +379,7 @@ def test_equals_cannot_be_told_apart() -> None:
     same = evaluated(random_flags(0.5, 0))
     comparable = alone(trained("a", evaluations=[same]), trained("b", evaluations=[same]))
     (pair,) = pairs_of(comparable)
-    assert (pair.p, pair.holm, pair.difference, pair.verdict) == (1.0, 1.0, 0.0, "not told apart")
+    assert (pair.p, pair.holm, pair.difference, pair.relation) == (1.0, 1.0, 0.0, "not told apart")
     assert in_short(comparable, [pair]).endswith("cannot be told from B.")
 
 
@@ -528,7 +529,7 @@ def test_seeds_that_contradict_one_another_do_not_tell_two_apart() -> None:
     ]
     comparable = alone(*runs)
     (pair,) = pairs_of(comparable)
-    assert (pair.ahead, pair.seeds, pair.verdict) == (2, 4, "not told apart")
+    assert (pair.ahead, pair.seeds, pair.relation) == (2, 4, "not told apart")
     assert "cannot be told from" in in_short(comparable, [pair])
 
 
@@ -536,7 +537,7 @@ def test_a_leader_that_is_behind_on_what_both_have_is_not_called_ahead() -> None
     leading = [trained("a", k, evaluations=[rights(c)]) for k, c in enumerate((500, 800, 800))]
     comparable = alone(*leading, trained("b", 0, evaluations=[rights(600)]))
     (pair,) = pairs_of(comparable)
-    assert (pair.verdict, round(pair.difference, 3)) == ("behind", -0.1)
+    assert (pair.relation, round(pair.difference, 3)) == ("behind", -0.1)
     said = in_short(comparable, [pair])
     assert "behind" in said and "ahead" not in said
 
@@ -546,7 +547,7 @@ def test_one_pair_has_mcnemars_two_sided_p() -> None:
         trained("a", evaluations=[rights(520)]), trained("b", evaluations=[rights(510)])
     )
     (pair,) = pairs_of(comparable)
-    assert pair.p == pytest.approx(mcnemar(10, 0)) and pair.verdict == "ahead"
+    assert pair.p == pytest.approx(mcnemar(10, 0)) and pair.relation == "ahead"
 
 
 def test_a_check_that_failed_on_fewer_images_marks_the_row_on_all() -> None:

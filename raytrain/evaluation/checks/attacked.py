@@ -48,15 +48,15 @@ def falls_with_eps(
     evaluations = [Evaluation(steps=10, eps=factor * ball.eps) for factor in LADDER]
     flags = survivors(model, images, labels, ball, evaluations, seed)
     rise, real = largest_rise(flags)
-    told = ", ".join(
+    listed = ", ".join(
         f"{percent(float(flag.mean()))} at {evaluation.eps:.4g}"
         for evaluation, flag in zip(evaluations, flags, strict=True)
     )
     if not real:
-        sentence = f"Accuracy under PGD-10 does not rise with eps, beyond chance: {told}."
+        sentence = f"Accuracy under PGD-10 does not rise with eps, beyond chance: {listed}."
         return Finding("falls_with_eps", True, sentence, rise)
     sentence = (
-        f"Accuracy under PGD-10 rises with eps ({told}), though more room can only help an attacker: "
+        f"Accuracy under PGD-10 rises with eps ({listed}), though more room can only help an attacker: "
         "gradients lead it astray; trust attacks without gradients only (Square)."
     )
     return Finding("falls_with_eps", False, sentence, rise)
@@ -103,15 +103,15 @@ def more_steps(
     evaluations = [Evaluation(steps=steps, step_size=size) for steps, size in EFFORTS]
     flags = survivors(model, images, labels, ball, evaluations, seed)
     rise, real = largest_rise(flags)
-    told = ", ".join(
+    listed = ", ".join(
         f"{percent(float(flag.mean()))} after {evaluation.steps}"
         for evaluation, flag in zip(evaluations, flags, strict=True)
     )
     if not real:
-        sentence = f"Accuracy does not rise with PGD's steps, beyond chance: {told}."
+        sentence = f"Accuracy does not rise with PGD's steps, beyond chance: {listed}."
         return Finding("more_steps", True, sentence, rise)
     sentence = (
-        f"Accuracy rises with PGD's steps ({told}): one long step beats many short ones only where "
+        f"Accuracy rises with PGD's steps ({listed}): one long step beats many short ones only where "
         "gradients mislead; trust attacks without gradients only (Square)."
     )
     return Finding("more_steps", False, sentence, rise)
