@@ -36,7 +36,7 @@ from raytrain.core.distributed_context import DistributedContext, keep_freed_mem
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.data.loader import SplitShard, open_test
 from raytrain.evaluation.evaluator import Evaluator
-from raytrain.evaluation.journal import Journal
+from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.runner import run
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import flags_table
@@ -64,43 +64,43 @@ class Measured:
 
 
 def ours(
-    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, exam: EvaluationSettings
+    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, settings: EvaluationSettings
 ) -> Measured:
     """raytrain: cleanly correct images, then stage by stage, journalled as always."""
-    examiner = Evaluator(model, part, ball, exam)
-    labels = part.labels[: exam.images].cpu().numpy()
+    evaluator = Evaluator(model, part, ball, settings)
+    labels = part.labels[: settings.images].cpu().numpy()
     with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder) / "verdicts.jsonl", {})
+        log = ResultLog(Path(folder) / "verdicts.jsonl", {})
         seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
         def work(units: list) -> object:
             for unit in units:
-                verdict = examiner.examine(unit)
+                result = evaluator.run(unit)
                 stage = unit.stage.removeprefix("aa.")
-                seconds[stage] = seconds.get(stage, 0.0) + verdict.seconds
-                yield verdict
+                seconds[stage] = seconds.get(stage, 0.0) + result.seconds
+                yield result
 
-        verdicts = run(exam, labels, work, journal)  # pyright: ignore[reportArgumentType]
-    table = flags_table(exam, verdicts)
+        results = run(settings, labels, work, log)  # pyright: ignore[reportArgumentType]
+    table = flags_table(settings, results)
     seconds.pop("clean", None)
     left, stages = {}, []
     for stage in STAGES:
         stages.append(f"aa.{stage}")
-        left[stage] = float(verdicts.survived(stages).mean())
+        left[stage] = float(results.survived(stages).mean())
     return Measured(np.asarray(table["aa"]), left, seconds)
 
 
 def reference(
-    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, exam: EvaluationSettings
+    model: nn.Module, part: SplitShard, ball: AbstractThreatModel, settings: EvaluationSettings
 ) -> Measured:
     """The reference, whole; what it logs after each attack tells the time and the share left."""
-    images = part.pixels[: exam.images].float() / 255
-    labels = part.labels[: exam.images]
+    images = part.pixels[: settings.images].float() / 255
+    labels = part.labels[: settings.images]
     attack = AutoAttack(
         model,
         eps=ball.eps,
         norm=NORMS[ball.norm],
-        seed=exam.seed,
+        seed=settings.seed,
         device=images.device,
         version="standard",
     )
@@ -110,14 +110,16 @@ def reference(
     attack.logger.addHandler(listener)
     attack.logger.setLevel(logging.DEBUG)
     attack.logger.propagate = False
-    found, _ = attack.run_standard_evaluation(images, labels, batch_size=exam.batch_size)
+    found, _ = attack.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
     attack.logger.removeHandler(listener)
     with torch.no_grad():
         flags = torch.cat(
             [
                 model(x).argmax(1) == y
                 for x, y in zip(
-                    found.split(exam.batch_size), labels.split(exam.batch_size), strict=True
+                    found.split(settings.batch_size),
+                    labels.split(settings.batch_size),
+                    strict=True,
                 )
             ]
         )
@@ -155,7 +157,7 @@ def setting(
         "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
     )
     part, _ = open_test(saved.run.data, DistributedContext(device))
-    exam = EvaluationSettings.model_validate(
+    settings = EvaluationSettings.model_validate(
         {
             "attacks": "aa",
             "images": min(options.images, part.num_images),
@@ -163,7 +165,7 @@ def setting(
             "checks": False,
         }
     )
-    return network(saved).float().to(device), part, saved.run.threat, exam, saved
+    return network(saved).float().to(device), part, saved.run.threat, settings, saved
 
 
 def one(options: argparse.Namespace) -> None:
@@ -171,8 +173,8 @@ def one(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.way != WAYS[0]:
         keep_freed_memory()
-    model, part, ball, exam, _ = setting(options)
-    measured = (ours if options.way == WAYS[2] else reference)(model, part, ball, exam)
+    model, part, ball, settings, _ = setting(options)
+    measured = (ours if options.way == WAYS[2] else reference)(model, part, ball, settings)
     told = {"flags": measured.flags.tolist(), "left": measured.left, "seconds": measured.seconds}
     options.out.write_text(json.dumps(told))
 
@@ -239,13 +241,13 @@ def main() -> None:
             rows.append([apart(way, options, folder) for way in WAYS])
             told = zip(WAYS, rows[-1], strict=True)
             print(f"{repeat + 1}:", ", ".join(f"{way} {m.total:.1f} s" for way, m in told))
-        model, _, ball, exam, saved = setting(options)
+        model, _, ball, settings, saved = setting(options)
     from importlib.metadata import version
 
     kind = type(getattr(model, "backbone", model)).__name__
     note = (
-        f"{kind}, {Path(saved.run.data.name).stem}, {exam.images} test images, {ball.norm} "
-        f"{ball.eps:.4g}, batches of {exam.batch_size}, medians of {options.repeats}, "
+        f"{kind}, {Path(saved.run.data.name).stem}, {settings.images} test images, {ball.norm} "
+        f"{ball.eps:.4g}, batches of {settings.batch_size}, medians of {options.repeats}, "
         f"{options.threads} thread. {hardware()}; torch {torch.__version__}, pyautoattack "
         f"{version('pyautoattack')}, raytrain {version('raytrain')}."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from PIL import Image
 
+from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import wilson
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Curve, Trained
@@ -30,6 +32,16 @@ def flags_of(columns: Mapping[str, Sequence[bool] | np.ndarray], first: int = 0)
     return pa.table({"index": index, "label": index % 10, **made})
 
 
+def contract_of(hash: str = "c1", text: str = CONTRACT) -> dict[str, Any]:
+    """As in a record."""
+    return {"norm": "linf", "eps": 0.1, "hash": hash, "text": text}
+
+
+def finding(passed: bool, check: str = "range") -> Finding:
+    """The result of a check."""
+    return Finding(check, passed, "why")
+
+
 def evaluated(
     flags: pa.Table | None = None,
     shares: Mapping[str, tuple[int, int]] | None = None,
@@ -43,10 +55,8 @@ def evaluated(
     values: dict[str, Any] = {
         "scope": "test",
         "checkpoint": "best",
-        "contract": "c1",
-        "contract_text": CONTRACT,
-        "same_contract": True,
-        "shares": told,
+        "contract": contract_of(),
+        "accuracies": told,
         "images": next(iter(told.values())).images,
         "flags": flags,
     }
@@ -107,10 +117,10 @@ def write_evaluation(
         "scope": scope,
         "checkpoint": "last" if scope.startswith("test_last") else "best",
         "epoch": 1,
-        "contract": {"hash": contract[0], "text": contract[1]},
+        "contract": contract_of(*contract),
         "same_contract": same,
         "images": len(flags),
-        "accuracies": {n: {"count": k, "images": len(flags)} for n, k in counts.items()},
+        "accuracies": {n: asdict(wilson(k, len(flags))) for n, k in counts.items()},
         "findings": [{"check": failed or "range", "passed": not failed, "sentence": "why"}],
         "trusted": not failed,
     }

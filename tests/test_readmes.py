@@ -13,7 +13,7 @@ import yaml
 
 from raytrain.algorithms import RECIPES
 from raytrain.cli.app import app, split
-from raytrain.commands.evaluate import _wanted as requested
+from raytrain.commands.evaluate import _requested as requested
 from raytrain.config.request import as_run
 from raytrain.outer import OUTERS
 from raytrain.tuning.space.reading import read_space

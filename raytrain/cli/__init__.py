@@ -1,1 +1,1 @@
-"""What a person sees: progress on stderr, a live line on a terminal; results on stdout."""
+"""The command line: progress on stderr, live on a terminal; results on stdout."""

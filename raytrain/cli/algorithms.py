@@ -39,17 +39,17 @@ def catalogue_json() -> dict[str, Any]:
 
 def algorithm(name: str) -> Callable[[], None]:
     """One algorithm: paper, rule, cost, hyperparameters and the ranges to search."""
-    told = algorithm_json(name)
+    card = algorithm_json(name)
 
     def show() -> None:
         console = Console()
         for key in ("name", "paper", "rule", "cost", "memory", "norms"):
-            value = ", ".join(told[key]) if isinstance(told[key], list) else told[key]
+            value = ", ".join(card[key]) if isinstance(card[key], list) else card[key]
             console.print(f"[bold]{key:8}[/bold] {escape(value)}", highlight=False)
         table = Table()
         for column in ("hyperparameter", "default", "range to search", "meaning"):
             table.add_column(column)
-        for row in told["hyperparameters"]:
+        for row in card["hyperparameters"]:
             table.add_row(*(escape(str(row[k])) for k in ("name", "default", "range", "meaning")))
         console.print(table)
         console.print(_paragraph(_KINDS[name]), markup=False, highlight=False)

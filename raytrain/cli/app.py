@@ -30,6 +30,15 @@ Words = Annotated[
         metavar="[FILE] [KEY=VALUE]...", help="a YAML file, then fields by dotted path"
     ),
 ]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+]
+Which = Annotated[str | None, typer.Option(help="best or last: which checkpoint (default: best)")]
+Storage = Annotated[Path, typer.Option(help="where runs keep their checkpoints")]
+Uri = Annotated[
+    str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+]
+RUNS = Path("runs")  # the default of Storage
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object last on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
@@ -117,9 +126,7 @@ def tune(
 
 @app.command()
 def evaluate(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
-    ],
+    run: RunArgument,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -127,9 +134,7 @@ def evaluate(
             help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
         ),
     ] = None,
-    which: Annotated[
-        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
-    ] = None,
+    which: Which = None,
     another_contract: Annotated[
         bool,
         typer.Option(
@@ -137,9 +142,7 @@ def evaluate(
             help="allow threat.* to differ from training; the numbers are labelled",
         ),
     ] = False,
-    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
-        "runs"
-    ),
+    storage: Storage = RUNS,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -162,16 +165,12 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
-    ],
+    run: RunArgument,
     to: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="new or empty; default: exports/NAME"),
     ] = None,
-    which: Annotated[
-        str | None, typer.Option(help="best or last: which checkpoint (default: best)")
-    ] = None,
+    which: Which = None,
     formats: Annotated[
         str | None,
         typer.Option(
@@ -181,9 +180,7 @@ def export(
     licence: Annotated[
         str, typer.Option("--license", help="of the weights, as the Hugging Face hub names it")
     ] = "unknown",
-    storage: Annotated[Path, typer.Option(help="where runs keep their checkpoints")] = Path(
-        "runs"
-    ),
+    storage: Storage = RUNS,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -211,9 +208,7 @@ def compare(
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="default: comparisons/ and the words")
     ] = None,
-    uri: Annotated[
-        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
-    ] = None,
+    uri: Uri = None,
     open_it: Annotated[bool, typer.Option("--open", help="open the report in a browser")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -232,9 +227,7 @@ def compare(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
-    uri: Annotated[
-        str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
-    ] = None,
+    uri: Uri = None,
     debug: Debug = False,
 ) -> None:
     """The MLflow UI on the store in use, on loopback only."""

@@ -1,4 +1,4 @@
-"""What every command's output shares: numbers, tables, and whether somebody is looking."""
+"""Parts of every command's output: numbers, lines, progress bars."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from shlex import quote
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raytrain.tracking import tracking_uri
 
@@ -39,6 +40,19 @@ def open_ui(uri: str) -> str:
     return "raytrain ui" if uri == tracking_uri(None) else f"raytrain ui --uri {quote(uri)}"
 
 
+def progress_bar(description: str = "{task.description}") -> Progress:
+    """A bar on stderr for tasks with a field `note`; hidden where stderr is no terminal."""
+    return Progress(
+        TextColumn(description),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not is_terminal(),
+    )
+
+
 def is_terminal() -> bool:
-    """Whether progress is watched, and may be redrawn."""
+    """Whether stderr is a terminal, on which progress may be redrawn."""
     return sys.stderr.isatty()

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.cli.common import is_terminal, line
+from raytrain.cli.common import is_terminal, line, progress_bar
 from raytrain.core.console import log_line
 from raytrain.evaluation.names import attack_title
-from raytrain.evaluation.runner import Standing
+from raytrain.evaluation.runner import StageProgress
 from raytrain.evaluation.settings import CLEAN, NOISE
 
 if TYPE_CHECKING:
@@ -29,23 +28,15 @@ _STAGES = {
 
 
 def title(stage: str) -> str:
-    """A stage or an attack as people write it."""
+    """The title of a stage or an attack."""
     return _STAGES.get(stage) or attack_title(stage)
 
 
 class Stages:
-    """Progress of an evaluation: call it after every unit."""
+    """Progress of an evaluation, called after every work item."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not is_terminal(),
-        )
+        self._bar = progress_bar("{task.description:<24}")
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Stages:
@@ -55,8 +46,8 @@ class Stages:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, now: Standing) -> None:
-        note = f"{now.left} of {now.judged} left"
+    def __call__(self, now: StageProgress) -> None:
+        note = f"{now.left} of {now.evaluated} left"
         if is_terminal():
             if now.stage not in self._tasks:
                 self._tasks[now.stage] = self._bar.add_task(
@@ -71,8 +62,10 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
     """The end of `raytrain evaluate`."""
 
     def show() -> None:
+        contract = result.contract
+        assert contract is not None
         console = Console()
-        console.print(_table(result))
+        console.print(_table(result, f"{contract.norm} {contract.eps:g}"))
         if not result.same_contract:
             console.print(Text("another contract than the training's", style="bold yellow"))
         for finding in result.findings:
@@ -84,16 +77,16 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
             line(console, "checks", f"{passed} of {passed} passed")
         elif not result.findings:
             line(console, "checks", "not run: nothing says that these numbers can be believed")
-        line(console, "contract", f"{result.contract.text}  ({result.contract.hash})")
-        line(console, "checkpoint", f"{result.checkpoint} (epoch {result.epoch})")
+        line(console, "contract", f"{contract.text}  ({contract.hash})")
+        line(console, "checkpoint", f"{result.file} (epoch {result.epoch})")
         line(console, "per sample", str(result.folder / "flags.parquet"))
 
     return show
 
 
-def _table(result: EvalResult) -> Table:
+def _table(result: EvalResult, threat: str) -> Table:
     table = Table(
-        title=f"test set, {result.images} images, {result.contract.norm} {result.contract.eps:g}",
+        title=f"test set, {result.images} images, {threat}",
         title_justify="left",
     )
     table.add_column("attack")

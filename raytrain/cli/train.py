@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from raytrain.cli.common import is_terminal, line, number, open_ui
+from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
@@ -22,15 +21,7 @@ class Epochs:
     """Progress of one training: call it after every epoch."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not is_terminal(),
-        )
+        self._bar = progress_bar()
         self._task: Any = None
 
     def __enter__(self) -> Epochs:

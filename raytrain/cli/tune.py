@@ -114,26 +114,26 @@ def _again(result: TuneResult) -> str:
     return f"raytrain tune {quote(str(result.space_file))} --resume {quote(result.name)}"
 
 
-def preview(told: Preview) -> Callable[[], None]:
+def preview(space: Preview) -> Callable[[], None]:
     """`raytrain tune --dry-run`: the space, some of its configurations, and what they would cost."""
 
     def show() -> None:
         console = Console()
-        table = Table(title=f"space {told.name}", title_justify="left")
+        table = Table(title=f"space {space.name}", title_justify="left")
         for column in ("path", "range", "when"):
             table.add_column(column, overflow="fold")
-        for row in told.rows:
+        for row in space.rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
-        for text in told.constraints:
+        for text in space.constraints:
             line(console, "constraint", text)
         samples = Table(title="samples", title_justify="left")
         samples.add_column("FE per image", justify="right")
         samples.add_column("configuration")
-        for values, price in told.samples:
+        for values, price in space.samples:
             samples.add_row(number(price), Text(describe(values, "  ")))
         console.print(samples)
-        for label, text in told.words().items():
+        for label, text in space.words().items():
             line(console, label, text)
 
     return show

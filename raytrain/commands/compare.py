@@ -16,7 +16,7 @@ from raytrain.core.types import RequestError
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import ConfigurationGroup, settings_of
 from raytrain.report.evaluations import read_evaluations
-from raytrain.report.page import GENERATOR, OURS, REPORT, Told, write_report
+from raytrain.report.page import GENERATOR, OURS, REPORT, ReportContent, write_report
 from raytrain.report.pairs import Pair, pairs_of
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained, read
@@ -26,7 +26,7 @@ from raytrain.tracking import reader, tracked, tracking_uri
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison and where it lies."""
+    """A comparison and the folder of its files."""
 
     title: str
     folder: Path
@@ -76,9 +76,9 @@ def compare(
     pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
     notes += _notes(settings, comparables)
     store = tracking_uri(uri)
-    told = Told(chosen.title, store, settings, comparables, pairs, notes)
+    content = ReportContent(chosen.title, store, settings, comparables, pairs, notes)
     with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
-        write_report(told, Path(made))
+        write_report(content, Path(made))
         _replace(Path(made), folder)
     parent = _leave(chosen, folder, store, client)
     return Comparison(
@@ -133,7 +133,7 @@ def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]
 
 
 def _folder(to: str | Path | None, title: str) -> Path:
-    """Where the comparison is left: a new or empty folder, or that of an earlier one."""
+    """The output folder: a new or empty one, or that of an earlier one."""
     name = re.sub(r"[^\w.-]+", "-", title)[:60].strip("-.") or "runs"
     folder = (Path("comparisons") / name if to is None else Path(to)).resolve()
     if folder.exists() and not folder.is_dir():
@@ -153,7 +153,7 @@ def _folder(to: str | Path | None, title: str) -> Path:
 
 
 def _replace(made: Path, folder: Path) -> None:
-    """Put what was made in the place of an earlier comparison; other files there are left alone."""
+    """Replace an earlier comparison; other files of the folder are kept."""
     for name in OURS:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)

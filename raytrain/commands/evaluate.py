@@ -1,10 +1,9 @@
-"""`raytrain evaluate`: attacks on the test set, wherever they run, and the record they leave."""
+"""`raytrain evaluate`: attacks on the test set, here or on Ray, and their record."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,24 @@ from raytrain.config.request import override, parse_overrides, validated
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
+from raytrain.core.files import replaced, write_atomically
 from raytrain.core.signals import interruptible
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_test
 from raytrain.distributed.evaluator_pool import evaluator_pool
-from raytrain.evaluation.checks import Finding
-from raytrain.evaluation.confidence import Share
-from raytrain.evaluation.contract import Contract
 from raytrain.evaluation.examples import examples_table
-from raytrain.evaluation.journal import Journal
-from raytrain.evaluation.previous import FLAGS, RECORD, Earlier
+from raytrain.evaluation.previous import Earlier
+from raytrain.evaluation.record import (
+    EXAMPLES,
+    FLAGS,
+    FOLDER,
+    RECORD,
+    EvaluationRecord,
+    RecordedContract,
+    checks_tag,
+    scope_of,
+)
+from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
@@ -38,67 +45,20 @@ from raytrain.training.checkpoint import load, run_id_of
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
-EXAMPLES, JOURNAL = "examples.parquet", "verdicts.jsonl"
+RESULT_LOG = "verdicts.jsonl"
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """An evaluation on the test set: `accuracies` has `clean` and every attack, weak to strong."""
+class EvalResult(EvaluationRecord):
+    """The record of an evaluation on the test set, and where it is stored."""
 
-    scope: str  # test or test_last; then how many images if not all, then another threat model
-    accuracies: dict[str, Share]
-    findings: list[Finding]
-    contract: Contract
-    same_contract: bool  # as the network was trained for
-    images: int
-    fe: int  # forward-equivalents that it cost
-    seconds: float  # spent attacking, over all processes and launches
-    epoch: int  # of the checkpoint
-    checkpoint: Path
+    file: Path  # the checkpoint
     folder: Path  # of flags.parquet, evaluation.json and examples.parquet
     run_id: str | None
 
-    @property
-    def trusted(self) -> bool:
-        """Whether no check has failed."""
-        return all(finding.passed for finding in self.findings)
-
-    @property
-    def strongest(self) -> str:
-        """The attack that left least, of the ones that were asked for."""
-        return min(self.attacks, key=lambda name: self.accuracies[name].value)
-
-    @property
-    def attacks(self) -> list[str]:
-        """All names but `clean`."""
-        return [name for name in self.accuracies if name != "clean"]
-
-    def json(self) -> dict[str, Any]:
-        """Plain values, for `--json` and `evaluation.json`."""
-        return {
-            **self.record(),
-            "checkpoint": str(self.checkpoint),
-            "folder": str(self.folder),
-            "run_id": self.run_id,
-        }
-
-    def record(self) -> dict[str, Any]:
-        """What is kept of it: nothing about this machine's folders."""
-        return {
-            "scope": self.scope,
-            "checkpoint": self.checkpoint.stem,
-            "epoch": self.epoch,
-            "contract": self.contract.json(),
-            "same_contract": self.same_contract,
-            "images": self.images,
-            "accuracies": {name: asdict(share) for name, share in self.accuracies.items()},
-            "findings": [asdict(finding) for finding in self.findings],
-            "trusted": self.trusted,
-            "fe": self.fe,
-            "seconds": self.seconds,
-            "hardware": hardware(),
-            "versions": {name: version(name) for name in ("raytrain", "torch", "pyautoattack")},
-        }
+    def json(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Plain values, for `--json`."""
+        values = self.model_dump(mode="json", exclude={"file", "key", "seed"})
+        return {**values, "checkpoint": str(self.file)}
 
 
 def evaluate(
@@ -116,14 +76,14 @@ def evaluate(
     picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
     `overrides` are fields of `EvaluationSettings` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
     `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
-    numbers are labelled so. Work that an interrupted evaluation has done is not done again. With
-    several workers, or RAY_ADDRESS, images are shared out among processes.
+    numbers are labelled so. An interrupted evaluation is resumed. With several workers, or
+    RAY_ADDRESS, images are shared among processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
         TrainingFailed: if the result cannot be written.
     """
-    run_changes, exam = _wanted(overrides)
+    run_changes, settings = _requested(overrides)
     file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
@@ -136,53 +96,60 @@ def evaluate(
         )
     tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
     part, _ = open_test(config.data, local_context("cpu"))
-    count = min(part.num_images, exam.images or part.num_images)
+    count = min(part.num_images, settings.images or part.num_images)
     pixels, labels = part.pixels[:count], part.labels[:count]
-    scope = _scope(file, None if count == part.num_images else count, contract, trained)
-    folder = file.parent / "evaluation" / scope
+    scope = scope_of(file.stem, None if count == part.num_images else count, contract, trained)
+    folder = file.parent / FOLDER / scope
     key = {
         "weights": saved.fingerprint,
         "images": digest(pixels, labels),
         "contract": contract.hash,
-        "batch_size": exam.batch_size,
-        "seed": exam.seed,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
         "attacks": EDITION,
         "versions": {name: version(name) for name in ("torch", "pyautoattack")},
     }
     with interruptible():
-        journal = Journal(folder / JOURNAL, key)
-        with evaluator_pool(config, saved, exam) as pool:
-            findings = pool.findings() if exam.checks else []
-            verdicts = run(exam, labels.numpy(), pool.examine, journal, watch)
-            examples = examples_table(pool.attacked, verdicts, config.threat)
+        log = ResultLog(folder / RESULT_LOG, key)
+        with evaluator_pool(config, saved, settings) as pool:
+            findings = pool.findings() if settings.checks else []
+            results = run(settings, labels.numpy(), pool.run, log, watch)
+            examples = examples_table(pool.attacked, results, config.threat)
         earlier = Earlier.of(folder, key)
+        findings = earlier.with_findings([*findings, *findings_after(settings, results)])
         result = EvalResult(
             scope=scope,
-            accuracies=earlier.with_shares(accuracies(exam, verdicts)),
-            findings=earlier.with_findings([*findings, *findings_after(exam, verdicts)]),
-            contract=contract,
+            checkpoint=file.stem,
+            accuracies=earlier.with_shares(accuracies(settings, results)),
+            findings=tuple(findings),
+            trusted=all(finding.passed for finding in findings),
+            contract=RecordedContract.of(contract),
             same_contract=contract == trained,
             images=count,
-            fe=journal.fe,
-            seconds=journal.seconds,
+            fe=log.fe,
+            seconds=log.seconds,
             epoch=saved.epoch,
-            checkpoint=file,
+            hardware=hardware(),
+            versions={name: version(name) for name in ("raytrain", "torch", "pyautoattack")},
+            key=key,
+            seed=settings.seed,
+            file=file,
             folder=folder,
             run_id=run_id_of(file.parent),
         )
-        flags = earlier.with_flags(flags_table(exam, verdicts))
-        _leave(result, {"key": key, "seed": exam.seed}, flags, examples)
+        flags = earlier.with_flags(flags_table(settings, results))
+        _write(result, flags, examples)
         if result.run_id is not None:
             seen = as_input(config.data, "test", pixels, labels)
-            _record(result, config, result.run_id, storage, seen)
+            _log(result, config, result.run_id, storage, seen)
     return result
 
 
-# ------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------ the request
 
 
-def _wanted(overrides: Overrides) -> tuple[dict[str, Any], EvaluationSettings]:
-    """The changes to the run, and the exam."""
+def _requested(overrides: Overrides) -> tuple[dict[str, Any], EvaluationSettings]:
+    """The changes to the run, and the settings of the evaluation."""
     changes = overrides if isinstance(overrides, Mapping) else _read(overrides)
     own = {
         path: value for path, value in changes.items() if path in EvaluationSettings.model_fields
@@ -205,46 +172,34 @@ def _read(words: Iterable[str]) -> dict[str, Any]:
     return {**of_run, **parse_overrides(own, EvaluationSettings)}
 
 
-def _scope(file: Path, images: int | None, contract: Contract, trained: Contract) -> str:
-    """What metrics and files of an evaluation are named after: `test_last_1000_linf-0.1` has it all."""
-    of = "test_last" if file.stem == "last" else "test"
-    some = "" if images is None else f"_{images}"
-    other = "" if contract == trained else f"_{contract.norm}-{contract.eps:g}"
-    return of + some + other
+# ------------------------------------------------------------------ the output
 
 
-# ------------------------------------------------------------------ what is left
-
-
-def _leave(
-    result: EvalResult, more: Mapping[str, Any], flags: pa.Table, examples: pa.Table
-) -> None:
-    """The files of an evaluation; the record last, since it says what the others are of.
+def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
+    """Write the files of an evaluation, the record last, since it describes the others.
 
     Raises:
         TrainingFailed: if they cannot be written.
     """
     import pyarrow.parquet as pq
 
-    text = json.dumps({**result.record(), **more}, indent=1)
+    values = result.model_dump(mode="json", include=set(EvaluationRecord.model_fields))
+    text = json.dumps(values, indent=1)
     try:
-        pq.write_table(flags.replace_schema_metadata({"raytrain": text}), result.folder / FLAGS)
-        pq.write_table(examples, result.folder / EXAMPLES)
-        (result.folder / RECORD).write_text(text)
+        with replaced(result.folder / FLAGS) as file:
+            pq.write_table(flags.replace_schema_metadata({"raytrain": text}), file)
+        with replaced(result.folder / EXAMPLES) as file:
+            pq.write_table(examples, file)
+        write_atomically(result.folder / RECORD, text)
     except OSError as error:
         raise TrainingFailed(
             f"{result.folder}: could not be written ({error.strerror or error})"
         ) from error
 
 
-def _record(
-    result: EvalResult, config: RunConfig, run_id: str, storage: Path, seen: Input
-) -> None:
-    """The evaluation on its run in MLflow, if there is one."""
-    shares = {f"{result.scope}/{name}": s.value for name, s in result.accuracies.items()}
-    costs = {"images": float(result.images), "fe": float(result.fe), "seconds": result.seconds}
-    failed = [finding.check for finding in result.findings if not finding.passed]
-    failed += Earlier.failed_beside(result.folder)
+def _log(result: EvalResult, config: RunConfig, run_id: str, storage: Path, seen: Input) -> None:
+    """Log an evaluation to its run in MLflow, if there is one."""
+    failed = [finding.check for finding in result.failed] + Earlier.failed_beside(result.folder)
     with own_tracker(config, storage) as tracker:
         if not tracker.knows(run_id):
             log_line(
@@ -254,8 +209,8 @@ def _record(
             return
         tracker.adopt(run_id, run_id)
         tracker.inputs(run_id, [seen])
-        tracker.log(run_id, {**shares, **{f"{result.scope}/{k}": v for k, v in costs.items()}})
+        tracker.log(run_id, result.metrics())
         if result.findings or failed:
-            tracker.tag(run_id, {"checks": f"FAILED: {', '.join(failed)}" if failed else "passed"})
+            tracker.tag(run_id, {"checks": checks_tag(failed)})
         for name in (FLAGS, RECORD, EXAMPLES):
-            tracker.artifact(run_id, result.folder / name, f"evaluation/{result.scope}")
+            tracker.artifact(run_id, result.folder / name, f"{FOLDER}/{result.scope}")

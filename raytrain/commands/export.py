@@ -1,4 +1,4 @@
-"""A run's network as a folder to hand on: written beside its place, checked, and then put there."""
+"""Export a run's network as a folder: written beside its target, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import yaml
 
 from raytrain.config.run import RUNTIME
 from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.evaluation.record import FOLDER, RECORD
 from raytrain.exporting.check import Checked
 from raytrain.exporting.formats import FORMATS, chosen, possible
 from raytrain.exporting.model_card import card
-from raytrain.exporting.numbers import FILE, FOLDER
 from raytrain.exporting.subject import Subject, subject_of
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A folder that was left, complete and checked."""
+    """An exported folder, complete and checked."""
 
     folder: Path
     name: str
@@ -33,7 +33,7 @@ class ExportResult:
     checked: dict[str, Checked]  # by format
     skipped: dict[str, str]  # formats that are not possible here, and why
     evaluated: bool  # under the threat model of training
-    failed_checks: tuple[str, ...]  # of all evaluations that the card tells of
+    failed_checks: tuple[str, ...]  # of all evaluations on the card
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -132,7 +132,7 @@ def _leave_words(
     (folder / "run.yaml").write_text(_run_file(subject), encoding="utf-8")
     for scope, text in subject.record.texts.items():
         (folder / FOLDER / scope).mkdir(parents=True)
-        (folder / FOLDER / scope / FILE).write_text(text, encoding="utf-8")
+        (folder / FOLDER / scope / RECORD).write_text(text, encoding="utf-8")
 
 
 def _run_file(subject: Subject) -> str:

@@ -15,6 +15,7 @@ import yaml
 from raytrain.commands.evaluate import evaluate
 from raytrain.commands.sweep_results import leave_run_ids
 from raytrain.config.run import RunConfig
+from raytrain.core.files import write_atomically
 from raytrain.tracking import Tracker
 from raytrain.training.checkpoint import BEST, LAST
 from raytrain.tuning.budget import SweepProgress, TrialRow
@@ -138,7 +139,7 @@ def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None
     if not finals:
         return
     file = folder / "final.yaml"
-    file.write_text(yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
+    write_atomically(file, yaml.safe_dump([asdict(row) for row in finals], sort_keys=False))
     tracker.artifact(PARENT, file)
     first = finals[0]
     tracker.log(
@@ -153,13 +154,14 @@ def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None
 
 
 def test_once(folder: Path, storage: Path) -> dict[str, Any]:
-    """The verdict of the test set on the training in `folder`; remembered, so that it is given once."""
+    """Test-set accuracy of the training in `folder`; stored there, so that it is evaluated once."""
     kept = folder / _TEST
     if kept.is_file():
         return json.loads(kept.read_text())
     which = "best" if (folder / BEST).is_file() else "last"
     result = evaluate(folder / (BEST if which == "best" else LAST), storage=storage)
-    told = {
+    assert result.strongest is not None
+    result_values = {
         "clean": result.accuracies["clean"].value,
         "robust": result.accuracies[result.strongest].value,
         "attack": result.strongest,
@@ -168,25 +170,23 @@ def test_once(folder: Path, storage: Path) -> dict[str, Any]:
         "which": which,
         "trusted": result.trusted,
     }
-    temporary = kept.with_name(f".{_TEST}")
-    temporary.write_text(json.dumps(told))
-    temporary.replace(kept)
-    return told
+    write_atomically(kept, json.dumps(result_values))
+    return result_values
 
 
 def summarised(
     rows: list[tuple[TrialRow, dict[str, Any]]],
 ) -> list[FinalRow]:
-    """One row per configuration; `rows` are trainings with their verdicts."""
+    """One row per configuration; `rows` are trainings with their test results."""
     by_rank: dict[int, list[tuple[TrialRow, dict[str, Any]]]] = {}
-    for row, verdict in rows:
-        by_rank.setdefault(row.params["rank"], []).append((row, verdict))
+    for row, tested in rows:
+        by_rank.setdefault(row.params["rank"], []).append((row, tested))
     return [_mean(rank, by_rank[rank]) for rank in sorted(by_rank)]
 
 
 def _mean(rank: int, rows: list[tuple[TrialRow, dict[str, Any]]]) -> FinalRow:
-    clean = [verdict["clean"] for _, verdict in rows]
-    robust = [verdict["robust"] for _, verdict in rows]
+    clean = [tested["clean"] for _, tested in rows]
+    robust = [tested["robust"] for _, tested in rows]
     costs = [row.metrics["cost/fe_per_sample"] for row, _ in rows]
     return FinalRow(
         rank=rank,

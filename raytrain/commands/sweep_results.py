@@ -1,4 +1,4 @@
-"""What a sweep leaves on its parent run in MLflow and beside its study."""
+"""Output of a sweep on its parent run in MLflow and beside its study."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raytrain.commands.train import leave_network
 from raytrain.core.console import log_line
+from raytrain.core.files import write_atomically
 from raytrain.data.loader import Splits
 from raytrain.plotting.sweep_figures import draw
 from raytrain.tracking import Tracker
@@ -40,7 +41,7 @@ def leave(
     tracker.log(PARENT, {**best.metrics, "sweep/best": best.value})
     tracker.tag(PARENT, {"best_trial": best.handle})
     best_file = folder / "best.yaml"
-    best_file.write_text(to_yaml(manager.space.run(best.params)))
+    write_atomically(best_file, to_yaml(manager.space.run(best.params)))
     tracker.artifact(PARENT, best_file)
     leave_network(
         tracker, best.handle, folder / "trials" / best.handle, splits.valid, best.metrics
@@ -49,8 +50,8 @@ def leave(
 
 
 def leave_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
-    """The ids of the runs in MLflow, as far as it has given them; also left in the trials' folders, for
-    commands that are given one of the two.
+    """The ids of the runs in MLflow, as far as they are assigned; also written to the trials' folders,
+    for commands that take either.
     """
     tracker.flush(20.0)
     found: dict[str, str] = {}

@@ -44,7 +44,7 @@ from raytrain.training.trainer import check_resumable, network, preflight
 Overrides = Iterable[str] | Mapping[str, Any]
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
-_GRACE = 2.0  # seconds for workers to leave after a failure, before Ray ends them
+_GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def train(
         local_context(run.device)
     if folder is not None and (folder / LAST).is_file():
         check_resumable(run, load(folder / LAST), splits)
-    # On the way out MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
     with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
         on_cluster = cluster.enter_context(_cluster(run))
         handle, done = _open(tracker, run, folder)
@@ -200,7 +200,7 @@ def _run_id(tracker: Tracker, handle: str) -> str:
 
 
 def own_tracker(run: RunConfig, storage: Path) -> AbstractContextManager[Tracker]:
-    """A tracker with an outbox of its own, which also delivers what dead processes left beside it."""
+    """A tracker with an outbox of its own, which also delivers the outboxes of dead processes beside it."""
     folder = (storage / run.experiment / ".mlflow").resolve()
     outbox = folder / f"{time.time_ns():x}-{os.getpid()}.jsonl"
     return tracked(run.tracking_uri, run.experiment, outbox, folder)

@@ -1,4 +1,4 @@
-"""A sweep from its search space to what it leaves behind."""
+"""`raytrain tune`: a sweep, from its search space to its results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from raytrain.commands.final import FinalRow, leave_finals, train_finals
 from raytrain.commands.sweep_results import TABLE, leave, leave_run_ids
 from raytrain.config.names import RUN_NAME, check_folder_name
+from raytrain.core.files import write_atomically
 from raytrain.core.signals import interruptible
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
@@ -129,8 +130,8 @@ def _tune(
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     outbox = folder / "mlflow.jsonl"
-    # The outbox is locked: a second driver would take the trials of the first for dead. On the way out
-    # MLflow comes before Ray, whose shutdown may take longer than a killer's patience.
+    # The outbox is locked: a second driver would take the trials of the first for dead. MLflow is closed
+    # before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
         interruptible(),
         ExitStack() as cluster,
@@ -138,12 +139,12 @@ def _tune(
     ):
         space_file = folder / SPACE
         if not space_file.is_file():  # what --resume finds, also before there is a study
-            space_file.write_text(_space_yaml(space))
+            write_atomically(space_file, _space_yaml(space))
         cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
         concurrent = concurrent_trials(base, space.budget.concurrent)
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
-        space_file.write_text(_space_yaml(space))
+        write_atomically(space_file, _space_yaml(space))
         _open_parent(tracker, study, name, space, space_file)
         kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
         manager = kind(study, space, tracker, folder, fidelity, watch)

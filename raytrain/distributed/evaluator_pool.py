@@ -1,4 +1,4 @@
-"""Who attacks: this process alone, or several on a Ray cluster, which share out the units."""
+"""Evaluators in this process or on a Ray cluster, which share the work items."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raytrain.distributed.ray_session import (
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.evaluator import Attacked, Evaluator
 from raytrain.evaluation.settings import EvaluationSettings
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 from raytrain.training.checkpoint import Saved
 from raytrain.training.trainer import network
 
@@ -29,12 +29,12 @@ from raytrain.training.trainer import network
 class EvaluatorPool(Protocol):
     """Evaluators of one network: see `Evaluator`."""
 
-    def examine(self, work_items: list[WorkItem]) -> Iterator[Verdict]:
-        """Carry out units, told in any order."""
+    def run(self, work_items: list[WorkItem]) -> Iterator[WorkResult]:
+        """Run work items; yields results in any order."""
         ...
 
     def findings(self) -> list[Finding]:
-        """The checks that need no verdicts."""
+        """The checks that need no attack results."""
         ...
 
     def attacked(self, rows: Tensor) -> Attacked:
@@ -44,15 +44,15 @@ class EvaluatorPool(Protocol):
 
 @contextmanager
 def evaluator_pool(
-    config: RunConfig, saved: Saved, exam: EvaluationSettings
+    config: RunConfig, saved: Saved, settings: EvaluationSettings
 ) -> Iterator[EvaluatorPool]:
     """As many evaluators as the run has workers; more than one, or RAY_ADDRESS, means Ray."""
     if config.workers == 1 and wanted_cluster() is None:
-        yield _Alone(_examiner(config, saved, exam))
+        yield _Alone(_evaluator(config, saved, settings))
         return
     import ray
 
-    # One process is one worker here: none of them waits for another.
+    # Each process is a worker group of one.
     alone = config.model_copy(update={"workers": 1})
     with session(alone, trials=config.workers):
         count = concurrent_trials(alone, config.workers)
@@ -64,27 +64,27 @@ def evaluator_pool(
             max_task_retries=config.max_failures,
         )(_RemoteEvaluator)
         content = ray.put(saved)
-        yield _Several([kind.remote(config, content, exam) for _ in range(count)])
+        yield _Several([kind.remote(config, content, settings) for _ in range(count)])
 
 
 class _Alone:
-    def __init__(self, examiner: Evaluator) -> None:
-        self.findings, self.attacked = examiner.findings, examiner.attacked
-        self._one = examiner
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.findings, self.attacked = evaluator.findings, evaluator.attacked
+        self._one = evaluator
 
-    def examine(self, work_items: list[WorkItem]) -> Iterator[Verdict]:
-        return map(self._one.examine, work_items)
+    def run(self, work_items: list[WorkItem]) -> Iterator[WorkResult]:
+        return map(self._one.run, work_items)
 
 
 class _Several:
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors
 
-    def examine(self, work_items: list[WorkItem]) -> Iterator[Verdict]:
+    def run(self, work_items: list[WorkItem]) -> Iterator[WorkResult]:
         from ray.util import ActorPool
 
         pool: Any = ActorPool(self._actors)
-        yield from pool.map_unordered(lambda actor, unit: actor.examine.remote(unit), work_items)
+        yield from pool.map_unordered(lambda actor, item: actor.run.remote(item), work_items)
 
     def findings(self) -> list[Finding]:
         return self._first("findings")
@@ -99,25 +99,25 @@ class _Several:
 
 
 class _RemoteEvaluator:
-    """an evaluator as a Ray actor, built where it runs."""
+    """An evaluator as a Ray actor, built in its process."""
 
-    def __init__(self, config: RunConfig, saved: Saved, exam: EvaluationSettings) -> None:
-        self._examiner = _examiner(config, saved, exam)
+    def __init__(self, config: RunConfig, saved: Saved, settings: EvaluationSettings) -> None:
+        self._evaluator = _evaluator(config, saved, settings)
 
-    def examine(self, unit: WorkItem) -> Verdict:
-        return self._examiner.examine(unit)
+    def run(self, item: WorkItem) -> WorkResult:
+        return self._evaluator.run(item)
 
     def findings(self) -> list[Finding]:
-        return self._examiner.findings()
+        return self._evaluator.findings()
 
     def attacked(self, rows: Tensor) -> Attacked:
-        return self._examiner.attacked(rows)
+        return self._evaluator.attacked(rows)
 
 
-def _examiner(config: RunConfig, saved: Saved, exam: EvaluationSettings) -> Evaluator:
-    """an evaluator of a checkpoint, on the device of this process."""
-    place = local_context(config.device)
+def _evaluator(config: RunConfig, saved: Saved, settings: EvaluationSettings) -> Evaluator:
+    """Build an evaluator of a checkpoint on the device of this process."""
+    context = local_context(config.device)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    part, _ = open_test(config.data, place, dtype)
-    model = network(saved, config.data).to(place.device)
-    return Evaluator(model, part, config.threat, exam, config.precision)
+    part, _ = open_test(config.data, context, dtype)
+    model = network(saved, config.data).to(context.device)
+    return Evaluator(model, part, config.threat, settings, config.precision)

@@ -61,7 +61,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     import ray
 
     address = wanted_cluster()
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trial manager tells of failures
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trial manager reports failures
     try:
         with deferred(), _without_handler():
             if address is not None:
@@ -76,8 +76,8 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _without_handler() -> Iterator[None]:
-    """Keep `ray.init` from handling SIGTERM: its handler raises SystemExit wherever Ray is just then,
-    also with a lock held that other threads wait for.
+    """Keep `ray.init` from handling SIGTERM: its handler raises SystemExit at any point inside Ray,
+    even with a lock held.
     """
     from ray._private import utils
 
@@ -191,7 +191,7 @@ def worker_resources(run: RunConfig) -> dict[str, float]:
 
 
 def _private_token() -> None:
-    """Make Ray's token file readable by its owner alone; Ray leaves that to the umask."""
+    """Make Ray's token file readable by its owner alone; Ray uses the umask."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if token.is_file() and token.stat().st_uid == os.getuid():
         token.chmod(0o600)

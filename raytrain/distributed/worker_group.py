@@ -1,8 +1,8 @@
-"""Ray Train: a group of workers that stays alive and pulls jobs; only the first job pays for its start.
+"""Ray Train: a persistent group of workers that pulls jobs; only the first job includes the start-up.
 
-The driver submits a job and polls its rows; rank 0 asks for the job, tells the others, and asks
-after every epoch whether to go on. A worker that dies makes Ray Train start the group anew, and the
-job continues from its last checkpoint. Jobs end cooperatively; a group is killed only after a signal
+The driver submits a job and polls its rows; rank 0 fetches the job, broadcasts it, and polls after
+every epoch whether to continue. When a worker dies, Ray Train restarts the group, and the job
+resumes from its last checkpoint. Jobs end cooperatively; a group is killed only after a signal
 or a failure, when nothing else is to run on it.
 """
 
@@ -26,6 +26,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, from_plain, is_lost, plain
+from raytrain.core.files import write_atomically
 from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
 from raytrain.training.checkpoint import LAST, ROWS, load
 
@@ -167,7 +168,7 @@ def work(settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Worker:
-    """One worker of a group, and its way to the bus: rank 0 speaks for all."""
+    """One worker of a group; rank 0 communicates with the bus for all."""
 
     bus: Any
     context: DistributedContext
@@ -247,15 +248,15 @@ def job_rows(job: Job, context: DistributedContext, resume: bool) -> Iterator[Ep
     ):
         yield report
         if report.progress >= job.until:
-            return  # not one epoch further: whoever pauses a trial wants its checkpoint as it is
+            return  # not one epoch further: a paused trial keeps its checkpoint as it is
 
 
 class RecentRows:
     """The last rows of a job, in a file beside its checkpoints and written before them.
 
-    A driver may die before rows reach it that a checkpoint is already beyond: up to two of a group,
-    which runs ahead. Whoever resumes the job is told these again. So may the worker that is about to
-    tell one: what a group that was started anew goes on after is told from here.
+    A driver, or a worker, may die before the driver received rows that precede the last checkpoint: up
+    to two, since a group runs ahead. On resume, and after a restart of the group, they are replayed
+    from here.
     """
 
     _MOST = 4
@@ -276,13 +277,10 @@ class RecentRows:
         return until < 1 and any(r.epoch == epoch and r.progress >= until for r in self.rows)
 
     def add(self, report: EpochMetrics) -> None:
-        """Keep a row; those of epochs that are trained again are forgotten."""
+        """Keep a row; rows of this epoch and later ones are dropped, since they are trained again."""
         before = [row for row in self.rows if row.epoch < report.epoch]
         self.rows = [*before, report][-self._MOST :]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f".{self._file.name}")
-        temporary.write_text(json.dumps([asdict(row) for row in self.rows]))
-        temporary.replace(self._file)
+        write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))
 
 
 def _report(row: dict[str, Any]) -> EpochMetrics:
@@ -313,7 +311,7 @@ class WorkerGroup:
         name = f"{name}-{time.time_ns():x}"
         self._folder = storage.resolve() / "ray" / name
         self._folder_of_job = Path()
-        self._told = 0  # the last epoch that whoever resumes the job has been told of
+        self._delivered = 0  # the last epoch whose row the driver received before the resumption
         self._ended: str | None = None  # why the group is gone, if it is
         self._thread = threading.Thread(
             target=self._hold,
@@ -327,7 +325,7 @@ class WorkerGroup:
         """Begin a job; one that is running is dropped at its next epoch."""
         self._folder_of_job = Path(job.folder)
         before = RecentRows(self._folder_of_job, job.resume).rows
-        self._told = max((row.epoch for row in before), default=0)
+        self._delivered = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(job))
 
     def rows(self) -> Iterator[EpochMetrics]:
@@ -338,7 +336,7 @@ class WorkerGroup:
             RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
             WorkersLost: if the group is gone.
         """
-        folder, last = self._folder_of_job, self._told
+        folder, last = self._folder_of_job, self._delivered
         while True:
             polled = self._ray.get(self._bus.poll.remote(1.0))
             if polled is None and self._ended is not None:
@@ -363,7 +361,7 @@ class WorkerGroup:
         return self._ended is not None
 
     def close(self, seconds: float = 60.0) -> None:
-        """Let the workers finish their epoch and leave, for as long as this; then end them."""
+        """Wait this long for the workers to finish their epoch and exit; then end them."""
         with contextlib.suppress(Exception):  # the bus may be gone together with its node
             self._ray.get(self._bus.submit.remote(None), timeout=seconds)
         self._thread.join(seconds)
@@ -402,5 +400,5 @@ class WorkerGroup:
         try:
             trainer.fit()
             self._ended = "it was told to end"
-        except Exception as error:  # told to whoever waits for rows
+        except Exception as error:  # returned to the poller of rows
             self._ended = _cause(error)

@@ -1,1 +1,1 @@
-"""What a trained network is worth: how much of a number is chance, and whether to believe it at all."""
+"""Accuracy of a trained network: validation, test-set attacks, confidence intervals and checks."""

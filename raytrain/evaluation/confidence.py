@@ -1,7 +1,7 @@
-"""How much of an accuracy, or of a difference between two, is chance.
+"""Confidence intervals and tests of accuracies and of their differences.
 
 Accuracies measured on the same images are compared image by image: most images fall to both models
-or to neither, and only those on which the two disagree tell them apart. That is far sharper than
+or to neither, and only those on which the two disagree carry information. That has far more power than
 comparing two percentages with an interval each.
 """
 
@@ -21,7 +21,7 @@ from scipy.stats import binomtest, norm, t
 from raytrain.core.types import RequestError
 
 Flags = Bool[np.ndarray, "_"]
-"""One verdict per image: classified rightly, or survived an attack."""
+"""One result per image: classified rightly, or survived an attack."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Paired:
 class Spread:
     """Mean of several seeds, its sample standard deviation and confidence limits of the mean.
 
-    One seed says nothing of the others: `std`, `low` and `high` are None.
+    With one seed `std`, `low` and `high` are None.
     """
 
     mean: float
@@ -91,7 +91,7 @@ def wilson(count: int, images: int, level: float = 0.95) -> Share:
 
 
 def paired(first: Flags, second: Flags, level: float = 0.95) -> Paired:
-    """Compare two rows of verdicts on the same images, in the same order.
+    """Compare two rows of results on the same images, in the same order.
 
     The interval is Tango's score interval for a difference of paired proportions (1998, Statistics
     in Medicine 17:891); `p` is McNemar's exact two-sided one (1947, Psychometrika 12:153). Raises
@@ -137,7 +137,7 @@ def mcnemar(
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of a family of tests, adjusted so that all errors together stay below the level.
 
-    Holm 1979 (Scandinavian Journal of Statistics 6:65): the smallest of m is multiplied by m, the
+    Holm 1979 (Scandinavian ResultLog of Statistics 6:65): the smallest of m is multiplied by m, the
     next by m - 1, and so on; no adjusted value is below that of a smaller one, or above 1.
 
     >>> holm([0.01, 0.04, 0.03])
@@ -154,7 +154,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     """Mean over seeds with Student's t interval (1908, Biometrika 6:1).
 
-    It speaks of the mean over all seeds, not of the next seed. Raises RequestError if there is no
+    An interval of the mean over all seeds, not of the next seed. Raises RequestError if there is no
     value.
     """
     seeds = len(values)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from raytrain.core.threat_models import AbstractThreatModel
 
@@ -16,7 +15,7 @@ class Contract:
     """Which perturbations the attacker may make of which pixels, and what the network is when attacked.
 
     `eps` is in pixels of `input_range`, before the normaliser (x - mean) / std, which is a part of the
-    network. `bn` is the mode of BatchNorm and dropout while a network is attacked and judged.
+    network. `bn` is the mode of BatchNorm and dropout while a network is attacked and evaluated.
     """
 
     norm: str
@@ -48,19 +47,6 @@ class Contract:
             f"{self.norm} eps {self.eps:g} in [{low:g}, {high:g}], normaliser inside "
             f"(mean {mean}, std {std}), BatchNorm {self.bn}"
         )
-
-    def json(self) -> dict[str, Any]:
-        """Plain values, with hash and words."""
-        normaliser = {"mean": list(self.mean), "std": list(self.std)}
-        return {
-            "norm": self.norm,
-            "eps": self.eps,
-            "input_range": list(self.input_range),
-            "normaliser": normaliser,
-            "bn": self.bn,
-            "hash": self.hash,
-            "text": self.text,
-        }
 
 
 def _short(value: float) -> float:

@@ -1,4 +1,4 @@
-"""One process that attacks: images in, verdicts out, unit by unit."""
+"""Evaluator of one process: runs work items on a network and a test set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from raytrain.attacks import ProjectedAscent, Uniform, Zero
+from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.attacks.autoattack import exact_float32, survivors
 from raytrain.attacks.autoattack.counted_model import Answers
 from raytrain.core.cost import Meter
@@ -20,63 +20,69 @@ from raytrain.core.types import Delta, Dice, Images, Labels, Progress, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.checks import Finding, before_belief, under_noise
 from raytrain.evaluation.checks.gradients import Connected
-from raytrain.evaluation.settings import CLEAN, NOISE, EvaluationSettings, standard_stage
+from raytrain.evaluation.settings import (
+    CLEAN,
+    NOISE,
+    EvaluationSettings,
+    PgdSettings,
+    standard_stage,
+)
 from raytrain.evaluation.validation import survived
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 
-_CHECKED = 512  # images that the checks choose theirs from
+_CHECKED = 512  # images from which the checks draw theirs
 _DRAWS = 20  # of noise
 
 
 Attacked = tuple[Images, Delta, Labels]
-"""Images, what an attack adds to them, and what the network takes the sum for."""
+"""Images, the perturbation, and the predicted classes of the perturbed images."""
 
 
 class Evaluator:
-    """A network, a test set and a threat model. A verdict depends on its unit and the exam alone."""
+    """Attacks on a network under a threat model; a result depends on its item and the settings alone."""
 
     def __init__(
         self,
         model: nn.Module,
         part: SplitShard,
         ball: AbstractThreatModel,
-        exam: EvaluationSettings,
+        settings: EvaluationSettings,
         precision: Precision = "fp32",
     ) -> None:
-        self._model, self._part, self._ball, self._exam = model, part, ball, exam
+        self._model, self._part, self._ball, self._settings = model, part, ball, settings
         self._precision: Precision = "fp64" if precision == "fp64" else "fp32"
         self._meter = Meter()
-        # A network that cuts the graph is told by the checks; attacks find a gradient of zero there.
+        # Where the network cuts the graph the gradient is zero; the checks report that.
         self._attackable = Connected(model)
         self._answers = Answers(self._attackable, self._meter)
 
-    def examine(self, unit: WorkItem) -> Verdict:
-        """Carry out one unit."""
+    def run(self, item: WorkItem) -> WorkResult:
+        """Run one work item."""
         began, before = time.perf_counter(), self._meter.fe
-        rows = torch.tensor(unit.rows, device=self._part.pixels.device)
+        rows = torch.tensor(item.rows, device=self._part.pixels.device)
         with exact_float32():
-            values = [int(value) for value in self._values(unit.stage, rows)]
+            values = [int(value) for value in self._values(item.stage, rows)]
         seconds = time.perf_counter() - began
-        return Verdict(unit, tuple(values), self._meter.fe - before, seconds)
+        return WorkResult(item, tuple(values), self._meter.fe - before, seconds)
 
     def findings(self) -> list[Finding]:
-        """The checks that need no verdicts, on some of the images."""
-        count = min(self._part.num_images, self._exam.images or self._part.num_images)
-        generator = torch.Generator().manual_seed(mix(self._exam.seed, "checks"))
+        """The checks that need no attack results, on some of the images."""
+        count = min(self._part.num_images, self._settings.images or self._part.num_images)
+        generator = torch.Generator().manual_seed(mix(self._settings.seed, "checks"))
         rows = torch.randperm(count, generator=generator)[:_CHECKED].sort().values
         rows = rows.to(self._part.pixels.device)
         batch = self._part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
         with exact_float32():
             return before_belief(
-                self._model, batch.images, batch.labels, self._ball, self._exam.seed
+                self._model, batch.images, batch.labels, self._ball, self._settings.seed
             )
 
     def attacked(self, rows: Tensor) -> Attacked:
         """These images under PGD-20, on the CPU."""
         rows = rows.to(self._part.pixels.device)
-        dice = Dice(mix(self._exam.seed, "examples"), len(rows), slice(None), rows.device)
+        dice = Dice(mix(self._settings.seed, "examples"), len(rows), slice(None), rows.device)
         batch = self._part.batch(rows, dice)
-        attack = ProjectedAscent(start=Uniform(), steps=20, step_size="eps/4", bn="eval")
+        attack = PgdSettings(steps=20).ascent
         oracle = Oracle(
             self._attackable,
             CrossEntropy(),
@@ -91,19 +97,24 @@ class Evaluator:
         return batch.images.cpu(), delta.cpu(), classes.cpu()
 
     def _values(self, stage: str, rows: Tensor) -> Iterable[bool | int]:
-        seed = mix(self._exam.seed, stage, int(rows[0]))
+        seed = mix(self._settings.seed, stage, int(rows[0]))
         batch = self._part.batch(rows, Dice(seed, len(rows), slice(None), rows.device))
         if stage == CLEAN:
             return self._answers.classes(batch.images.float()).tolist()
         if stage == NOISE:
             self._meter.forwards += _DRAWS * len(rows)
             return under_noise(
-                self._model, batch.images, batch.labels, self._ball, self._exam.seed, _DRAWS
+                self._model, batch.images, batch.labels, self._ball, self._settings.seed, _DRAWS
             ).tolist()
         standard = standard_stage(stage)
         if standard is not None:
             return survivors(
-                standard, self._answers, batch.images, batch.labels, self._ball, self._exam.seed
+                standard,
+                self._answers,
+                batch.images,
+                batch.labels,
+                self._ball,
+                self._settings.seed,
             ).tolist()
         attack, objective, restarts = self._simple(stage)
         return survived(
@@ -121,9 +132,5 @@ class Evaluator:
         if stage == "fgsm":
             attack = ProjectedAscent(start=Zero(), steps=1, step_size="eps", bn="eval")
             return attack, CrossEntropy(), 1
-        exam = self._exam
-        attack = ProjectedAscent(
-            start=Uniform(), steps=exam.steps, step_size=exam.step_size, bn="eval"
-        )
         objective = Margin() if stage.startswith("cw") else CrossEntropy()
-        return attack, objective, exam.restarts
+        return self._settings.ascent, objective, self._settings.restarts

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.evaluation.evaluator import Attacked
-from raytrain.evaluation.runner import Verdicts
+from raytrain.evaluation.runner import StageResults
 
 SHOWN = 10
 ATTACK = "pgd20"
 
 
 def examples_table(
-    attacked: Callable[[Tensor], Attacked], verdicts: Verdicts, ball: AbstractThreatModel
+    attacked: Callable[[Tensor], Attacked], results: StageResults, ball: AbstractThreatModel
 ) -> pa.Table:
     """The first correctly classified image of each of up to ten classes, under PGD-20.
 
     `image`, `adversarial` and `perturbation` are PNG; grey is no perturbation, black and white are
     -eps and eps (l-inf) or the largest change of any pixel; `distance` is in the norm.
     """
-    rows = _chosen(verdicts)
-    table = {"index": rows.tolist(), "label": verdicts.labels[rows].tolist()}
-    table["predicted"] = verdicts.predicted[rows].tolist()
+    rows = _chosen(results)
+    table = {"index": rows.tolist(), "label": results.labels[rows].tolist()}
+    table["predicted"] = results.predicted[rows].tolist()
     if len(rows) == 0:
         return pa.table({**table, **dict.fromkeys(_PICTURES, [])})
     images, delta, classes = attacked(torch.from_numpy(rows))
@@ -60,10 +60,10 @@ def png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _chosen(verdicts: Verdicts) -> np.ndarray:
+def _chosen(results: StageResults) -> np.ndarray:
     """Up to ten images, of different classes as far as possible, in order."""
-    right = verdicts.clean.nonzero()[0]
-    _, first = np.unique(verdicts.labels[right], return_index=True)
+    right = results.clean.nonzero()[0]
+    _, first = np.unique(results.labels[right], return_index=True)
     ours = right[np.sort(first)][:SHOWN]
     more = np.setdiff1d(right, ours)[: SHOWN - len(ours)]
     return np.sort(np.concatenate([ours, more]))

@@ -32,7 +32,7 @@ def attack_title(column: str) -> str:
 
 
 def strongest_first(columns: Iterable[str]) -> list[str]:
-    """Each once, from the strongest attack to the weakest, as far as their names tell.
+    """Each once, from the strongest attack to the weakest, by their names.
 
     >>> strongest_first(["clean", "pgd20", "aa", "pgd20x5"])
     ['aa', 'pgd20x5', 'pgd20', 'clean']

@@ -1,8 +1,7 @@
-"""What an earlier evaluation of the same network on the same images found, beside a new one."""
+"""The earlier evaluation of the same network on the same images, merged into a new one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import pyarrow.parquet as pq
 
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import Share
+from raytrain.evaluation.record import FLAGS, RECORD, EvaluationRecord
+from raytrain.evaluation.settings import CLEAN
 
 _SAME_NETWORK = ("weights", "images", "contract")  # of a key
-
-FLAGS, RECORD = "flags.parquet", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,19 @@ class Earlier:
 
     @classmethod
     def of(cls, folder: Path, key: Mapping[str, Any]) -> Earlier:
-        """What lies in a folder, if it belongs to `key`; nothing if it does not, or is damaged.
+        """Read the evaluation in a folder; empty if it has another `key` or is damaged.
 
-        What failed a check is remembered of the same network, images and contract under any key.
+        Failed checks are kept for the same network, images and contract, whatever the rest of the key.
         """
         try:
-            record = json.loads((folder / RECORD).read_text())
-            findings = tuple(Finding(**finding) for finding in record["findings"])
-            if record["key"] == key:
-                shares = {name: Share(**share) for name, share in record["accuracies"].items()}
-                return cls(pq.read_table(folder / FLAGS), shares, findings)
-            if any(record["key"][part] != key[part] for part in _SAME_NETWORK):
-                return cls()
-            return cls(findings=tuple(finding for finding in findings if not finding.passed))
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
+            record = _read(folder / RECORD)
+            if record.key == key:
+                return cls(pq.read_table(folder / FLAGS), record.accuracies, record.findings)
+        except (OSError, ValueError, pa.ArrowInvalid):
             return cls()
+        if any(record.key.get(part) != key[part] for part in _SAME_NETWORK):
+            return cls()
+        return cls(findings=tuple(finding for finding in record.findings if not finding.passed))
 
     @staticmethod
     def failed_beside(folder: Path) -> list[str]:
@@ -56,12 +53,11 @@ class Earlier:
         for file in sorted(folder.parent.glob(f"*/{RECORD}")):
             if file.parent == folder:
                 continue
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                record = json.loads(file.read_text())
-                names = [one["check"] for one in record["findings"] if not one["passed"]]
-                failed += [
-                    f"{name} ({file.parent.name})" for name in names if record["same_contract"]
-                ]
+            with suppress(OSError, ValueError):
+                record = _read(file)
+                if record.same_contract:
+                    names = [finding.check for finding in record.findings if not finding.passed]
+                    failed += [f"{name} ({file.parent.name})" for name in names]
         return failed
 
     def with_flags(self, new: pa.Table) -> pa.Table:
@@ -75,7 +71,7 @@ class Earlier:
 
     def with_shares(self, new: Mapping[str, Share]) -> dict[str, Share]:
         """All accuracies, those that are new last."""
-        kept = {k: v for k, v in (self.shares or {}).items() if k == "clean" or k not in new}
+        kept = {k: v for k, v in (self.shares or {}).items() if k == CLEAN or k not in new}
         return {**kept, **new}
 
     def with_findings(self, new: list[Finding]) -> list[Finding]:
@@ -83,3 +79,7 @@ class Earlier:
         failed = {finding.check: finding for finding in self.findings if not finding.passed}
         kept = [failed.pop(finding.check, finding) for finding in new]
         return [*kept, *failed.values()]
+
+
+def _read(file: Path) -> EvaluationRecord:
+    return EvaluationRecord.model_validate_json(file.read_text())

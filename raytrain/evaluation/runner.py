@@ -1,4 +1,4 @@
-"""The stages of an evaluation in order, each on the images that it is about, unit by unit."""
+"""Run the stages of an evaluation in order, each cut into work items."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raytrain.evaluation.journal import Journal
+from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.settings import CLEAN, NOISE, EvaluationSettings, standard_stage
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 
-Work = Callable[[list[WorkItem]], Iterable[Verdict]]
-"""Whoever attacks: verdicts come in any order."""
+Work = Callable[[list[WorkItem]], Iterable[WorkResult]]
+"""Run work items; yields results in any order."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far an evaluation is, for who watches."""
+class StageProgress:
+    """Progress of a stage, passed to `Watch` after every work item."""
 
     stage: str
-    done: int  # units of this stage
+    done: int  # work items of this stage
     work_items: int
-    images: int  # that the stage is about
-    left: int  # of those judged so far, the ones that kept their label
-    judged: int
+    images: int  # of this stage
+    left: int  # of the images evaluated so far, those that kept their label
+    evaluated: int
 
 
-Watch = Callable[[Standing], None]
+Watch = Callable[[StageProgress], None]
 
 
 @dataclass
-class Verdicts:
+class StageResults:
     """Per image of the test set and per stage: survived (1), fallen (0) or not attacked (-1)."""
 
     labels: np.ndarray
@@ -44,7 +44,7 @@ class Verdicts:
         return self.predicted == self.labels
 
     def survived(self, stages: Iterable[str]) -> np.ndarray:
-        """Which are classified correctly and fell to none of the stages: (n,) bool."""
+        """Which are classified correctly and survived all the stages: (n,) bool."""
         left = self.clean.copy()
         for stage in stages:
             left &= self.by_stage[stage] != 0
@@ -52,72 +52,72 @@ class Verdicts:
 
 
 def run(
-    exam: EvaluationSettings,
+    settings: EvaluationSettings,
     labels: np.ndarray,
     work: Work,
-    journal: Journal,
+    log: ResultLog,
     watch: Watch | None = None,
-) -> Verdicts:
-    """All stages of an exam on the images with these labels; what the journal knows is not done again.
+) -> StageResults:
+    """Run all stages on the images with these labels; results in the log are not computed again.
 
-    A stage is cut into units in the order of the images, so that who does them, and how often the
-    work was interrupted, changes no verdict. Only images that are classified correctly are attacked,
-    and AutoAttack's stages only what the stages before have left.
+    A stage is cut into work items in the order of the images, so that results depend neither on the
+    worker nor on interruptions. Only correctly classified images are attacked, and by a stage of
+    AutoAttack only those that survived its earlier stages.
     """
     count = len(labels)
-    verdicts = Verdicts(labels, np.full(count, -1), {})
-    for stage in exam.every_stage:
-        rows = _due(stage, verdicts, exam)
+    results = StageResults(labels, np.full(count, -1), {})
+    for stage in settings.every_stage:
+        rows = _due(stage, results, settings)
         values = np.full(count, -1)
-        for verdict in _told(stage, rows, exam.batch_size, work, journal, watch, verdicts):
-            values[list(verdict.work_item.rows)] = verdict.values
+        for result in _results(stage, rows, settings.batch_size, work, log, watch, results):
+            values[list(result.work_item.rows)] = result.values
         if stage == CLEAN:
-            verdicts.predicted = values
+            results.predicted = values
         else:
-            verdicts.by_stage[stage] = values
-    return verdicts
+            results.by_stage[stage] = values
+    return results
 
 
-def _due(stage: str, so_far: Verdicts, exam: EvaluationSettings) -> np.ndarray:
-    """The images that a stage is about."""
+def _due(stage: str, so_far: StageResults, settings: EvaluationSettings) -> np.ndarray:
+    """The images of a stage."""
     if stage == CLEAN:
         return np.arange(len(so_far.labels))
     if standard_stage(stage) is not None:
         before = [name for name in so_far.by_stage if standard_stage(name) is not None]
         return so_far.survived(before).nonzero()[0]
     if stage == NOISE:
-        return so_far.survived(exam.with_gradients).nonzero()[0]
+        return so_far.survived(settings.with_gradients).nonzero()[0]
     return so_far.clean.nonzero()[0]
 
 
-def _told(
+def _results(
     stage: str,
     rows: np.ndarray,
     size: int,
     work: Work,
-    journal: Journal,
+    log: ResultLog,
     watch: Watch | None,
-    so_far: Verdicts,
-) -> Iterator[Verdict]:
-    """The verdicts on a stage's images, known ones first."""
+    so_far: StageResults,
+) -> Iterator[WorkResult]:
+    """The results of a stage, logged ones first."""
     starts = range(0, len(rows), size)
     work_items = [WorkItem(stage, tuple(rows[at : at + size].tolist())) for at in starts]
-    known = {unit: verdict for unit in work_items if (verdict := journal.get(unit)) is not None}
-    left = judged = 0
+    known = {item: result for item in work_items if (result := log.get(item)) is not None}
+    left = evaluated = 0
 
-    def news(verdicts: Iterable[Verdict], are_new: bool) -> Iterator[Verdict]:
-        nonlocal left, judged
-        for done, verdict in enumerate(verdicts, start=1 + (len(known) if are_new else 0)):
+    def observed(results: Iterable[WorkResult], are_new: bool) -> Iterator[WorkResult]:
+        nonlocal left, evaluated
+        for done, result in enumerate(results, start=1 + (len(known) if are_new else 0)):
             if are_new:
-                journal.add(verdict)
-            right = so_far.labels[list(verdict.work_item.rows)] if stage == CLEAN else 1
-            left += int((np.array(verdict.values) == right).sum())
-            judged += len(verdict.values)
+                log.add(result)
+            right = so_far.labels[list(result.work_item.rows)] if stage == CLEAN else 1
+            left += int((np.array(result.values) == right).sum())
+            evaluated += len(result.values)
             if watch is not None:
-                watch(Standing(stage, done, len(work_items), len(rows), left, judged))
-            yield verdict
+                watch(StageProgress(stage, done, len(work_items), len(rows), left, evaluated))
+            yield result
 
-    yield from news(known.values(), are_new=False)
-    todo = [unit for unit in work_items if unit not in known]
+    yield from observed(known.values(), are_new=False)
+    todo = [item for item in work_items if item not in known]
     if todo:
-        yield from news(work(todo), are_new=True)
+        yield from observed(work(todo), are_new=True)

@@ -1,9 +1,9 @@
-"""Sentinels: at every validation, what tells robustness from its appearance.
+"""Sentinels: signs of false robustness, measured at every validation.
 
 On a fixed probe, the first images of the validation part, in eval mode, all shares of its images:
 
     fgsm       accuracy under one step of eps from the image itself
-    robust     accuracy under the attack of validation: its own verdicts, no pass more
+    robust     accuracy under the attack of validation, from its flags at no cost
     fgsm_gap   fgsm - robust: large once one step no longer finds what many do (catastrophic
                overfitting, Wong et al. 2020, arXiv 2001.03994)
     zero_grad  of the images that are classified correctly, those whose input gradient has vanished
@@ -46,7 +46,7 @@ Level = Annotated[Number | None, Field(ge=0, le=1)]
 
 
 class Levels(Spec):
-    """Readings above which a run ends; null: whatever they are."""
+    """Values above which a run ends; null: no limit."""
 
     fgsm_gap: Level = None
     zero_grad: Level = None
@@ -68,7 +68,7 @@ def _none_as_empty(value: Any) -> Any:
 
 
 class Sentinels(Spec):
-    """What is looked at beside the validation, and what ends a run."""
+    """The sentinels beside the validation, and the values that end a run."""
 
     images: Annotated[
         PositiveInt, Field(description="size of the probe: so many of the validation images")
@@ -88,8 +88,8 @@ class Sentinels(Spec):
 def probe(
     part: SplitShard, flags: Flags, images: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Batch, Flags]]:
-    """This worker's share of the first `images` images, as far as they were judged, with their
-    verdicts.
+    """This worker's share of the first `images` images, as far as they were evaluated, with
+    their flags.
     """
     width = min(images, part.num_images)
     for rows in (flags.index < width).nonzero().flatten().split(batch_size):
@@ -106,7 +106,7 @@ def readings(
     context: DistributedContext,
     precision: Precision = "fp32",
 ) -> dict[str, float]:
-    """What the sentinels see, by name, over all workers: a collective. `fe` is what it cost.
+    """The sentinel values by name, over all workers: a collective. `fe` is their cost.
 
     `zero_grad` is left out where no image is classified correctly. Always in float32 or wider, as
     the validation is.

@@ -1,4 +1,4 @@
-"""What an evaluation asks: which attacks, on which images, in which stages."""
+"""Settings of the attacks of validation and `raytrain evaluate`, and the stages of the latter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
+from raytrain.attacks import ProjectedAscent, Uniform
 from raytrain.attacks.autoattack import CHEAP, STAGES, Stage
 from raytrain.core.types import Spec, StepSize
 
@@ -24,11 +25,34 @@ def _words(value: Any) -> Any:
     return list(dict.fromkeys(value)) if isinstance(value, list | tuple) else value
 
 
-class EvaluationSettings(Spec):
+class PgdSettings(Spec):
+    """PGD from uniform random starts, in eval mode; what survives every restart counts as robust."""
+
+    steps: PositiveInt = 20
+    step_size: StepSize = "eps/4"
+    restarts: PositiveInt = 1
+    images: Annotated[
+        PositiveInt | None, Field(description="the first so many images; default: all")
+    ] = None
+    batch_size: Annotated[PositiveInt, Field(description="images attacked at once")] = 250
+
+    @property
+    def ascent(self) -> ProjectedAscent:
+        """The attack of one restart."""
+        return ProjectedAscent(
+            start=Uniform(), steps=self.steps, step_size=self.step_size, bn="eval"
+        )
+
+    def named(self, attack: str) -> str:
+        """Such as `pgd20`, `pgd20x5` with five restarts."""
+        return f"{attack}{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+
+class EvaluationSettings(PgdSettings):
     """Attacks on a network, each sample worst-case over all of an attack's attempts.
 
     `fgsm` is one step of eps from the clean image; `pgd` maximises the cross-entropy, `cw` the
-    difference of logits (Carlini & Wagner 2017), both from uniform starts; `aa` is AutoAttack's standard
+    difference of logits (Carlini & Wagner 2017), both as `PgdSettings` say; `aa` is AutoAttack's standard
     version, and `apgd` its first two attacks.
     """
 
@@ -37,13 +61,6 @@ class EvaluationSettings(Spec):
         BeforeValidator(_words),
         Field(min_length=1, description=f"any of {', '.join(ATTACKS)}"),
     ] = ("pgd", "aa")
-    steps: Annotated[PositiveInt, Field(description="of pgd and cw")] = 20
-    step_size: StepSize = "eps/4"
-    restarts: Annotated[PositiveInt, Field(description="of pgd and cw")] = 1
-    images: Annotated[
-        PositiveInt | None, Field(description="the first so many test images; default: all")
-    ] = None
-    batch_size: Annotated[PositiveInt, Field(description="images attacked at once")] = 250
     seed: NonNegativeInt = 0
     checks: Annotated[bool, Field(description="look for masked gradients and the like")] = True
 
@@ -73,10 +90,9 @@ class EvaluationSettings(Spec):
         """Such as `pgd20`, `pgd20x5` with five restarts, `pgd20-eps_8` with another step size."""
         if attack not in ("pgd", "cw"):
             return attack
-        restarts = f"x{self.restarts}" if self.restarts > 1 else ""
         usual = self.step_size == EvaluationSettings.model_fields["step_size"].default
         step = "" if usual else f"-{str(self.step_size).replace('/', '_')}"
-        return f"{attack}{self.steps}{restarts}{step}"
+        return self.named(attack) + step
 
 
 def standard_stage(stage: str) -> Stage | None:

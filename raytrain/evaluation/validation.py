@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from raytrain.attacks import ProjectedAscent, Uniform
+from raytrain.attacks import ProjectedAscent
 from raytrain.attacks.autoattack import CHEAP, survivors
 from raytrain.attacks.autoattack.counted_model import Answers
 from raytrain.core.cost import Meter
@@ -28,30 +28,23 @@ from raytrain.core.types import (
     Number,
     Progress,
     Rows,
-    Spec,
-    StepSize,
     mix,
 )
+from raytrain.evaluation.settings import PgdSettings
 
 
-class Evaluation(Spec):
+class Evaluation(PgdSettings):
     """The attack of validation; a sample counts as robust if it survives every attempt.
 
-    `pgd` is PGD-`steps` with random starts. `apgd` is the cheap tier of AutoAttack, APGD on the
-    cross-entropy and targeted APGD: about a hundred times the cost of PGD-10 where a network holds, and
+    `pgd` is that of `PgdSettings`. `apgd` is the cheap tier of AutoAttack, APGD on the
+    cross-entropy and targeted APGD: about a hundred times the cost of PGD-10 for a robust network, and
     within 0.02 points of all of AutoAttack in published logs.
     """
 
     attack: Annotated[
-        Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, dear")
+        Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, costly")
     ] = "pgd"
-    images: Annotated[
-        PositiveInt | None,
-        Field(description="the first so many validation images; default: all"),
-    ] = None
-    steps: Annotated[PositiveInt, Field(description="PGD steps")] = 10
-    step_size: StepSize = "eps/4"
-    restarts: PositiveInt = 1
+    steps: PositiveInt = 10
     eps: Annotated[
         Number | None, Field(ge=0, description="radius, where it is not that of training")
     ] = None
@@ -63,18 +56,17 @@ class Evaluation(Spec):
     @property
     def name(self) -> str:
         """Such as `pgd20`, `pgd20x5` with five restarts, `apgd-eps0.1` under a radius of its own."""
-        restarts = f"x{self.restarts}" if self.restarts > 1 else ""
-        attack = "apgd" if self.attack == "apgd" else f"pgd{self.steps}{restarts}"
+        attack = "apgd" if self.attack == "apgd" else self.named("pgd")
         return attack + ("" if self.eps is None else f"-eps{self.eps:.4g}")
 
     def ball(self, threat: AbstractThreatModel) -> AbstractThreatModel:
-        """The threat model that is evaluated under."""
+        """The threat model of the evaluation."""
         return threat if self.eps is None else threat.model_copy(update={"eps": self.eps})
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Per-sample verdicts, by index in the part of the data set that was evaluated."""
+    """Per-sample results, by index in the evaluated part of the data set."""
 
     index: Int[Tensor, " n"]
     clean: Bool[Tensor, " n"]
@@ -89,8 +81,8 @@ def validate(
     context: DistributedContext,
     precision: Precision = "fp32",
 ) -> tuple[EvalReport, Flags]:
-    """Attack every sample of `batches` in eval mode; the report is over all workers, the flags are
-    this one's.
+    """Attack every sample of `batches` in eval mode; returns a report over all workers and the flags
+    of this one.
 
     Always in float32 or wider, whatever precision the network was trained in; `apgd` is float32.
     """
@@ -106,10 +98,8 @@ def validate(
         if answers is not None:
             robust.append(_after_apgd(answers, batch, right, ball))
         else:
-            attack = ProjectedAscent(
-                start=Uniform(), steps=evaluation.steps, step_size=evaluation.step_size, bn="eval"
-            )
-            rows, restarts = right.nonzero().flatten(), evaluation.restarts
+            attack, restarts = evaluation.ascent, evaluation.restarts
+            rows = right.nonzero().flatten()
             robust.append(survived(model, batch, ball, attack, restarts, meter, wide, rows=rows))
     flags = Flags(torch.cat(index), torch.cat(clean), torch.cat(robust))
     counts = torch.tensor(
@@ -135,7 +125,7 @@ def survived(
     """Which of the `rows` of `batch` (default: all) keep their label through every restart of an
     attack: a mask over the whole batch, false elsewhere.
 
-    Those that have fallen are not attacked again. `objective` is what the attack maximises: the
+    Fallen samples are not attacked again. `objective` is what the attack maximises: the
     cross-entropy if not given.
     """
     standing = torch.zeros(len(batch), dtype=torch.bool, device=batch.labels.device)

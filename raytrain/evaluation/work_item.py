@@ -1,4 +1,4 @@
-"""The smallest work of an evaluation, and what comes of it."""
+"""Work items of an evaluation and their results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Work that is done whole or not at all: one stage on some images of the test set."""
+    """One stage on some images of the test set: the smallest part that is run and stored."""
 
     stage: str
     rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of a unit: for each row the predicted class (clean), or whether it kept its label."""
+class WorkResult:
+    """Per row the predicted class (stage `clean`), or 1 where the label survived and 0 elsewhere."""
 
     work_item: WorkItem
     values: tuple[int, ...]

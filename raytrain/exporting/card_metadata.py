@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from raytrain.evaluation.names import attack_title
-from raytrain.exporting.numbers import RecordedEvaluation
+from raytrain.evaluation.record import EvaluationRecord
 from raytrain.exporting.robustbench import eps_text
 from raytrain.exporting.subject import Subject
 
@@ -45,7 +45,7 @@ def front_matter(subject: Subject, formats: Iterable[str], licence: str) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _result(subject: Subject, found: RecordedEvaluation) -> dict[str, Any]:
+def _result(subject: Subject, found: EvaluationRecord) -> dict[str, Any]:
     threat = subject.run.threat
     norm = threat.norm if found.contract is None else found.contract.norm
     eps = threat.eps if found.contract is None else found.contract.eps

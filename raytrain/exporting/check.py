@@ -1,4 +1,4 @@
-"""Does an export give the network's own logits back? Asked on real test images."""
+"""Check that an export gives the network's logits on test images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Checked:
 def same_logits(
     file: Path, ours: Predict, theirs: Predict, images: Tensor, tolerance: float = 0.0
 ) -> Checked:
-    """Compare what `theirs`, read back from `file`, says with `ours`.
+    """Compare the logits of `theirs`, read back from `file`, with those of `ours`.
 
     Raises:
         TrainingFailed: if a logit is off by more than `tolerance`, or no number.

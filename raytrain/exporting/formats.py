@@ -41,7 +41,7 @@ def chosen(wanted: Sequence[str] | None) -> tuple[str, ...]:
 def possible(
     subject: Subject, wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The formats to write, and why others are not; what was asked for by name must be possible.
+    """The formats to write, and the reasons for the others; formats given by name must be possible.
 
     Raises:
         RequestError: if it is not.

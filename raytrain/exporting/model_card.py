@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 from raytrain.core.cost import Meter
 from raytrain.evaluation.names import attack_title
+from raytrain.evaluation.record import EvaluationRecord
 from raytrain.exporting import robustbench
 from raytrain.exporting.card_metadata import front_matter
 from raytrain.exporting.check import Checked
-from raytrain.exporting.numbers import RecordedEvaluation
 from raytrain.exporting.robustbench import eps_text
 from raytrain.exporting.subject import Subject
 
@@ -90,7 +90,7 @@ def _numbers(subject: Subject) -> str:
     return "## Numbers\n\n" + "\n".join(found)
 
 
-def _evaluation(subject: Subject, found: RecordedEvaluation) -> str:
+def _evaluation(subject: Subject, found: EvaluationRecord) -> str:
     rows = [
         f"| {attack_title(name)} | {got.value:.2%} | {got.low:.2%} to {got.high:.2%} "
         f"| {got.count} of {got.images} |"
@@ -105,17 +105,17 @@ def _evaluation(subject: Subject, found: RecordedEvaluation) -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def _warning(found: RecordedEvaluation) -> str | None:
+def _warning(found: EvaluationRecord) -> str | None:
     if not found.failed:
         return None
-    told = "\n".join(f"> - `{one.check}`: {one.sentence}" for one in found.failed)
+    listed = "\n".join(f"> - `{one.check}`: {one.sentence}" for one in found.failed)
     return (
         "> **WARNING: CHECKS FAILED. Do not believe the numbers under attack below;** what looks "
-        f"like robustness may be an attack that did not work.\n>\n{told}\n"
+        f"like robustness may be an attack that did not work.\n>\n{listed}\n"
     )
 
 
-def _measured_under(found: RecordedEvaluation) -> str | None:
+def _measured_under(found: EvaluationRecord) -> str | None:
     if found.same_contract or found.contract is None:
         return None
     contract = found.contract
@@ -123,7 +123,7 @@ def _measured_under(found: RecordedEvaluation) -> str | None:
     return f"Under **another** threat model, {contract.norm} eps {radius}:\n"
 
 
-def _footing(subject: Subject, found: RecordedEvaluation) -> str:
+def _footing(subject: Subject, found: EvaluationRecord) -> str:
     words = ["Wilson intervals: the chance of these test images, not of another training."]
     if found.images < subject.num_test:
         words.append(f"Only {found.images} of {subject.num_test} test images were used.")
@@ -168,8 +168,8 @@ print(session.run(["logits"], {{"images": images}})[0].argmax(1))"""
     theirs = f"`{robustbench.FOLDER}/README.md` tells how RobustBench loads it.\n"
     own = ":" in subject.run.model.name and not subject.run.model.name.startswith("torchvision:")
     needs = f"`{subject.run.model.name}` must be importable for `load_exported`.\n" if own else ""
-    told = [codes, theirs if "robustbench" in checked else "", needs]
-    return "## Loading\n\n" + "\n\n".join(text for text in told if text).rstrip() + "\n"
+    parts = [codes, theirs if "robustbench" in checked else "", needs]
+    return "## Loading\n\n" + "\n\n".join(text for text in parts if text).rstrip() + "\n"
 
 
 def _files(checked: Mapping[str, Checked]) -> str:

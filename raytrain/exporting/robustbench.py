@@ -1,6 +1,6 @@
-"""Weights and claim as RobustBench keeps them (Croce et al. 2021, arXiv 2010.09670).
+"""Weights and claim in RobustBench's layout (Croce et al. 2021, arXiv 2010.09670).
 
-Its zoo looks for `models/DATA/THREAT/NAME.pt`, a state dict without prefix; a network with a
+Its zoo reads `models/DATA/THREAT/NAME.pt`, a state dict without prefix; a network with a
 normaliser has the buffers `mu` and `sigma` of shape (1, 3, 1, 1) and a class that applies them. Its
 leaderboard is made of `model_info/DATA/THREAT/NAME.json`, a claim each.
 """
@@ -19,6 +19,7 @@ import torch
 from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES
 from raytrain.evaluation.names import attack_title
+from raytrain.evaluation.record import EvaluationRecord
 from raytrain.exporting.check import Checked, same_logits
 from raytrain.exporting.numbers import Record
 from raytrain.exporting.subject import Subject
@@ -123,16 +124,14 @@ def leave_robustbench(subject: Subject, folder: Path) -> Checked:
 
 
 def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
-    """The fields of a claim; what nobody knows yet is empty. Accuracies are percentages.
+    """The fields of a claim; unknown ones are empty. Accuracies are percentages.
 
     `reported` is the least accuracy that `raytrain evaluate` found under any attack, `autoattack_acc`
     that under AutoAttack. `unreliable` if a check of any evaluation has failed, also of one under
     another threat model or on fewer images.
     """
     found = subject.record.main
-    clean = None if found is None else found.accuracies.get("clean")
-    hardest = None if found is None else found.hardest()
-    auto = None if found is None else found.accuracies.get("aa")
+    strongest = None if found is None else found.strongest
     claim = {
         "link": "",
         "name": "",
@@ -143,9 +142,9 @@ def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
         "venue": "",
         "architecture": same.architecture,
         "eps": eps_text(subject.run.threat.norm, subject.run.threat.eps),
-        "clean_acc": "" if clean is None else _percent(clean.value),
-        "reported": "" if hardest is None else _percent(hardest[1].value),
-        "autoattack_acc": "" if auto is None else _percent(auto.value),
+        "clean_acc": _percent(found, "clean"),
+        "reported": _percent(found, strongest),
+        "autoattack_acc": _percent(found, "aa"),
         "footnote": _footnote(subject.record, subject.num_test),
     }
     if subject.record.failed:
@@ -164,17 +163,19 @@ def eps_text(norm: str, eps: float) -> str:
     return f"{eps:.6g}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+def _percent(record: EvaluationRecord | None, attack: str | None) -> str:
+    """An accuracy; empty where it was not measured."""
+    share = None if record is None or attack is None else record.accuracies.get(attack)
+    return "" if share is None else f"{100 * share.value:.2f}"
 
 
 def _footnote(record: Record, num_test: int) -> str:
     words, found = [], record.main
     if found is not None and found.images < num_test:
         words.append(f"Measured on {found.images} of {num_test} test images.")
-    hardest = None if found is None else found.hardest()
-    if hardest is not None and hardest[0] != "aa":
-        words.append(f"The reported accuracy is under {attack_title(hardest[0])}, not AutoAttack.")
+    strongest = None if found is None else found.strongest
+    if strongest is not None and strongest != "aa":
+        words.append(f"The reported accuracy is under {attack_title(strongest)}, not AutoAttack.")
     if record.failed:
         words.append(f"Failed checks: {', '.join(record.failed)}.")
     return " ".join(words)

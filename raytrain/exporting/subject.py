@@ -24,7 +24,7 @@ from raytrain.training.trainer import network
 
 
 class Facts(Spec):
-    """What a file of weights says of itself: enough to build its network without the data."""
+    """Metadata of a file of weights: enough to build its network without the data."""
 
     name: str
     model: dict[str, Any]  # a ModelSpec

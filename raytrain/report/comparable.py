@@ -73,7 +73,7 @@ def _rows(setting: ConfigurationGroup, cost: float | None) -> list[tuple[Key, Ro
     here: dict[Key, dict[str, list[EvaluatedRun]]] = {}
     for run in setting.runs:
         for one in run.evaluations:
-            contract = run.contract if one.same_contract else one.contract
+            contract = run.contract if one.same_contract else one.contract_hash
             key = (_data(run), contract, f"{one.images} {one.test_set}", "")
             here.setdefault(key, {}).setdefault(one.checkpoint, []).append(one)
     first = setting.first
@@ -99,7 +99,7 @@ def _data(run: Trained) -> str:
 
 
 def _join_unevaluated(found: dict[tuple[str, ...], list[Row]]) -> None:
-    """What was not evaluated stands below what was, where there is one such arena."""
+    """Append configurations without test results to the arena with results, where there is just one."""
     for key in [key for key in found if not key[2]]:
         near = [other for other in found if other[:2] == key[:2] and other[2]]
         if len(near) == 1:
@@ -119,8 +119,10 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
     data, contract, test, _ = key
     first = rows[0].setting.first
     threat = next((row.setting.first.contract_text for row in rows if row.home), contract)
-    told = [one.contract_text for row in rows for one in row.best if one.contract_text]
-    threat = told[0] if told else threat
+    texts = [
+        one.contract.text for row in rows for one in row.best if one.contract and one.contract.text
+    ]
+    threat = texts[0] if texts else threat
     count = int(test.split()[0]) if test else 0
     attack = shared_attack(rows)
     where = f"{count:,} test images" if count else "validation only"
@@ -136,7 +138,7 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
 
 
 def _told_apart(made: list[tuple[tuple[str, ...], ComparableRuns]]) -> list[ComparableRuns]:
-    """No two with one title: where words do not tell them apart, hashes do."""
+    """Make titles unique, with hashes where need be."""
     titles = [comparable.title for _, comparable in made]
     done = []
     for number, (key, comparable) in enumerate(made):

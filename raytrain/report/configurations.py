@@ -44,12 +44,12 @@ def settings_of(runs: Iterable[Trained]) -> list[ConfigurationGroup]:
 
 
 def _key(run: Trained) -> tuple[Any, ...]:
-    told = tuple(sorted((k, v) for k, v in run.params.items() if k not in _APART))
-    return (told, run.contract) if told else (run.id,)
+    params = tuple(sorted((k, v) for k, v in run.params.items() if k not in _APART))
+    return (params, run.contract) if params else (run.id,)
 
 
 def _setting(label: str, group: list[Trained]) -> ConfigurationGroup:
-    """Of several runs of one seed the one that tells most, then the latest."""
+    """Of several runs of one seed the one with the most evaluations, then the latest."""
     by_seed: dict[str, list[Trained]] = {}
     for run in group:
         by_seed.setdefault(run.seed, []).append(run)
@@ -82,9 +82,9 @@ def _label(run: Trained, shared: list[str], own: list[str]) -> str:
     names += [n for n in own if n.startswith("outer.") and n != "outer.name"]
     outer = run.params.get("outer.name", "sgd")
     head = _algorithm(run) + ("" if outer == "sgd" else f" + {outer}")
-    told = {name: _value(run.params[name]) for name in names if name in run.params}
-    plain = {name: value for name, value in told.items() if not name.startswith(_SPELLED)}
-    spelled = [f"{name}={value}" for name, value in told.items() if name.startswith(_SPELLED)]
+    params = {name: _value(run.params[name]) for name in names if name in run.params}
+    plain = {name: value for name, value in params.items() if not name.startswith(_SPELLED)}
+    spelled = [f"{name}={value}" for name, value in params.items() if name.startswith(_SPELLED)]
     return " ".join(filter(None, [head, describe(plain), *spelled]))
 
 

@@ -36,10 +36,12 @@ def cost_figure(comparable: ComparableRuns) -> Figure | None:
     """
     attacks = [comparable.attack]
     if comparable.attack != VALID and any(
-        row.judged(comparable.attack) is None for row in comparable.rows
+        row.ranking_cell(comparable.attack) is None for row in comparable.rows
     ):
         attacks.append(VALID)
-    attacks = [a for a in attacks if any(row.cost and row.judged(a) for row in comparable.rows)]
+    attacks = [
+        a for a in attacks if any(row.cost and row.ranking_cell(a) for row in comparable.rows)
+    ]
     if not attacks:
         return None
     looks = looks_of(comparable)
@@ -58,7 +60,7 @@ def _cost_panel(
     known = [
         (row, row.cost, cell)
         for row in comparable.rows
-        if row.cost is not None and (cell := row.judged(attack)) is not None
+        if row.cost is not None and (cell := row.ranking_cell(attack)) is not None
     ]
     for row, cost, cell in known:
         look = looks[row.letter]
@@ -100,7 +102,11 @@ def _whiskers(axes: Axes, cost: float, cell: Cell, look: Look, count: int) -> No
 def _front(axes: Axes, comparable: ComparableRuns) -> None:
     front = sorted((row for row in comparable.rows if row.front), key=lambda row: row.cost or 0.0)
     x = [row.cost or 0.0 for row in front]
-    y = [100 * cell.value for row in front if (cell := row.judged(comparable.attack)) is not None]
+    y = [
+        100 * cell.value
+        for row in front
+        if (cell := row.ranking_cell(comparable.attack)) is not None
+    ]
     if not front:
         return
     right = max(row.cost or 0.0 for row in comparable.rows)
@@ -135,8 +141,8 @@ def _named(figure: Figure, axes: Axes, comparable: ComparableRuns, looks: dict[s
 
 def gap_figure(comparable: ComparableRuns) -> Figure | None:
     """Robust accuracy at the best and at the last epoch: what was lost by going on."""
-    told = [(row, *row.gap(comparable.attack)) for row in best_first(comparable)]
-    known = [one for one in told if one[2] is not None and one[3] is not None][:_BARS]
+    gaps = [(row, *row.gap(comparable.attack)) for row in best_first(comparable)]
+    known = [one for one in gaps if one[2] is not None and one[3] is not None][:_BARS]
     if not known:
         return None
     figure, axes = paper(7.6, 0.95 + 0.3 * len(known))

@@ -39,13 +39,13 @@ INSIDE = {
 def curves_figure(comparable: ComparableRuns, metrics: dict[str, str]) -> Figure | None:
     """A panel for each metric that was measured: means over seeds, with the range of the seeds."""
     rows = [row for row in best_first(comparable) if row.home]
-    told = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
-    if not told:
+    shown = {m: name for m, name in metrics.items() if any(_has(row, m) for row in rows)}
+    if not shown:
         return None
     looks = looks_of(comparable)
     figure = sheet(7.6, 3.1 + head_room(1 + sum(look.named for look in looks.values())))
-    panels: list[Any] = list(figure.subplots(1, len(told), squeeze=False).flat)
-    for axes, (metric, name) in zip(panels, told.items(), strict=True):
+    panels: list[Any] = list(figure.subplots(1, len(shown), squeeze=False).flat)
+    for axes, (metric, name) in zip(panels, shown.items(), strict=True):
         style(axes)
         ends = [
             end

@@ -79,8 +79,8 @@ def _hardest(rows: list[Row], attack: str, labels: list[int]) -> list[int]:
     """All classes, or those that fare worst where there are too many."""
     if len(labels) <= _CLASSES:
         return labels
-    told = [by_class(row, attack) for row in rows]
-    mean = {k: float(np.mean([one[k] for one in told if k in one])) for k in labels}
+    shares = [by_class(row, attack) for row in rows]
+    mean = {k: float(np.mean([one[k] for one in shares if k in one])) for k in labels}
     return sorted(sorted(labels, key=lambda k: mean[k])[:_CLASSES])
 
 

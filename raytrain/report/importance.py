@@ -41,11 +41,11 @@ def importance_of(comparable: ComparableRuns) -> list[Importance]:
     keys = [
         key for key in varied(row.setting for row in rows) if not key.startswith(_NOT_TRAINING)
     ]
-    told = [as_values(row.setting.first.params) for row in rows]
-    spaces = {key: _space([values[key] for values in told if key in values]) for key in keys}
+    settings = [as_values(row.setting.first.params) for row in rows]
+    spaces = {key: _space([values[key] for values in settings if key in values]) for key in keys}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
-    for row, values in zip(rows, told, strict=True):
+    for row, values in zip(rows, settings, strict=True):
         cell = row.valid(last=True)
         if cell is None:
             continue

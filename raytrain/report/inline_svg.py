@@ -13,7 +13,7 @@ _USE = re.compile(r'(url\(#|href="#)([^)"]+)')
 
 
 def inline(file: Path, name: str, text: str) -> str:
-    """A figure's SVG file as an `<svg>` element with `text` for who cannot see it.
+    """A figure's SVG file as an `<svg>` element with `text` as its label.
 
     Black becomes the page's ink and white its paper, so that it reads in the dark too.
     """

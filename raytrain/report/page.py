@@ -31,8 +31,8 @@ _DRAWN = 6  # arenas with figures
 
 
 @dataclass(frozen=True)
-class Told:
-    """All that a report tells."""
+class ReportContent:
+    """The content of a report."""
 
     title: str
     uri: str  # of the store
@@ -42,42 +42,43 @@ class Told:
     notes: list[str]  # what concerns all arenas
 
 
-def write_report(told: Told, folder: Path) -> None:
+def write_report(content: ReportContent, folder: Path) -> None:
     """Report, figures and data into an empty folder."""
     parts = []
-    for number, comparable in enumerate(told.comparables, start=1):
-        prefix = f"{number}-" if len(told.comparables) > 1 else ""
-        pairs, figures = told.pairs[comparable.title], []
+    for number, comparable in enumerate(content.comparables, start=1):
+        prefix = f"{number}-" if len(content.comparables) > 1 else ""
+        pairs, figures = content.pairs[comparable.title], []
         if number <= _DRAWN:
             figures = draw_comparable(comparable, pairs, folder / "figures", prefix)
         parts.append(section_of(comparable, pairs, figures))
-    files = write_tables(folder / "data", told.settings, told.comparables, told.pairs)
+    files = write_tables(folder / "data", content.settings, content.comparables, content.pairs)
     names = [file.name for file in files if file.parent.name == "data"]
-    (folder / REPORT).write_text(_page(told, parts, names), encoding="utf-8")
+    (folder / REPORT).write_text(_page(content, parts, names), encoding="utf-8")
 
 
-def _page(told: Told, parts: Sequence[Section], files: Sequence[str]) -> str:
+def _page(content: ReportContent, parts: Sequence[Section], files: Sequence[str]) -> str:
     """The HTML; nothing in it is taken as such but the figures."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    runs = sum(len(one.every) for one in told.settings)
+    runs = sum(len(one.every) for one in content.settings)
     return environment.get_template("page.html").render(
-        title=told.title,
+        title=content.title,
         generator=GENERATOR,
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
-        count=f"{_some(runs, 'run')} of {_some(len(told.settings), 'configuration')}",
+        count=f"{_some(runs, 'run')} of {_some(len(content.settings), 'configuration')}",
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("raytrain"),
-        uri=without_password(told.uri),
+        uri=without_password(content.uri),
         short=[
-            in_short(comparable, told.pairs[comparable.title]) for comparable in told.comparables
+            in_short(comparable, content.pairs[comparable.title])
+            for comparable in content.comparables
         ],
-        notes=told.notes,
+        notes=content.notes,
         parts=parts,
-        runs=_runs(told.settings, told.comparables),
+        runs=_runs(content.settings, content.comparables),
         files=", ".join(files),
     )
 
@@ -98,8 +99,8 @@ def _runs(
     letters = {
         id(row.setting): row.letter for comparable in comparables for row in comparable.rows
     }
-    told = [_run(run, letters.get(id(one), ""), one) for one in settings for run in one.every]
-    return sorted(told, key=lambda run: (len(run["letter"]), run["letter"]))
+    rows = [_run(run, letters.get(id(one), ""), one) for one in settings for run in one.every]
+    return sorted(rows, key=lambda run: (len(run["letter"]), run["letter"]))
 
 
 def _run(run: Trained, letter: str, setting: ConfigurationGroup) -> dict[str, Any]:

@@ -30,11 +30,11 @@ class Pair:
     seeds: int  # pairs
     ahead: int  # pairs in which the leader is the better one
     p: float
-    is_ahead: bool  # the direction that p speaks for
+    is_ahead: bool  # the direction that p is of
     holm: float = 1.0  # p, adjusted for all that the leader is compared with
 
     @property
-    def verdict(self) -> str:
+    def relation(self) -> str:
         """In words: whether the leader is ahead, or behind, beyond chance."""
         if self.holm >= LEVEL:
             return "not told apart"
@@ -58,16 +58,16 @@ def pairs_of(comparable: ComparableRuns) -> list[Pair]:
 
 
 def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
-    told = [
+    per_seed = [
         paired(one, two)
         for first, second in _together(leader, other, attack)
         for one, two in [_flags(first, second, attack)]
     ]
-    if not told:
+    if not per_seed:
         return None
-    single = told[0] if len(told) == 1 else None
+    single = per_seed[0] if len(per_seed) == 1 else None
     ahead, behind = (
-        _combined([mcnemar(*counts(one), alternative="greater") for one in told])
+        _combined([mcnemar(*counts(one), alternative="greater") for one in per_seed])
         for counts in (
             lambda one: (one.only_first, one.only_second),
             lambda one: (one.only_second, one.only_first),
@@ -77,13 +77,13 @@ def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
         leader=leader,
         other=other,
         attack=attack,
-        difference=statistics.fmean(one.difference for one in told),
+        difference=statistics.fmean(one.difference for one in per_seed),
         low=None if single is None else single.low,
         high=None if single is None else single.high,
-        only_leader=sum(one.only_first for one in told),
-        only_other=sum(one.only_second for one in told),
-        seeds=len(told),
-        ahead=sum(one.difference > 0 for one in told),
+        only_leader=sum(one.only_first for one in per_seed),
+        only_other=sum(one.only_second for one in per_seed),
+        seeds=len(per_seed),
+        ahead=sum(one.difference > 0 for one in per_seed),
         p=min(1.0, 2 * min(ahead, behind)),
         is_ahead=ahead <= behind,
     )

@@ -11,7 +11,7 @@ from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Trained, split_of
 
 VALID = "valid"
-"""What configurations are judged by where none was evaluated on the test set."""
+"""What configurations are ranking_cell by where none was evaluated on the test set."""
 
 _ALIKE = 1.1  # costs within this factor of one another count as equal
 
@@ -43,20 +43,20 @@ class Row:
     @property
     def failed(self) -> tuple[str, ...]:
         """What failed, each once, under this threat model, on whatever number of test images."""
-        threats = {(one.contract, one.same_contract) for one in (*self.best, *self.last)}
-        told: list[str] = []
+        threats = {(one.contract_hash, one.same_contract) for one in (*self.best, *self.last)}
+        sentences: list[str] = []
         for run in self.setting.runs:
-            own = [e for e in run.evaluations if (e.contract, e.same_contract) in threats]
-            told += [sentence for one in own for sentence in one.failed]
-            # The tag speaks where files are missing, and where nothing was checked.
-            if not own or not all(one.checked for one in own):
-                told += filter(None, [run.failed_checks])
-        return tuple(dict.fromkeys(told))
+            own = [e for e in run.evaluations if (e.contract_hash, e.same_contract) in threats]
+            sentences += [f"{f.check}: {f.sentence}" for one in own for f in one.failed]
+            # The tag counts where files are missing or without findings.
+            if not own or not all(one.findings for one in own):
+                sentences += filter(None, [run.failed_checks])
+        return tuple(dict.fromkeys(sentences))
 
     @property
     def unchecked(self) -> bool:
         """Evaluated without checks, by one seed at least."""
-        return any(not one.checked for one in self.best)
+        return any(not one.findings for one in self.best)
 
     @property
     def marks(self) -> str:
@@ -66,15 +66,15 @@ class Row:
     def score(self, attack: str, last: bool = False) -> Cell | None:
         """Accuracy under an attack (or `clean`), of the best or the last checkpoints."""
         found = self.last if last else self.best
-        return of_shares([one.shares[attack] for one in found if attack in one.shares])
+        return of_shares([one.accuracies[attack] for one in found if attack in one.accuracies])
 
     def valid(self, metric: str = "valid/robust", last: bool = False) -> Cell | None:
         """The same on the validation split, at the best or the last epoch."""
         runs = self.setting.runs if self.home else ()
         return of_values([r.metrics.get(metric) if last else r.at_best(metric) for r in runs])
 
-    def judged(self, attack: str) -> Cell | None:
-        """What it is ranked by."""
+    def ranking_cell(self, attack: str) -> Cell | None:
+        """The value it is ranked by."""
         return self.valid() if attack == VALID else self.score(attack)
 
     def gap(self, attack: str) -> tuple[str, Cell | None, Cell | None]:
@@ -94,12 +94,12 @@ def shared_attack(rows: list[Row]) -> str:
 
 
 def value_of(row: Row, attack: str) -> float | None:
-    cell = row.judged(attack)
+    cell = row.ranking_cell(attack)
     return None if cell is None else cell.value
 
 
 def ranked(rows: list[Row], attack: str) -> list[Row]:
-    """By cost in bands, within a band by what is judged; what fails a check has no rank."""
+    """By cost in bands, within a band by accuracy under `attack`; a failed check means no rank."""
     free = sorted((row for row in rows if row.cost is None), key=lambda row: row.label)
     dear = sorted((row for row in rows if row.cost is not None), key=lambda row: row.cost or 0.0)
     bands: list[list[Row]] = []

@@ -46,11 +46,11 @@ class Trained:
     metrics: Mapping[str, float]  # the last value of each
     curves: Mapping[str, Curve] = field(default_factory=dict)
     evaluations: tuple[EvaluatedRun, ...] = ()
-    split_size: int | None = None  # training images, where the run tells its data sets
+    split_size: int | None = None  # training images, where the run has its data sets
 
     @property
     def seed(self) -> str:
-        """Of the training; a run that does not say counts as seed 0."""
+        """Of the training; 0 where it is not recorded."""
         return self.params.get("seed", "0")
 
     @property
@@ -143,10 +143,10 @@ def read(client: Any, run: Any, evaluations: tuple[EvaluatedRun, ...]) -> Traine
 
 
 def _split_size(run: Any) -> int | None:
-    for told in run.inputs.dataset_inputs:
-        contexts = [tag.value for tag in told.tags if tag.key == "mlflow.data.context"]
-        if contexts == ["training"] and told.dataset.profile:
-            return json.loads(told.dataset.profile).get("num_rows")
+    for data_set in run.inputs.dataset_inputs:
+        contexts = [tag.value for tag in data_set.tags if tag.key == "mlflow.data.context"]
+        if contexts == ["training"] and data_set.dataset.profile:
+            return json.loads(data_set.dataset.profile).get("num_rows")
     return None
 
 

@@ -74,7 +74,7 @@ def section_of(comparable: ComparableRuns, pairs: list[Pair], figures: list[Draw
 
 
 def columns_of(comparable: ComparableRuns) -> list[str]:
-    """Clean, what is ranked by, and the other strong attacks that somebody has."""
+    """Clean, what is ranked by, and the other strong attacks of any row."""
     if not comparable.attacks:
         return []
     first = [] if comparable.attack == VALID else [comparable.attack]
@@ -133,7 +133,7 @@ def epochs_of(row: Row) -> str:
 
 def seeds_of(row: Row, attack: str) -> str:
     """How many seeds there are, and how many have what is ranked by if not all."""
-    seeds, cell = len(row.setting.runs), row.judged(attack)
+    seeds, cell = len(row.setting.runs), row.ranking_cell(attack)
     return str(seeds) if cell is None or cell.seeds == seeds else f"{cell.seeds} of {seeds}"
 
 
@@ -166,7 +166,7 @@ def _split(comparable: ComparableRuns) -> tuple[list[Row], list[Row]]:
 
 
 def _drop_empty(heads: list[str], rows: list[dict[str, Any]]) -> None:
-    """Leave out the columns in which nobody has a number."""
+    """Drop empty columns."""
     for place in reversed(range(len(heads))):
         if all(row["cells"][place]["value"] == "-" for row in rows):
             del heads[place]
@@ -230,7 +230,7 @@ def _pair(pair: Pair) -> dict[str, Any]:
             p_text(pair.p).removeprefix("p ").removeprefix("= "),
             p_text(pair.holm).removeprefix("p ").removeprefix("= "),
         ],
-        "verdict": pair.verdict,
+        "verdict": pair.relation,
         "cost": f"{other / one:.2f}" if one and other else "-",
     }
 
@@ -238,7 +238,7 @@ def _pair(pair: Pair) -> dict[str, Any]:
 def in_short(comparable: ComparableRuns, pairs: list[Pair]) -> str:
     """One or two sentences about an arena."""
     leader = comparable.leader
-    cell = None if leader is None else leader.judged(comparable.attack)
+    cell = None if leader is None else leader.ranking_cell(comparable.attack)
     if leader is None or cell is None:
         return f"{comparable.title}: nothing here can be ranked."
     cost = "" if leader.cost is None else f" at {leader.cost:,.0f} FE per image"
@@ -251,7 +251,7 @@ def in_short(comparable: ComparableRuns, pairs: list[Pair]) -> str:
     named = f"{leader.letter} ({leader.label}){marks}"
     said = f"{comparable.title}: {named} leads with {cell.text} % {what}{cost}."
     behind, alike = (
-        [pair.other.letter for pair in pairs if pair.verdict == word]
+        [pair.other.letter for pair in pairs if pair.relation == word]
         for word in ("behind", "not told apart")
     )
     if pairs and not alike and not behind:

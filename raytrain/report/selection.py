@@ -69,8 +69,8 @@ def _meant(client: Any, word: str) -> list[Any]:
         run = _existing(client, name)
         if run is not None:
             return _unfolded(client, run)
-    told = {kind: _by_name(client, kind, name) for kind in kinds}
-    meanings = {kind: found for kind, found in told.items() if found is not None}
+    by_kind = {kind: _by_name(client, kind, name) for kind in kinds}
+    meanings = {kind: found for kind, found in by_kind.items() if found is not None}
     if not meanings:
         raise RequestError(_unknown(client, word, name, kinds))
     if len(meanings) > 1:

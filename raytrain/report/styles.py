@@ -33,7 +33,7 @@ class Look:
 
 
 def best_first(comparable: ComparableRuns) -> list[Row]:
-    """The rows by what they are judged by, whatever they cost."""
+    """The rows by accuracy, whatever their cost."""
     return sorted(comparable.rows, key=lambda row: order(row, comparable.attack))
 
 

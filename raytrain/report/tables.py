@@ -148,8 +148,16 @@ def _scores(comparable: ComparableRuns, row: Row) -> Iterable[tuple[Any, ...]]:
     ranks = (row.cost, row.rank, row.band, row.front)
     for (attack, checkpoint), cell in cells.items():
         if cell is not None:
-            told = (cell.value, cell.std, cell.low, cell.high, cell.seeds, row.trusted, row.home)
-            yield comparable.title, row.letter, row.label, attack, checkpoint, *told, *ranks
+            numbers = (
+                cell.value,
+                cell.std,
+                cell.low,
+                cell.high,
+                cell.seeds,
+                row.trusted,
+                row.home,
+            )
+            yield comparable.title, row.letter, row.label, attack, checkpoint, *numbers, *ranks
 
 
 def _flags(run: Trained) -> Iterable[tuple[str, pa.Table]]:

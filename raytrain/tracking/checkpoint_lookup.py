@@ -14,7 +14,7 @@ Which = Literal["best", "last"]
 
 
 def checkpoint_file(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
-    """The file; where `which` is None, best.pt, or else last.pt. MLflow is asked for what is not here.
+    """The file, found here or in MLflow; where `which` is None, best.pt, or else last.pt.
 
     Raises:
         RequestError: if there is none.

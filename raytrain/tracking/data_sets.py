@@ -1,4 +1,4 @@
-"""Which images a run saw: digest, shape and origin of its splits, as MLflow tells data sets apart."""
+"""Data sets of a run for MLflow: digest, shape and origin of its splits."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ _BATCHED = ("row", "tag")
 class Delivery:
     """Takes the records of an outbox to a store.
 
-    `complain` is told what is given up; `elsewhere(run_id)` says whether the status of a run is
-    another's to set.
+    `complain` receives a line on dropped records; `elsewhere(run_id)` is whether the status of a run
+    is set by another process.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Delivery:
         """Deliver the next chunk; False if there is none.
 
         Raises:
-            Exception: whatever says that the store is away; call again later, nothing is lost.
+            Exception: if the store is out of reach; call again later, nothing is lost.
         """
         if not self._todo:
             records, self._until, self._lines = self.outbox.read()
@@ -146,7 +146,7 @@ class Delivery:
         if handle in self.outbox.ids:
             return
         key = f"{self.outbox.key}/{handle}"
-        # An earlier try may have made the run although nobody heard the answer.
+        # An earlier try may have made the run although its answer was lost.
         unsure = self._passes > 1 or self.outbox.at < self._doubtful
         run_id = self._store.find(key) if unsure else None
         if run_id is None:
@@ -165,7 +165,7 @@ class Delivery:
             self._complain(f"{path}: gone before it could be stored; left out")
 
     def _give_up(self, handle: str, records: list[Record], error: Exception) -> None:
-        """Leave out as little as possible of what the store refuses, and say so once for a run."""
+        """Drop as little as possible of the records that the store refuses, with one line per run."""
         run_id, what = self.outbox.ids.get(handle), records[0]["do"]
         if run_id is None and what == "open":
             self.outbox.named(handle, "")

@@ -1,4 +1,4 @@
-"""What an experiment is told once, when it is made: how to read it, and a page that is set up."""
+"""Tags of a new experiment: a description, and a page of the UI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run, read from MLflow where it is known there; nothing is made or changed."""
+"""Read one run from MLflow; read-only."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Seen:
 
 
 def look_up(uri: str | None, run_id: str, folder: str, file: str) -> Seen | None:
-    """A run with its artifacts `folder/*/file`; None if the store does not know it or is away."""
+    """A run with its artifacts `folder/*/file`; None if the store has no such run or is out of reach."""
     try:
         uri = tracking_uri(uri)
         database = sqlite_file(uri)
         if database is not None and not database.is_file():
-            return None  # to ask would make it
+            return None  # a query would create it
         return _seen(uri, run_id, folder, file)
     except RequestError as error:
         log_line(f"raytrain: {error}; going on without it")

@@ -21,7 +21,7 @@ def tags_of(text: str, run_id: str) -> dict[str, str]:
 
 
 def rewrite(client: Any, run_id: str, text: str) -> None:
-    """Replace the description of a run, unless somebody else has written it."""
+    """Replace the description of a run, unless it was edited by hand."""
     from mlflow.entities import RunTag
 
     if is_ours(client.get_run(run_id).data.tags):
@@ -30,7 +30,7 @@ def rewrite(client: Any, run_id: str, text: str) -> None:
 
 
 def is_ours(tags: Mapping[str, str]) -> bool:
-    """Whether nobody has changed the description since it was written here, or there is none."""
+    """Whether the description is unchanged since it was written here, or there is none."""
     return not tags.get(NOTE) or _digest(tags[NOTE]) == tags.get(DIGEST)
 
 

@@ -1,9 +1,9 @@
-"""Records on their way to MLflow, as JSON lines in a file: a killed process loses none of them.
+"""Durable queue of records for MLflow, as JSON lines in a file: a killed process loses none of them.
 
-Beside the outbox lies its state: how far it was delivered, and which run of MLflow each handle became.
+Its state is a file beside it: how far it was delivered, and the MLflow run of each handle.
 Offsets count from the first record that was ever written; once everything is delivered the file
-starts anew, and its header says at which offset. A lock on the file, held as long as the process
-lives, tells an orphan from an outbox in use.
+starts anew, and its header says at which offset. A lock on the file, held for the lifetime of
+the process, distinguishes an outbox in use from an orphan.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.core.console import log_line
+from raytrain.core.files import write_atomically
 from raytrain.tracking.outbox_state import Record, RunIndex
 
 CHUNK = 1 << 18  # bytes read at once
@@ -62,7 +63,7 @@ class Outbox:
     # ---------------------------------------------------------------- what callers do
 
     def append(self, record: Record) -> None:
-        """Hand a record to the operating system. Never waits for MLflow, nor for the disk."""
+        """Pass a record to the operating system. Never waits for MLflow, nor for the disk."""
         line = json.dumps(record).encode() + b"\n"
         with self.lock:
             self.run_index.apply(record)
@@ -131,7 +132,7 @@ class Outbox:
         state_of(self.file).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the files; whoever comes next may deliver what is left."""
+        """Close the files; another process may then deliver the rest."""
         os.close(self._state)
         os.close(self._fd)
 
@@ -154,7 +155,7 @@ class Outbox:
         return {"spool": self.key, "uri": self.uri, "experiment": self.experiment}
 
     def _read_state(self) -> dict[str, Any]:
-        """What the state file says, its lines merged; nothing if there is none."""
+        """The state file, its lines merged; empty if there is none."""
         _cut(self._state)
         found: dict[str, Any] = {}
         for line in _lines(self._state, 0):
@@ -211,9 +212,9 @@ class Outbox:
             "ids": self.ids,
         }
         file = state_of(self.file)
-        fresh = file.with_suffix(".fresh")
-        fresh.write_text(json.dumps(whole) + "\n")
-        fresh.replace(file)
+        write_atomically(
+            file, json.dumps(whole) + "\n", durable=False
+        )  # under the lock of `append`
         os.close(self._state)
         self._state = os.open(file, os.O_RDWR | os.O_APPEND)
 
@@ -224,10 +225,10 @@ def state_of(file: Path) -> Path:
 
 
 def orphans(folder: Path, uri: str, experiment: str) -> Iterator[Outbox]:
-    """The outboxes in `folder` that nobody writes to and that belong to this store."""
+    """The outboxes in `folder` that no process holds and that belong to this store."""
     for file in sorted(folder.glob("*.jsonl")):
         try:
-            # A file without either is being made just now.
+            # A file without either is being created.
             if not any(_identified(each) for each in (file, state_of(file))):
                 continue
             outbox = Outbox(file, uri, experiment)
@@ -247,7 +248,7 @@ def _identified(file: Path) -> bool:
 
 
 def _locked(file: Path) -> int:
-    """The file, opened for appending, with the lock that says that its owner lives."""
+    """The file, opened for appending, with the lock of its owner."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:

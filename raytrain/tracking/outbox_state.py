@@ -1,4 +1,4 @@
-"""What the records of an outbox say about its runs, without asking MLflow."""
+"""The state of an outbox's runs, from its records alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = dict[str, Any]  # "do", "run" (the handle) and what the deed needs
 
 @dataclass(slots=True)
 class Known:
-    """A run as its records leave it."""
+    """A run after its records."""
 
     step: int = 0  # of its last row
     parent: str | None = None

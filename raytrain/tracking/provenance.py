@@ -23,7 +23,7 @@ Kind = Literal["train", "sweep", "trial", "final"]
 
 
 def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
-    """What runs are searched and grouped by in MLflow.
+    """The tags by which runs are searched and grouped in MLflow.
 
     `kind`: a training of its own, a sweep, one of its trials, or a training of its best on a new seed.
     """
@@ -45,7 +45,7 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
 
 
 def contract_of(run: RunConfig) -> Contract:
-    """The threat-model contract of a run; reads its training images where nobody has yet."""
+    """The threat-model contract of a run; reads its training images if need be."""
     source = open_source(run.data)
     return Contract.of(run.threat, source.mean, source.std)
 
@@ -122,7 +122,7 @@ def _machine() -> dict[str, str]:
 
 
 def _git(*words: str) -> str:
-    """What git says of the working directory; nothing outside a repository."""
+    """The state of the working directory in git; empty outside a repository."""
     try:
         found = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

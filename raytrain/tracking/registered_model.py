@@ -66,7 +66,7 @@ def model_name(run: RunConfig) -> str:
 
 
 def _judge(run: RunConfig) -> str:
-    """Who gave `valid/robust`: runs that share it had the same images, attack and threat model."""
+    """How `valid/robust` was measured: runs that share it had the same images, attack and threat model."""
     _, valid = training_inputs(run.data)
     attack = run.evaluation.model_dump_json(exclude={"batch_size", "every"})
     text = "\n".join((provenance.contract_of(run).hash, valid["digest"], attack))

@@ -1,9 +1,8 @@
 """MLflow's tables, made or completed by one process at a time and in one transaction.
 
-MLflow does it itself where tables are missing, but in a transaction for every step and without a
-lock: processes that begin together disturb each other, and a killed one leaves tables that cannot be
-completed. Here the database's own lock lets one process at a time look and work, and a process
-that is killed leaves nothing.
+MLflow creates missing tables itself, but in a transaction for every step and without a lock:
+processes that start together interfere, and a killed one may leave tables that cannot be completed.
+Here one process at a time works under the database's lock, and a kill rolls everything back.
 """
 
 from __future__ import annotations

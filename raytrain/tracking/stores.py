@@ -1,4 +1,4 @@
-"""MLflow's side: which store, whether it answers, and what it refuses for good."""
+"""Clients of the MLflow stores: availability, and errors that are permanent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEFAULTS = {  # each may be overridden from outside
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_REFUSALS = {  # to ask again would not help; permissions and addresses may be put right
+_REFUSALS = {  # a retry would not help; permissions and addresses may be put right
     "ALREADY_EXISTS",
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
@@ -70,7 +70,7 @@ class Store:
             run_name=record["name"],
             tags={**_SOURCE, **record["tags"], **nesting, KEY: key},
         )
-        # MLflow's client asks again by itself when an answer is late, and may so have made two.
+        # MLflow's client retries by itself when an answer is late, and may so have made two.
         late = time.monotonic() - began > _LATE
         return (self.find(key) if late else None) or run.info.run_id
 
@@ -112,7 +112,7 @@ class Store:
         return [run.info.run_id for run in found]
 
     def missing(self, run_id: str) -> bool:
-        """Whether the store says that it has no such run; one that does not answer says nothing."""
+        """Whether the store reports that it has no such run; false if it does not answer."""
         try:
             return self.client.get_run(run_id).info.lifecycle_stage == "deleted"
         except Exception as error:
@@ -187,7 +187,7 @@ def check_exists(uri: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, short enough for a sentence."""
+    """The first line of an error, shortened."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -226,7 +226,7 @@ def _is_in_the_way(error: Exception) -> bool:
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether a store says that it has no such run or no such artifact."""
+    """Whether an error means that there is no such run or artifact."""
     answer = getattr(error, "response", None)  # of a server of artifacts
     absent = code_of(error) in MISSING or getattr(answer, "status_code", 0) == 404
     return absent or isinstance(error, FileNotFoundError)
@@ -244,7 +244,7 @@ def _connect(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It prints a traceback whenever a database is locked; the writer tries again and says so once.
+    # It prints a traceback whenever a database is locked; the writer retries and logs one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
     with _usable(uri):

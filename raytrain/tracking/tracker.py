@@ -25,7 +25,7 @@ from raytrain.tracking.views import TAG, View, key_of
 from raytrain.tracking.writer import Writer
 
 _PATIENCE = 20.0  # at the end, for a store that takes nothing
-_MANY = 2000  # records whose delivery takes long enough to be told
+_MANY = 2000  # records whose delivery takes long enough for a line
 
 
 class Tracker:
@@ -100,7 +100,7 @@ class Tracker:
         return self._outbox.ids.get(handle) or None
 
     def knows(self, run_id: str) -> bool:
-        """Whether the store has this run; one that does not answer is believed to."""
+        """Whether the store has this run; true for a store that does not answer."""
         return not self._store.missing(run_id)
 
     def reopen(self, handle: str) -> None:
@@ -155,7 +155,7 @@ class Tracker:
         self._put("artifact", handle, path=str(path.resolve()), folder=folder)
 
     def note(self, handle: str, text: str) -> None:
-        """Queue another description, which is left out if somebody has edited the one that is there."""
+        """Queue another description, which is dropped if the present one was edited."""
         self._must_know(handle)
         self._put("note", handle, text=text)
 
@@ -199,7 +199,7 @@ class Tracker:
         )
 
     def _tried(self, otherwise: str, call: Callable[[], Answer]) -> Answer | None:
-        """What `call` returns; None if it fails, which is said in one line: training is over and done."""
+        """What `call` returns; None, with a line on stderr, if it fails: training is complete."""
         try:
             return call()
         except Exception as error:  # MLflow's, the network's, or the exporter's: no graph holds it

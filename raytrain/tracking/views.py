@@ -1,6 +1,6 @@
 """Pages of the MLflow UI that are set up already: columns, search and a chart, behind a link.
 
-MLflow keeps the state of a page that somebody shares as a tag of the experiment; such tags are made
+MLflow keeps the state of a shared page as a tag of the experiment; such tags are made
 here. Its parallel coordinates are drawn over exactly the parameters and metrics of a view.
 """
 

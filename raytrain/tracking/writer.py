@@ -13,7 +13,7 @@ from raytrain.tracking.outbox import Outbox, orphans
 from raytrain.tracking.stores import Store, first_line
 
 _BATCH_SECONDS = 0.5  # records are collected this long before they are delivered
-_FIRST_RETRY, _LAST_RETRY = 0.5, 30.0  # seconds, doubling; while somebody waits, the first
+_FIRST_RETRY, _LAST_RETRY = 0.5, 30.0  # seconds, doubling; the first while a caller waits
 
 
 class Writer:
@@ -31,9 +31,7 @@ class Writer:
         self._changed = threading.Condition()
         self._stopping = self._idle = self._away_was_said = False
         self._hurrying = 0
-        self._asked = self._moved = (
-            0  # how often somebody began to wait; how often a chunk arrived
-        )
+        self._asked = self._moved = 0  # number of waits begun; number of chunks delivered
         self._thread = threading.Thread(target=self._write_for_ever, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -66,7 +64,7 @@ class Writer:
                 return True
 
     def stop(self) -> None:
-        """End the thread; a call that hangs in the network ends it later, and holds up nobody."""
+        """End the thread; does not block on a call that hangs in the network."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -117,7 +115,7 @@ class Writer:
         return 0.0
 
     def _bring_in(self, orphan: Delivery) -> None:
-        """A chunk of what a dead process left; at the end of it, its runs are ended too."""
+        """Deliver a chunk of a dead process's outbox; at its end, end its runs too."""
         if orphan.step():
             return
         outbox = orphan.outbox

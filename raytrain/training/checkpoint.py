@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.files import replaced, write_atomically
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 
@@ -156,20 +157,12 @@ def _write(path: Path, content: dict[str, Any]) -> str | None:
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """torch.save to a temporary file beside `path`, flushed to the disk, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch wraps a failed write of its zip file
-                raise OSError(str(error).splitlines()[0]) from error
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """torch.save that replaces `path` as a whole, see `replaced`."""
+    with replaced(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch wraps a failed write of its zip file
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def load(path: Path) -> Saved:
@@ -310,8 +303,7 @@ def leave_run_file(run: RunConfig, folder: Path) -> None:
         TrainingFailed: if it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_FILE).write_text(to_yaml(run))
+        write_atomically(folder / RUN_FILE, to_yaml(run))
     except OSError as error:
         raise TrainingFailed(
             f"storage: {folder} could not be written ({error.strerror or error})"

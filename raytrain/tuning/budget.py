@@ -1,4 +1,4 @@
-"""Where a sweep stands: kept as trials end, so that it costs the same after ten thousand as after ten."""
+"""Progress and budget of a sweep, updated as trials end, at constant cost per trial."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Running:
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """Where a sweep stands."""
+    """Progress of a sweep."""
 
     finished: int  # trials that count towards the budget
     budget: Budget
@@ -89,9 +89,9 @@ class BudgetState:
         return ahead > 0 or (ahead == 0 and row.number < self.best.number)
 
     def launched(self, live_fe: float = 0.0, begun: float = 0.0) -> None:
-        """Trials of earlier launches have been counted; the clock begins.
+        """Start the clock after the trials of earlier launches were counted.
 
-        `live_fe` and `begun` are what those cost, and how far they had come, that go on now.
+        `live_fe` and `begun` are the cost and progress of those that resume.
         """
         self._began, self._at_start = time.monotonic(), self._used(live_fe, begun)
 

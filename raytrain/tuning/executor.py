@@ -1,4 +1,4 @@
-"""Ray Tune as the executor of what a trial manager asks for."""
+"""Run the jobs of a trial manager by Ray Tune."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from raytrain.tuning.trial_manager import TrialManager
 
 
 def execute(manager: TrialManager, slot: Any, concurrent: int) -> None:
-    """Train what the trial manager asks for in `concurrent` slots, until it asks for no more.
+    """Run the trial manager's jobs, `concurrent` at a time, until there are none.
 
-    Tune is started afresh at every launch; it remembers nothing that the trial manager does not.
+    Tune is started afresh at every launch; all state is the trial manager's.
     """
     notes = manager.folder / "ray"
     try:

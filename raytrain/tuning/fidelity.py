@@ -1,4 +1,4 @@
-"""What trials are measured in, so that cheap and dear methods compete fairly."""
+"""Unit of trial length, so that methods of different cost are compared at equal cost."""
 
 from __future__ import annotations
 

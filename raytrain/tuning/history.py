@@ -1,4 +1,4 @@
-"""What an Optuna study says of its trials, as rows for people."""
+"""The trials of an Optuna study as rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrain.tuning.space.settings import Budget, Limit, Objectives, Search
 
 @runtime_checkable
 class Proposes(Protocol):
-    """What is asked of a search space."""
+    """The part of a search space that is needed here."""
 
     @property
     def objective(self) -> Objectives: ...
@@ -44,7 +44,7 @@ class History:
         return self.study.get_trials(deepcopy=False)
 
     def rows(self) -> list[TrialRow]:
-        """Every trial that began, under the number of its first attempt, as its last one left it."""
+        """Every trial that began, under the number of its first attempt, with the state of its last."""
         last: dict[int, FrozenTrial] = {}
         for trial in self.trials():
             if "origin" in trial.user_attrs:

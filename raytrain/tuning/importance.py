@@ -1,4 +1,4 @@
-"""How much each parameter of a search mattered, as Optuna's evaluators tell it."""
+"""Importance of each parameter of a search, by Optuna's evaluators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def importances(
 ) -> list[Importance]:
     """The shares of all parameters in one objective, largest first; empty if there is too little to tell.
 
-    Only trials that were trained to the end within all constraints count: what others were told is made
+    Only trials that were trained to the end within all constraints count: the values of others are made
     up. A parameter is left out if fewer than four such trials have it, if they have fewer than four
     values of the objective, or if it never varied.
 
@@ -76,7 +76,7 @@ def _keys(trials: list[FrozenTrial]) -> list[str]:
 
 
 def _tells(key: str, trials: list[FrozenTrial]) -> bool:
-    """Whether there is enough to judge a parameter by."""
+    """Whether there are enough trials and values to evaluate a parameter."""
     values = {trial.value for trial in trials}
     return len(values) >= _FEWEST and len({repr(trial.params[key]) for trial in trials}) > 1
 
@@ -94,7 +94,7 @@ def _by_fanova(
     having: dict[str, list[FrozenTrial]],
     direction: optuna.study.StudyDirection,
 ) -> dict[str, float]:
-    """Parameters that the same trials have are judged together."""
+    """Parameters of the same trials are evaluated together."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key, trials in having.items():
         groups.setdefault(tuple(map(id, trials)), []).append(key)
@@ -102,8 +102,8 @@ def _by_fanova(
     for members, keys in groups.items():
         trials = having[keys[0]]
         shared = [key for key in having if all(key in trial.params for trial in trials)]
-        told = _evaluated(FanovaImportanceEvaluator(seed=0), trials, shared, direction)
-        found |= {key: told[key] * len(members) / len(done) for key in keys}
+        shares = _evaluated(FanovaImportanceEvaluator(seed=0), trials, shared, direction)
+        found |= {key: shares[key] * len(members) / len(done) for key in keys}
     return found
 
 
@@ -113,7 +113,7 @@ def _evaluated(
     keys: list[str],
     direction: optuna.study.StudyDirection,
 ) -> dict[str, float]:
-    """What an evaluator says of these parameters in a study of these trials alone."""
+    """An evaluator's importances of these parameters in a study of these trials alone."""
     if not keys:
         return {}
     study = optuna.create_study(direction=direction)

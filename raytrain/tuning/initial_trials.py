@@ -55,7 +55,7 @@ def _learn(
     runs: list[tuple[dict[str, str], dict[str, float]]],
     queued: set[str],
 ) -> None:
-    """Tell the sampler of earlier runs that this sweep could have made; queue the best of the others."""
+    """Add earlier runs that this sweep could have made to the study; queue the best of the others."""
     trials = manager.history.trials()
     before = {_key(t.params) for t in trials if t.user_attrs.get("outcome") == _EARLIER}
     usable = list(_usable(space, runs))

@@ -18,7 +18,7 @@ PARENT = "sweep"
 
 
 class MlflowRuns:
-    """Queues what the trial manager decides; nothing here waits for MLflow."""
+    """Queue the trial manager's records; never waits for MLflow."""
 
     def __init__(self, tracker: Tracker, sweep: str, folder: Path) -> None:
         self._tracker, self._folder = tracker, folder
@@ -49,7 +49,7 @@ class MlflowRuns:
         self._tracker.inputs(handle, training_inputs(run.data))
 
     def row(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
-        """One epoch, if it is not there: a trial that goes on may tell its last one again."""
+        """Log one epoch, if it is not there: a resumed trial may report its last one again."""
         if epoch > self._tracker.last_step(handle):
             self._tracker.log(handle, metrics, epoch)
 
@@ -58,7 +58,7 @@ class MlflowRuns:
         self._tracker.log(handle, metrics, epoch)
 
     def stopped(self, handle: str, why: str) -> None:
-        """A rule of the run itself ends it: the trial's last row says so."""
+        """Log that a rule of the run itself ended it, from the trial's last row."""
         self._tracker.tag(handle, {"stopped_by": why})
 
     def pause(self, handle: str) -> None:
@@ -75,7 +75,7 @@ class MlflowRuns:
         self._tracker.close(handle, "FINISHED" if well else "FAILED")
 
     def reconcile(self, rows: Iterable[TrialRow]) -> None:
-        """End the runs that a dead driver left open, as the study says they ended."""
+        """End the runs that a dead driver left open, with their state in the study."""
         last = {row.handle: row for row in rows}
         for handle in self._tracker.unfinished(PARENT):
             row = last.get(handle)

@@ -1,4 +1,4 @@
-"""What Optuna is told of a trial that has ended, so that its sampler learns the truth.
+"""Outcome of a trial, as recorded in the Optuna study for its sampler.
 
 A stopped trial is PRUNED, with the values it had reported; a diverged one is infeasible, not merely
 bad, and so is one whose metrics are out of bounds or whose values break a constraint of the space.
@@ -25,7 +25,7 @@ _TRAINED = "trained"  # the constraint that a diverged trial breaks
 
 @dataclass(frozen=True)
 class OutcomeRecorder:
-    """Tells `study` how its trials ended, and keeps what was told as their `outcome`."""
+    """Record how trials ended in `study`, and their `outcome`."""
 
     study: optuna.Study
     objectives: Objectives
@@ -94,13 +94,13 @@ class OutcomeRecorder:
 
     def _worst(self) -> list[float]:
         """The worst finished value of each objective; 0 where nothing has finished."""
-        told = [
+        reported = [
             trial.values
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         ]
         worst = []
         for place, one in enumerate(self.objectives):
-            values = [one.sign * values[place] for values in told]
+            values = [one.sign * values[place] for values in reported]
             worst.append(one.sign * min(values, default=0.0))
         return worst
 

@@ -128,8 +128,8 @@ class PopulationManager(TrialManager):
         self._paused.append(live)
 
     def _keep_state(self, live: Live) -> None:
-        """The checkpoints of this interval, for whoever copies them later: links, which cost no space
-        until the member has trained on.
+        """The checkpoints of this interval, kept for later copies: links, which take no space until
+        the member has trained on.
         """
         for name in _STATE:
             source = self._folder_of(live.origin) / name

@@ -1,4 +1,4 @@
-"""Early stopping by cost: which trials do not go on, given what others had reached for as much."""
+"""Early stopping of trials, compared with others at equal cost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MedianAtCost(optuna.pruners.BasePruner):
     """Stop a trial whose best value so far is below the median of what finished trials had by then.
 
     Optuna's own median compares trials at equal step numbers. Trials of different algorithms do not
-    report at equal costs, so here each is asked for the best it had reached for no more than this cost.
+    report at equal costs, so here each counts with its best value at no more than this cost.
     """
 
     def __init__(self, first: int, startup: int) -> None:

@@ -42,7 +42,7 @@ _TRIES = 10  # at tables that other processes are making
 def new_name(stem: str, experiment: Path) -> Iterator[str]:
     """A name that no other process gives to a sweep of `experiment`, a folder.
 
-    It is taken by making the sweep's folder, which goes again if nothing is left in it.
+    It is reserved by making the sweep's folder, which is removed again if it stays empty.
     """
     stamp = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = chain([stamp], (f"{stamp}-{number}" for number in count(2)))
@@ -214,7 +214,7 @@ def _remedy(url: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What a driver says, without sqlalchemy's frame around it."""
+    """A driver's message without sqlalchemy's wrapping."""
     said = getattr(error, "orig", None) or error
     text = str(said.args[-1] if isinstance(said.args[-1:], tuple) and said.args else said)
     return (text.splitlines() or [type(error).__name__])[0][:200]

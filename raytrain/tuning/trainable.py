@@ -1,7 +1,7 @@
-"""Processes that outlive trials: Tune hands them one configuration after the other.
+"""Ray Tune's trainables, reused for one trial after the other.
 
-A trial of one worker runs in the slot's own process, which already has torch and the data. A trial
-of several runs on a Ray Train worker group that the slot keeps alive. Neither pays for a new process.
+A trial of one worker runs in the trainable's process, where torch and the data are loaded. A trial of
+several runs on a Ray Train worker group that the trainable keeps. Neither starts a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AbstractTrainable(tune.Trainable):
 
     _rows: Iterator[EpochMetrics]
     _until = 1.0
-    _again: Iterator[EpochMetrics]  # rows that are told once more
+    _again: Iterator[EpochMetrics]  # rows that are replayed
     _folder: Path  # of the trial
     _begun = 0  # trials in this process
 
@@ -58,19 +58,19 @@ class AbstractTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         again = next(self._again, None)
         if again is not None and not again.final:
-            return {**_told_of(again), "done": again.progress >= self._until}
+            return {**_row_of(again), "done": again.progress >= self._until}
         try:
             report = next(self._rows)
         except StopIteration:  # resumed after its last epoch, whose row may have been lost
             last = RecentRows(self._folder).rows[-1:]
-            told = _told_of(last[0]) if last else _row({}, 0, 1.0, final=True)
-            return {**told, "final": True, "done": True}
+            row = _row_of(last[0]) if last else _row({}, 0, 1.0, final=True)
+            return {**row, "final": True, "done": True}
         except WorkersLost:
             raise  # this process is given up, and the trial tried again
         except (RequestError, TrainingFailed) as error:
             why = "diverged" if isinstance(error, Diverged) else "failed"
             return {**_row({}, 0, 0.0, final=False), why: str(error), "done": True}
-        return {**_told_of(report), "done": report.final or report.progress >= self._until}
+        return {**_row_of(report), "done": report.final or report.progress >= self._until}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: checkpoints are the loop's, in the folder of the trial."""
@@ -90,7 +90,7 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
     }
 
 
-def _told_of(report: EpochMetrics) -> dict[str, Any]:
+def _row_of(report: EpochMetrics) -> dict[str, Any]:
     row = _row(report.metrics(), report.epoch, report.progress, final=report.final)
     return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
 

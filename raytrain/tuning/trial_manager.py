@@ -77,7 +77,7 @@ class TrialManager:
         learns = sees_stopped(space.search, space.objective)
         self._verdicts = OutcomeRecorder(study, space.objective, space.feasible, learns)
 
-    # ---------------------------------------------------------------- what Tune asks
+    # ---------------------------------------------------------------- calls of Tune
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:
         """The next job, or None while live trials may still use up the budget.
@@ -109,7 +109,7 @@ class TrialManager:
         return finite and len(self.space.objective) == 1 and live.trial.should_prune()
 
     def note_loss(self, tune_id: str, reason: str) -> None:
-        """Why a trial's process died, told before its `end`."""
+        """Record why a trial's process died, before its `end`."""
         if (live := self._live.get(tune_id)) is not None:
             said = [line.strip() for line in reason.splitlines() if line.strip()]
             live.trial.set_user_attr("error", (said or ["its process died"])[-1][:2000])
@@ -129,7 +129,7 @@ class TrialManager:
             self._ended(live, result)
         self._tell_watch()
 
-    # ---------------------------------------------------------------- what others read
+    # ---------------------------------------------------------------- queries
 
     def best(self) -> TrialRow | None:
         """The finished, feasible trial that is best in the first objective."""
@@ -160,7 +160,7 @@ class TrialManager:
         return len(dead)
 
     def _count(self, trials: list[FrozenTrial]) -> None:
-        """What earlier launches left: trials that ended, those that were lost, those that wait."""
+        """Restore earlier launches: trials that ended, were lost, or are queued."""
         self._waiting, followed = 0, _followed(trials)
         for trial in trials:
             outcome = trial.user_attrs.get("outcome")
@@ -175,7 +175,7 @@ class TrialManager:
                 self._budget_state.ended(row, self.fidelity.fe_per_image(row.metrics))
 
     def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
-        """Have a configuration tried before the sampler is asked again."""
+        """Queue a configuration before the sampler's next proposal."""
         self.study.enqueue_trial(dict(params), user_attrs=attributes)
         self._waiting += 1
 
@@ -323,7 +323,7 @@ class TrialManager:
             self._close(live, self._verdicts.stopped(live.trial, live.metrics, kept))
 
     def _diverged(self, live: Live, reason: str) -> None:
-        """The configuration's own fault."""
+        """A failure due to the configuration."""
         kept = self.space.violations(live.values)
         self._close(live, self._verdicts.diverged(live.trial, reason, kept), reason)
 
@@ -342,7 +342,7 @@ class TrialManager:
         self._mlflow_runs.end(row.handle, outcome, error)
 
     def _lost(self, live: Live) -> None:
-        """Not the configuration's fault (a dead process or node): queued again a few times."""
+        """A failure not due to the configuration (a dead process or node): queued again a few times."""
         tries = live.trial.user_attrs.get("retries", 0)
         if tries < self._retries:
             self._budget_state.retries += 1
@@ -351,12 +351,12 @@ class TrialManager:
         self._failed(live, live.trial.user_attrs.get("error"))
 
     def _failed(self, live: Live, reason: str | None) -> None:
-        """It says nothing about the objective: the sampler does not learn from it."""
+        """Not recorded for the sampler: no information about the objective."""
         outcome = self._verdicts.failed(live.trial, reason)
         self._close(live, outcome, reason)
 
     def _cut(self, live: Live) -> None:
-        """The budget is spent: it goes on when the sweep is resumed with a larger one."""
+        """The budget is spent: it continues when the sweep is resumed with a larger one."""
         self._again(live, "cut", live.trial.user_attrs.get("retries", 0))
 
     def _again(self, live: Live, outcome: str, tries: int) -> None:

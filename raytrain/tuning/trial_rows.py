@@ -1,4 +1,4 @@
-"""Every row of every trial: written as it comes, read as one Parquet table."""
+"""Every row of every trial, appended to a file, read as one Parquet table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain.core.epoch_metrics import METRICS
+from raytrain.core.files import replaced
 
 _CHUNK = 20_000  # rows of the journal held in memory at once
 
@@ -80,8 +81,7 @@ class RowLog:
         """All rows as `SCHEMA`, each trial's epochs once; returns how many."""
         seen: set[tuple[int, int]] = set()
         count = 0
-        temporary = target.with_name(f".{target.name}")
-        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+        with replaced(target) as file, pq.ParquetWriter(file, SCHEMA) as writer:
             chunk: list[dict[str, Any]] = []
             for row in self.rows():
                 key = (row["trial"], row["epoch"])
@@ -92,7 +92,6 @@ class RowLog:
                 if len(chunk) == _CHUNK:
                     count += _write(writer, chunk)
             count += _write(writer, chunk)
-        temporary.replace(target)
         return count
 
     def _torn(self) -> bool:

@@ -24,7 +24,7 @@ import raytrain
 from raytrain.attacks.autoattack import CHEAP, Standard, survivors
 from raytrain.attacks.autoattack.counted_model import Answers
 from raytrain.cli.app import app
-from raytrain.commands import evaluate as examine
+from raytrain.commands import evaluate as command_module
 from raytrain.commands.evaluate import EvalResult, evaluate
 from raytrain.commands.train import TrainResult
 from raytrain.config.run import RunConfig
@@ -34,8 +34,8 @@ from raytrain.core.types import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.distributed import evaluator_pool as pool
 from raytrain.evaluation.evaluator import Evaluator
-from raytrain.evaluation.runner import Standing
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.runner import StageProgress
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 from raytrain.training.checkpoint import load, save
 from raytrain.training.trainer import fit, start
 
@@ -184,7 +184,7 @@ def test_the_same_threat_written_in_another_way_is_the_same_contract(alone: Path
 
 def test_the_last_checkpoint_has_a_scope_of_its_own(home: tuple[Path, TrainResult]) -> None:
     result = evaluate(home[1].run_id, {**QUICK, "attacks": "fgsm"}, which="last")
-    assert result.scope.startswith("test_last") and result.checkpoint.name == "last.pt"
+    assert result.scope.startswith("test_last") and result.file.name == "last.pt"
     run = MlflowClient(home[1].tracking_uri).get_run(home[1].run_id)
     assert run.data.metrics[f"{result.scope}/fgsm"] == result.accuracies["fgsm"].value
 
@@ -198,15 +198,15 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[WorkItem]:
-    """The units that were worked on."""
+    """The work items that were worked on."""
     work_items: list[WorkItem] = []
-    examine_one = Evaluator.examine
+    run_one = Evaluator.run
 
-    def counted(self: Evaluator, unit: WorkItem) -> Verdict:
+    def counted(self: Evaluator, unit: WorkItem) -> WorkResult:
         work_items.append(unit)
-        return examine_one(self, unit)
+        return run_one(self, unit)
 
-    monkeypatch.setattr(Evaluator, "examine", counted)
+    monkeypatch.setattr(Evaluator, "run", counted)
     return work_items
 
 
@@ -217,9 +217,11 @@ def test_an_interrupted_evaluation_goes_on_and_another_question_begins_anew(
     flags, work_items = flags_of(whole), list(done)
     shutil.rmtree(whole.folder)
     for stop_after in (1, 4, len(work_items) - 1):
-        seen: list[Standing] = []
+        seen: list[StageProgress] = []
 
-        def watch(now: Standing, seen: list[Standing] = seen, last: int = stop_after) -> None:
+        def watch(
+            now: StageProgress, seen: list[StageProgress] = seen, last: int = stop_after
+        ) -> None:
             seen.append(now)
             if len(seen) == last:
                 raise Interrupted
@@ -267,7 +269,7 @@ def checkpoint_in(folder: Path, precision: str) -> Path:
     return folder / "best.pt"
 
 
-def test_verdicts_are_those_of_float32_whatever_the_training_was_in(tmp_path: Path) -> None:
+def test_results_are_those_of_float32_whatever_the_training_was_in(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     asked = {**QUICK, "attacks": "pgd,apgd", "steps": 3}
     found = [
@@ -322,7 +324,7 @@ def test_a_defence_that_deceives_is_marked_wherever_its_numbers_are(
     network, results = pool.network, []
     monkeypatch.setattr(pool, "network", lambda *given: defence(network(*given)).eval())
     monkeypatch.setattr(
-        examine, "evaluate", lambda *a, **k: results.append(evaluate(*a, **k)) or results[0]
+        command_module, "evaluate", lambda *a, **k: results.append(evaluate(*a, **k)) or results[0]
     )
     count = {Masked: 41, Noisy: 42, Softmax: 43}[defence]  # a folder of its own
     told = command(home[1].run_id, "attacks=pgd", f"images={count}", "steps=3")
@@ -409,7 +411,7 @@ def test_two_workers_find_what_one_finds_also_if_one_of_them_is_killed(
     shutil.rmtree(two.folder)
     killed: list[int] = []
 
-    def kill(now: Standing) -> None:
+    def kill(now: StageProgress) -> None:
         if now.stage == "pgd20" and not killed:
             killed.extend(processes("RemoteEvaluator")[:1])
             os.kill(killed[0], signal.SIGKILL)

@@ -444,7 +444,7 @@ def test_noise_breaks_what_masked_gradients_hide_and_nothing_of_an_honest_model(
         assert black_box(white, {"noise": noise}).passed == passed
 
 
-def test_noise_that_goes_nowhere_leaves_the_clean_verdicts() -> None:
+def test_noise_that_goes_nowhere_leaves_the_clean_results() -> None:
     images, labels = digits("test")
     flags = under_noise(trained("natural"), images, labels, ball_of("l2", 0.0), 0, draws=1)
     right = trained("natural")(images).argmax(1) == labels

@@ -1,4 +1,4 @@
-"""Stages and units: exact verdicts where they are known, whoever does them and however often they stop."""
+"""Stages and work items: exact results, whichever worker runs them and however often they stop."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from raytrain.data.loader import SplitShard
 from raytrain.evaluation.contract import Contract
 from raytrain.evaluation.evaluator import Evaluator
 from raytrain.evaluation.examples import examples_table
-from raytrain.evaluation.journal import Journal
-from raytrain.evaluation.runner import Standing, Verdicts, run
+from raytrain.evaluation.record import RecordedContract
+from raytrain.evaluation.result_log import ResultLog
+from raytrain.evaluation.runner import StageProgress, StageResults, run
 from raytrain.evaluation.settings import (
     CLEAN,
     NOISE,
@@ -34,7 +35,7 @@ from raytrain.evaluation.settings import (
     standard_stage,
 )
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
-from raytrain.evaluation.work_item import Verdict, WorkItem
+from raytrain.evaluation.work_item import WorkItem, WorkResult
 
 
 @pytest.fixture(autouse=True)
@@ -52,21 +53,21 @@ def part_of(pixels: Tensor, labels: Tensor) -> SplitShard:
     return SplitShard(pixels, labels, len(labels), DistributedContext())
 
 
-def examined(
+def evaluated(
     model: nn.Module,
     part: SplitShard,
     ball: AbstractThreatModel,
-    exam: EvaluationSettings,
+    settings: EvaluationSettings,
     folder: Path,
-) -> Verdicts:
-    """All verdicts of an exam, by one process."""
+) -> StageResults:
+    """All results of an settings, by one process."""
     with unchecked():
-        examiner = Evaluator(model, part, ball, exam)
+        evaluator = Evaluator(model, part, ball, settings)
         return run(
-            exam,
+            settings,
             part.labels.numpy(),
-            lambda work_items: map(examiner.examine, work_items),
-            Journal(folder / "verdicts.jsonl", {}),
+            lambda work_items: map(evaluator.run, work_items),
+            ResultLog(folder / "verdicts.jsonl", {}),
         )
 
 
@@ -129,10 +130,13 @@ def test_autoattack_finds_exactly_what_an_affine_network_loses(
     norm: str, classes: int, tmp_path: Path
 ) -> None:
     model = Linear(classes, seed=classes, spread=3.0)
-    case, exam = greys(model, norm, 40), EvaluationSettings(attacks=("apgd", "aa"), checks=False)
-    verdicts = examined(model, case.part, case.ball, exam, tmp_path)
-    assert (verdicts.survived(stages_of("aa")) == case.survive).all()
-    apgd = verdicts.survived(stages_of("apgd"))
+    case, settings = (
+        greys(model, norm, 40),
+        EvaluationSettings(attacks=("apgd", "aa"), checks=False),
+    )
+    results = evaluated(model, case.part, case.ball, settings, tmp_path)
+    assert (results.survived(stages_of("aa")) == case.survive).all()
+    apgd = results.survived(stages_of("apgd"))
     assert (apgd >= case.survive).all()
     if norm != "l1":  # there APGD moves several pixels where one is best
         assert (apgd == case.survive).all()
@@ -144,10 +148,10 @@ def test_of_two_classes_every_attack_finds_exactly_what_an_affine_network_loses(
 ) -> None:
     model = Linear(2, seed=0, spread=3.0)
     case = greys(model, norm, 100)
-    exam = EvaluationSettings(attacks=("fgsm", "pgd", "cw"), steps=40, checks=False)
-    verdicts = examined(model, case.part, case.ball, exam, tmp_path)
-    for name in exam.stages:
-        assert (verdicts.survived((name,)) == case.survive).all(), name
+    settings = EvaluationSettings(attacks=("fgsm", "pgd", "cw"), steps=40, checks=False)
+    results = evaluated(model, case.part, case.ball, settings, tmp_path)
+    for name in settings.stages:
+        assert (results.survived((name,)) == case.survive).all(), name
 
 
 @pytest.mark.parametrize("classes", [3, 4, 10])
@@ -158,10 +162,10 @@ def test_with_restarts_pgd_and_cw_find_what_an_affine_network_loses(
     """Nearly, among ten classes: all starts of an image may climb towards the same wrong class."""
     model = Linear(classes, seed=classes, spread=3.0)
     case = greys(model, norm, 60)
-    exam = EvaluationSettings(attacks=("pgd", "cw"), steps=20, restarts=5, checks=False)
-    verdicts = examined(model, case.part, case.ball, exam, tmp_path)
-    for name in exam.stages:
-        found = verdicts.survived((name,))
+    settings = EvaluationSettings(attacks=("pgd", "cw"), steps=20, restarts=5, checks=False)
+    results = evaluated(model, case.part, case.ball, settings, tmp_path)
+    for name in settings.stages:
+        found = results.survived((name,))
         assert (found >= case.survive).all(), name
         missed = int((found & ~case.survive).sum())
         assert missed == 0 or (classes == 10 and missed <= 3), name
@@ -179,11 +183,11 @@ def random_part(count: int, model: nn.Module) -> SplitShard:
 
 
 def test_the_words_of_an_exam_are_its_stages_in_order_from_weak_to_strong() -> None:
-    exam = EvaluationSettings.model_validate({"attacks": "aa, pgd,fgsm,pgd", "restarts": 3})
-    assert exam.names == ("fgsm", "pgd20x3", "aa")
-    assert exam.stages == ("fgsm", "pgd20x3", *(f"aa.{stage}" for stage in STAGES))
-    assert exam.every_stage == (CLEAN, *exam.stages, NOISE)
-    assert exam.with_gradients == exam.stages[:-1]
+    settings = EvaluationSettings.model_validate({"attacks": "aa, pgd,fgsm,pgd", "restarts": 3})
+    assert settings.names == ("fgsm", "pgd20x3", "aa")
+    assert settings.stages == ("fgsm", "pgd20x3", *(f"aa.{stage}" for stage in STAGES))
+    assert settings.every_stage == (CLEAN, *settings.stages, NOISE)
+    assert settings.with_gradients == settings.stages[:-1]
     apgd = EvaluationSettings(attacks=("apgd",), checks=False)
     assert apgd.every_stage == (CLEAN, *stages_of("apgd"))
     assert [standard_stage(name) for name in ("aa.square", "square", "pgd20")] == [
@@ -205,37 +209,37 @@ def test_each_stage_is_about_what_those_before_it_have_left(
     few = Standard(steps=4, queries=20, targets=3, fab_targets=3)
     monkeypatch.setattr(Standard, "of", staticmethod(lambda norm, classes: few))
     model, count = tiny_net(torch.float32), 24
-    part, exam = (
+    part, settings = (
         random_part(count, model),
         EvaluationSettings(attacks=("fgsm", "pgd", "aa"), batch_size=7),
     )
     seen: dict[str, list[int]] = {}
     with unchecked():
-        examiner = Evaluator(model, part, ball_of("linf", 0.02), exam)
+        evaluator = Evaluator(model, part, ball_of("linf", 0.02), settings)
 
-        def work(work_items: list[WorkItem]) -> Iterator[Verdict]:
+        def work(work_items: list[WorkItem]) -> Iterator[WorkResult]:
             for unit in work_items:
                 assert 1 <= len(unit.rows) <= 7
                 seen.setdefault(unit.stage, []).extend(unit.rows)
-                yield examiner.examine(unit)
+                yield evaluator.run(unit)
 
-        verdicts = run(exam, part.labels.numpy(), work, Journal(tmp_path / "j", {}))
-    clean = verdicts.clean.nonzero()[0].tolist()
+        results = run(settings, part.labels.numpy(), work, ResultLog(tmp_path / "j", {}))
+    clean = results.clean.nonzero()[0].tolist()
     assert seen[CLEAN] == list(range(count)) and 0 < len(clean) < count
     assert seen["fgsm"] == seen["pgd20"] == seen["aa.apgd-ce"] == clean
     left = clean
     for stage in stages_of("aa"):
         assert seen.get(stage, []) == left
-        left = [row for row in left if verdicts.by_stage[stage][row] == 1]
-    gradients = verdicts.survived(exam.with_gradients)
+        left = [row for row in left if results.by_stage[stage][row] == 1]
+    gradients = results.survived(settings.with_gradients)
     assert seen[NOISE] == gradients.nonzero()[0].tolist()
-    table = flags_table(exam, verdicts)
+    table = flags_table(settings, results)
     assert table.column_names == [
         "index",
         "label",
         "predicted",
         CLEAN,
-        *exam.names,
+        *settings.names,
         *stages_of("aa"),
     ]
     columns = table.to_pydict()
@@ -247,21 +251,21 @@ def test_each_stage_is_about_what_those_before_it_have_left(
             assert values == ([True] * fallen + [False] + [None] * 3)[:4]
         else:
             assert values == [None] * 4 and not columns["pgd20"][row]
-    shares = accuracies(exam, verdicts)
-    assert list(shares) == [CLEAN, *exam.names]
+    shares = accuracies(settings, results)
+    assert list(shares) == [CLEAN, *settings.names]
     assert all(shares[name].count == sum(columns[name]) for name in shares)
 
 
 def test_an_attack_without_gradients_that_wins_is_a_finding() -> None:
-    exam, labels = EvaluationSettings(attacks=("aa",)), np.zeros(10, dtype=np.int64)
-    by_stage = {stage: np.ones(10, dtype=np.int64) for stage in (*exam.stages, NOISE)}
-    (finding,) = findings_after(exam, Verdicts(labels, labels, by_stage))
+    settings, labels = EvaluationSettings(attacks=("aa",)), np.zeros(10, dtype=np.int64)
+    by_stage = {stage: np.ones(10, dtype=np.int64) for stage in (*settings.stages, NOISE)}
+    (finding,) = findings_after(settings, StageResults(labels, labels, by_stage))
     assert finding.passed
     by_stage["aa.square"][:3] = 0
-    (finding,) = findings_after(exam, Verdicts(labels, labels, by_stage))
+    (finding,) = findings_after(settings, StageResults(labels, labels, by_stage))
     assert (finding.check, finding.passed, finding.value) == ("black_box", False, 0.3)
-    unchecked_exam = exam.model_copy(update={"checks": False})
-    assert findings_after(unchecked_exam, Verdicts(labels, labels, by_stage)) == []
+    unchecked_settings = settings.model_copy(update={"checks": False})
+    assert findings_after(unchecked_settings, StageResults(labels, labels, by_stage)) == []
 
 
 # --- resuming ---------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ class Interrupted(Exception):
     """Whatever ends a process."""
 
 
-Told = tuple[pa.Table, int]
+Outcome = tuple[pa.Table, int]
 """The flags of an evaluation, and what it cost."""
 
 
@@ -279,36 +283,38 @@ Told = tuple[pa.Table, int]
 def test_an_evaluation_that_is_interrupted_after_any_unit_goes_on_where_it_was(
     where: str, tmp_path: Path
 ) -> None:
-    model, exam = (
+    model, settings = (
         tiny_net(torch.float32),
         EvaluationSettings(attacks=("pgd", "apgd"), steps=3, batch_size=12),
     )
     part = random_part(30, model)
     labels = part.labels.numpy()
     with unchecked():
-        examiner = Evaluator(model, part, ball_of("linf", 0.02), exam)
-    known: dict[WorkItem, Verdict] = {}  # a unit's verdict is the same at every attempt: see below
+        evaluator = Evaluator(model, part, ball_of("linf", 0.02), settings)
+    known: dict[
+        WorkItem, WorkResult
+    ] = {}  # a unit's result is the same at every attempt: see below
 
-    def attempt(file: Path, stop_after: int | None) -> tuple[Told, list[WorkItem]]:
+    def attempt(file: Path, stop_after: int | None) -> tuple[Outcome, list[WorkItem]]:
         done: list[WorkItem] = []
-        journal = Journal(file, {"seed": 0})
+        log = ResultLog(file, {"seed": 0})
 
-        def work(work_items: Iterable[WorkItem]) -> Iterator[Verdict]:
+        def work(work_items: Iterable[WorkItem]) -> Iterator[WorkResult]:
             for unit in work_items:
                 if where == "work" and len(done) == stop_after:
                     raise Interrupted
                 done.append(unit)
                 if unit not in known:
-                    known[unit] = examiner.examine(unit)
+                    known[unit] = evaluator.run(unit)
                 yield known[unit]
 
-        def watch(now: Standing) -> None:
+        def watch(now: StageProgress) -> None:
             del now
             if where == "watch" and len(done) == stop_after:
                 raise Interrupted
 
-        verdicts = run(exam, labels, work, journal, watch)
-        return (flags_table(exam, verdicts), journal.fe), done
+        results = run(settings, labels, work, log, watch)
+        return (flags_table(settings, results), log.fe), done
 
     whole, work_items = attempt(tmp_path / "whole", None)
     assert len(work_items) == len(set(work_items)) > 8
@@ -324,24 +330,24 @@ def test_an_evaluation_that_is_interrupted_after_any_unit_goes_on_where_it_was(
     assert rest == [] and again == whole
 
 
-def verdict_of(number: int) -> Verdict:
-    return Verdict(WorkItem("pgd20", (2 * number, 2 * number + 1)), (1, 0), 84, 0.5)
+def result_of(number: int) -> WorkResult:
+    return WorkResult(WorkItem("pgd20", (2 * number, 2 * number + 1)), (1, 0), 84, 0.5)
 
 
 def test_a_torn_line_is_forgotten_and_the_rest_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "verdicts.jsonl"
-    journal = Journal(file, {"seed": 0})
+    log = ResultLog(file, {"seed": 0})
     for number in range(3):
-        journal.add(verdict_of(number))
+        log.add(result_of(number))
     whole = file.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for size in range(last, len(whole)):
         file.write_bytes(whole[:size])
-        again = Journal(file, {"seed": 0})
+        again = ResultLog(file, {"seed": 0})
         assert len(again) == 2
-        assert again.get(verdict_of(1).work_item) == verdict_of(1)
-        assert again.get(verdict_of(2).work_item) is None
-        again.add(verdict_of(2))
+        assert again.get(result_of(1).work_item) == result_of(1)
+        assert again.get(result_of(2).work_item) is None
+        again.add(result_of(2))
         assert file.read_bytes() == whole
 
 
@@ -355,66 +361,66 @@ def test_a_torn_line_is_forgotten_and_the_rest_is_kept(tmp_path: Path) -> None:
         "\xff\xfe",
     ],
 )
-def test_a_line_that_is_no_verdict_ends_the_journal(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_result_ends_the_log(line: str, tmp_path: Path) -> None:
     file = tmp_path / "verdicts.jsonl"
-    Journal(file, {}).add(verdict_of(0))
+    ResultLog(file, {}).add(result_of(0))
     with file.open("a", encoding="latin-1") as text:
         text.write(line + "\n")
-    assert len(Journal(file, {})) == 1
+    assert len(ResultLog(file, {})) == 1
     assert len(file.read_text().splitlines()) == 2
 
 
-def test_a_journal_of_another_key_is_not_read(tmp_path: Path) -> None:
+def test_a_result_log_of_another_key_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "verdicts.jsonl"
-    Journal(file, {"seed": 0, "weights": "a"}).add(verdict_of(0))
-    assert len(Journal(file, {"weights": "a", "seed": 0})) == 1
-    assert len(Journal(file, {"seed": 1, "weights": "a"})) == 0
-    assert len(Journal(file, {"seed": 0, "weights": "a"})) == 0  # it was begun anew
+    ResultLog(file, {"seed": 0, "weights": "a"}).add(result_of(0))
+    assert len(ResultLog(file, {"weights": "a", "seed": 0})) == 1
+    assert len(ResultLog(file, {"seed": 1, "weights": "a"})) == 0
+    assert len(ResultLog(file, {"seed": 0, "weights": "a"})) == 0  # it was begun anew
 
 
-def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_result_log_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingFailed, match=r"verdicts.jsonl: could not be written"):
-        Journal(tmp_path / "file" / "verdicts.jsonl", {})
+        ResultLog(tmp_path / "file" / "verdicts.jsonl", {})
 
 
-def test_the_order_in_which_verdicts_come_changes_nothing(tmp_path: Path) -> None:
-    model, exam = (
+def test_the_order_in_which_results_come_changes_nothing(tmp_path: Path) -> None:
+    model, settings = (
         tiny_net(torch.float32),
         EvaluationSettings(attacks=("pgd", "apgd"), steps=3, batch_size=9),
     )
     part = random_part(20, model)
-    examiner = Evaluator(model, part, ball_of("linf", 0.02), exam)
+    evaluator = Evaluator(model, part, ball_of("linf", 0.02), settings)
 
-    def told(step: int) -> Told:
-        journal = Journal(tmp_path / str(step), {})
+    def outcome(step: int) -> Outcome:
+        log = ResultLog(tmp_path / str(step), {})
 
-        def work(work_items: list[WorkItem]) -> Iterable[Verdict]:
-            return map(examiner.examine, work_items[::step])
+        def work(work_items: list[WorkItem]) -> Iterable[WorkResult]:
+            return map(evaluator.run, work_items[::step])
 
-        return flags_table(exam, run(exam, part.labels.numpy(), work, journal)), journal.fe
+        return flags_table(settings, run(settings, part.labels.numpy(), work, log)), log.fe
 
-    assert told(1) == told(-1)
-    fresh = Evaluator(copy.deepcopy(model), part, ball_of("linf", 0.02), exam)
-    for stage in exam.every_stage[::-1]:
+    assert outcome(1) == outcome(-1)
+    fresh = Evaluator(copy.deepcopy(model), part, ball_of("linf", 0.02), settings)
+    for stage in settings.every_stage[::-1]:
         unit = WorkItem(stage, (3, 4, 6, 7))
-        one, other = fresh.examine(unit), examiner.examine(unit)
+        one, other = fresh.run(unit), evaluator.run(unit)
         assert (one.values, one.fe) == (other.values, other.fe)
 
 
 def test_watchers_see_every_unit_once_and_what_is_left(tmp_path: Path) -> None:
-    exam, labels = (
+    settings, labels = (
         EvaluationSettings(attacks=("fgsm",), checks=False, batch_size=4),
         np.array([0, 1] * 5),
     )
-    seen: list[Standing] = []
+    seen: list[StageProgress] = []
 
-    def work(work_items: list[WorkItem]) -> Iterator[Verdict]:
+    def work(work_items: list[WorkItem]) -> Iterator[WorkResult]:
         for unit in work_items:
-            yield Verdict(unit, (0,) * len(unit.rows), 1, 0.0)
+            yield WorkResult(unit, (0,) * len(unit.rows), 1, 0.0)
 
-    run(exam, labels, work, Journal(tmp_path / "j", {}), seen.append)
-    assert [(s.stage, s.done, s.work_items, s.images, s.left, s.judged) for s in seen] == [
+    run(settings, labels, work, ResultLog(tmp_path / "j", {}), seen.append)
+    assert [(s.stage, s.done, s.work_items, s.images, s.left, s.evaluated) for s in seen] == [
         (CLEAN, 1, 3, 10, 2, 4),
         (CLEAN, 2, 3, 10, 4, 8),
         (CLEAN, 3, 3, 10, 5, 10),
@@ -443,44 +449,44 @@ def test_the_hash_changes_exactly_with_what_the_contract_says() -> None:
     ]
     assert len({base.hash, *(other.hash for other in others)}) == 1 + len(others)
     assert len(base.hash) == 8 and int(base.hash, 16) >= 0
-    assert "linf eps 0.0313725" in base.text and base.json()["hash"] == base.hash
+    assert "linf eps 0.0313725" in base.text and RecordedContract.of(base).hash == base.hash
 
 
 # --- examples ---------------------------------------------------------------------------------
 
 
 def test_examples_are_rightly_classified_images_of_different_classes(tmp_path: Path) -> None:
-    model, ball, exam = (
+    model, ball, settings = (
         tiny_net(torch.float32),
         ball_of("linf", 0.05),
         EvaluationSettings(attacks=("fgsm",)),
     )
     part = random_part(40, model)
-    verdicts = examined(model, part, ball, exam, tmp_path)
-    table = examples_table(Evaluator(model, part, ball, exam).attacked, verdicts, ball)
+    results = evaluated(model, part, ball, settings, tmp_path)
+    table = examples_table(Evaluator(model, part, ball, settings).attacked, results, ball)
     rows = table.to_pydict()
     assert len(table) == 10 and rows["index"] == sorted(set(rows["index"]))
     assert rows["label"] == rows["predicted"]
-    assert set(rows["label"]) == set(verdicts.labels[verdicts.clean].tolist())
+    assert set(rows["label"]) == set(results.labels[results.clean].tolist())
     assert all(0 < distance <= 0.05 + 1e-6 for distance in rows["distance"])
     assert all(picture.startswith(b"\x89PNG") for picture in rows["perturbation"])
 
 
 def test_there_may_be_no_example(tmp_path: Path) -> None:
     model, ball = tiny_net(torch.float32), ball_of("linf", 0.05)
-    exam, part = (
+    settings, part = (
         EvaluationSettings(attacks=("fgsm",), checks=False),
         random_part(6, tiny_net(torch.float32)),
     )
     wrong = part_of(part.pixels, (model(part.pixels.float() / 255).argmax(1) + 1) % 4)
-    verdicts = examined(model, wrong, ball, exam, tmp_path)
-    assert not verdicts.clean.any()
-    table = examples_table(Evaluator(model, wrong, ball, exam).attacked, verdicts, ball)
+    results = evaluated(model, wrong, ball, settings, tmp_path)
+    assert not results.clean.any()
+    table = examples_table(Evaluator(model, wrong, ball, settings).attacked, results, ball)
     assert len(table) == 0 and {"image", "adversarial"} <= set(table.column_names)
-    assert accuracies(exam, verdicts)["fgsm"].value == 0
+    assert accuracies(settings, results)["fgsm"].value == 0
 
 
 def test_no_image_has_no_accuracy() -> None:
     nothing = np.zeros(0, dtype=np.int64)
     with pytest.raises(RequestError, match="images"):
-        accuracies(EvaluationSettings(checks=False), Verdicts(nothing, nothing, {}))
+        accuracies(EvaluationSettings(checks=False), StageResults(nothing, nothing, {}))

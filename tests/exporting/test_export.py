@@ -35,10 +35,11 @@ from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.digits import read_digits
 from raytrain.data.images import Split
 from raytrain.data.loader import open_splits, open_test
+from raytrain.evaluation.record import EvaluationRecord
 from raytrain.exporting import formats
 from raytrain.exporting import onnx as onnx_format
 from raytrain.exporting.check import same_logits
-from raytrain.exporting.numbers import RecordedEvaluation, record_of
+from raytrain.exporting.numbers import record_of
 from raytrain.exporting.robustbench import eps_text
 from raytrain.exporting.safetensors import load_exported
 from raytrain.models import robustbench_state_dict
@@ -350,7 +351,7 @@ class TestRobustBench:
             assert claim["unreliable"] is True and result.failed_checks == ("zero_gradients",)
 
     @pytest.mark.parametrize(
-        ("robust", "hardest"),
+        ("robust", "strongest"),
         [
             ({"pgd20": 200, "aa": 210}, "pgd20"),
             ({"pgd50x5": 200, "aa": 200}, "aa"),
@@ -359,12 +360,10 @@ class TestRobustBench:
             ({}, None),
         ],
     )
-    def test_the_hardest_attack_left_least_and_is_the_stronger_of_equals(
-        self, robust: dict[str, Any], hardest: str | None
+    def test_the_strongest_attack_has_the_least_accuracy_and_the_stronger_name_of_equals(
+        self, robust: dict[str, Any], strongest: str | None
     ) -> None:
-        found = RecordedEvaluation.model_validate(evaluation(1, **robust)).hardest()
-        assert (None if found is None else found[0]) == hardest
-        assert found is None or found[1].count == min(robust.values())
+        assert EvaluationRecord.model_validate(evaluation(1, **robust)).strongest == strongest
 
     @pytest.mark.parametrize(
         ("model", "threat", "message"),

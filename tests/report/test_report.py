@@ -26,7 +26,7 @@ from raytrain.core.types import RequestError
 from raytrain.report import page as pages
 from raytrain.report.comparable import comparable_runs
 from raytrain.report.configurations import settings_of
-from raytrain.report.page import Told, write_report
+from raytrain.report.page import ReportContent, write_report
 from raytrain.report.pairs import pairs_of
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
@@ -364,7 +364,7 @@ def test_two_hundred_configurations_make_a_report_that_can_be_read(tmp_path: Pat
     settings = settings_of(runs)
     comparables = comparable_runs(settings)
     pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
-    write_report(Told("many", "sqlite:///x", settings, comparables, pairs, []), tmp_path)
+    write_report(ReportContent("many", "sqlite:///x", settings, comparables, pairs, []), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and page.seen.count("details") >= 2
     assert (tmp_path / "report.html").stat().st_size < 4e6

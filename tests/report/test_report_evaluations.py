@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raytrain.evaluation.previous import RECORD, Earlier
+from raytrain.evaluation.confidence import wilson
+from raytrain.evaluation.previous import Earlier
+from raytrain.evaluation.record import RECORD
 from raytrain.report.evaluations import read_evaluations
 
 RECORDED: dict[str, Any] = {
+    "scope": "test",
     "images": 400,
     "checkpoint": "best",
     "same_contract": True,
-    "contract": {"hash": "c1", "text": "linf"},
-    "accuracies": {"clean": {"count": 390, "images": 400}, "pgd20": {"count": 300, "images": 400}},
+    "contract": {"norm": "linf", "eps": 0.1, "hash": "c1", "text": "linf"},
+    "accuracies": {"clean": asdict(wilson(390, 400)), "pgd20": asdict(wilson(300, 400))},
     "findings": [{"check": "range", "passed": True, "sentence": "Fine.", "value": 0.0}],
     "trusted": True,
     "key": {"images": "digest"},
@@ -57,17 +61,17 @@ def read(
 
 def test_files_are_of_one_evaluation_and_metrics_may_be_of_several(tmp_path: Path) -> None:
     (found,), complaints = read(tmp_path, RECORDED, aa=0.7)
-    assert {name: share.value for name, share in found.shares.items()} == {
+    assert {name: share.value for name, share in found.accuracies.items()} == {
         "clean": 0.975,
         "pgd20": 0.75,
     }
-    assert found.checked and found.test_set == "digest" and complaints == []
+    assert found.findings and found.test_set == "digest" and complaints == []
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"contract": None},
+        {"contract": "linf"},
         {"findings": None},
         {"findings": [{"check": "range"}]},
         {"accuracies": {"clean": {"count": 0, "images": 0}}},
@@ -85,9 +89,11 @@ def test_a_record_that_is_not_as_it_should_be_is_told_and_left_out(
 def test_metrics_stand_in_where_no_file_can_be_read_and_are_not_checked(tmp_path: Path) -> None:
     odd: Any = {"loss": 2.3, "aa": float("nan")}
     (found,), complaints = read(tmp_path / "cut", json.dumps(RECORDED)[:50], **odd)
-    assert set(found.shares) == {"clean", "pgd20"} and not found.checked and len(complaints) == 1
+    assert (
+        set(found.accuracies) == {"clean", "pgd20"} and not found.findings and len(complaints) == 1
+    )
     (found,), complaints = read(tmp_path / "away", RECORDED, away=True, **odd)
-    assert set(found.shares) == {"clean", "pgd20"} and not found.checked
+    assert set(found.accuracies) == {"clean", "pgd20"} and not found.findings
     assert "cannot be fetched" in complaints[0]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_helpers import IMAGES, evaluated, flags_of, trained
+from report_helpers import IMAGES, contract_of, evaluated, finding, flags_of, trained
 from scipy.stats import binomtest
 
 from raytrain.evaluation.confidence import holm, mcnemar, over_seeds, wilson
@@ -195,7 +195,8 @@ def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -
         trained("b", robust=[0.9], id="0" * 32),
     )
     assert [
-        (row.label, row.rank, row.judged(comparable.attack) is None) for row in comparable.rows
+        (row.label, row.rank, row.ranking_cell(comparable.attack) is None)
+        for row in comparable.rows
     ] == [
         ("a", 1, False),
         ("b", None, True),
@@ -210,12 +211,13 @@ def test_a_foreign_contract_is_an_arena_of_its_own_and_marked_everywhere() -> No
     foreign = evaluated(
         shares={"clean": (9, 10), "pgd20": (1, 10)},
         scope="test_linf-0.2",
-        contract="c2",
-        contract_text="linf eps 0.2",
+        contract=contract_of("c2", "linf eps 0.2"),
         same_contract=False,
     )
     home = evaluated(shares={"clean": (9, 10), "pgd20": (5, 10)})
-    native = evaluated(shares={"clean": (8, 10), "pgd20": (4, 10)}, contract_text="linf eps 0.2")
+    native = evaluated(
+        shares={"clean": (8, 10), "pgd20": (4, 10)}, contract=contract_of(text="linf eps 0.2")
+    )
     comparables = compared(
         trained("a", evaluations=[home, foreign]),
         trained("b", evaluations=[native], tags={"contract": "c2"}),
@@ -240,7 +242,7 @@ def test_a_foreign_contract_is_an_arena_of_its_own_and_marked_everywhere() -> No
 
 
 def test_a_failed_check_is_marked_and_neither_leads_nor_ranks_nor_is_on_the_front() -> None:
-    masked = evaluated(shares={"pgd20": (9, 10)}, failed=("zero_gradients: why",))
+    masked = evaluated(shares={"pgd20": (9, 10)}, findings=(finding(False, "zero_gradients"),))
     honest = evaluated(shares={"pgd20": (5, 10)})
     comparable = alone(
         trained("masked", cost=1.0, evaluations=[masked]),
@@ -267,7 +269,7 @@ def test_the_tag_of_a_run_is_believed_where_the_files_are_missing() -> None:
 
 
 def test_findings_of_this_threat_model_are_believed_before_the_tag_of_any() -> None:
-    checked = evaluated(shares={"pgd20": (9, 10)}, checked=True)
+    checked = evaluated(shares={"pgd20": (9, 10)}, findings=(finding(True),))
     comparable = alone(trained(evaluations=[checked], tags={"checks": "FAILED: randomised"}))
     assert comparable.rows[0].trusted and comparable.leader is comparable.rows[0]
 
@@ -360,10 +362,14 @@ def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
 def test_what_failed_a_check_or_has_no_flags_is_in_no_pair() -> None:
     flags = evaluated(random_flags(0.8, 0))
     worse = random_flags(0.5, 1)
-    bare = evaluated(shares={n: (s.count, s.images) for n, s in evaluated(worse).shares.items()})
+    bare = evaluated(
+        shares={n: (s.count, s.images) for n, s in evaluated(worse).accuracies.items()}
+    )
     comparables = compared(
         trained("a", evaluations=[flags]),
-        trained("masked", evaluations=[evaluated(worse, failed=("randomised: why",))]),
+        trained(
+            "masked", evaluations=[evaluated(worse, findings=(finding(False, "randomised"),))]
+        ),
         trained("bare", evaluations=[bare]),
     )
     assert [pairs_of(comparable) for comparable in comparables] == [[] for _ in comparables]
@@ -373,7 +379,7 @@ def test_equals_cannot_be_told_apart() -> None:
     same = evaluated(random_flags(0.5, 0))
     comparable = alone(trained("a", evaluations=[same]), trained("b", evaluations=[same]))
     (pair,) = pairs_of(comparable)
-    assert (pair.p, pair.holm, pair.difference, pair.verdict) == (1.0, 1.0, 0.0, "not told apart")
+    assert (pair.p, pair.holm, pair.difference, pair.relation) == (1.0, 1.0, 0.0, "not told apart")
     assert in_short(comparable, [pair]).endswith("cannot be told from B.")
 
 
@@ -501,7 +507,7 @@ def rights(count: int, of: int = 1000, **changes: Any) -> EvaluatedRun:
 
 
 def test_arenas_of_one_description_have_titles_of_their_own() -> None:
-    one, two = (rights(50, 100, digest=digest) for digest in ("aaaa", "bbbb"))
+    one, two = (rights(50, 100, key={"images": digest}) for digest in ("aaaa", "bbbb"))
     comparables = comparable_runs(
         settings_of([trained("a", evaluations=[one]), trained("b", evaluations=[two])])
     )
@@ -510,7 +516,7 @@ def test_arenas_of_one_description_have_titles_of_their_own() -> None:
 
 
 def test_the_same_labels_are_another_test_set_if_the_images_are_others() -> None:
-    one, two = (rights(50, 100, digest=digest) for digest in ("clear", "foggy"))
+    one, two = (rights(50, 100, key={"images": digest}) for digest in ("clear", "foggy"))
     assert one.test_set != two.test_set
     assert rights(50, 100).test_set == rights(60, 100).test_set != ""
 
@@ -523,7 +529,7 @@ def test_seeds_that_contradict_one_another_do_not_tell_two_apart() -> None:
     ]
     comparable = alone(*runs)
     (pair,) = pairs_of(comparable)
-    assert (pair.ahead, pair.seeds, pair.verdict) == (2, 4, "not told apart")
+    assert (pair.ahead, pair.seeds, pair.relation) == (2, 4, "not told apart")
     assert "cannot be told from" in in_short(comparable, [pair])
 
 
@@ -531,7 +537,7 @@ def test_a_leader_that_is_behind_on_what_both_have_is_not_called_ahead() -> None
     leading = [trained("a", k, evaluations=[rights(c)]) for k, c in enumerate((500, 800, 800))]
     comparable = alone(*leading, trained("b", 0, evaluations=[rights(600)]))
     (pair,) = pairs_of(comparable)
-    assert (pair.verdict, round(pair.difference, 3)) == ("behind", -0.1)
+    assert (pair.relation, round(pair.difference, 3)) == ("behind", -0.1)
     said = in_short(comparable, [pair])
     assert "behind" in said and "ahead" not in said
 
@@ -541,12 +547,12 @@ def test_one_pair_has_mcnemars_two_sided_p() -> None:
         trained("a", evaluations=[rights(520)]), trained("b", evaluations=[rights(510)])
     )
     (pair,) = pairs_of(comparable)
-    assert pair.p == pytest.approx(mcnemar(10, 0)) and pair.verdict == "ahead"
+    assert pair.p == pytest.approx(mcnemar(10, 0)) and pair.relation == "ahead"
 
 
 def test_a_check_that_failed_on_fewer_images_marks_the_row_on_all() -> None:
-    some = rights(40, 100, scope="test_100", failed=("black_box: no.",), checked=True)
-    every = rights(400, checked=True)
+    some = rights(40, 100, scope="test_100", findings=(finding(False),))
+    every = rights(400, findings=(finding(True),))
     comparables = comparable_runs(settings_of([trained("a", evaluations=[some, every])]))
     assert len(comparables) == 2 and all(
         not a.rows[0].trusted and a.leader is None for a in comparables
@@ -555,7 +561,7 @@ def test_a_check_that_failed_on_fewer_images_marks_the_row_on_all() -> None:
 
 def test_an_unchecked_seed_beside_a_checked_one_is_marked_by_its_tag_and_told() -> None:
     comparable = alone(
-        trained("a", 0, evaluations=[rights(900, checked=True)]),
+        trained("a", 0, evaluations=[rights(900, findings=(finding(True),))]),
         trained("a", 1, evaluations=[rights(800)], tags={"checks": "FAILED: zero_gradients"}),
     )
     assert comparable.rows[0].failed == ("zero_gradients",)
@@ -593,7 +599,7 @@ def test_what_mattered_leaves_out_what_failed_a_check_and_how_it_was_judged() ->
         masked = k >= 20
         params = {"optimizer.lr": 0.1 * (k % 5 + 1), "algorithm.trick": "on" if masked else "off"}
         params["evaluation.steps"] = 10 if k else 20
-        told = rights(500, checked=True, failed=("zero_gradients: no.",) if masked else ())
+        told = rights(500, findings=(finding(not masked),))
         runs.append(
             trained(
                 "a", params=params, robust=[0.9 if masked else 0.1 * (k % 5)], evaluations=[told]

@@ -76,18 +76,18 @@ def record_sweep(recorder: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def record_evaluation(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     share = Share(0.5, 0.4, 0.6, 1, 2)
-    result: Any = SimpleNamespace(
+    result = evaluating.EvalResult(
         scope="test",
         accuracies={"clean": share, "ATTACK": share},
-        findings=[Finding("range", True, "", 0.0)],
+        findings=(Finding("range", True, "", 0.0),),
         images=2,
-        fe=1,
-        seconds=1.0,
+        file=Path(),
         folder=Path(),
+        run_id="id",
     )
     monkeypatch.setattr(evaluating, "own_tracker", lambda *args: nullcontext(recorder))
     anything: Any = None
-    evaluating._record(result, as_run(None), "id", Path(), anything)
+    evaluating._log(result, as_run(None), "id", Path(), anything)
 
 
 def test_the_tables_in_the_readme_are_those_of_the_code() -> None:

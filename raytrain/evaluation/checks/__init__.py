@@ -1,8 +1,8 @@
-"""Checks before belief: an accuracy under attack is worth nothing if the attack was blocked.
+"""Checks of whether an accuracy under attack is valid, or the attack was blocked.
 
 Each is a function on a bare network that maps pixels in [0, 1] to logits, ours or any other, and
-leaves it as it was. A failed check does not hide a number; it says that it is not to be believed,
-why, and what to do.
+restores its state. A failed check hides no number; its sentence states that the number is not
+reliable, why, and what to do.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def before_belief(
 ) -> list[Finding]:
     """Every check that needs no flags, on at most 128 of the images, drawn by `seed`.
 
-    `modes` judges the model as it was handed over; all others run in eval mode, as evaluation does.
-    Of images out of range only their range is told, and of a randomised model not whether its
-    logits depend on the batch: neither would mean anything. Raises RequestError if there is no
-    image, or if the model does not answer one row of logits for each.
+    `modes` checks the model in the mode it is given in; all others run in eval mode, as evaluation
+    does. For images out of range the other checks are skipped, and for a randomised model that of
+    the batch: neither would be meaningful. Raises RequestError if there is no image, or if the model
+    does not return one row of logits for each.
     """
     if len(images) == 0 or len(images) != len(labels):
         raise RequestError(
@@ -64,7 +64,7 @@ def before_belief(
 def of_answers(model: nn.Module, images: Images, seed: int) -> list[Finding]:
     """The checks that need neither labels nor gradients, and no trained weights.
 
-    Of a randomised model it is not said whether its logits depend on the batch.
+    For a randomised model the check of the batch is skipped.
     """
     findings = [randomised(model, images, seed)]
     if findings[0].passed:

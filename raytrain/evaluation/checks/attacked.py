@@ -47,29 +47,24 @@ def falls_with_eps(
     """
     evaluations = [Evaluation(steps=10, eps=factor * ball.eps) for factor in LADDER]
     flags = survivors(model, images, labels, ball, evaluations, seed)
-    rise, real = largest_rise(flags)
-    told = ", ".join(
-        f"{percent(float(flag.mean()))} at {evaluation.eps:.4g}"
-        for evaluation, flag in zip(evaluations, flags, strict=True)
+    return _not_rising(
+        "falls_with_eps",
+        flags,
+        [f"at {one.eps:.4g}" for one in evaluations],
+        "Accuracy under PGD-10 does not rise with eps, beyond chance: {listed}.",
+        "Accuracy under PGD-10 rises with eps ({listed}), though more room can only help an attacker: "
+        "gradients lead it astray; trust attacks without gradients only (Square).",
     )
-    if not real:
-        sentence = f"Accuracy under PGD-10 does not rise with eps, beyond chance: {told}."
-        return Finding("falls_with_eps", True, sentence, rise)
-    sentence = (
-        f"Accuracy under PGD-10 rises with eps ({told}), though more room can only help an attacker: "
-        "gradients lead it astray; trust attacks without gradients only (Square)."
-    )
-    return Finding("falls_with_eps", False, sentence, rise)
 
 
 def large_eps(
     model: nn.Module, images: Images, labels: Labels, ball: AbstractThreatModel, seed: int
 ) -> Finding:
-    """`large_eps`: in a ball that holds plain grey for every image, PGD-20 leaves less than half of
+    """`large_eps`: in a ball that holds plain grey for every image, accuracy under PGD-20 is below half of
     chance.
 
-    The radius is 1/2 in l-inf, half the diameter of the pixel box in l2 and l1. `value` is the
-    accuracy that is left.
+    The radius is 1/2 in l-inf, half the diameter of the pixel box in l2 and l1. `value` is
+    that accuracy.
     """
     eps = max(ball.eps, float(ball.norm_of(torch.full_like(images[:1], 0.5))))
     evaluation = Evaluation(steps=20, restarts=2, eps=eps)
@@ -102,19 +97,24 @@ def more_steps(
     """
     evaluations = [Evaluation(steps=steps, step_size=size) for steps, size in EFFORTS]
     flags = survivors(model, images, labels, ball, evaluations, seed)
+    return _not_rising(
+        "more_steps",
+        flags,
+        [f"after {one.steps}" for one in evaluations],
+        "Accuracy does not rise with PGD's steps, beyond chance: {listed}.",
+        "Accuracy rises with PGD's steps ({listed}): one long step beats many short ones only where "
+        "gradients mislead; trust attacks without gradients only (Square).",
+    )
+
+
+def _not_rising(
+    check: str, flags: Sequence[Flags], labels: Sequence[str], passed: str, failed: str
+) -> Finding:
+    """Whether no accuracy exceeds an earlier one by more than chance; `flags` from weak to strong."""
     rise, real = largest_rise(flags)
-    told = ", ".join(
-        f"{percent(float(flag.mean()))} after {evaluation.steps}"
-        for evaluation, flag in zip(evaluations, flags, strict=True)
-    )
-    if not real:
-        sentence = f"Accuracy does not rise with PGD's steps, beyond chance: {told}."
-        return Finding("more_steps", True, sentence, rise)
-    sentence = (
-        f"Accuracy rises with PGD's steps ({told}): one long step beats many short ones only where "
-        "gradients mislead; trust attacks without gradients only (Square)."
-    )
-    return Finding("more_steps", False, sentence, rise)
+    shares = zip(flags, labels, strict=True)
+    listed = ", ".join(f"{percent(float(flag.mean()))} {label}" for flag, label in shares)
+    return Finding(check, not real, (failed if real else passed).format(listed=listed), rise)
 
 
 def survivors(

@@ -1,4 +1,4 @@
-"""An attack that sees no gradient must not break what attacks with gradients cannot."""
+"""Black-box check: attacks without gradients must not break images that attacks with gradients cannot."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def black_box(white: Flags, black: Mapping[str, Flags]) -> Finding:
     broken = {name: white & ~flags for name, flags in black.items()}
     count = int((white & ~np.logical_and.reduce([white, *black.values()])).sum())
     share = count / len(white)
-    told = ", ".join(f"{name} {int(flags.sum())}" for name, flags in broken.items())
+    listed = ", ".join(f"{name} {int(flags.sum())}" for name, flags in broken.items())
     if count < IMAGES or share <= SHARE:
-        sentence = f"Attacks without gradients add next to nothing: {count} images ({told})."
+        sentence = f"Attacks without gradients add next to nothing: {count} images ({listed})."
         return Finding("black_box", True, sentence, share)
     sentence = (
-        f"Attacks without gradients break {percent(share)} of the images ({told}) that attacks with "
+        f"Attacks without gradients break {percent(share)} of the images ({listed}) that attacks with "
         "gradients leave: the latter were too weak, or the gradients mislead; take more steps or "
         "AutoAttack, or adapt the attack to the defence."
     )

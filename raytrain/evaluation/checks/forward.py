@@ -80,7 +80,7 @@ def randomised(model: nn.Module, images: Images, seed: int) -> Finding:
 def batch(model: nn.Module, images: Images, seed: int) -> Finding:
     """`batch`: the logits of an image do not depend on the others of its batch, in eval mode.
 
-    The company is as strange as can be, the negatives of the images. `value` is the largest change
+    The rest of the batch is replaced by the negatives of the images. `value` is the largest change
     of a logit, as a share of the image's logit range.
     """
     with still(model, seed, images.device):

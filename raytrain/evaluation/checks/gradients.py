@@ -78,7 +78,7 @@ def vanishing(
     labels: Labels,
     loss: Callable[[Tensor, Labels], PerSample],
 ) -> Mask:
-    """Whether each image's own loss leaves an attack nothing to follow, (n,)."""
+    """Per image, whether its loss has no usable gradient, (n,)."""
     moved = images.detach().requires_grad_(True)
     with torch.enable_grad():
         losses = loss(Connected(model)(moved), labels)

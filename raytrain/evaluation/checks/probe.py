@@ -1,7 +1,8 @@
-"""What all checks share: their verdict, a model that is left as it was, its logits."""
+"""Shared by all checks: `Finding`, a model whose state is restored, its logits."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +19,20 @@ from raytrain.core.types import Images, Labels, RequestError, mix
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict of one check. `value` is what was measured, in the unit that the sentence names."""
+    """The result of one check; `value` is the measurement, in the unit that the sentence names."""
 
     check: str
     passed: bool
     sentence: str
-    value: float
+    value: float = math.nan  # NaN: not recorded
 
 
 @contextmanager
 def still(model: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
     """The model in eval mode, every source of randomness seeded.
 
-    Afterwards modes, buffers and the generators of torch, numpy and Python are what they were: a
-    defence that draws numbers or counts its calls leaves no trace in the process.
+    Afterwards modes, buffers and the generators of torch, numpy and Python are restored, also for a
+    defence that draws numbers or counts its calls.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     python, legacy = random.getstate(), np.random.get_state()
@@ -79,5 +80,5 @@ def one_class(predicted: Labels, labels: Labels) -> bool:
 
 
 def percent(share: float) -> str:
-    """A share as a reader wants it: `12.5 %`, `100 %`."""
+    """A share as text: `12.5 %`, `100 %`."""
     return f"{100 * share:.3g} %"

@@ -17,7 +17,7 @@ Option = str | bool | int | float | None
 
 @runtime_checkable
 class Suggests(Protocol):
-    """What a space asks of a trial: Optuna's own suggestion methods."""
+    """The part of an Optuna trial that a space uses: its suggestion methods."""
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -70,7 +70,7 @@ class AbstractDimension(Spec):
 
 
 class AbstractSearched(AbstractDimension):
-    """A dimension whose value is asked of a trial."""
+    """A dimension whose value a trial suggests."""
 
     @property
     def in_eps(self) -> bool:
@@ -79,7 +79,7 @@ class AbstractSearched(AbstractDimension):
 
     @abstractmethod
     def suggest(self, trial: Suggests, key: str, scale: float) -> Any:
-        """Ask the trial; the value in the units of the run, `scale` pixels to one of its own."""
+        """Suggest a value, in the units of the run, `scale` pixels to one of its own."""
 
     @abstractmethod
     def params(self, key: str, value: Any, scale: float) -> dict[str, Any] | None:

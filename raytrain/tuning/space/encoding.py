@@ -10,7 +10,7 @@ from raytrain.tuning.space.base import AbstractSearched, same
 from raytrain.tuning.space.dimensions import Branch, Choice
 from raytrain.tuning.space.draws import Replay
 from raytrain.tuning.space.expressions import Absent
-from raytrain.tuning.space.lookup import field_at, told
+from raytrain.tuning.space.lookup import field_at, field_value
 from raytrain.tuning.space.variables import Variable
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def encode(space: SearchSpace, run: RunConfig) -> dict[str, Any] | None:
         space.walk(answer)
         values = space.values(params)
         again = space.run(values)
-        reproduced = all(same(told(again, path), told(run, path)) for path in values)
+        reproduced = all(same(field_value(again, path), field_value(run, path)) for path in values)
     except (RequestError, Absent):
         return None
     return params if reproduced else None
@@ -67,7 +67,7 @@ def _params(
 ) -> dict[str, Any] | None:
     if variable.path.startswith("$"):
         return entry.params(variable.key, entry.middle(), 1.0)
-    found = entry.params(variable.key, told(run, variable.path), scale)
+    found = entry.params(variable.key, field_value(run, variable.path), scale)
     if found is None:  # an option may be written as the run has it: eps/4
         found = entry.params(variable.key, field_at(run, variable.path), scale)
     return found

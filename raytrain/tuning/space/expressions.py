@@ -1,7 +1,7 @@
 """Arithmetic in a search space: `$reach * threat.eps / algorithm.steps`, `algorithm.steps <= 8`.
 
 Text is parsed into Python's syntax tree, and every node that is allowed is turned into a closure of
-our own: nothing is ever handed to Python to run, and what is not in a table here is refused.
+our own: nothing is executed by Python, and nodes outside the tables here are refused.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def parse(text: str) -> Expression:
     spelled = _DOLLARS.sub(lambda m: m[1] or f"{_DOLLAR}.{m[2]}", text.replace("\n", " ").strip())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about Python's style, which is nobody's concern here
+            warnings.simplefilter("ignore")  # about Python's style, of no concern here
             tree = ast.parse(spelled, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         problem = getattr(error, "msg", None) or "too deep"

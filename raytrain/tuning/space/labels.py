@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_KINDS = ("name", "kind", "norm")  # what a record is: told by the record's own name
+_KINDS = ("name", "kind", "norm")  # fields labelled by the name of their record
 
 
 def describe(values: Mapping[str, Any], separator: str = " ") -> str:

@@ -92,7 +92,7 @@ def paths_of(record: BaseModel, prefix: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{prefix}{field}.")
 
 
-def told(run: RunConfig, path: str) -> Any:
+def field_value(run: RunConfig, path: str) -> Any:
     """A field of a finished run as expressions see it.
 
     Raises:

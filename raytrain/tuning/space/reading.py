@@ -1,4 +1,4 @@
-"""Search spaces from files: what is wrong is told with its line."""
+"""Read search spaces from files; errors name the line."""
 
 from __future__ import annotations
 

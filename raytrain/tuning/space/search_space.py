@@ -45,8 +45,8 @@ class SearchSpace(Spec):
     """A study: `base` with the fields of `space` varied, to the best of `objective`.
 
     `sample`, `values`, `encode` and `grid` walk through the same dimensions in the same order and
-    differ only in who answers. Raw parameters go by a dimension's `key`, values in the units of the
-    run by its path.
+    differ only in the source of the values. Raw parameters go by a dimension's `key`, values in the
+    units of the run by its path.
 
     >>> space = SearchSpace(
     ...     name="steps", base={"algorithm": "pgd"}, space={"algorithm.steps": {"int": [1, 3]}}

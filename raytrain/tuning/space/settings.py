@@ -28,7 +28,7 @@ def _known(metric: str) -> None:
 
 
 class Objective(Spec):
-    """A metric that trials are judged by, at their last epoch."""
+    """An objective of the search: a metric at a trial's last epoch."""
 
     metric: str = "valid/robust"
     mode: Literal["max", "min"] = "max"

@@ -1,0 +1,37 @@
+"""Files that are replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replaced(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which is renamed over `path` at the end; flushed to the disk if `durable`.
+
+    After an error `path` is as it was, and nothing is left beside it. The folder is made if need be.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Write a text file in UTF-8, see `replaced`."""
+    with replaced(path, durable) as file:
+        file.write(text.encode())
