@@ -19,13 +19,11 @@ class Pgd(Smoothed, Iterated):
     Madry et al. 2018 (arXiv 1706.06083), section 2. The last iterate is trained on, as there.
     Public codes attack in train mode (Madry, Rice) or in eval mode (Pang's baseline); eval is the
     default, because then a sample's perturbation does not depend on its neighbours in the batch.
-    start=remembered makes it ATTA (Zheng et al. 2020), which needs few steps.
+    start=remembered goes on from the last perturbation of the image; `atta` also resets it.
 
     Deviations: with attack_bn=train BatchNorm sees K + 1 passes per update, all of perturbed images.
     Rice's code has K + 3: one more of perturbed images, for the loss that compares restarts, and one
-    of the clean images after the step, which enters the running statistics last. ATTA's public code
-    resets all perturbations every 10 epochs, to noise 0.001 N(0, 1) as at the beginning; here they
-    begin at zero and are never reset.
+    of the clean images after the step, which enters the running statistics last.
     """
 
     card: ClassVar[Card] = Card(

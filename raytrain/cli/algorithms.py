@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raytrain.algorithms import RECIPES
-from raytrain.core.types import RequestError
-from raytrain.outer import OUTERS
+from raytrain.algorithms import RECIPES, AbstractRecipe
+from raytrain.core.card import Card, alternatives
+from raytrain.core.types import SCHEDULABLE, RequestError
+from raytrain.outer import OUTERS, AbstractOuter
 
-_KINDS = {**RECIPES, **OUTERS}
+
+def _part(name: str) -> type[AbstractRecipe] | type[AbstractOuter]:
+    for registry in (RECIPES, OUTERS):
+        with suppress(KeyError):
+            return registry[name]
+    raise RequestError(f"{name}: expected one of {', '.join([*RECIPES, *OUTERS])}")
 
 
 def catalogue() -> Callable[[], None]:
@@ -25,21 +32,29 @@ def catalogue() -> Callable[[], None]:
             table = Table(title=title, title_justify="left")
             for column in ("name", "rule", "cost per image"):
                 table.add_column(column)
-            for name, kind in kinds.items():
-                table.add_row(name, escape(kind.card.rule), escape(kind.card.cost))
+            for name in kinds:
+                table.add_row(name, *_rule_and_cost(name))
             Console().print(table)
 
     return show
 
 
+def _rule_and_cost(name: str) -> tuple[str, str]:
+    try:
+        card = _part(name).card
+    except RequestError as error:  # a package that cannot be imported
+        return escape(str(error)), ""
+    return escape(card.rule), escape(card.cost)
+
+
 def catalogue_json() -> dict[str, Any]:
     """The same for scripts."""
-    return {name: algorithm_json(name) for name in _KINDS}
+    return {name: algorithm_json(name) for name in [*RECIPES.known, *OUTERS.known]}
 
 
 def algorithm(name: str) -> Callable[[], None]:
     """One algorithm: paper, rule, cost, hyperparameters and the ranges to search."""
-    card = algorithm_json(name)
+    part, card = _part(name), algorithm_json(name)
 
     def show() -> None:
         console = Console()
@@ -50,9 +65,13 @@ def algorithm(name: str) -> Callable[[], None]:
         for column in ("hyperparameter", "default", "range to search", "meaning"):
             table.add_column(column)
         for row in card["hyperparameters"]:
-            table.add_row(*(escape(str(row[k])) for k in ("name", "default", "range", "meaning")))
+            cells = [str(row[key]) for key in ("name", "default", "range", "meaning")]
+            cells[0] += " *" if row["scheduled"] else ""
+            table.add_row(*map(escape, cells))
         console.print(table)
-        console.print(_paragraph(_KINDS[name]), markup=False, highlight=False)
+        if any(row["scheduled"] for row in card["hyperparameters"]):
+            console.print("* may change over training: curriculum.NAME\n", highlight=False)
+        console.print(_paragraph(part), markup=False, highlight=False)
 
     return show
 
@@ -63,9 +82,7 @@ def algorithm_json(name: str) -> dict[str, Any]:
     Raises:
         RequestError: if there is no such algorithm.
     """
-    if name not in _KINDS:
-        raise RequestError(f"{name}: expected one of {', '.join(_KINDS)}")
-    recipe = _KINDS[name]
+    recipe = _part(name)
     card = recipe.card
     rows = []
     for field, info in recipe.model_fields.items():
@@ -76,13 +93,21 @@ def algorithm_json(name: str) -> dict[str, Any]:
             {
                 "name": field,
                 "default": default,
-                "range": card.ranges.get(field, ""),
+                "range": _range(card, field),
                 "meaning": info.description or "",
+                "scheduled": SCHEDULABLE in info.metadata,
             }
         )
     deeper = [path for path in card.ranges if "." in path]
     rows += [
-        {"name": path, "default": "", "range": card.ranges[path], "meaning": ""} for path in deeper
+        {
+            "name": path,
+            "default": "",
+            "range": _range(card, path),
+            "meaning": "",
+            "scheduled": False,
+        }
+        for path in deeper
     ]
     return {
         "name": name,
@@ -93,6 +118,10 @@ def algorithm_json(name: str) -> dict[str, Any]:
         "norms": list(card.norms),
         "hyperparameters": rows,
     }
+
+
+def _range(card: Card, field: str) -> str:
+    return "; ".join(map(str, alternatives(card.ranges[field]))) if field in card.ranges else ""
 
 
 def _default(value: Any) -> str:
