@@ -16,6 +16,7 @@ from raytrain.tracking import finished_runs, provenance
 from raytrain.tuning.history import queued_params
 from raytrain.tuning.outcome import amounts
 from raytrain.tuning.space.base import same
+from raytrain.tuning.space.encoding import defaults, encode
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.trial_manager import TrialManager
 
@@ -46,7 +47,7 @@ def _first(space: SearchSpace) -> Iterator[dict[str, Any]]:
     if space.search.sampler == "grid":
         yield from space.grid()
     elif space.search.defaults and space.search.sampler != "pbt":
-        yield from space.defaults()
+        yield from defaults(space)
 
 
 def _learn(
@@ -84,7 +85,7 @@ def _usable(
     wanted = [one.metric for one in space.objective]
     for flat, metrics in runs:
         run = _run_of(flat)
-        params = None if run is None else space.encode(run)
+        params = None if run is None else encode(space, run)
         if run is not None and params is not None and _finite(metrics, wanted):
             yield params, metrics, _comparable(space.run(space.values(params)), run)
 

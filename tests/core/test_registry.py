@@ -20,6 +20,7 @@ from raytrain.core.types import RequestError
 from raytrain.testing import AlgorithmConformance
 from raytrain.training.checkpoint import load
 from raytrain.tuning.cost_estimate import estimate_cost
+from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.search_space import SearchSpace
 
@@ -146,7 +147,7 @@ def test_it_is_searched_like_any_other() -> None:
             "budget": {"trials": 2},
         }
     )
-    space.check()
+    check(space)
     drawn = [space.run(space.sample(Draw(seed, {}))) for seed in range(10)]
     assert {run.algorithm.name for run in drawn} == {"pgd", "mine:Half"}
 

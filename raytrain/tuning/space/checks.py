@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytrain.core.types import RequestError
 from raytrain.tuning.space.base import AbstractSearched
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.lookup import KINDS, paths_of
+from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.variables import Variable, nearest
-
-if TYPE_CHECKING:
-    from raytrain.tuning.space.search_space import SearchSpace
 
 _VALID = 200  # random configurations that must all be valid
 _TRIES = 1000  # to find configurations that a condition or the constraints allow
@@ -27,6 +25,7 @@ def check(space: SearchSpace) -> None:
     Raises:
         RequestError: for the first that is wrong, with its place in the space.
     """
+    _ = space.base_run
     _check_names(space)
     for values in corners(space):
         _must_run(space, values)

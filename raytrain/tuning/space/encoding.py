@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
@@ -11,10 +11,8 @@ from raytrain.tuning.space.dimensions import Branch, Choice
 from raytrain.tuning.space.draws import Replay
 from raytrain.tuning.space.expressions import Absent
 from raytrain.tuning.space.lookup import field_at, field_value
+from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.variables import Variable
-
-if TYPE_CHECKING:
-    from raytrain.tuning.space.search_space import SearchSpace
 
 
 def encode(space: SearchSpace, run: RunConfig) -> dict[str, Any] | None:

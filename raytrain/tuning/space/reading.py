@@ -11,6 +11,7 @@ from raytrain.config.fields import Keys, is_text
 from raytrain.config.request import override, parse_overrides, validated
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
+from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.search_space import SearchSpace
 
 _OWN = ("search", "budget", "objective", "feasible", "study")  # no field of a run has these names
@@ -33,7 +34,7 @@ def read_space(file: Path, overrides: Iterable[str] = ()) -> SearchSpace:
     values = override(values, own, SearchSpace)
     try:
         space = validated(SearchSpace, values)
-        space.check()
+        check(space)
     except RequestError as error:
         raise RequestError(
             f"{_place(file, lines, words, error.path)}: {error}", error.path

@@ -16,10 +16,8 @@ from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.types import RequestError, Spec
 from raytrain.evaluation.sentinels import Sentinels
 from raytrain.tuning.space.base import AbstractSearched, Suggests
-from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.dimensions import Derived, Entry, Real
 from raytrain.tuning.space.draws import Replay, Walk
-from raytrain.tuning.space.encoding import defaults, encode
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.lookup import Lookup
 from raytrain.tuning.space.settings import (
@@ -44,7 +42,7 @@ _PASSWORD = re.compile(r"^[^:/]*://[^:/]*:[^@]*@|[?&](password|passwd|passphrase
 class SearchSpace(Spec):
     """A study: `base` with the fields of `space` varied, to the best of `objective`.
 
-    `sample`, `values`, `encode` and `grid` walk through the same dimensions in the same order and
+    `sample`, `values`, `grid` and `encoding.encode` walk through the same dimensions in the same order and
     differ only in the source of the values. Raw parameters go by a dimension's `key`, values in the
     units of the run by its path.
 
@@ -169,16 +167,6 @@ class SearchSpace(Spec):
         """Whether all constraints hold."""
         return all(self._excess(text, values) <= 0 for text in self.constraints)
 
-    def encode(self, run: RunConfig) -> dict[str, Any] | None:
-        """The parameters that make this space give the run's values; None if it never does."""
-        return encode(self, run)
-
-    def defaults(self) -> list[dict[str, Any]]:
-        """The base run and, where algorithms are searched, each of them with its own defaults, as far
-        as this space contains them.
-        """
-        return defaults(self)
-
     def grid(self) -> Iterator[dict[str, Any]]:
         """The parameters of every configuration that the constraints allow.
 
@@ -199,15 +187,6 @@ class SearchSpace(Spec):
             if self.allows(self.sample(walk)):
                 yield walk.params
             way = walk.after()
-
-    def check(self) -> None:
-        """Try random configurations and the corners of the space.
-
-        Raises:
-            RequestError: for the first that is not a valid run.
-        """
-        _ = self.base_run
-        check(self)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """What varies, as a table: path, range, condition."""
