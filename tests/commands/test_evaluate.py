@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -364,13 +363,10 @@ def test_validation_by_apgd_counts_what_two_stages_leave_of_the_first_images() -
 
 
 @pytest.fixture
-def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ray's own files: the path of a socket may have 107 characters, fewer than pytest's folders."""
-    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
+def own_ray(ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray as this process starts it: its own folder, one thread."""
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes(title: str) -> list[int]:
@@ -396,7 +392,7 @@ def descends(pid: int) -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_folder")
+@pytest.mark.usefixtures("own_ray")
 def test_two_workers_find_what_one_finds_also_if_one_of_them_is_killed(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -434,7 +430,7 @@ budget: {trials: 1, concurrent: 1}
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_folder")
+@pytest.mark.usefixtures("own_ray")
 def test_a_sweep_may_search_by_apgd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
