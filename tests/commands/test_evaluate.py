@@ -209,6 +209,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[WorkItem]:
     return work_items
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_and_another_question_begins_anew(
     alone: Path, done: list[WorkItem], tmp_path: Path
 ) -> None:

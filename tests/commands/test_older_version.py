@@ -53,6 +53,7 @@ def run_id(folder: Path, name: str) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_is_evaluated_and_goes_on_as_its_own_version_would(older: Path, name: str) -> None:
     expected = json.loads((older / "expected.json").read_text())[name]

@@ -24,6 +24,8 @@ from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.trainer import fit, start
 
+pytestmark = pytest.mark.slow  # several processes
+
 ALGORITHMS: dict[str, Any] = {
     "natural": "natural",
     "fgsm_rs": "fgsm_rs",

@@ -258,6 +258,7 @@ SINGLE = {"name": "fgsm_rs", "start": "zero", "step_size": "eps", "attack_bn": "
 STOP = {"stop": {"fgsm_gap": 0.2}}
 
 
+@pytest.mark.slow
 def test_training_on_single_steps_overfits_to_them_and_training_on_many_does_not() -> None:
     fgsm, pgd = overfitting(SINGLE), overfitting({"name": "pgd", "steps": 5, "step_size": "eps/2"})
     one, many = fgsm[-1].sentinels, pgd[-1].sentinels
@@ -396,6 +397,7 @@ def work(rank: int, folder: Path, rule: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_see_what_one_sees_and_stop_where_it_stops(
     ending: Ending, tmp_path: Path
 ) -> None:

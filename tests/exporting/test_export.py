@@ -871,6 +871,7 @@ class TestCommand:
         assert result.folder == Path("out").resolve() and any(Path("out").iterdir())
 
 
+@pytest.mark.slow
 def test_mlflow_tells_numbers_commit_and_hardware(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_trials_without_a_value_or_a_journal_are_no_obstacle(tmp_path: Path) -> 
     assert names(found) == both("history")
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_anything_but_the_sweep(tmp_path: Path) -> None:
     study = study_of(40)
     for folder in (tmp_path / "one", tmp_path / "other"):
