@@ -21,6 +21,15 @@ from raytrain.core.distributed_context import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()
+for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # no store and no cluster from outside
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

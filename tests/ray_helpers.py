@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO
 
 import optuna
-import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.storages import JournalStorage
@@ -33,8 +32,6 @@ space:
 search: {sampler: random, pruner: none}
 budget: {trials: TRIALS, concurrent: 1}
 """
-OUTSIDE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-
 # Ctrl-C reaches the command also where the tests themselves run in the background.
 COMMAND = """
 import signal
@@ -47,11 +44,10 @@ main()
 @contextmanager
 def started(folder: Path, ray_folder: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     """The real command at work in `folder`; what is left of it in the end is killed."""
-    clean = {name: value for name, value in os.environ.items() if name not in OUTSIDE}
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *words],
         cwd=folder,
-        env={**clean, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,9 +72,7 @@ def ended(folder: Path, ray_folder: str, *words: str) -> subprocess.CompletedPro
 
 def ended_here(folder: Path, *words: str) -> Result:
     """The command in this process, for what needs no Ray."""
-    with chdir(folder), pytest.MonkeyPatch.context() as patch:
-        for name in OUTSIDE:
-            patch.delenv(name, raising=False)
+    with chdir(folder):
         return CliRunner().invoke(app, words)
 
 

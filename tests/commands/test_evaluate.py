@@ -62,8 +62,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Train
     """A folder with a store in which one network has been trained."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-            patch.delenv(name, raising=False)
         patch.chdir(folder)
         with unchecked():
             result = raytrain.train(RUN)
@@ -433,8 +431,6 @@ budget: {trials: 1, concurrent: 1}
 @pytest.mark.ray
 @pytest.mark.usefixtures("own_ray")
 def test_a_sweep_may_search_by_apgd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space.yaml").write_text(SPACE)
     told = raytrain.tune(tmp_path / "space.yaml").json()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from ray_helpers import OUTSIDE, runs_of, trials_of
+from ray_helpers import runs_of, trials_of
 
 import raytrain
 from raytrain.commands.compare import compare
@@ -29,23 +29,20 @@ NAMES = ("pgd-digits-21537a", "ssds-digits-93ab41")
 
 
 @pytest.fixture
-def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def older(here: Path) -> Path:
     """The folder of the earlier version, moved here; the working folder of the test."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    folder = tmp_path / "runs" / "raytrain"
+        archive.extractall(here, filter="data")
+    folder = here / "runs" / "raytrain"
     for file in (*folder.glob("*/run.yaml"), *folder.glob("s/mlflow.*")):
-        file.write_text(file.read_text().replace(MADE_IN, str(tmp_path)))
-    database = sqlite3.connect(tmp_path / "mlflow.db")
+        file.write_text(file.read_text().replace(MADE_IN, str(here)))
+    database = sqlite3.connect(here / "mlflow.db")
     for table, column in LOCATIONS.items():
         change = f"update {table} set {column} = replace({column}, ?, ?)"
-        database.execute(change, (MADE_IN, str(tmp_path)))
+        database.execute(change, (MADE_IN, str(here)))
     database.commit()
     database.close()
-    for name in OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return here
 
 
 def run_id(folder: Path, name: str) -> str:

@@ -236,7 +236,7 @@ def test_each_objective_has_importances_of_its_own() -> None:
     assert importances(study, metric_place=2)[0].key == "algorithm.steps"
 
 
-@pytest.mark.parametrize("count", [3, 60])
+@pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objectives", [1, 2, 3])
 def test_a_sweep_has_the_pictures_that_show_something(
     tmp_path: Path, count: int, objectives: int

@@ -62,8 +62,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedConte
     """Three algorithms on the digits with two seeds each, evaluated; and one that was not."""
     made = DistributedContext(tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-            patch.delenv(name, raising=False)
         patch.chdir(made.folder)
         patch.setattr(api, "leave_network", lambda *_: None)  # the slowest part of a short run
         for kind in KINDS:

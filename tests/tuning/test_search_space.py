@@ -463,6 +463,7 @@ def test_the_hash_changes_with_what_trials_are_compared_by(change: dict[str, Any
     assert one.hash() != other.hash()
 
 
+@pytest.mark.slow
 def test_the_hash_is_the_same_after_the_copy_that_a_sweep_keeps(tmp_path: Path) -> None:
     from raytrain.commands.tune import _space_yaml
 
