@@ -40,10 +40,11 @@ def run_both(work: Callable[..., None], *args: Any) -> None:
     """Call `work(rank, *args)` in two processes and wait for both."""
     workers = spawn(work, args, nprocs=2, join=False)
     assert workers is not None
+    processes: list[Any] = workers.processes
     deadline = time.monotonic() + 2 * PATIENCE
     try:
         while not workers.join(timeout=5):
             assert time.monotonic() < deadline, "the processes wait for each other"
     finally:
-        for process in workers.processes:
+        for process in processes:
             process.kill()
