@@ -149,7 +149,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("plain", "remembered", "si_hg", "awp", "averaged")
+"""Nothing beside the weights, a value of each image, si_hg, AWP, averaged weights; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "kind", [*QUICK, *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k not in QUICK)]
+)
 def test_resumed_run_is_bit_identical(kind: str, tmp_path: Path) -> None:
     run = run_of(**KINDS[kind])
     whole, state = to_the_end(run)
