@@ -1,4 +1,19 @@
-"""What all tests share: one thread, so that results do not depend on the machine."""
+"""What all tests share: one thread, so that results do not depend on the machine; a folder for Ray."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # Compile torch, Ray and MLflow once, not in every process that a test starts.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import torch
 
@@ -6,3 +21,20 @@ from raytrain.core.distributed_context import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()
+for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # no store and no cluster from outside
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[str]:
+    """Ray's own files: the path of a socket may have 107 characters, fewer than pytest's folders."""
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

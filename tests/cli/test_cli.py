@@ -43,23 +43,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which one small run has been trained."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name in OUTSIDE:
-            patch.delenv(name, raising=False)
         patch.chdir(folder)
         result = CliRunner().invoke(app, ["train", *SMALL, "--json"])
     assert result.exit_code == 0, result.output
     (folder / "train.json").write_text(result.stdout)
     (folder / "train.err").write_text(result.stderr)
     return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, and no store or cluster from outside."""
-    for name in OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def answer(*words: str, status: int = 0) -> str:
@@ -459,6 +448,7 @@ def test_an_interrupted_training_is_recorded_as_killed_and_can_be_resumed(
     assert [point.step for point in history] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_training_that_was_interrupted_before_its_first_checkpoint_can_be_resumed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +507,7 @@ def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None
     assert "raytrain ui" in text
 
 
+@pytest.mark.slow
 def test_text_is_what_was_written_from_the_word_to_the_record_and_back(here: Path) -> None:
     folder = here / "a #1: {x} [y]"
     folder.mkdir()

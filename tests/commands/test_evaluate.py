@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +62,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Train
     """A folder with a store in which one network has been trained."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-            patch.delenv(name, raising=False)
         patch.chdir(folder)
         with unchecked():
             result = raytrain.train(RUN)
@@ -210,6 +207,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[WorkItem]:
     return work_items
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_and_another_question_begins_anew(
     alone: Path, done: list[WorkItem], tmp_path: Path
 ) -> None:
@@ -366,13 +364,10 @@ def test_validation_by_apgd_counts_what_two_stages_leave_of_the_first_images() -
 
 
 @pytest.fixture
-def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ray's own files: the path of a socket may have 107 characters, fewer than pytest's folders."""
-    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
+def own_ray(ray_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray as this process starts it: its own folder, one thread."""
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes(title: str) -> list[int]:
@@ -398,7 +393,7 @@ def descends(pid: int) -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_folder")
+@pytest.mark.usefixtures("own_ray")
 def test_two_workers_find_what_one_finds_also_if_one_of_them_is_killed(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -436,10 +431,8 @@ budget: {trials: 1, concurrent: 1}
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_folder")
+@pytest.mark.usefixtures("own_ray")
 def test_a_sweep_may_search_by_apgd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space.yaml").write_text(SPACE)
     told = raytrain.tune(tmp_path / "space.yaml").json()

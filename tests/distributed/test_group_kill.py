@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from test_ray import ray_folder, runs_of, started, trials_of
+from ray_helpers import runs_of, started, trials_of
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
@@ -33,7 +33,6 @@ pytestmark = [
     # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
     pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
 ]
-__all__ = ["ray_folder"]  # a fixture
 
 
 # --- a row that died between its checkpoint and the driver ------------------------------------

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_near, tensors
+from rank_helpers import one_of_two, run_both
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
@@ -23,6 +19,8 @@ from raytrain.core.types import TrainingFailed
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.trainer import fit, start
+
+pytestmark = pytest.mark.slow  # several processes
 
 ALGORITHMS: dict[str, Any] = {
     "natural": "natural",
@@ -119,9 +117,6 @@ def dropping_net(num_classes: int) -> nn.Module:
     return Dropping(num_classes)
 
 
-PATIENCE = 120  # seconds after which a collective that somebody misses is a failure
-
-
 def run_of(name: str, **changes: Any) -> RunConfig:
     network, outer = NETWORKS.get(name, ("", "sgd"))
     values = {
@@ -168,32 +163,23 @@ def trained(
 
 def work(rank: int, folder: Path) -> None:
     """Everything one of two workers does; its findings go to a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=PATIENCE),
-    )
-    context = DistributedContext(rank=rank, world=2)
-    found: dict[str, Any] = {
-        name: trained(run_of(name), context, folder / f"{name}-2" / LAST) for name in CASES
-    }
-    unused = folder / "unused" / LAST
-    for name in WITH_MEMORY:
-        found[f"{name} resumed"] = trained(
-            run_of(name), context, unused, folder / f"{name}-1" / LAST
-        )
-        found[f"{name} back"] = trained(run_of(name), context, unused, folder / f"{name}-2" / LAST)
-    found["averaged"] = averages(context)
-    dropping = run_of("natural", model=f"{__name__}:dropping_net", ema=0.5)
-    found["dropping"] = trained(dropping, context, unused)
-    found["failed"] = failure(context, folder / "full")
-    torch.save(found, folder / f"found-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two(rank, folder) as context:
+        found: dict[str, Any] = {
+            name: trained(run_of(name), context, folder / f"{name}-2" / LAST) for name in CASES
+        }
+        unused = folder / "unused" / LAST
+        for name in WITH_MEMORY:
+            found[f"{name} resumed"] = trained(
+                run_of(name), context, unused, folder / f"{name}-1" / LAST
+            )
+            found[f"{name} back"] = trained(
+                run_of(name), context, unused, folder / f"{name}-2" / LAST
+            )
+        found["averaged"] = averages(context)
+        dropping = run_of("natural", model=f"{__name__}:dropping_net", ema=0.5)
+        found["dropping"] = trained(dropping, context, unused)
+        found["failed"] = failure(context, folder / "full")
+        torch.save(found, folder / f"found-{rank}.pt")
 
 
 def averages(context: DistributedContext) -> dict[str, dict[str, Tensor]]:
@@ -235,16 +221,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def together(alone: tuple[Path, dict[str, Any]]) -> list[dict[str, Any]]:
     """The findings of both workers."""
     folder, _ = alone
-    workers = spawn(work, (folder,), nprocs=2, join=False)
-    assert workers is not None
-    processes: list[Any] = workers.processes
-    deadline = time.monotonic() + 2 * PATIENCE
-    try:
-        while not workers.join(timeout=5):
-            assert time.monotonic() < deadline, "the workers wait for each other"
-    finally:
-        for process in processes:
-            process.kill()
+    run_both(work, folder)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -137,6 +137,7 @@ def some(num: int = 128) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- honest models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "norm"), [("natural", "linf"), ("natural", "l2"), ("pgd", "linf"), ("pgd", "l1")]
 )
@@ -477,6 +478,7 @@ def states_of_generators() -> tuple[object, ...]:
     return torch.get_rng_state().tolist(), list(numbers), context
 
 
+@pytest.mark.slow
 def test_a_model_is_left_as_it_was_and_so_are_all_generators() -> None:
     model = Diary(trained("natural")).eval()
     model.dropout.train()

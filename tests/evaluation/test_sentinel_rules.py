@@ -35,9 +35,8 @@ def ending() -> Ending:
     return ended()
 
 
+@pytest.mark.slow
 def test_terminal_and_mlflow_say_why(ending: Ending, tmp_path: Path, monkeypatch: Any) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     run = run_of(sentinels=ending[1])
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -99,6 +98,7 @@ def test_levels_bound_what_feasible_does_not_bound_itself() -> None:
         _ = space_of(base={"sentinels": {"stop": {"fgsm_gap": 3}}}).base_run
 
 
+@pytest.mark.slow
 def test_a_slot_hands_over_why_a_trial_ended(ending: Ending, tmp_path: Path) -> None:
     job = Job.of(run_of(sentinels=ending[1]), tmp_path / "trial", False)
     slot = SingleTrainable({"job": job})

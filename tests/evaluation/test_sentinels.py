@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import Affine, batch_of, dice_of, grey, row, tiny_net, unchecked
+from rank_helpers import one_of_two, run_both
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
@@ -258,6 +254,7 @@ SINGLE = {"name": "fgsm_rs", "start": "zero", "step_size": "eps", "attack_bn": "
 STOP = {"stop": {"fgsm_gap": 0.2}}
 
 
+@pytest.mark.slow
 def test_training_on_single_steps_overfits_to_them_and_training_on_many_does_not() -> None:
     fgsm, pgd = overfitting(SINGLE), overfitting({"name": "pgd", "steps": 5, "step_size": "eps/2"})
     one, many = fgsm[-1].sentinels, pgd[-1].sentinels
@@ -374,28 +371,17 @@ def test_a_rule_is_set_on_the_command_line() -> None:
 
 # --- two workers ----------------------------------------------------------------------------------
 
-PATIENCE = 120  # seconds
-
 
 def work(rank: int, folder: Path, rule: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=PATIENCE),
-    )
-    context, run = DistributedContext(rank=rank, world=2), run_of(sentinels=rule)
-    whole = [report for report, _ in fit(run, context)]
-    rest = [report for report, _ in fit(run, context, load(folder / LAST))]
-    found = [[(numbers(r), r.stopped_by) for r in reports] for reports in (whole, rest)]
-    (folder / f"found-{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    run = run_of(sentinels=rule)
+    with one_of_two(rank, folder) as context:
+        whole = [report for report, _ in fit(run, context)]
+        rest = [report for report, _ in fit(run, context, load(folder / LAST))]
+        found = [[(numbers(r), r.stopped_by) for r in reports] for reports in (whole, rest)]
+        (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_two_workers_see_what_one_sees_and_stop_where_it_stops(
     ending: Ending, tmp_path: Path
 ) -> None:
@@ -403,16 +389,7 @@ def test_two_workers_see_what_one_sees_and_stop_where_it_stops(
     run = run_of(sentinels=rule)
     _, state = next(fit(run, DistributedContext()))
     save(state, run, tmp_path / LAST, DistributedContext())
-    workers = spawn(work, (tmp_path, rule), nprocs=2, join=False)
-    assert workers is not None
-    processes: list[Any] = workers.processes
-    deadline = time.monotonic() + 2 * PATIENCE
-    try:
-        while not workers.join(timeout=5):
-            assert time.monotonic() < deadline, "the workers wait for each other"
-    finally:
-        for process in processes:
-            process.kill()
+    run_both(work, tmp_path, rule)
     for rank in range(2):
         whole, rest = json.loads((tmp_path / f"found-{rank}.json").read_text())
         for found, ours in ((whole, wanted), (rest, wanted[1:])):

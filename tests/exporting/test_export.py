@@ -54,7 +54,11 @@ from raytrain.training.trainer import fit_and_checkpoint, network, start
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
-THEIRS = ["resnet18", "preact_resnet18", "wideresnet-10-1"]
+THEIRS = [
+    pytest.param("resnet18", marks=pytest.mark.slow),
+    pytest.param("preact_resnet18", marks=pytest.mark.slow),
+    "wideresnet-10-1",
+]
 FIELDS = [
     *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue"),
     *("architecture", "eps", "clean_acc", "reported", "autoattack_acc", "footnote"),
@@ -870,6 +874,7 @@ class TestCommand:
         assert result.folder == Path("out").resolve() and any(Path("out").iterdir())
 
 
+@pytest.mark.slow
 def test_mlflow_tells_numbers_commit_and_hardware(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

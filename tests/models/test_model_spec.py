@@ -49,6 +49,7 @@ def test_a_string_stands_for_the_record() -> None:
         ModelSpec.model_validate({"name": "resnet18", "depth": 18})
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_only_when_asked_for() -> None:
     code = (
         "import sys; from raytrain.models import ModelSpec; "

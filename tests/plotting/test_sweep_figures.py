@@ -236,7 +236,7 @@ def test_each_objective_has_importances_of_its_own() -> None:
     assert importances(study, metric_place=2)[0].key == "algorithm.steps"
 
 
-@pytest.mark.parametrize("count", [3, 60])
+@pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objectives", [1, 2, 3])
 def test_a_sweep_has_the_pictures_that_show_something(
     tmp_path: Path, count: int, objectives: int
@@ -269,6 +269,7 @@ def test_trials_without_a_value_or_a_journal_are_no_obstacle(tmp_path: Path) -> 
     assert names(found) == both("history")
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_anything_but_the_sweep(tmp_path: Path) -> None:
     study = study_of(40)
     for folder in (tmp_path / "one", tmp_path / "other"):

@@ -62,8 +62,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedConte
     """Three algorithms on the digits with two seeds each, evaluated; and one that was not."""
     made = DistributedContext(tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-            patch.delenv(name, raising=False)
         patch.chdir(made.folder)
         patch.setattr(api, "leave_network", lambda *_: None)  # the slowest part of a short run
         for kind in KINDS:
@@ -212,6 +210,7 @@ def test_runs_of_no_sweep_are_written_nowhere_in_the_store(study: Comparison) ->
     assert study.parent is None and not (study.folder / ".mlflow").exists()
 
 
+@pytest.mark.slow
 def test_a_second_comparison_replaces_the_first_and_leaves_other_files(
     place: DistributedContext,
 ) -> None:
@@ -344,6 +343,7 @@ def test_runs_of_several_sweeps_have_no_parent_of_their_own(place: DistributedCo
     assert result.parent is None
 
 
+@pytest.mark.slow
 def test_two_hundred_configurations_make_a_report_that_can_be_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     runs = []

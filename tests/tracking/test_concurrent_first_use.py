@@ -17,9 +17,12 @@ from sqlalchemy import create_engine, insert
 from raytrain.tracking.registry import ALIAS, ROBUST
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
+]
 
-COUNT = 4
+COUNT = 3
 
 CHILD = """
 import os, signal, sys

@@ -125,6 +125,7 @@ def survivors(folder: Path, pruner: str, dears: list[bool], quality: list[float]
     return reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
 def test_a_cheap_and_a_dear_method_of_equal_merit_are_stopped_alike(
     tmp_path: Path, pruner: str

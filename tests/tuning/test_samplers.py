@@ -40,7 +40,7 @@ def mixed(launch: Launch, count: int) -> None:
 
 
 @pytest.mark.parametrize("two", [False, True])
-@pytest.mark.parametrize("sampler", ["gp", "nsga2", "tpe"])
+@pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.slow), "nsga2", "tpe"])
 def test_a_sampler_proposes_on_after_mixed_trials(tmp_path: Path, sampler: str, two: bool) -> None:
     objective = [{"metric": METRIC}, {"metric": CLEAN}] if two else {"metric": METRIC}
     space = space_of(
@@ -48,14 +48,14 @@ def test_a_sampler_proposes_on_after_mixed_trials(tmp_path: Path, sampler: str, 
         base={**SPACE["base"], "max_failures": 0},
         constraints=["optimizer.lr < 0.25"],
         objective=objective,
-        budget={"trials": 17},
+        budget={"trials": 15},
     )
     launch = Launch(tmp_path / "s", space=space)
     mixed(launch, 12)
-    for number in range(5):
+    for number in range(3):
         launch.begin(f"n{number}")
         launch.manager.end(f"n{number}", told(0.3, **{CLEAN: 0.3}), lost=False)
-    assert launch.manager.progress().finished == 17
+    assert launch.manager.progress().finished == 15
     complete = launch.trials(TrialState.COMPLETE)
     sets = {tuple(trial.constraints) for trial in complete}
     assert sets == {("optimizer.lr < 0.25", "valid/robust_drop", "trained")}
@@ -100,6 +100,7 @@ def ignorant(tmp_path_factory: pytest.TempPathFactory) -> int:
     return sum(_above(tmp_path_factory.mktemp(f"f{seed}"), seed, "fail") for seed in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["diverged", "infeasible"])
 def test_tpe_keeps_away_from_what_goes_wrong(tmp_path: Path, ignorant: int, fate: str) -> None:
     went = sum(_above(tmp_path / str(seed), seed, fate) for seed in range(3))

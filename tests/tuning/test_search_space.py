@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,20 @@ def quiet() -> None:
 # --- every file of the project ----------------------------------------------------------------
 
 
+@cache
+def bundled(file: Path) -> SearchSpace:
+    return read_space(file)
+
+
 def test_there_are_search_spaces() -> None:
     assert SPACES and (SPACES[0].parent / "quickstart.yaml") in SPACES
 
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
 def test_every_search_space_validates_and_samples_valid_runs(file: Path) -> None:
-    space = read_space(file)
+    space = bundled(file)
     assert space.name == file.stem
-    drawn = draws(space, 200)
+    drawn = draws(space, 120)
     assert all(isinstance(run, RunConfig) for _, run in drawn)
     assert len({run.signature() for _, run in drawn}) > 100
     paths = {variable.path for variable in space.variables if variable.path[0] != "$"}
@@ -88,7 +94,7 @@ def test_every_search_space_validates_and_samples_valid_runs(file: Path) -> None
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
 def test_every_search_space_is_judged_on_the_validation_split(file: Path) -> None:
-    assert all(one.metric.startswith("valid/") for one in read_space(file).objective)
+    assert all(one.metric.startswith("valid/") for one in bundled(file).objective)
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -457,11 +463,12 @@ def test_the_hash_changes_with_what_trials_are_compared_by(change: dict[str, Any
     assert one.hash() != other.hash()
 
 
+@pytest.mark.slow
 def test_the_hash_is_the_same_after_the_copy_that_a_sweep_keeps(tmp_path: Path) -> None:
     from raytrain.commands.tune import _space_yaml
 
     for file in [*SPACES, written(tmp_path, DYNAMIC)]:
-        space = read_space(file)
+        space = bundled(file)
         copy = tmp_path / "space.yaml"
         copy.write_text(_space_yaml(space))
         again = read_space(copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def params_of(space: SearchSpace, number: int) -> list[dict[str, Any]]:
 SPACES = [*sorted(FOLDER.glob("*.yaml")), EVERYTHING, GRID]
 
 
+@cache
 def any_space(source: Path | str) -> SearchSpace:
     return read_space(source) if isinstance(source, Path) else space_of(source)
 

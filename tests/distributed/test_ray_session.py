@@ -1,0 +1,137 @@
+"""How Ray is started or joined, without starting it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.config.request import as_run
+from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.distributed.ray_session import concurrent_trials, session, socket_folder
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_replaced_by_a_short_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
+    assert socket_folder() is None
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "long/" * 17)
+    folder = socket_folder()
+    assert folder is not None and len(folder) < 30 and Path(folder).parent.is_dir()
+
+
+def test_a_start_that_takes_too_long_is_tried_again_and_then_explained(
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    def slow(**settings: Any) -> None:
+        calls.append(settings)
+        if len(calls) < failures + 1:
+            raise Exception("The current node timed out during startup. This could happen.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failures = 2
+    with session(as_run(None)):
+        assert len(calls) == 3
+    assert capsys.readouterr().err.count("trying again") == 2
+    calls.clear()
+    failures = 3
+    with (
+        pytest.raises(TrainingFailed, match="^Ray did not start .* 3 tries .*timed out"),
+        session(as_run(None)),
+    ):
+        pass
+    assert len(calls) == 3
+
+
+# --- which cluster, without starting one ------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Ray would have been started with."""
+    import ray
+
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda *_, **settings: made.append(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    return made
+
+
+def test_without_an_address_a_cluster_is_started_even_where_another_is_running(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with session(as_run(None, ["workers=2"]), trials=3):
+        pass
+    (settings,) = calls
+    # Without an address Ray joins whatever `ray start` has left on this machine, and then refuses
+    # to be told how many cores there are.
+    assert settings["address"] == "local"
+    assert settings["num_cpus"] >= 6
+
+
+def test_with_an_address_that_cluster_is_joined(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with session(as_run(None)):
+        pass
+    assert calls[0]["address"] == "10.0.0.1:6379"
+    assert "num_cpus" not in calls[0]
+
+
+def test_an_address_where_nobody_answers_is_refused(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def nobody(**settings: Any) -> None:
+        raise ConnectionError(f"no answer at {settings['address']}\nmore")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with (
+        pytest.raises(RequestError, match=r"^RAY_ADDRESS: .*10\.0\.0\.1:6379") as caught,
+        session(as_run(None)),
+    ):
+        pass
+    assert "\n" not in str(caught.value) and calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "have", "wanted", "fit"),
+    [
+        ("workers=1", {"CPU": 4}, None, 4),
+        ("workers=1", {"CPU": 4}, 3, 3),
+        ("workers=2", {"CPU": 5}, None, 2),
+        ("workers=2 cpus_per_worker=2", {"CPU": 5}, None, 1),
+        ("workers=1", {"CPU": 16, "GPU": 2}, None, 2),
+        ("workers=1 gpus_per_worker=0.25", {"CPU": 16, "GPU": 2}, None, 8),
+        ("workers=1 device=cpu", {"CPU": 16, "GPU": 2}, None, 16),
+        ("workers=3 batch_size=96", {"CPU": 2}, None, 0),
+        ("workers=1 device=cuda", {"CPU": 2}, None, 0),
+    ],
+)
+def test_trials_are_as_many_as_fit_the_cluster_and_none_is_refused(
+    words: str,
+    have: dict[str, float],
+    wanted: int | None,
+    fit: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    run = as_run(None, words.split())
+    if fit:
+        assert concurrent_trials(run, wanted) == fit
+        return
+    with pytest.raises(RequestError, match=rf"^workers: {run.workers} workers of .* room for"):
+        concurrent_trials(run, wanted)
