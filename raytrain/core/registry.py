@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -50,8 +50,8 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return {**self._own, **self._loaded}
 
     @functools.cached_property
-    def plugins(self) -> Mapping[str, EntryPoint]:
-        """What installed packages announce, not yet imported."""
+    def plugins(self) -> Mapping[str, Any]:
+        """The entry points of installed packages by name, not yet imported."""
         found = entry_points(group=self.group) if self.group else ()
         return {one.name: one for one in found if one.name not in self._own}
 
@@ -87,7 +87,7 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
                 self[name]
         return [part for part in self._loaded.values() if field in part.model_fields]
 
-    def _of_plugin(self, plugin: EntryPoint) -> type[Part]:
+    def _of_plugin(self, plugin: Any) -> type[Part]:
         with guarded(plugin.name, f"cannot be imported from {plugin.value}", self.key):
             found = plugin.load()
         return self._named(plugin.name, found)
