@@ -38,7 +38,7 @@ _REFUSALS = {  # a retry would not help; permissions and addresses may be put ri
 }
 EXISTS = {"ALREADY_EXISTS", "RESOURCE_ALREADY_EXISTS"}
 MISSING = {"INVALID_PARAMETER_VALUE", "NOT_FOUND", "RESOURCE_DOES_NOT_EXIST"}
-_LATE = 1.0  # seconds that an answer may take
+LATE = 1.0  # seconds that an answer may take
 _BUSY = 60.0  # seconds beyond MLflow's own 20, for a database that other processes write to
 _METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 things at most
 
@@ -71,7 +71,7 @@ class Store:
             tags={**_SOURCE, **record["tags"], **nesting, KEY: key},
         )
         # MLflow's client retries by itself when an answer is late, and may so have made two.
-        late = time.monotonic() - began > _LATE
+        late = time.monotonic() - began > LATE
         return (self.find(key) if late else None) or run.info.run_id
 
     def find(self, key: str) -> str | None:

@@ -24,7 +24,7 @@ from raytrain.tracking.stores import Answer, Store, first_line, patiently
 from raytrain.tracking.views import TAG, View, key_of
 from raytrain.tracking.writer import Writer
 
-_PATIENCE = 20.0  # at the end, for a store that takes nothing
+PATIENCE = 20.0  # at the end, for a store that takes nothing
 _MANY = 2000  # records whose delivery takes long enough for a line
 
 
@@ -174,7 +174,7 @@ class Tracker:
 
         Waits until it is there, or the store is away. What is registered is not stored again.
         """
-        run_id = self.run_id(handle, _PATIENCE)
+        run_id = self.run_id(handle, PATIENCE)
         if run_id is None:
             self._complain(f"the network of {handle} was not stored (no answer)")
             return
@@ -226,7 +226,7 @@ class Tracker:
                 "interrupted, the next command goes on with them"
             )
         try:
-            done = self._writer.settle(_PATIENCE)
+            done = self._writer.settle(PATIENCE)
             waiting = self._outbox.waiting
         finally:
             self._writer.stop()

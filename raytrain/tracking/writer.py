@@ -13,7 +13,7 @@ from raytrain.tracking.outbox import Outbox, orphans
 from raytrain.tracking.stores import Store, first_line
 
 _BATCH_SECONDS = 0.5  # records are collected this long before they are delivered
-_FIRST_RETRY, _LAST_RETRY = 0.5, 30.0  # seconds, doubling; the first while a caller waits
+FIRST_RETRY, LAST_RETRY = 0.5, 30.0  # seconds, doubling; the first while a caller waits
 
 
 class Writer:
@@ -91,7 +91,7 @@ class Writer:
             self._idle = False
             asked = self._asked
             if delay:
-                delay = min(delay, _FIRST_RETRY) if self._hurrying else delay
+                delay = min(delay, FIRST_RETRY) if self._hurrying else delay
                 self._changed.wait_for(lambda: self._stopping or self._asked > asked, delay)
             elif self._outbox.waiting:
                 self._changed.wait_for(lambda: self._stopping or self._hurrying, _BATCH_SECONDS)
@@ -102,13 +102,13 @@ class Writer:
         try:
             if self._outbox.waiting:
                 if not self._own.step():
-                    return _FIRST_RETRY  # half a line, since the disk is full
+                    return FIRST_RETRY  # half a line, since the disk is full
                 self._outbox.compact()
             elif self._orphans:
                 self._bring_in(self._orphans[0])
         except Exception as error:  # the edge: nothing is lost, and it is tried again
             self._away(error)
-            return min(max(2 * delay, _FIRST_RETRY), _LAST_RETRY)
+            return min(max(2 * delay, FIRST_RETRY), LAST_RETRY)
         with self._changed:
             self._moved += 1
             self._changed.notify_all()

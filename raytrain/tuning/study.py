@@ -77,7 +77,7 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
         place, exists = str(folder.parent), (folder / JOURNAL).is_file()
     else:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = _database(url)
+        storage = open_database(url)
         place = _shown(url)
         exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
         storage.remove_session()
@@ -151,10 +151,15 @@ def _exists(name: str) -> RequestError:
 def _storage(url: str | None, folder: Path) -> BaseStorage:
     if url is None:
         return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    return _database(url)
+    return open_database(url)
 
 
-def _database(url: str) -> optuna.storages.RDBStorage:
+def open_database(url: str) -> optuna.storages.RDBStorage:
+    """The storage of studies at `url`, its tables made if there are none.
+
+    Raises:
+        RequestError: naming `study`, if it cannot be used.
+    """
     try:
         return _opened(_with_driver(url))
     except RequestError:

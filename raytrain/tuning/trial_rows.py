@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from raytrain.core.epoch_metrics import METRICS
 from raytrain.core.files import replaced
 
-_CHUNK = 20_000  # rows of the journal held in memory at once
+CHUNK = 20_000  # rows of the journal held in memory at once
 
 SCHEMA = pa.schema(
     [
@@ -89,7 +89,7 @@ class RowLog:
                     continue  # an epoch that was trained again after a crash
                 seen.add(key)
                 chunk.append(row)
-                if len(chunk) == _CHUNK:
+                if len(chunk) == CHUNK:
                     count += _write(writer, chunk)
             count += _write(writer, chunk)
         return count

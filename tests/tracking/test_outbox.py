@@ -679,7 +679,7 @@ def written(
     server: Server, folder: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
     """Run a writer over a folder until nothing is left to do; returns the files that remain."""
-    monkeypatch.setattr(writers, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(writers, "FIRST_RETRY", 0.01)
     outbox = spool_in(folder, "own.jsonl")
     for record in records:
         outbox.append(record)

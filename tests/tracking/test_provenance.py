@@ -61,7 +61,7 @@ def tracker(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Tracker]:
     """An experiment of the test's own."""
-    monkeypatch.setattr(trackers, "_PATIENCE", 20.0)
+    monkeypatch.setattr(trackers, "PATIENCE", 20.0)
     made = Tracker(store, request.node.name, tmp_path / "s.jsonl")
     yield made
     made.shut("FINISHED")
@@ -381,9 +381,10 @@ def test_a_store_without_a_registry_keeps_the_network_and_costs_one_line(
         raise MlflowException("Model Registry features are not supported here", FEATURE_DISABLED)
 
     run_id = begun(tracker)
-    for name in ("search_model_versions", "create_registered_model"):
-        monkeypatch.setattr(tracker._store.client, name, refused)
-    tracker.model("run", network, EXAMPLE, entry(0.5, "w", model="nowhere"))
+    with monkeypatch.context() as patch:
+        for name in ("search_model_versions", "create_registered_model"):
+            patch.setattr(MlflowClient, name, refused)
+        tracker.model("run", network, EXAMPLE, entry(0.5, "w", model="nowhere"))
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "was not registered (Model Registry features" in said[0]
     client = MlflowClient(tracker.uri)

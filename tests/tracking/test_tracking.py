@@ -73,8 +73,8 @@ def outbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "_FIRST_RETRY", 0.05)
-    monkeypatch.setattr(trackers, "_PATIENCE", 0.5)
+    monkeypatch.setattr(writers, "FIRST_RETRY", 0.05)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.5)
 
 
 @pytest.fixture

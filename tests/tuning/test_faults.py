@@ -113,7 +113,7 @@ def test_of_a_run_whose_making_was_repeated_one_is_left(
     store = stores.Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "tests")
     real = store.client
     store.client = Repeated(real)
-    monkeypatch.setattr(stores, "_LATE", -1.0)  # every answer is
+    monkeypatch.setattr(stores, "LATE", -1.0)  # every answer is
     made = [store.create(f"s/{n}", {"ms": 1, "name": n, "tags": {}}, None) for n in ("t0", "t1")]
     left = [run.info.run_id for run in real.search_runs([store.experiment_id])]
     assert sorted(left) == sorted(made)

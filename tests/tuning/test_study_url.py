@@ -32,13 +32,13 @@ def url(
 ) -> Iterator[str]:
     if request.param == "server" and SERVER not in os.environ:
         pytest.skip(f"{SERVER} is not set")
-    opened, real = list[optuna.storages.RDBStorage](), study._database
+    opened, real = list[optuna.storages.RDBStorage](), study.open_database
 
     def kept(url: str) -> optuna.storages.RDBStorage:
         opened.append(real(url))
         return opened[-1]
 
-    monkeypatch.setattr(study, "_database", kept)
+    monkeypatch.setattr(study, "open_database", kept)
     file = f"sqlite:///{tmp_path / 'studies.db'}"
     yield file if request.param == "sqlite" else os.environ[SERVER]
     for storage in opened:

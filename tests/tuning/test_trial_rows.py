@@ -86,7 +86,7 @@ def test_every_column_has_its_type_and_says_what_it_is(tmp_path: Path) -> None:
 def test_a_long_journal_is_written_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "_CHUNK", 3)
+    monkeypatch.setattr(rows_module, "CHUNK", 3)
     log = RowLog(tmp_path / "rows.jsonl")
     for epoch in range(1, 8):
         add(log, 0, epoch)
