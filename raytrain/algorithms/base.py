@@ -81,10 +81,11 @@ class AbstractRecipe(Spec):
         Raises:
             ValueError: with the reason, if it is not defined for them.
         """
-        if ball.norm not in self.card.norms:
+        norms = self.card.norms
+        if norms is not None and ball.norm not in norms:
             raise ValueError(
                 f"threat.norm: {self.name} is not defined in {ball.norm}{self.why_not_in(ball.norm)}; "
-                f"expected {' or '.join(self.card.norms)}"
+                f"expected {' or '.join(norms)}"
             )
         if reason := self._why_not_with(outer):
             expected = names_of(lambda other: self._why_not_with(other) is None)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from raytrain.algorithms import RECIPES, AbstractRecipe
 from raytrain.core.card import Card, alternatives
+from raytrain.core.threat_models import THREAT_MODELS
 from raytrain.core.types import SCHEDULABLE, RequestError
 from raytrain.outer import OUTERS, AbstractOuter
 
@@ -115,7 +116,7 @@ def algorithm_json(name: str) -> dict[str, Any]:
         "rule": card.rule,
         "cost": card.cost,
         "memory": card.memory,
-        "norms": list(card.norms),
+        "norms": list(card.norms or THREAT_MODELS),
         "hyperparameters": rows,
     }
 

@@ -54,7 +54,7 @@ class Card:
     rule: str
     cost: str  # per image and weight update, in forward-equivalents
     memory: str = "none"  # state per training image
-    norms: tuple[str, ...] = ("linf", "l2", "l1")
+    norms: tuple[str, ...] | None = None  # of threat models; None: all
     ranges: Mapping[str, Searched] = field(default_factory=dict)  # by field, dotted inside records
 
 

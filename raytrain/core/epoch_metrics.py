@@ -1,4 +1,4 @@
-"""Rows that leave the loop. Metric names are made here and nowhere else."""
+"""The rows of metrics of training and of validation, and the names that they are logged under."""
 
 from __future__ import annotations
 

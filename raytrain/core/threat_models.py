@@ -16,7 +16,7 @@ where pixels are saturated.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -37,6 +37,9 @@ from raytrain.core.types import (
 
 class AbstractThreatModel(Spec):
     """All perturbations of one image with norm at most `eps` that keep its pixels in [0, 1]."""
+
+    autoattack: ClassVar[str | None] = None
+    """The word of AutoAttack's code for the norm; None where AutoAttack is not defined."""
 
     norm: Any  # each ball's own word
     eps: Annotated[
@@ -125,6 +128,8 @@ class Linf(AbstractThreatModel):
     (tensor([0.3000]), tensor([0.]))
     """
 
+    autoattack: ClassVar[str | None] = "Linf"
+
     norm: Literal["linf"] = "linf"
 
     def norm_of(self, delta: Delta) -> PerSample:
@@ -165,6 +170,8 @@ class L2(AbstractThreatModel):
     >>> L2(eps=1).project(torch.tensor([[[[3.0, 4.0]]]])).flatten()
     tensor([0.6000, 0.8000])
     """
+
+    autoattack: ClassVar[str | None] = "L2"
 
     norm: Literal["l2"] = "l2"
 
@@ -224,6 +231,8 @@ class L1(AbstractThreatModel):
     >>> L1(eps=2).project(torch.tensor([[[[3.0, -2.0, 0.5]]]])).flatten()
     tensor([ 1.5000, -0.5000,  0.0000])
     """
+
+    autoattack: ClassVar[str | None] = "L1"
 
     norm: Literal["l1"] = "l1"
     spread: Annotated[

@@ -22,7 +22,7 @@ from raytrain.attacks.autoattack.counted_model import Answers
 from raytrain.attacks.autoattack.fab import Fab
 from raytrain.attacks.autoattack.square import Square
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Images, Labels
+from raytrain.core.types import Images, Labels, RequestError
 
 Stage = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -32,7 +32,6 @@ EDITION = 2
 CHEAP: tuple[Stage, ...] = ("apgd-ce", "apgd-t")
 """The part of it that costs a quarter and has left at most 0.02 points in published logs."""
 
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _DLR_CLASSES = 4  # the targeted DLR divides by the largest minus the mean of the third and fourth
 
 
@@ -124,7 +123,7 @@ def _attack(
         classes = answers(images[:1].float()).shape[1]
     numbers = Standard.of(ball.norm, classes)
     common: dict[str, Any] = {
-        "norm": _NORMS[ball.norm],
+        "norm": _library_norm(ball),
         "eps": ball.eps,
         "seed": seed,
         "device": images.device,
@@ -154,6 +153,12 @@ def _attack(
             **common,
         )
     return Square(answers, n_queries=numbers.queries, resc_schedule=False, **common)
+
+
+def _library_norm(ball: AbstractThreatModel) -> str:
+    if ball.autoattack is None:
+        raise RequestError(f"threat.norm: AutoAttack is not defined in {ball.norm}")
+    return ball.autoattack
 
 
 def _silent() -> logging.Logger:
