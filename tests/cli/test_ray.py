@@ -138,3 +138,30 @@ def test_a_sweep_whose_driver_was_killed_resumes_without_repeating_a_trial(
         metrics = finished[f"t{trial.user_attrs['origin']:04d}"].data.metrics
         assert metrics["valid/robust"] == trial.value
     assert json.loads(again.stdout.splitlines()[-1])["run_id"] == parent.info.run_id
+
+
+MINE = '''
+from raytrain.algorithms import Nested
+from raytrain.algorithms.base import Iterated, Smoothed
+from raytrain.core.card import Card
+
+
+class Twice(Smoothed, Iterated):
+    card = Card(paper="none", rule="PGD", cost="4 steps + 3 FE")
+
+    def assemble(self, ball, outer):
+        attack = self.attack().model_copy(update={"steps": 2 * self.steps})
+        return Nested(ball, attack, outer, self.cross_entropy())
+'''
+
+
+def test_an_algorithm_of_the_user_is_swept(tmp_path: Path, ray_folder: str) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    space = space_in(tmp_path, 2)
+    words = ["algorithm=mine:Twice", "algorithm.steps=1"]
+    done = ended(tmp_path, ray_folder, "tune", space, *words, "--name", "s", "--json")
+    assert done.returncode == 0, done.stderr
+    _, children = runs_of(tmp_path)
+    assert {run.data.params["algorithm.name"] for run in children} == {"mine:Twice"}
+    # Two steps where one is given.
+    assert {run.data.metrics["cost/fe_per_sample"] for run in children} == {2 * 2 + 3.0}
