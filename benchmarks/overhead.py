@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raytrain import session  # first: it sets what Ray reads
 from raytrain.commands.tune import tune
+from raytrain.distributed import ray_session  # first: it sets what Ray reads
 from raytrain.tracking.provenance import hardware
 from raytrain.tuning.space.search_space import SearchSpace
 
@@ -221,7 +221,7 @@ def session_versions() -> str:
     """What was measured with."""
     from importlib.metadata import version
 
-    assert session
+    assert ray_session
     return ", ".join(f"{name} {version(name)}" for name in ("ray", "optuna", "mlflow", "torch"))
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytrain import session  # first: it sets what Ray reads
+from raytrain.distributed import ray_session  # first: it sets what Ray reads
 from raytrain.tracking.provenance import hardware
 
 HERE = Path(__file__).parent
@@ -240,7 +240,7 @@ def figure(rows: list[dict[str, float]], file: Path) -> None:
 def _versions() -> str:
     from importlib.metadata import version
 
-    assert session
+    assert ray_session
     return ", ".join(f"{name} {version(name)}" for name in ("ray", "optuna", "mlflow", "raytrain"))
 
 

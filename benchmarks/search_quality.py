@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytrain import session  # first: it sets what Ray reads
+from raytrain.distributed import ray_session  # first: it sets what Ray reads
 from raytrain.tracking import Tracker
 from raytrain.tracking.provenance import hardware
 from raytrain.tuning.fidelity import Fidelity
@@ -332,7 +332,7 @@ def figure(rows: list[dict[str, Any]], budget: float, file: Path) -> None:
 def _versions() -> str:
     from importlib.metadata import version
 
-    assert session
+    assert ray_session
     return ", ".join(f"{name} {version(name)}" for name in ("ray", "optuna", "raytrain"))
 
 

@@ -140,7 +140,7 @@ def test_a_sweep_whose_driver_was_killed_resumes_without_repeating_a_trial(
     assert json.loads(again.stdout.splitlines()[-1])["run_id"] == parent.info.run_id
 
 
-MINE = '''
+MINE = """
 from raytrain.algorithms import Nested
 from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.core.card import Card
@@ -152,7 +152,7 @@ class Twice(Smoothed, Iterated):
     def assemble(self, ball, outer):
         attack = self.attack().model_copy(update={"steps": 2 * self.steps})
         return Nested(ball, attack, outer, self.cross_entropy())
-'''
+"""
 
 
 def test_an_algorithm_of_the_user_is_swept(tmp_path: Path, ray_folder: str) -> None:
