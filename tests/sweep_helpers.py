@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tracking import Status, Tracker
 from raytrain.tuning.budget import SweepProgress
 from raytrain.tuning.fidelity import Fidelity

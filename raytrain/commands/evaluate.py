@@ -41,7 +41,8 @@ from raytrain.tracking import tracking_uri
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.data_sets import Input, as_input, digest
 from raytrain.tracking.provenance import contract_of, hardware
-from raytrain.training.checkpoint import load, run_id_of
+from raytrain.training.checkpoint import load
+from raytrain.training.run_folder import run_id_of
 
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")

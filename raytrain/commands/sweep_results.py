@@ -10,7 +10,7 @@ from raytrain.core.files import write_atomically
 from raytrain.data.loader import Splits
 from raytrain.plotting.sweep_figures import draw
 from raytrain.tracking import Tracker
-from raytrain.training.checkpoint import RUN_ID, to_yaml
+from raytrain.training.run_folder import RUN_ID, to_yaml
 from raytrain.tuning.importance import Importance
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.trial_manager import TrialManager

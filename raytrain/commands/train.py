@@ -19,26 +19,19 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.signals import interruptible, raise_if_interrupted
 from raytrain.core.types import RequestError
 from raytrain.data.loader import SplitShard
+from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_session import (
     concurrent_trials,
     session,
     wanted_cluster,
     worker_resources,
 )
-from raytrain.distributed.worker_group import Job, RecentRows, WorkerGroup, local_rows
+from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
-from raytrain.training.checkpoint import (
-    BEST,
-    LAST,
-    folder_of,
-    is_run_id,
-    leave_run_file,
-    load,
-    stored_run,
-    to_yaml,
-)
+from raytrain.training.checkpoint import BEST, LAST, load
+from raytrain.training.run_folder import folder_of, is_run_id, leave_run_file, stored_run, to_yaml
 from raytrain.training.trainer import check_resumable, network, preflight
 
 Overrides = Iterable[str] | Mapping[str, Any]

@@ -20,7 +20,7 @@ from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
-from raytrain.training.checkpoint import to_yaml
+from raytrain.training.run_folder import to_yaml
 from raytrain.training.trainer import preflight
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.choices import check_choices

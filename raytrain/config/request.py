@@ -198,7 +198,7 @@ def _choice(model: type[BaseModel], path: Keys) -> _Choice | None:
     return {key: _Choice(choice.default), "preset": _Choice(None, keeps=(key,))}.get(path[-1])
 
 
-def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
+def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
     """`model` made of `values`.
 
     Raises:
@@ -207,9 +207,7 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str = "") -
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise RequestError(
-            source + sentence(model, values, error), _about(error, values)
-        ) from None
+        raise RequestError(sentence(model, values, error), _about(error, values)) from None
 
 
 def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:

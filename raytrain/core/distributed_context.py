@@ -129,7 +129,7 @@ class DistributedContext:
             dist.barrier()
 
 
-def local_context(device: Literal["auto", "cpu", "cuda"] = "auto") -> DistributedContext:
+def local_context(device: Literal["auto", "cpu", "cuda"]) -> DistributedContext:
     """This process as the only worker; `auto` takes a GPU where there is one.
 
     Raises:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import re
 import shutil
 import threading
@@ -22,32 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, from_plain, is_lost, plain
-from raytrain.core.files import write_atomically
 from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
-from raytrain.training.checkpoint import LAST, ROWS, load
+from raytrain.distributed.jobs import Job, RecentRows, job_rows
 
 _ABORTS = 20  # tries to end a group that is being started, a second apart
 _IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training for a group: everything a worker needs, as plain values."""
-
-    run: str  # RunConfig as JSON
-    folder: str  # for checkpoints
-    resume: bool  # from last.pt in `folder`, where there is one
-    until: float = 1.0  # share of training at which it pauses
-
-    @classmethod
-    def of(cls, run: RunConfig, folder: Path, resume: bool, until: float = 1.0) -> Job:
-        """The job of a run, wherever its workers are started."""
-        located = run.model_copy(update={"data": run.data.located()})
-        return cls(located.model_dump_json(), str(folder.resolve()), resume, until)
 
 
 class _JobQueue:
@@ -216,75 +196,6 @@ class _Worker:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.context.device)
         return box[0]
-
-
-def local_rows(job: Job, context: DistributedContext) -> Iterator[EpochMetrics]:
-    """The rows of a job that this process trains alone.
-
-    Raises:
-        RequestError, TrainingFailed: whatever its parts raise becomes one of these, unless the
-            process itself is no longer fit for work.
-    """
-    try:
-        yield from job_rows(job, context, job.resume)
-    except Exception as error:
-        if is_lost(error):
-            raise
-        raise as_failure(error) from error
-
-
-def job_rows(job: Job, context: DistributedContext, resume: bool) -> Iterator[EpochMetrics]:
-    """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
-    from raytrain.training.trainer import fit_and_checkpoint
-
-    folder = Path(job.folder)
-    saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
-    recent = RecentRows(folder, resume)
-    if saved is not None and recent.reached(saved.epoch, job.until):
-        return
-    note = recent.add if context.leads else None
-    for report in fit_and_checkpoint(
-        RunConfig.model_validate_json(job.run), context, folder, saved, note
-    ):
-        yield report
-        if report.progress >= job.until:
-            return  # not one epoch further: a paused trial keeps its checkpoint as it is
-
-
-class RecentRows:
-    """The last rows of a job, in a file beside its checkpoints and written before them.
-
-    A driver, or a worker, may die before the driver received rows that precede the last checkpoint: up
-    to two, since a group runs ahead. On resume, and after a restart of the group, they are replayed
-    from here.
-    """
-
-    _MOST = 4
-
-    def __init__(self, folder: Path, resume: bool = True) -> None:
-        self._file = folder / ROWS
-        self.rows: list[EpochMetrics] = []
-        if resume and self._file.is_file():
-            self.rows = [_report(row) for row in json.loads(self._file.read_text())]
-
-    def between(self, epoch: int, other: int | None = None) -> list[EpochMetrics]:
-        """The rows of the epochs after one and, if given, before another."""
-        end = math.inf if other is None else other
-        return [row for row in self.rows if epoch < row.epoch < end]
-
-    def reached(self, epoch: int, until: float) -> bool:
-        """Whether a job that pauses at `until` was to do so after `epoch`."""
-        return until < 1 and any(r.epoch == epoch and r.progress >= until for r in self.rows)
-
-    def add(self, report: EpochMetrics) -> None:
-        """Keep a row; rows of this epoch and later ones are dropped, since they are trained again."""
-        before = [row for row in self.rows if row.epoch < report.epoch]
-        self.rows = [*before, report][-self._MOST :]
-        write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))
-
-
-def _report(row: dict[str, Any]) -> EpochMetrics:
-    return EpochMetrics(**{**row, "fosc_below": tuple(row["fosc_below"])})
 
 
 def _cause(error: Exception) -> str:

@@ -168,28 +168,26 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     return Spread(mean, std, mean - reach, mean + reach, seeds)
 
 
-def align(
-    first: pa.Table, second: pa.Table, names: tuple[str, str] = ("first", "second")
-) -> tuple[pa.Table, pa.Table]:
+def align(first: pa.Table, second: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Two tables of flags in the order of the image's number, so that equal rows are the same image.
 
     Each has a column `index`, the image's number in the test set, and a column `label`. Raises
-    RequestError, with the tables' `names`, if they are not of the same test set: other numbers, a
+    RequestError if they are not of the same test set: other numbers, a
     number twice, or another label.
     """
     one, two = first.sort_by("index"), second.sort_by("index")
-    for table, name in zip((one, two), names, strict=True):
-        _refuse_twice(table, name)
+    _refuse_twice(one, "first")
+    _refuse_twice(two, "second")
     if not one["index"].equals(two["index"]):
         raise RequestError(
-            f"flags: {names[0]} and {names[1]} are of different test images "
+            "flags: first and second are of different test images "
             f"({_only_in(one, two)} only in the one, {_only_in(two, one)} only in the other); "
             "expected the same, so evaluate both on one test set"
         )
     if not one["label"].equals(two["label"]):
         raise RequestError(
-            f"flags: {names[0]} and {names[1]} number their images alike but label them "
-            "differently; expected the same test set"
+            "flags: first and second number their images alike but label them differently; "
+            "expected the same test set"
         )
     return one, two
 

@@ -19,7 +19,8 @@ from raytrain.exporting.numbers import Record, record_of
 from raytrain.models import Classifier
 from raytrain.tracking import provenance
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
-from raytrain.training.checkpoint import LAST, Saved, is_run_id, load, run_id_of
+from raytrain.training.checkpoint import LAST, Saved, load
+from raytrain.training.run_folder import is_run_id, run_id_of
 from raytrain.training.trainer import network
 
 

@@ -1,6 +1,7 @@
 """Pictures of a sweep, for a laptop's screen and for print: PNG and SVG.
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; outcomes differ in shape too.
+Optuna's own figures draw on pyplot's global state, and each lacks what the figure here says it adds.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _history(trials: list[Ended], objective: Objective) -> Figure:
 
 
 def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
-    """Bars, the number of trials beside each."""
+    """Bars; beyond Optuna's, the number of trials beside each, and bars of runs without a study."""
     if not weights:
         return None
     figure, axes = paper(6.5, 0.7 + 0.28 * len(weights))
@@ -150,7 +151,10 @@ def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
 
 
 def _front(trials: list[Ended], history: History) -> Figure | None:
-    """Finished trials in the plane of the first two objectives, those that none beats joined."""
+    """Finished trials in the plane of the first two objectives, those that none beats joined.
+
+    Beyond Optuna's, only measured values: a diverged trial of several objectives has the worst ones.
+    """
     objectives = history.space.objective
     done = [trial.row for trial in trials if trial.row.state == "complete"]
     done = [row for row in done if len(row.values) > 1 and np.isfinite(row.values).all()]
@@ -202,7 +206,7 @@ def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[
 
 
 def _curves(curves: dict[int, Curve], trials: list[Ended], objective: Objective) -> Figure | None:
-    """The objective against a trial's own cost, the best trial's in bold."""
+    """The objective against a trial's own cost, the best trial's in bold; Optuna's has steps."""
     from matplotlib.collections import LineCollection
 
     if not curves:

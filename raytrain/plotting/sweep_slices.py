@@ -35,7 +35,10 @@ _PANELS = 12
 
 
 def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figure | None:
-    """The objective against each parameter: finished trials by their order, stopped ones pale."""
+    """The objective against each parameter: finished trials by their order, stopped ones pale.
+
+    Beyond Optuna's, which draws finished trials alone: the stopped ones, and the whole range searched.
+    """
     from matplotlib.ticker import MaxNLocator
 
     seen = [t for t in trials if t.row.state in ("complete", "stopped") and np.isfinite(t.value)]

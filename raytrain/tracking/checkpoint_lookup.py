@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from raytrain.core.types import RequestError
 from raytrain.tracking import fetch
-from raytrain.training.checkpoint import BEST, find, folder_of, is_run_id
+from raytrain.training.checkpoint import BEST, find
+from raytrain.training.run_folder import folder_of, is_run_id
 
 Which = Literal["best", "last"]
 

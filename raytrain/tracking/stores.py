@@ -318,7 +318,7 @@ def _new_experiment(client: Any, uri: str, name: str) -> str | None:
 
 
 def finished_runs(
-    uri: str | None, experiment: str, most: int = 2000
+    uri: str | None, experiment: str
 ) -> list[tuple[dict[str, str], dict[str, float]]]:
     """Parameters and last metrics of the latest runs of an experiment that were trained to the end.
 
@@ -332,7 +332,7 @@ def finished_runs(
         if found is None:
             raise RequestError(f"search.earlier: MLflow at {uri} has no experiment {experiment!r}")
         runs = client.search_runs(
-            [found.experiment_id], "attributes.status = 'FINISHED'", max_results=most
+            [found.experiment_id], "attributes.status = 'FINISHED'", max_results=2000
         )
     return [(run.data.params, run.data.metrics) for run in runs if _whole(run.data.tags)]
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import asdict, dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.files import replaced, write_atomically
+from raytrain.core.files import replaced
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
-RUN_FILE = "run.yaml"
-RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
-ROWS = "rows.json"  # and the last rows, up to the last checkpoint
+ROWS = "rows.json"  # the last rows, up to the last checkpoint
 _FORMAT = 2
 
 
@@ -192,21 +187,6 @@ def load(path: Path) -> Saved:
     return Saved(run, content)
 
 
-def stored_run(folder: Path) -> RunConfig:
-    """The configuration of the run in a folder: of its checkpoint or, before the first, of its run file.
-
-    Raises:
-        RequestError: if there is neither.
-    """
-    file = folder / RUN_FILE
-    if (folder / LAST).is_file() or not file.is_file():
-        return load(folder / LAST).run
-    try:
-        return RunConfig.model_validate(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RequestError(f"{file}: not a run file ({_short(error)})") from error
-
-
 def find(path: Path) -> Path:
     """The checkpoint file that `path` means."""
     if path.is_file():
@@ -215,43 +195,6 @@ def find(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise RequestError(f"{path}: expected a checkpoint file, or a folder with {BEST} or {LAST}")
-
-
-def folder_of(name: str, storage: Path) -> Path:
-    """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
-
-    Raises:
-        RequestError: if there is none.
-    """
-    path = Path(name)
-    if os.path.exists(path):
-        return path.resolve()
-    found: list[Path] = []
-    if not path.is_absolute() and len(os.fsencode(name)) < 256:
-        exactly = escape(name)
-        found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
-    if is_run_id(name) and not found:
-        # At any depth, since the name of an experiment may have slashes.
-        files = storage.rglob(f"trials/*/{RUN_ID}")
-        found = [file.parent for file in files if file.read_text() == name]
-        found += storage.rglob(name)
-    if found:
-        return found[0].resolve()
-    raise RequestError(
-        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
-    )
-
-
-def run_id_of(folder: Path) -> str | None:
-    """The id of the MLflow run whose checkpoints are in a folder, if that is known there."""
-    if (folder / RUN_ID).is_file():
-        return (folder / RUN_ID).read_text()
-    return folder.name if is_run_id(folder.name) else None
-
-
-def is_run_id(name: str) -> bool:
-    """Whether a name looks like an id that MLflow gives."""
-    return len(name) == 32 and all(c in "0123456789abcdef" for c in name)
 
 
 def restore(state: TrainState, saved: Saved, context: DistributedContext) -> None:
@@ -273,7 +216,7 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
         # Each holder complains in its own way of a state that is not its own.
         raise RequestError(
             "--resume: the checkpoint does not fit this run; expected the same model, algorithm, "
-            f"outer, optimizer and ema as {_kind_of(saved.run)} (seen: {_short(error)})"
+            f"outer, optimizer and ema as {_kind_of(saved.run)} (seen: {short(error)})"
         ) from error
     # The counters are totals over the workers: one of them carries on with the old sum.
     state.meter = Meter(**content["meter"]) if context.leads else Meter()
@@ -292,27 +235,9 @@ def _kind_of(run: RunConfig) -> str:
     return f"{kinds}, ema={run.ema if run.ema is None else f'{run.ema:g}'}"
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """The type of an error and the first line of its message, in at most 200 characters."""
     return f"{type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"[:200]
-
-
-def leave_run_file(run: RunConfig, folder: Path) -> None:
-    """`run.yaml` in the folder where the checkpoints are going to be.
-
-    Raises:
-        TrainingFailed: if it cannot be written.
-    """
-    try:
-        write_atomically(folder / RUN_FILE, to_yaml(run))
-    except OSError as error:
-        raise TrainingFailed(
-            f"storage: {folder} could not be written ({error.strerror or error})"
-        ) from error
-
-
-def to_yaml(run: RunConfig) -> str:
-    """The configuration as a run file that `raytrain train` takes."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
 def _random_states(context: DistributedContext) -> dict[str, torch.Tensor]:

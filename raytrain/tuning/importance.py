@@ -26,10 +26,8 @@ class Importance:
     trials: int  # finished trials that had it
 
 
-def importances(
-    study: optuna.Study, method: Method = "ped-anova", metric_place: int = 0
-) -> list[Importance]:
-    """The shares of all parameters in one objective, largest first; empty if there is too little to tell.
+def importances(study: optuna.Study, method: Method = "ped-anova") -> list[Importance]:
+    """The shares of all parameters in the first objective, largest first; empty if there are too few trials.
 
     Only trials that were trained to the end within all constraints count: the values of others are made
     up. A parameter is left out if fewer than four such trials have it, if they have fewer than four
@@ -40,10 +38,10 @@ def importances(
     judged among the trials that have it, together with all that these share, and counts by their number.
     """
     trials = study.get_trials(deepcopy=False)
-    done = [_alone(trial, metric_place) for trial in trials if _counts(trial, metric_place)]
+    done = [_alone(trial) for trial in trials if _counts(trial)]
     having = {key: [t for t in done if key in t.params] for key in _keys(done)}
     having = {key: trials for key, trials in having.items() if _tells(key, trials)}
-    direction = study.directions[metric_place]
+    direction = study.directions[0]
     tell = _by_ped_anova if method == "ped-anova" else _by_fanova
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about few trials, and about what is experimental
@@ -59,15 +57,15 @@ def importances(
     return sorted(found, key=lambda one: (-one.value, one.key))
 
 
-def _counts(trial: FrozenTrial, place: int) -> bool:
+def _counts(trial: FrozenTrial) -> bool:
     done = trial.state == TrialState.COMPLETE and trial.user_attrs.get("outcome") == "complete"
-    return done and math.isfinite(trial.values[place])
+    return done and math.isfinite(trial.values[0])
 
 
-def _alone(trial: FrozenTrial, place: int) -> FrozenTrial:
-    """A copy with this objective alone."""
+def _alone(trial: FrozenTrial) -> FrozenTrial:
+    """A copy with the first objective alone."""
     return create_trial(
-        params=trial.params, distributions=trial.distributions, value=trial.values[place]
+        params=trial.params, distributions=trial.distributions, value=trial.values[0]
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from raytrain.config.run import RunConfig
 from raytrain.tracking import Tracker, provenance
 from raytrain.tracking.data_sets import training_inputs
-from raytrain.training.checkpoint import to_yaml
+from raytrain.training.run_folder import to_yaml
 from raytrain.tuning.budget import ENDED, TrialRow
 from raytrain.tuning.space.labels import describe
 

@@ -25,7 +25,7 @@ from optuna.distributions import (
 )
 
 from raytrain.core.types import RequestError, mix
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.training.checkpoint import BEST, LAST, ROWS
 from raytrain.tuning.history import current_params
 from raytrain.tuning.space.search_space import SearchSpace

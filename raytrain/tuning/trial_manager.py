@@ -19,9 +19,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError, TrainingFailed
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tracking import Tracker
-from raytrain.training.checkpoint import leave_run_file
+from raytrain.training.run_folder import leave_run_file
 from raytrain.tuning.budget import ENDED, BudgetState, Running, SweepProgress, TrialRow
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.history import History, Proposes, queued_params

@@ -16,7 +16,7 @@ from raytrain.commands.tune import tune
 from raytrain.config.request import as_run
 from raytrain.core.types import RequestError
 from raytrain.tracking.registered_model import model_name
-from raytrain.training.checkpoint import RUN_ID, folder_of
+from raytrain.training.run_folder import RUN_ID, folder_of
 from raytrain.training.trainer import preflight
 
 

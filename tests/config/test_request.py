@@ -21,7 +21,7 @@ from raytrain.config.request import as_run, override, parse_overrides, read_yaml
 from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.types import RequestError, in_pixels
 from raytrain.data.catalogue import SOURCES
-from raytrain.training.checkpoint import to_yaml
+from raytrain.training.run_folder import to_yaml
 from raytrain.tuning.space.lookup import paths_of
 
 

@@ -22,7 +22,8 @@ from ray_helpers import runs_of, started, trials_of
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.distributed.worker_group import Job, RecentRows, WorkerGroup, job_rows
+from raytrain.distributed.jobs import Job, RecentRows, job_rows
+from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.training.checkpoint import LAST
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -217,8 +217,10 @@ def test_tables_meet_image_by_image_whatever_their_order() -> None:
 
 
 def test_different_test_sets_are_refused_in_one_sentence() -> None:
-    with pytest.raises(RequestError, match="run a and run b are of different test images.*1 only"):
-        align(table([1, 2], [0, 0]), table([1, 3], [0, 0]), ("run a", "run b"))
+    with pytest.raises(
+        RequestError, match="first and second are of different test images.*1 only"
+    ):
+        align(table([1, 2], [0, 0]), table([1, 3], [0, 0]))
     with pytest.raises(RequestError, match="label them differently"):
         align(table([1, 2], [0, 1]), table([1, 2], [0, 0]))
     with pytest.raises(RequestError, match="second holds 1 images twice"):

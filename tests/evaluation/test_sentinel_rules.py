@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from raytrain.cli.app import app
 from raytrain.config.request import as_run
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tuning.cost_estimate import is_bound
 from raytrain.tuning.space.reading import read_space
 from raytrain.tuning.space.settings import CATASTROPHIC, Limit

@@ -47,7 +47,8 @@ from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
 from raytrain.models.wide_resnet import WideResNet
 from raytrain.tracking.lookup import Seen, look_up
-from raytrain.training.checkpoint import leave_run_file, load, save
+from raytrain.training.checkpoint import load, save
+from raytrain.training.run_folder import leave_run_file
 from raytrain.training.trainer import fit_and_checkpoint, network, start
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.

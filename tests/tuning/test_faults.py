@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from sweep_helpers import FakeTracker, Store
 
 from raytrain.config.request import as_run
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tracking import stores
 from raytrain.tuning.mlflow_runs import MlflowRuns
 from raytrain.tuning.trainable import SingleTrainable

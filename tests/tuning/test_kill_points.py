@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from sweep_helpers import METRIC, SPACE, Launch, Store, diverged, space_of
 
 from raytrain.config.run import RunConfig
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tuning.initial_trials import plan_first
 from raytrain.tuning.space.search_space import SearchSpace
 

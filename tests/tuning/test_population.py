@@ -15,7 +15,7 @@ from sweep_helpers import METRIC, Launch, space_of
 
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tuning.population import check_population, perturbed
 from raytrain.tuning.space.settings import Population
 

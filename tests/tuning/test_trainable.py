@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raytrain.config.request import as_run
-from raytrain.distributed.worker_group import Job
+from raytrain.distributed.jobs import Job
 from raytrain.tuning.trainable import SingleTrainable
 
 

@@ -8,17 +8,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from raytrain.attacks.autoattack.local import Local
-from raytrain.attacks.autoattack.regions import Region, Span
 from raytrain.core.cost import Meter
 from raytrain.core.network import copy_of
 from raytrain.core.types import Images, Labels
-
-REMEMBERED = 2**31
-"""Bytes of activations that are remembered at most."""
 
 Logits = Float[Tensor, "n classes"]
 Ask = Callable[[Images], Logits]
@@ -50,7 +45,7 @@ class Answers:
         """What the network itself takes the images for."""
         self.meter.forwards += len(images)
         with torch.no_grad():
-            return self._own(images).argmax(1)
+            return self._own(images.clone()).argmax(1)  # a network may overwrite what it is given
 
     @contextmanager
     def sieving(self, labels: Labels) -> Iterator[Sieve]:
@@ -61,29 +56,12 @@ class Answers:
         finally:
             self._sieve = None
 
-    def local(self, images: Images) -> Local | None:
-        """Activations on `images`, for questions about windows of them.
-
-        None where the network cannot be followed layer by layer, where 2 GiB do not hold what is
-        remembered, and on other devices than a CPU: many small kernels would take longer there.
-        """
-        fast, images = self._settled(images), images.contiguous(memory_format=self._layout)
-        if images.device.type != "cpu" or not Local.fits(fast):
-            return None
-        few = images[:2].clone()
-        with torch.no_grad():
-            if not _follows(fast, few) or Local(fast, few, Meter()).nbytes * len(images) > (
-                REMEMBERED * len(few)
-            ):
-                return None
-            return Local(fast, images, self.meter)
-
     def _pass(self, images: Images) -> Logits:
         self.meter.forwards += len(images)
         if torch.is_grad_enabled() and images.requires_grad:
             self.meter.input_backwards += len(images)
         fast = self._settled(images)
-        return fast(images.contiguous(memory_format=self._layout))
+        return fast(images.clone(memory_format=self._layout))
 
     def _settled(self, images: Images) -> nn.Module:
         """The copy that is attacked; `_layout` is what it wants images to be in."""
@@ -108,8 +86,8 @@ def fast_copy(
     if images.device.type == "cpu":  # where their convolutions are faster
         layouts.insert(0, torch.channels_last)
     with torch.no_grad():
-        wanted = own(probe.clone())  # a network may overwrite what it is given
-        for model in (_overwriting_nothing(short), short, own):
+        wanted = own(probe.clone())
+        for model in (short, own):
             for layout in layouts:
                 fast: Any = copy.deepcopy(model)
                 # What tracers and layouts do not bear differs from network to network.
@@ -120,38 +98,9 @@ def fast_copy(
     return own, torch.contiguous_format
 
 
-def _overwriting_nothing(model: nn.Module) -> nn.Module:
-    """A copy in which what a layer was given stays as it was: it is to be remembered."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            vars(module)["inplace"] = False
-    return model
-
-
 def _alike(found: Logits, wanted: Logits) -> bool:
     scale = wanted.abs().amax().nan_to_num(0.0, 0.0, 0.0)
     return torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(scale), equal_nan=True)
-
-
-def _follows(fast: nn.Module, few: Images) -> bool:
-    """Whether answers about windows are those of the whole network, before and after a change."""
-    height, width = few.shape[2:]
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.arange(len(few))
-    images, size = few.clone(), min(3, height // 2, width // 2)
-    try:
-        local = Local(fast, few, Meter())  # pyright: ignore[reportArgumentType]
-        for top, left in ((0, 0), (height // 2, width // 3), (height - size, width - size)):
-            region = Region(Span(top, top + size), Span(left, left + size))
-            window = torch.rand(region.of(images).shape, generator=generator)
-            region.of(images).copy_(window)
-            if not _alike(local.ask(rows, region, window), fast(images)):
-                return False
-            local.keep(torch.ones(len(rows), dtype=torch.bool))
-    except Exception:  # a network may do to its activations what nobody has thought of
-        return False
-    return True
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -163,22 +112,6 @@ def folded(model: nn.Module) -> nn.Module:
     except Exception:
         # Networks from elsewhere may branch on their values, which no tracer follows.
         return model
-
-
-class WholeModel:
-    """The same questions as to `Local`, answered by the whole network."""
-
-    def __init__(self, ask: Ask, images: Images) -> None:
-        self._ask, self._images = ask, images
-
-    def ask(self, rows: Int[Tensor, " k"], region: Region, window: Images) -> Logits:
-        """The logits of images `rows` if `region` of them were `window`."""
-        images = self._images[rows]
-        region.of(images).copy_(window)
-        return self._ask(images)
-
-    def keep(self, chosen: Bool[Tensor, " k"]) -> None:
-        """Nothing is remembered: whoever asks changes the images."""
 
 
 class Sieve:

@@ -10,14 +10,9 @@ from jaxtyping import Float
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from raytrain.attacks.autoattack.counted_model import Answers, WholeModel
-from raytrain.attacks.autoattack.local import Local
-from raytrain.attacks.autoattack.regions import Region, Span
+from raytrain.attacks.autoattack.counted_model import Answers
 
 Windows = Float[Tensor, "n c size size"]
-
-SIDE, SMALL = 16, 2
-"""From this side of an image on, squares of at most half of it leave much of an answer as it is."""
 
 
 class Square(SquareAttack):
@@ -44,32 +39,24 @@ class Square(SquareAttack):
         queries = torch.ones(count, device=x.device)
         changed = torch.zeros(count, dtype=torch.long, device=x.device)
         tried: dict[tuple[int, ...], int] = {}
-        board: WholeModel | Local = WholeModel(self.predict, best)
-        follow = min(height, width) >= SIDE
         for query in range(self.n_queries):
             if bool((margin <= 0).all()):
                 break
             square = self._square(query, channels, height, width)
-            if follow and square.size * SMALL <= min(height, width):
-                board, follow = self.predict.local(best) or board, False
             known, tried[square.key] = tried.get(square.key, -1), query + 1
             rows = ((margin > 0) & (changed >= known)).nonzero().flatten()
-            before = square.region.of(best)[rows]
-            after = square.moved(before, square.region.of(x)[rows], self.eps)
+            images = best[rows]
+            before = square.window(images)
+            after = square.moved(before, square.window(x[rows]), self.eps)
             moves = (after != before).flatten(1).any(1)
-            rows, after = rows[moves], after[moves]
+            rows, images = rows[moves], images[moves]
             if len(rows) == 0:
                 continue
-            found = _margin(board.ask(rows, square.region, after), y[rows])
-            over = (found <= 0).nonzero().flatten()
-            if len(over):
-                attempt = best[rows[over]]
-                square.region.of(attempt).copy_(after[over])
-                found[over] = self._judged(found[over], attempt, y[rows[over]])
+            square.window(images).copy_(after[moves])
+            found = self._judged(_margin(self.predict(images), y[rows]), images, y[rows])
             better = found < margin[rows]
-            board.keep(better)
             rows = rows[better]
-            margin[rows], square.region.of(best)[rows] = found[better], after[better]
+            margin[rows], best[rows] = found[better], images[better]
             changed[rows], queries[rows] = query + 1, float(query + 1)
         return queries, best
 
@@ -114,11 +101,10 @@ class _Square:
     def key(self) -> tuple[int, ...]:
         return self.top, self.left, self.size, *(int(s) for s in self.signs.flatten().tolist())
 
-    @property
-    def region(self) -> Region:
-        """The window."""
-        rows = Span(self.top, self.top + self.size)
-        return Region(rows, Span(self.left, self.left + self.size))
+    def window(self, images: Tensor) -> Windows:
+        """The part of images that the square covers: a view."""
+        rows = slice(self.top, self.top + self.size)
+        return images[:, :, rows, self.left : self.left + self.size]
 
     def moved(self, window: Windows, clean: Windows, eps: float) -> Windows:
         """A window after the move, inside the ball around the `clean` one and [0, 1]."""

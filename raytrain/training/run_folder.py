@@ -1,0 +1,88 @@
+"""The folder of a run: found by path or id, with its configuration and the id of its run in MLflow."""
+
+from __future__ import annotations
+
+import os
+from glob import escape
+from pathlib import Path
+
+import yaml
+
+from raytrain.config.run import RunConfig
+from raytrain.core.files import write_atomically
+from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.training.checkpoint import LAST, load, short
+
+RUN_FILE = "run.yaml"
+RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
+
+
+def leave_run_file(run: RunConfig, folder: Path) -> None:
+    """`run.yaml` in the folder where the checkpoints are going to be.
+
+    Raises:
+        TrainingFailed: if it cannot be written.
+    """
+    try:
+        write_atomically(folder / RUN_FILE, to_yaml(run))
+    except OSError as error:
+        raise TrainingFailed(
+            f"storage: {folder} could not be written ({error.strerror or error})"
+        ) from error
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The configuration as a run file that `raytrain train` takes."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def stored_run(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder: of its checkpoint or, before the first, of its run file.
+
+    Raises:
+        RequestError: if there is neither.
+    """
+    file = folder / RUN_FILE
+    if (folder / LAST).is_file() or not file.is_file():
+        return load(folder / LAST).run
+    try:
+        return RunConfig.model_validate(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RequestError(f"{file}: not a run file ({short(error)})") from error
+
+
+def folder_of(name: str, storage: Path) -> Path:
+    """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
+
+    Raises:
+        RequestError: if there is none.
+    """
+    path = Path(name)
+    if os.path.exists(path):
+        return path.resolve()
+    found: list[Path] = []
+    if not path.is_absolute() and len(os.fsencode(name)) < 256:
+        exactly = escape(name)
+        found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
+    if is_run_id(name) and not found:
+        # At any depth, since the name of an experiment may have slashes.
+        files = storage.rglob(f"trials/*/{RUN_ID}")
+        found = [file.parent for file in files if file.read_text() == name]
+        found += storage.rglob(name)
+    if found:
+        return found[0].resolve()
+    raise RequestError(
+        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
+    )
+
+
+def run_id_of(folder: Path) -> str | None:
+    """The id of the MLflow run whose checkpoints are in a folder, if that is known there."""
+    if (folder / RUN_ID).is_file():
+        return (folder / RUN_ID).read_text()
+    return folder.name if is_run_id(folder.name) else None
+
+
+def is_run_id(name: str) -> bool:
+    """Whether a name looks like an id that MLflow gives."""
+    return len(name) == 32 and all(c in "0123456789abcdef" for c in name)
