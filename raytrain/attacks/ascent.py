@@ -20,7 +20,7 @@ from raytrain.core.types import Batch, BatchNorm, Delta, Progress, Spec, StepSiz
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """Where an attack ended, and how many steps each sample took."""
 
     delta: Delta
@@ -64,7 +64,7 @@ class ProjectedAscent(Spec):
 
     def maximise(
         self, oracle: Oracle, threat: AbstractThreatModel, delta: Delta, progress: Progress
-    ) -> Found:
+    ) -> AttackResult:
         """Ascend from `delta` at the weights of `oracle`. Reads no host value unless samples may stop."""
         batch, step_size = oracle.batch, in_pixels(self.step_size, threat.eps)
         rows = torch.arange(len(batch), device=delta.device)
@@ -104,7 +104,7 @@ class ProjectedAscent(Spec):
                     # released code.
                     delta = torch.where(stopped.view(-1, 1, 1, 1), delta, moved)
                     taken = taken + (~stopped).long()
-        return Found(delta, taken)
+        return AttackResult(delta, taken)
 
     def _moved(
         self,

@@ -16,7 +16,7 @@ from raytrain.core.losses import LOSSES, AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.registry import Registry
 from raytrain.core.threat_models import THREAT_MODELS, AbstractThreatModel
-from raytrain.core.types import Batch, Dice, Progress, RequestError, Spec, mix
+from raytrain.core.types import Batch, BatchRandom, Progress, RequestError, Spec, mix
 
 Part = TypeVar("Part", bound=Spec)
 _END = Progress(1.0, 1.0)
@@ -155,5 +155,5 @@ def _check(images: Tensor, labels: Tensor, batch_size: int) -> None:
 
 def _batch(images: Tensor, labels: Tensor, rows: Tensor, seed: int) -> Batch:
     rows = rows.to(images.device)
-    dice = Dice(seed, len(images), rows, images.device)
-    return Batch(images[rows], labels.to(images.device)[rows], rows, dice)
+    rng = BatchRandom(seed, len(images), rows, images.device)
+    return Batch(images[rows], labels.to(images.device)[rows], rows, rng)

@@ -72,7 +72,7 @@ class Uniform(AbstractInit):
         progress: Progress = BEGINNING,
     ) -> Delta:
         del store, progress
-        return in_box(threat.noise(batch.images, batch.dice, "start", self.radius), batch.images)
+        return in_box(threat.noise(batch.images, batch.rng, "start", self.radius), batch.images)
 
 
 @final
@@ -94,7 +94,7 @@ class Gaussian(AbstractInit):
         progress: Progress = BEGINNING,
     ) -> Delta:
         del store, progress
-        noise = batch.dice.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
+        noise = batch.rng.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
         return threat.feasible(self.std * noise, batch.images)
 
 

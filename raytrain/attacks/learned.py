@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raytrain.attacks.ascent import Found
+from raytrain.attacks.ascent import AttackResult
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
@@ -32,7 +32,7 @@ _TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are told b
 Memory = list[Any]  # of one attack: each layer's hidden state
 
 # The fields of an attacker, which a recipe that trains one has too.
-Cell = Literal["lstm", "gru", "rnn", "linear"]
+CellKind = Literal["lstm", "gru", "rnn", "linear"]
 Hidden = Annotated[PositiveInt, Field(description="units per layer and pixel")]
 Features = Annotated[
     Literal["rms", "linf", "sign", "logsign", "raw"],
@@ -57,7 +57,7 @@ class AttackerSpec(Spec):
     makes the step scale * sign(g) exactly, whatever the cell.
     """
 
-    cell: Cell = "lstm"
+    cell: CellKind = "lstm"
     hidden: Hidden = 10
     layers: PositiveInt = 1
     features: Features = "rms"
@@ -157,7 +157,7 @@ class LearnedAscent(Spec):
         delta: Delta,
         attacker: Attacker,
         learn: bool,
-    ) -> Found:
+    ) -> AttackResult:
         """Ascend from `delta`; with `learn`, add the descent direction of the attacker to its p.grad."""
         size = self._size(ball, delta, attacker)
         weights = self._weights()
@@ -182,7 +182,7 @@ class LearnedAscent(Spec):
                     gain, delta = None, delta.detach()
                     memory = [_detached(state) for state in memory]
         taken = torch.full((count,), self.steps, device=delta.device)
-        return Found(delta.detach(), taken)
+        return AttackResult(delta.detach(), taken)
 
     def _size(self, ball: AbstractThreatModel, delta: Delta, attacker: Attacker) -> float:
         """A pixel's largest move; in l2 such that a step of all pixels together is `scale` long."""

@@ -44,7 +44,7 @@ class Meter:
         """Forward-equivalents in all."""
         return round(self.forwards + self.input_backwards + 2 * self.full_backwards + self.stem)
 
-    def over(self, context: DistributedContext) -> Meter:
+    def total(self, context: DistributedContext) -> Meter:
         """The sum over all workers: a collective."""
         counts = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
         forwards, inputs, fulls, stem, samples = context.total(counts.to(context.device)).tolist()

@@ -39,7 +39,7 @@ def as_failure(error: Exception) -> RequestError | TrainingFailed:
     """An error of any kind as one of ours: what was raised, and in which line of whose code."""
     if isinstance(error, RequestError | TrainingFailed):
         return error
-    return TrainingFailed(str(error) if isinstance(error, ModelFailed) else told(error))
+    return TrainingFailed(str(error) if isinstance(error, ModelFailed) else error_summary(error))
 
 
 def plain(error: RequestError | TrainingFailed) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def from_plain(kind: str, sentence: str) -> RequestError | TrainingFailed:
     return _KINDS[kind](sentence)
 
 
-def told(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """The kind of an error, its message in one line, and where it was raised."""
     try:
         text = error.msg if isinstance(error, SyntaxError) else str(error)

@@ -60,7 +60,7 @@ class Oracle:
         )  # of the last inner loss: the network's last output
         self._model, self._wrapper = model, model if wrapper is None else wrapper
         self._objective, self._meter = objective, meter
-        self._place = DistributedContext() if context is None else context
+        self._context = DistributedContext() if context is None else context
         self._attack_bn: BatchNorm = attack_bn
         self._precision: Precision = precision
         self._reference: Reference | None = None
@@ -267,7 +267,7 @@ class Oracle:
         """Add the gradient to every p.grad, averaged over the workers with all that was there before."""
         loss.backward()
         if self._wrapper is self._model:
-            self._place.average_grads(self._model)
+            self._context.average_grads(self._model)
 
     def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
         with mode(self._model, "train"), autocast(delta.device, self._precision):
@@ -330,7 +330,7 @@ class Oracle:
         def loss(
             weights: dict[str, Tensor], image: Tensor, label: Tensor, delta: Tensor, *part: Tensor
         ) -> Tensor:
-            one = Batch(image[None], label[None], batch.index[:1], batch.dice)
+            one = Batch(image[None], label[None], batch.index[:1], batch.rng)
 
             def module(images: Tensor) -> Tensor:
                 return func.functional_call(self._model, weights, (images,))

@@ -46,7 +46,7 @@ class SampleStore:
         aligned: bool = True,
         initial: float = 0.0,
     ) -> None:
-        self._place, self._num_images, self._aligned = context, num_images, aligned
+        self._context, self._num_images, self._aligned = context, num_images, aligned
         self._scale = scale
         owned = len(range(context.rank, num_images, context.world))
         self._values = torch.full((owned, *shape), initial, dtype=dtype, device=context.device)
@@ -54,18 +54,18 @@ class SampleStore:
     @classmethod
     def of_perturbations(
         cls,
-        setting: TrainingSetup,
+        setup: TrainingSetup,
         eps: float,
         keep: Keep = "fp32",
         *,
         aligned: bool = True,
     ) -> SampleStore:
         """A store for one perturbation of each training image."""
-        dtypes = {"fp32": setting.dtype, "fp16": torch.float16, "int8": torch.int8}
+        dtypes = {"fp32": setup.dtype, "fp16": torch.float16, "int8": torch.int8}
         return cls(
-            setting.num_images,
-            setting.shape,
-            setting.context,
+            setup.num_images,
+            setup.shape,
+            setup.context,
             dtypes[keep],
             scale=min(eps, 1.0) / 127 if keep == "int8" else None,  # no pixel moves by more than 1
             aligned=aligned,
@@ -91,14 +91,14 @@ class SampleStore:
     def state_dict(self) -> dict[str, Any]:
         """All rows by global index, gathered from every worker: a collective."""
         index = torch.arange(
-            self._place.rank, self._num_images, self._place.world, device=self._values.device
+            self._context.rank, self._num_images, self._context.world, device=self._values.device
         )
-        order = self._place.gather(index).argsort()
-        return {"values": self._place.gather(self._values)[order].cpu()}
+        order = self._context.gather(index).argsort()
+        return {"values": self._context.gather(self._values)[order].cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's share of `state`, which any number of workers may have written."""
-        share = state["values"][self._place.rank :: self._place.world]
+        share = state["values"][self._context.rank :: self._context.world]
         self._values.copy_(share)
 
     def _view(self, batch: Batch) -> AugmentedView | None:
@@ -110,7 +110,7 @@ class SampleStore:
         return values if self._scale is None else values * self._scale
 
     def _rows(self, batch: Batch) -> Tensor:
-        return batch.index // self._place.world
+        return batch.index // self._context.world
 
 
 class SlotStore:
@@ -119,21 +119,21 @@ class SlotStore:
     Slot s of the global batch belongs to worker s modulo the number of workers, as its images do.
     """
 
-    def __init__(self, setting: TrainingSetup) -> None:
-        self._place = setting.context
-        local = setting.batch_size // setting.context.world
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._context = setup.context
+        local = setup.batch_size // setup.context.world
         self.values = torch.zeros(
-            local, *setting.shape, dtype=setting.dtype, device=setting.context.device
+            local, *setup.shape, dtype=setup.dtype, device=setup.context.device
         )
 
     def state_dict(self) -> dict[str, Any]:
         """All slots in the order of the global batch: a collective."""
-        ranks = self._place.gather(self.values).unflatten(0, (self._place.world, -1))
+        ranks = self._context.gather(self.values).unflatten(0, (self._context.world, -1))
         return {"values": ranks.transpose(0, 1).flatten(0, 1).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's slots of `state`, which any number of workers may have written."""
-        self.values.copy_(state["values"][self._place.rank :: self._place.world])
+        self.values.copy_(state["values"][self._context.rank :: self._context.world])
 
 
 class GradientTable:
@@ -142,12 +142,12 @@ class GradientTable:
     z_bar = z + (theta / p) dz, with p the share of the images in a batch.
     """
 
-    def __init__(self, setting: TrainingSetup) -> None:
-        self._shapes = [p.shape for p in trainable(setting.model)]
-        self._place, self._num_images = setting.context, setting.num_images
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._shapes = [p.shape for p in trainable(setup.model)]
+        self._context, self._num_images = setup.context, setup.num_images
         row = (sum(shape.numel() for shape in self._shapes),)
-        self._rows = SampleStore(setting.num_images, row, setting.context, setting.dtype)
-        self._mean = torch.zeros(row, dtype=setting.dtype, device=setting.context.device)
+        self._rows = SampleStore(setup.num_images, row, setup.context, setup.dtype)
+        self._mean = torch.zeros(row, dtype=setup.dtype, device=setup.context.device)
         self._ahead = torch.zeros_like(self._mean)
 
     def direction(self) -> list[Tensor]:
@@ -159,8 +159,8 @@ class GradientTable:
         """Replace the rows of a batch and move z: a collective."""
         change = (grads - self._rows.read(batch)).sum(0)
         self._rows.write(batch, grads)
-        count = self._place.total(change.new_tensor(len(batch)))
-        change = self._place.total(change) / self._num_images
+        count = self._context.total(change.new_tensor(len(batch)))
+        change = self._context.total(change) / self._num_images
         self._mean = self._mean + change
         self._ahead = self._mean + theta * self._num_images / count * change
 

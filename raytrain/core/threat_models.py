@@ -24,8 +24,8 @@ from torch import Tensor
 
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.types import (
+    BatchRandom,
     Delta,
-    Dice,
     Images,
     Number,
     PerSample,
@@ -60,7 +60,7 @@ class AbstractThreatModel(Spec):
         """max <v, grad_i> over the unit ball."""
 
     @abstractmethod
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
         """A random perturbation of norm at most `radius * eps`, the box left out of account."""
 
     @abstractmethod
@@ -143,8 +143,8 @@ class Linf(AbstractThreatModel):
         # Term by term: every term is >= 0, so rounding cannot make the sum negative.
         return (self.eps * grad.abs() - delta * grad).flatten(1).sum(1)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
-        unit = 2 * dice.uniform(purpose, *like.shape[1:]).to(like.dtype) - 1
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
+        unit = 2 * rng.uniform(purpose, *like.shape[1:]).to(like.dtype) - 1
         return radius * self.eps * unit
 
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
@@ -187,11 +187,11 @@ class L2(AbstractThreatModel):
     def dual_norm(self, grad: Delta) -> PerSample:
         return self.norm_of(grad)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
         # Direction uniform, length uniform (not volume-uniform): the usual random start of l2
         # attacks.
-        away = self.steepest(dice.normal(purpose, *like.shape[1:]).to(like.dtype))
-        length = dice.uniform(purpose + "/length").to(like.dtype)
+        away = self.steepest(rng.normal(purpose, *like.shape[1:]).to(like.dtype))
+        length = rng.uniform(purpose + "/length").to(like.dtype)
         return radius * self.eps * away * over_pixels(length)
 
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
@@ -267,11 +267,11 @@ class L1(AbstractThreatModel):
         count = max(1, round(self.spread * grad[0].numel()))
         return _top(grad.masked_fill(blocked, 0), count)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
         shape = like.shape[1:]
-        size = -torch.log1p(-dice.uniform(purpose, *shape).to(like.dtype))  # exponential
-        sign = torch.where(dice.uniform(purpose + "/sign", *shape) < 0.5, -1.0, 1.0).to(like.dtype)
-        length = dice.uniform(purpose + "/length").to(like.dtype)
+        size = -torch.log1p(-rng.uniform(purpose, *shape).to(like.dtype))  # exponential
+        sign = torch.where(rng.uniform(purpose + "/sign", *shape) < 0.5, -1.0, 1.0).to(like.dtype)
+        length = rng.uniform(purpose + "/length").to(like.dtype)
         total = self.norm_of(size).clamp_min(1e-30)
         return radius * self.eps * sign * size * over_pixels(length / total)
 

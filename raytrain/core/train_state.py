@@ -25,7 +25,7 @@ class TrainState:
     """One worker's training. `parts` are the memories of the algorithm and of the outer update.
 
     The sampler and the noise are not here: they are functions of seed, epoch and step
-    (`types.Dice`).
+    (`types.BatchRandom`).
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What one step leaves for the record."""
 
     losses: Tensor  # outer losses before the update, (n,)

@@ -161,7 +161,7 @@ def in_pixels(step_size: float | str, eps: float) -> float:
 
 
 @dataclass(frozen=True)
-class Dice:
+class BatchRandom:
     """The randomness of one batch, a function of the seed, the step and the slot in the
     *global* batch.
 
@@ -230,14 +230,14 @@ class Batch:
     images: Images
     labels: Labels
     index: Int[Tensor, " n"]
-    dice: Dice
+    rng: BatchRandom
     view: AugmentedView | None = None  # None: not augmented
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """The sub-batch of these rows. Its dice are those of the whole batch: draw before narrowing."""
+        """The sub-batch of these rows. `rng` is that of the whole batch: draw before narrowing."""
         view = None if self.view is None else self.view[rows]
         return replace(
             self,

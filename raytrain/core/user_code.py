@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain.core.failures import told
+from raytrain.core.failures import error_summary
 from raytrain.core.types import ModelFailed, RequestError
 
 
@@ -82,7 +82,7 @@ def isolated() -> Iterator[None]:
 
 def sentence(name: str, deed: str, error: BaseException, field: str = "model.name") -> str:
     """`FIELD: NAME DEED: TypeError (its message) at file:line`."""
-    return f"{field}: {name} {deed}: {told(error)}"
+    return f"{field}: {name} {deed}: {error_summary(error)}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
     Batch,
-    Dice,
+    BatchRandom,
     Mask,
     Number,
     Progress,
@@ -134,7 +134,7 @@ def survived(
         rows = standing.nonzero().flatten()
         if len(rows) == 0:
             break
-        fresh = Batch(batch.images, batch.labels, batch.index, _reseeded(batch.dice, restart))
+        fresh = Batch(batch.images, batch.labels, batch.index, _reseeded(batch.rng, restart))
         start = attack.start.delta(ball, fresh, None)[rows]
         oracle = Oracle(
             model,
@@ -160,5 +160,5 @@ def _after_apgd(answers: Answers, batch: Batch, right: Mask, ball: AbstractThrea
     return robust
 
 
-def _reseeded(dice: Dice, restart: int) -> Dice:
-    return Dice(mix(dice.seed, restart), dice.width, dice.slots, dice.device)
+def _reseeded(rng: BatchRandom, restart: int) -> BatchRandom:
+    return BatchRandom(mix(rng.seed, restart), rng.width, rng.slots, rng.device)

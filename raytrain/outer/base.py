@@ -39,9 +39,9 @@ class AbstractOuter(Spec):
         """Whether the gradient is measured at other weights than the present ones."""
         return False
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         """What it keeps between steps, by name."""
-        del setting
+        del setup
         return {}
 
     def weights(

@@ -161,8 +161,8 @@ class Engm(AbstractOuter):
     def weighs_samples(self) -> bool:
         return True
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return {"engm": EngmMemory(setting.context.device)}
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return {"engm": EngmMemory(setup.context.device)}
 
     def weights(
         self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
@@ -228,11 +228,11 @@ class Engm(AbstractOuter):
 
     def _of(self, norms: PerSample, state: TrainState, given: PerSample | None) -> PerSample:
         """The weights for these norms of the unweighted losses."""
-        memory, place = state.part("engm", EngmMemory), state.context
+        memory, context = state.part("engm", EngmMemory), state.context
         norms = norms if given is None else norms * given
         alpha: Tensor = norms.new_tensor(self.alpha)
         if self.quantile is not None:
-            now = place.gather(norms).double().quantile(self.quantile)
+            now = context.gather(norms).double().quantile(self.quantile)
             alpha = memory.blend("alpha", now, _KEEP).to(norms.dtype)
         if self.mode == "clip":
             weights = (alpha / norms).clamp(max=1)
@@ -242,7 +242,7 @@ class Engm(AbstractOuter):
             weights = alpha / (norms + 1e-12)
         memory.seen += len(norms)
         if self.renorm:
-            sums = place.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
+            sums = context.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
             weights = weights * sums[1] / sums[0]
         return weights if given is None else weights * given
 
@@ -257,8 +257,8 @@ class Engm(AbstractOuter):
             self._refit(memory, state, oracle, delta, predictor)
         memory.updates += 1
         slope, intercept = memory.values["gamma1"], memory.values["gamma0"]
-        told = slope * self._scale(predictor) + intercept
-        norms = told.exp() if self.fit == "loglog" else told
+        predicted = slope * self._scale(predictor) + intercept
+        norms = predicted.exp() if self.fit == "loglog" else predicted
         if self.mode == "normalise" and self.fit == "affine" and "floor" in memory.values:
             norms = norms.clamp_min(memory.values["floor"])
         return norms.clamp_min(_FLOOR).to(predictor.dtype)

@@ -61,8 +61,8 @@ class Sam(AbstractOuter):
     def displaces_weights(self) -> bool:
         return True
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return self.then.memory(setting)
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return self.then.memory(setup)
 
     def update(
         self,

@@ -23,8 +23,8 @@ from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import copy_of
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, Dice, Diverged, RequestError, mix
+from raytrain.core.train_state import StepResult, TrainState
+from raytrain.core.types import Batch, BatchRandom, Diverged, RequestError, mix
 from raytrain.core.user_code import guarded
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import (
@@ -59,10 +59,10 @@ class _Sums:
     steps: Tensor
     samples: int = 0
 
-    def add(self, outcome: Outcome) -> None:
-        self.loss += outcome.losses.sum(dtype=torch.float64)
-        self.steps += outcome.steps.sum()
-        self.samples += len(outcome.losses)
+    def add(self, result: StepResult) -> None:
+        self.loss += result.losses.sum(dtype=torch.float64)
+        self.steps += result.steps.sum()
+        self.samples += len(result.losses)
 
     def means(self, context: DistributedContext) -> tuple[float, float]:
         loss, steps, samples = context.total(
@@ -90,9 +90,9 @@ def fit(
     if resume is not None:
         restore(state, resume, context)
         state.stopped_by = run.ends_by(state.patience_count, state.sentinel_values)
-    pace = progress_of(run, splits, context)
-    while not (pace.over(state) or state.stopped_by):
-        yield _epoch(run, state, pace, splits, context), state
+    progress = build_progress(run, splits, context)
+    while not (progress.is_complete(state) or state.stopped_by):
+        yield _epoch(run, state, progress, splits, context), state
 
 
 def fit_and_checkpoint(
@@ -127,7 +127,7 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
     """
     state = start(run, splits, DistributedContext())
     restore(state, saved, DistributedContext())
-    if progress_of(run, splits, DistributedContext()).over(state):
+    if build_progress(run, splits, DistributedContext()).is_complete(state):
         by_epochs = run.fe_per_image is None
         end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
         raise RequestError(f"{end} have been trained already; expected more, to go on")
@@ -158,7 +158,7 @@ def preflight(run: RunConfig) -> Splits:
     if run.model.users:
         _warn(run, model, splits.train)
     run.algorithm.build(run.threat, run.outer).memory(
-        _setting(run, splits, model, DistributedContext())
+        _setup(run, splits, model, DistributedContext())
     )
     return splits
 
@@ -178,7 +178,7 @@ def _try_out(
 def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
     """One line for everything that evaluation is going to hold against the answers of the network."""
     rows = torch.arange(min(_LOOKED_AT, part.num_images))
-    batch = part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
+    batch = part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
     with guarded(model.name, "cannot be tried on training images"):
         findings = of_answers(model, batch.images, run.seed)
     for finding in findings:
@@ -186,7 +186,9 @@ def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
             log_line(f"raytrain: model.name: {model.name}: {finding.sentence}")
 
 
-def progress_of(run: RunConfig, splits: Splits, context: DistributedContext) -> AbstractProgress:
+def build_progress(
+    run: RunConfig, splits: Splits, context: DistributedContext
+) -> AbstractProgress:
     """What ends the run: its epochs, or its cost."""
     if run.fe_per_image is not None:
         return ByCost(run.fe_per_image, splits.train.num_images, context)
@@ -212,14 +214,14 @@ def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainS
         precision=run.precision,
         context=context,
         parts=run.algorithm.build(run.threat, run.outer).memory(
-            _setting(run, splits, model, context)
+            _setup(run, splits, model, context)
         ),
         ema=ema,
         classes=splits.source.classes,
     )
 
 
-def _setting(
+def _setup(
     run: RunConfig, splits: Splits, model: nn.Module, context: DistributedContext
 ) -> TrainingSetup:
     return TrainingSetup(
@@ -262,27 +264,27 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
 def _epoch(
     run: RunConfig,
     state: TrainState,
-    pace: AbstractProgress,
+    progress: AbstractProgress,
     splits: Splits,
     context: DistributedContext,
 ) -> EpochMetrics:
     began = time.perf_counter()
-    trained = _train(run, state, pace, splits, context)
+    trained = _train(run, state, progress, splits, context)
     _wait(context)
     state.seconds += time.perf_counter() - began
     state.epoch += 1
     context.average_buffers(state.model)
     if state.ema is not None:
         context.average_buffers(state.ema.module)
-    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.outcome, context)
+    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.result, context)
     own = trained.algorithm.measures(state, trained.batch)
-    over = pace.over(state)
+    over = progress.is_complete(state)
     due = state.epoch % run.evaluation.every == 0 or over
     valid = _validate(run, state, splits.valid, context) if due else _Validated()
-    meter = state.meter.over(context)
+    meter = state.meter.total(context)
     return EpochMetrics(
         epoch=state.epoch,
-        progress=pace.progress(state),
+        progress=progress.share(state),
         loss=trained.loss,
         inner_steps=trained.inner_steps,
         fosc=float(fosc.mean()),
@@ -342,7 +344,7 @@ class _Trained:
 
     algorithm: AbstractAlgorithm  # as it was at the last step
     batch: Batch  # the last one
-    outcome: Outcome  # of the last step
+    result: StepResult  # of the last step
     loss: float  # means over the epoch
     inner_steps: float
     rate: float  # of the last step
@@ -351,7 +353,7 @@ class _Trained:
 def _train(
     run: RunConfig,
     state: TrainState,
-    pace: AbstractProgress,
+    progress: AbstractProgress,
     splits: Splits,
     context: DistributedContext,
 ) -> _Trained:
@@ -363,36 +365,36 @@ def _train(
     zero = torch.zeros((), dtype=torch.float64, device=context.device)
     sums = _Sums(zero.clone(), zero.clone().long())
     scheduled: dict[str, float | str] = {}
-    algorithm, batch, outcome, rate = run.algorithm_with({}), None, None, 0.0
-    pace.begin(state)
+    algorithm, batch, result, rate = run.algorithm_with({}), None, None, 0.0
+    progress.start_epoch(state)
     for done, batch in enumerate(
         iter_train(splits.train, run.batch_size, run.seed, epoch, pad, flip)
     ):
-        rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
-        state.progress = pace.at(state, done)
+        rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
+        state.progress = progress.before_step(state, done)
         if (now := run.scheduled(state.progress.step)) != scheduled:
             scheduled, algorithm = now, run.algorithm_with(now)
-        outcome = algorithm.step(state, batch)
+        result = algorithm.step(state, batch)
         state.step += 1
         state.meter.samples += len(batch)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        sums.add(outcome)
+        sums.add(result)
         if (done + 1) % _CHECK_EVERY == 0:
             _must_be_finite(sums.means(context)[0], epoch)
-        if pace.over(state):
+        if progress.is_complete(state):
             break
-    assert batch is not None and outcome is not None
+    assert batch is not None and result is not None
     loss, inner_steps = sums.means(context)
     _must_be_finite(loss, epoch)
-    return _Trained(algorithm, batch, outcome, loss, inner_steps, rate)
+    return _Trained(algorithm, batch, result, loss, inner_steps, rate)
 
 
 def _probe(
     ball: AbstractThreatModel,
     state: TrainState,
     batch: Batch,
-    outcome: Outcome,
+    result: StepResult,
     context: DistributedContext,
 ) -> tuple[Tensor, Tensor]:
     """FOSC of the last training perturbations at the weights they led to, in eval mode, over all
@@ -408,10 +410,10 @@ def _probe(
         attack_bn="eval",
         precision=state.precision,
     )
-    _, grad = oracle.delta_grad(outcome.delta)
+    _, grad = oracle.delta_grad(result.delta)
     return (
-        context.gather(ball.gap(outcome.delta, grad)),
-        context.gather(ball.box_gap(outcome.delta, grad, batch.images)),
+        context.gather(ball.gap(result.delta, grad)),
+        context.gather(ball.box_gap(result.delta, grad, batch.images)),
     )
 
 

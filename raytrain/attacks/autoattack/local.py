@@ -15,16 +15,15 @@ from functools import reduce
 from typing import Any, TypeGuard
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional
 
 from raytrain.attacks.autoattack.regions import Region, common, needed, reached
 from raytrain.core.cost import Meter
-from raytrain.core.types import Images
+from raytrain.core.types import Images, Rows
 
-Rows = Int[Tensor, " k"]
 Maps = Float[Tensor, "n c h w"]
 
 LARGE = 0.5
