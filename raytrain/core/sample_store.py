@@ -1,10 +1,8 @@
-"""Tensors remembered between batches: per image, kept by the worker that owns it, or per slot of
-the batch.
+"""Tensors stored between batches: per image, on the worker that owns it, or per slot of the batch.
 
 Rank r owns the images whose index is r modulo the number of workers; the row of image i is i //
-world. What is stored lives in the frame of the un-augmented image: reading applies the crop and
-flip of the present batch, writing undoes them, and pixels that the crop left out keep their old
-value.
+world. Values are stored in the frame of the un-augmented image: reading applies the crop and flip of
+the present batch, writing inverts them, and pixels outside the crop keep their old value.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from raytrain.core.network import trainable
 from raytrain.core.types import AugmentedView, Batch
 
 Keep = Literal["fp32", "fp16", "int8"]
-"""How a perturbation is kept: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
+"""Storage type of a perturbation: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
 precision (float64 in an fp64 run). `int8` counts in units of eps/127 (of 1/127 where eps is more
 than a pixel can move), `fp16` rounds to about 1e-5 at eps 8/255: fine for l-inf steps of a fixed
 size, too coarse for small steps along the raw gradient; in l2 at 0.5, int8 loses about an eighth of
@@ -31,7 +29,7 @@ class SampleStore:
     """One tensor per owned image, (owned, *shape), zero at first.
 
     Perturbations, of shape (c, h, w), follow the crop and flip of their image unless `aligned` is
-    false; anything else, such as one number per image, is kept as it is. `scale` is the unit of
+    false; anything else, such as one number per image, is stored unchanged. `scale` is the unit of
     `int8`, in pixels.
     """
 
@@ -60,7 +58,7 @@ class SampleStore:
         *,
         aligned: bool = True,
     ) -> SampleStore:
-        """A store for one perturbation of each training image."""
+        """Return a store for one perturbation of each training image."""
         dtypes = {"fp32": setup.dtype, "fp16": torch.float16, "int8": torch.int8}
         return cls(
             setup.num_images,
@@ -72,13 +70,13 @@ class SampleStore:
         )
 
     def read(self, batch: Batch) -> Tensor:
-        """What is stored for a batch, in its augmented frame and its precision, (n, *shape)."""
+        """Return the values of a batch, in its augmented frame and its precision, (n, *shape)."""
         values = self._wide(self._rows(batch), batch.images.dtype)
         view = self._view(batch)
         return values if view is None else cut(values, view)
 
     def write(self, batch: Batch, values: Tensor) -> None:
-        """Remember `values`, (n, *shape), given in the augmented frame of the batch."""
+        """Store `values`, (n, *shape), given in the augmented frame of the batch."""
         rows = self._rows(batch)
         view = self._view(batch)
         if view is not None:
@@ -89,7 +87,7 @@ class SampleStore:
         self._values[rows] = values.to(self._values.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows by global index, gathered from every worker: a collective."""
+        """Return all rows by global index, gathered from every worker: a collective."""
         index = torch.arange(
             self._context.rank, self._num_images, self._context.world, device=self._values.device
         )
@@ -102,7 +100,7 @@ class SampleStore:
         self._values.copy_(share)
 
     def _view(self, batch: Batch) -> AugmentedView | None:
-        """How the images of a batch were cut, if what is stored has to follow them."""
+        """Return the crop and flip of a batch if stored values follow them."""
         return batch.view if self._aligned and self._values.dim() == 4 else None
 
     def _wide(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,7 +112,7 @@ class SampleStore:
 
 
 class SlotStore:
-    """One perturbation per *slot* of the batch, whatever image fills it next (Free), zero at first.
+    """One perturbation per *slot* of the batch, independent of its images (Free), zero at first.
 
     Slot s of the global batch belongs to worker s modulo the number of workers, as its images do.
     """
@@ -177,14 +175,14 @@ class GradientTable:
 
 
 def cut(values: Tensor, view: AugmentedView) -> Tensor:
-    """Pad with zeros, crop and mirror each image as `view` says, (n, c, h, w) -> (n, c, h, w)."""
+    """Pad with zeros, crop and mirror each image by `view`, (n, c, h, w) -> (n, c, h, w)."""
     sample, row, column = _places(values, view)
     padded = torch.nn.functional.pad(values, [view.pad] * 4)
     return padded[sample, :, row, column].permute(0, 3, 1, 2).contiguous()
 
 
 def paste(values: Tensor, view: AugmentedView, onto: Tensor) -> Tensor:
-    """The inverse of `cut`: put cropped values back; what the crop left out stays as in `onto`."""
+    """Invert `cut`: write cropped values into a copy of `onto`, whose other pixels stay."""
     sample, row, column = _places(values, view)
     height, width = values.shape[-2:]
     padded = torch.nn.functional.pad(onto, [view.pad] * 4)

@@ -1,4 +1,4 @@
-"""Numbers as functions of progress in [0, 1]: factors for rates and FOSC, ramps for the rest."""
+"""Functions of progress in [0, 1]: factors for rates and FOSC thresholds, ramps for other numbers."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ SHAPES.register(Constant, Power, Cosine, Piecewise, OneCycle)
 class Ramp(Spec):
     """A number that moves from `start` to `end` while training goes from `after` to `until`.
 
-    It stays at `start` before and at `end` behind. Whole numbers are rounded to the nearest. `eps/4`
+    It is `start` before and `end` afterwards. Whole numbers are rounded to the nearest. `eps/4`
     means a multiple of the radius at that time.
 
     >>> grow = Ramp(start=0, until=0.5)

@@ -1,5 +1,4 @@
-"""Threat models: where a perturbation may go, which way is up, and how far it still is from the
-best (FOSC).
+"""Threat models: sets of allowed perturbations, their projections, steepest directions and FOSC.
 
 Every ball is intersected with the pixel box: x + delta stays in [0, 1]. Formulas per norm, q the
 dual exponent:
@@ -38,7 +37,7 @@ from raytrain.core.types import (
 class AbstractThreatModel(Spec):
     """All perturbations of one image with norm at most `eps` that keep its pixels in [0, 1]."""
 
-    norm: Any  # each ball's own word
+    norm: Any  # a literal in each subclass
     eps: Annotated[
         Number, Field(ge=0, description="radius, in pixels of [0, 1]; may be written 8/255")
     ]
@@ -49,7 +48,7 @@ class AbstractThreatModel(Spec):
 
     @abstractmethod
     def project(self, delta: Delta) -> Delta:
-        """The nearest point of the ball (Euclidean), the box left out of account."""
+        """The nearest point of the ball (Euclidean), ignoring the box."""
 
     @abstractmethod
     def steepest(self, grad: Delta) -> Delta:
@@ -61,14 +60,14 @@ class AbstractThreatModel(Spec):
 
     @abstractmethod
     def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
-        """A random perturbation of norm at most `radius * eps`, the box left out of account."""
+        """A random perturbation of norm at most `radius * eps`, ignoring the box."""
 
     @abstractmethod
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
         """argmax <z, grad_i> over the ball intersected with the pixel box."""
 
     def direction(self, grad: Delta, delta: Delta, images: Images) -> Delta:
-        """The unit step of an ascent at `delta`: the steepest one unless a norm has a better use."""
+        """The unit step of an ascent at `delta`: `steepest` unless a norm overrides it."""
         del delta, images
         return self.steepest(grad)
 
@@ -255,11 +254,11 @@ class L1(AbstractThreatModel):
         return grad.flatten(1).abs().amax(1)
 
     def direction(self, grad: Delta, delta: Delta, images: Images) -> Delta:
-        """Equal moves of the `spread` share of pixels with the largest gradient that the box still
-        lets move.
+        """Equal moves of the `spread` share of pixels with the largest gradient that can move within
+        the box.
 
-        The exact steepest step is one pixel, which the box stops at once; sharing the step among
-        several is what makes l1 attacks work (Tramer and Boneh 2019, arXiv 1904.13000). The price:
+        The exact steepest step is one pixel, which is soon at the box; distributing the step over
+        several pixels makes l1 attacks effective (Tramer and Boneh 2019, arXiv 1904.13000). Drawback:
         an attack ends on several pixels where the maximum is on few, so FOSC does not fall to 0.
         """
         moved = images + delta

@@ -1,4 +1,4 @@
-"""A TrainState as one file, written whole or not at all, that any number of workers can go on from."""
+"""Checkpoints: a TrainState as one atomically written file, for any number of workers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from raytrain.core.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
 RUN_FILE = "run.yaml"
-RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
-ROWS = "rows.json"  # and the last rows, up to the last checkpoint
+RUN_ID = "run_id"  # file beside the checkpoints of a trial: the id of its run in MLflow
+ROWS = "rows.json"  # file beside them: the last rows, up to the last checkpoint
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint file holds, with its configuration validated anew."""
+    """Content of a checkpoint file, with its configuration validated again."""
 
     run: RunConfig
     content: dict[str, Any]
@@ -46,12 +46,12 @@ class Saved:
 
     @property
     def sentinel_values(self) -> dict[str, float]:
-        """What sentinels had seen at the last validation."""
+        """Sentinel values of the last validation."""
         return self.content["counters"].get("seen", {})
 
     @property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits of the network that is to be judged: of names and numbers."""
+        """12 hexadecimal digits of the evaluated network: a hash of the names and values of its weights."""
         found = hashlib.sha256()
         for name, tensor in self.weights.items():
             found.update(name.encode())
@@ -60,7 +60,7 @@ class Saved:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The network that is to be judged: the averaged one where averages were kept."""
+        """Weights of the evaluated network: the averaged one if `ema` was set."""
         averaged = self.content["ema"]
         if averaged is None:
             return self.content["model"]
@@ -77,7 +77,7 @@ class Saved:
         version holds no classes and is not compared.
 
         Raises:
-            RequestError: if label k is another class than output k.
+            RequestError: if label k and output k are different classes.
         """
         trained = tuple(self.content.get("classes") or classes)
         expected = (
@@ -97,10 +97,10 @@ class Saved:
 
 
 def save(state: TrainState, run: RunConfig, path: Path, context: DistributedContext) -> None:
-    """Write `path`: a collective, though only the leading worker writes.
+    """Write `path` on the leading worker: a collective.
 
     Raises:
-        TrainingFailed: if the file cannot be written; what was there before is untouched.
+        TrainingFailed: if the file cannot be written; the previous one is then unchanged.
     """
     parts = {name: part.state_dict() for name, part in state.parts.items()}
     randomness = _random_states(context)
@@ -108,7 +108,7 @@ def save(state: TrainState, run: RunConfig, path: Path, context: DistributedCont
     problem = None
     if context.leads:
         problem = _write(path, _content(state, run, parts, randomness, cost))
-    # All workers learn of a full disk, or the others would wait for the leading one for ever.
+    # All workers raise after a write error, or the others would wait for the leading one for ever.
     failed = context.total(
         torch.tensor(problem is not None, dtype=torch.int64, device=context.device)
     )
@@ -148,7 +148,7 @@ def _content(
 
 
 def _write(path: Path, content: dict[str, Any]) -> str | None:
-    """What went wrong, if anything."""
+    """Write the file; return the message of an error, if there is one."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -157,7 +157,7 @@ def _write(path: Path, content: dict[str, Any]) -> str | None:
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """torch.save that replaces `path` as a whole, see `replaced`."""
+    """torch.save through `replaced`, which renames the finished file to `path`."""
     with replaced(path) as file:
         try:
             torch.save(content, file)
@@ -167,10 +167,10 @@ def write_whole(path: Path, content: dict[str, Any]) -> None:
 
 def load(path: Path) -> Saved:
     """Read a checkpoint file, or the `best.pt` (else `last.pt`) of a folder. Never runs code from
-    it.
+    the file.
 
     Raises:
-        RequestError: if there is none, or it is not one of ours.
+        RequestError: if there is none, or it is no checkpoint of raytrain.
     """
     file = find(path)
     try:
@@ -187,13 +187,13 @@ def load(path: Path) -> Saved:
             f"{file}: its configuration is not valid in this version ({error.errors()[0]['msg']})"
         ) from error
     except Exception as error:
-        # Whatever a truncated or foreign file makes the reader trip over.
+        # Truncated or foreign files raise errors of many types.
         raise RequestError(f"{file}: not a checkpoint of raytrain, or a truncated one") from error
     return Saved(run, content)
 
 
 def stored_run(folder: Path) -> RunConfig:
-    """The configuration of the run in a folder: of its checkpoint or, before the first, of its run file.
+    """Return the configuration of the run in a folder, from its checkpoint or else its run file.
 
     Raises:
         RequestError: if there is neither.
@@ -208,7 +208,7 @@ def stored_run(folder: Path) -> RunConfig:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint file that `path` means."""
+    """Return the checkpoint file at `path` or in the folder `path`."""
     if path.is_file():
         return path
     for name in (BEST, LAST):
@@ -218,7 +218,7 @@ def find(path: Path) -> Path:
 
 
 def folder_of(name: str, storage: Path) -> Path:
-    """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
+    """Return the folder of a run's checkpoints (or the file itself), by path or by the id of the run.
 
     Raises:
         RequestError: if there is none.
@@ -243,19 +243,19 @@ def folder_of(name: str, storage: Path) -> Path:
 
 
 def run_id_of(folder: Path) -> str | None:
-    """The id of the MLflow run whose checkpoints are in a folder, if that is known there."""
+    """Return the id of the MLflow run whose checkpoints are in a folder, if the folder has it."""
     if (folder / RUN_ID).is_file():
         return (folder / RUN_ID).read_text()
     return folder.name if is_run_id(folder.name) else None
 
 
 def is_run_id(name: str) -> bool:
-    """Whether a name looks like an id that MLflow gives."""
+    """Whether a name has the form of an MLflow run id."""
     return len(name) == 32 and all(c in "0123456789abcdef" for c in name)
 
 
 def restore(state: TrainState, saved: Saved, context: DistributedContext) -> None:
-    """Continue where `saved` stopped; the number of workers may have changed.
+    """Load `saved` into `state`; the number of workers may have changed.
 
     Raises:
         RequestError: if the run is of another kind than that of the checkpoint.
@@ -270,12 +270,12 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
         for name, part in state.parts.items():
             part.load_state_dict(content["parts"][name])
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-        # Each holder complains in its own way of a state that is not its own.
+        # Each part raises its own type of error for a state of another kind.
         raise RequestError(
             "--resume: the checkpoint does not fit this run; expected the same model, algorithm, "
             f"outer, optimizer and ema as {_kind_of(saved.run)} (seen: {_short(error)})"
         ) from error
-    # The counters are totals over the workers: one of them carries on with the old sum.
+    # The counters are totals over the workers: one of them starts from the old sum.
     state.meter = Meter(**content["meter"]) if context.leads else Meter()
     counters = content["counters"]
     state.epoch, state.step = counters["epoch"], counters["step"]
@@ -297,7 +297,7 @@ def _short(error: Exception) -> str:
 
 
 def leave_run_file(run: RunConfig, folder: Path) -> None:
-    """`run.yaml` in the folder where the checkpoints are going to be.
+    """Write `run.yaml` to the future folder of the checkpoints.
 
     Raises:
         TrainingFailed: if it cannot be written.
@@ -311,12 +311,12 @@ def leave_run_file(run: RunConfig, folder: Path) -> None:
 
 
 def to_yaml(run: RunConfig) -> str:
-    """The configuration as a run file that `raytrain train` takes."""
+    """Return the configuration as a run file for `raytrain train`."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
 def _random_states(context: DistributedContext) -> dict[str, torch.Tensor]:
-    """Every worker's generators (dropout), one row each: a collective."""
+    """Return the state of every worker's generators (for dropout), one row each: a collective."""
     states = {"cpu": torch.get_rng_state()}
     if context.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(context.device)
