@@ -1,4 +1,4 @@
-"""How a perturbation is moved at fixed weights: a start, a step, a projection and a rule to stop."""
+"""Attacks at fixed weights: an initial perturbation, a step, a projection and a stopping rule."""
 
 from raytrain.attacks.ascent import AttackResult, ProjectedAscent
 from raytrain.attacks.init import INITS, AbstractInit, Gaussian, Init, Remembered, Uniform, Zero

@@ -1,4 +1,4 @@
-"""Where an attack begins."""
+"""Initial perturbations of attacks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class AbstractInit(Spec):
         store: SampleStore | None = None,
         progress: Progress = BEGINNING,
     ) -> Delta:
-        """(n, c, h, w). `store` holds where the last attack on each image ended, if it `remembers`."""
+        """(n, c, h, w). `store` holds the last perturbation of each image, if `remembers`."""
 
     @property
     def remembers(self) -> bool:
-        """Whether the algorithm must keep a `SampleStore` for this start."""
+        """Whether this start needs a `SampleStore` in the state of the algorithm."""
         return False
 
 
@@ -54,7 +54,7 @@ class Zero(AbstractInit):
 
 @final
 class Uniform(AbstractInit):
-    """delta = random point of the ball blown up by `radius`, clipped to the pixel box.
+    """delta = random point of the ball scaled by `radius`, clipped to the pixel box.
 
     l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
     """
@@ -100,10 +100,10 @@ class Gaussian(AbstractInit):
 
 @final
 class Remembered(AbstractInit):
-    """delta = what the last visit of the same image ended with (ATTA, Zheng et al. 2020), moved
-    with its crop and flip.
+    """delta = final perturbation of the last attack on the same image (ATTA, Zheng et al. 2020),
+    transformed with its crop and flip.
 
-    Kept in the run's precision: 4 bytes per pixel and channel of every training image.
+    Stored in the run's precision: 4 bytes per pixel and channel of every training image.
     """
 
     kind: Literal["remembered"] = "remembered"

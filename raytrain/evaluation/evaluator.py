@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.attacks.autoattack import exact_float32, survivors
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
 from raytrain.core.losses import AbstractLoss, CrossEntropy, Margin
 from raytrain.core.network import Precision
@@ -54,7 +54,7 @@ class Evaluator:
         self._meter = Meter()
         # Where the network cuts the graph the gradient is zero; the checks report that.
         self._attackable = Connected(model)
-        self._answers = Answers(self._attackable, self._meter)
+        self._answers = CountedModel(self._attackable, self._meter)
 
     def run(self, item: WorkItem) -> WorkResult:
         """Run one work item."""

@@ -1,4 +1,4 @@
-"""Rectangles of positions in maps, and where a convolution carries them."""
+"""Rectangles of positions in feature maps, and their images and preimages under convolutions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Region:
     def of(
         self, maps: Float[Tensor, "n c h w"], origin: Region | None = None
     ) -> Float[Tensor, "n c p q"]:
-        """This part of maps that begin at 0, or at the corner of `origin`: a view."""
+        """Return this part of maps that begin at 0, or at the corner of `origin`: a view."""
         top, left = (0, 0) if origin is None else (origin.rows.start, origin.columns.start)
         return maps[:, :, self.rows.slice(top), self.columns.slice(left)]
 
@@ -54,7 +54,7 @@ def common(one: Span, other: Span) -> Span:
 
 
 def reached(conv: Any, axis: int, span: Span, size: int) -> tuple[Span, int]:
-    """The outputs that see any of a span of inputs, at least one; and how many outputs there are."""
+    """Return the outputs that depend on a span of inputs, at least one, and the number of all outputs."""
     kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
     stride, padding = conv.stride[axis], conv.padding[axis]
     outputs = (size + 2 * padding - kernel) // stride + 1
@@ -64,7 +64,7 @@ def reached(conv: Any, axis: int, span: Span, size: int) -> tuple[Span, int]:
 
 
 def needed(conv: Any, axis: int, span: Span) -> Span:
-    """The inputs that a span of outputs sees; some may lie in the padding."""
+    """Return the inputs on which a span of outputs depends; some may lie in the padding."""
     kernel = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
     stride, padding = conv.stride[axis], conv.padding[axis]
     return Span(span.start * stride - padding, (span.stop - 1) * stride - padding + kernel)

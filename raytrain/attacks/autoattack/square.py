@@ -1,4 +1,4 @@
-"""Square that does not ask about the same image twice."""
+"""Square attack without repeated evaluations of the same image."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from jaxtyping import Float
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from raytrain.attacks.autoattack.counted_model import Answers, WholeModel
-from raytrain.attacks.autoattack.local import Local
+from raytrain.attacks.autoattack.activation_cache import ActivationCache
+from raytrain.attacks.autoattack.counted_model import CountedModel, NoCache
 from raytrain.attacks.autoattack.regions import Region, Span
 
 Windows = Float[Tensor, "n c size size"]
 
 SIDE, SMALL = 16, 2
-"""From this side of an image on, squares of at most half of it leave much of an answer as it is."""
+"""From this side of an image on, activations are cached once squares are at most half of it."""
 
 
 class Square(SquareAttack):
-    """Square that does not ask about the same image twice; l-inf only, the other norms as they are.
+    """Square attack without repeated evaluations, in l-inf; the library's in the other norms.
 
-    All images of a batch try the same square at once. One whose best image is the same as when that
-    square was last tried, or that the square would not change, knows the answer: no improvement.
+    All images of a batch try the same square at once. There is no improvement, and no pass, for an image
+    that has not changed since that square was last tried, or that the square does not change.
     """
 
-    predict: Answers
+    predict: CountedModel
     eps: float
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,18 +40,18 @@ class Square(SquareAttack):
         count, channels, height, width = x.shape
         stripes = self.random_choice([count, channels, 1, width])
         best = (x + self.eps * stripes).clamp(0, 1)
-        margin = self._judged(_margin(self.predict(best), y), best, y)
+        margin = self._confirmed(_margin(self.predict(best), y), best, y)
         queries = torch.ones(count, device=x.device)
         changed = torch.zeros(count, dtype=torch.long, device=x.device)
         tried: dict[tuple[int, ...], int] = {}
-        board: WholeModel | Local = WholeModel(self.predict, best)
-        follow = min(height, width) >= SIDE
+        cache: NoCache | ActivationCache = NoCache(self.predict, best)
+        cacheable = min(height, width) >= SIDE
         for query in range(self.n_queries):
             if bool((margin <= 0).all()):
                 break
             square = self._square(query, channels, height, width)
-            if follow and square.size * SMALL <= min(height, width):
-                board, follow = self.predict.local(best) or board, False
+            if cacheable and square.size * SMALL <= min(height, width):
+                cache, cacheable = self.predict.activation_cache(best) or cache, False
             known, tried[square.key] = tried.get(square.key, -1), query + 1
             rows = ((margin > 0) & (changed >= known)).nonzero().flatten()
             before = square.region.of(best)[rows]
@@ -60,21 +60,21 @@ class Square(SquareAttack):
             rows, after = rows[moves], after[moves]
             if len(rows) == 0:
                 continue
-            found = _margin(board.ask(rows, square.region, after), y[rows])
+            found = _margin(cache.logits(rows, square.region, after), y[rows])
             over = (found <= 0).nonzero().flatten()
             if len(over):
                 attempt = best[rows[over]]
                 square.region.of(attempt).copy_(after[over])
-                found[over] = self._judged(found[over], attempt, y[rows[over]])
+                found[over] = self._confirmed(found[over], attempt, y[rows[over]])
             better = found < margin[rows]
-            board.keep(better)
+            cache.update(better)
             rows = rows[better]
             margin[rows], square.region.of(best)[rows] = found[better], after[better]
             changed[rows], queries[rows] = query + 1, float(query + 1)
         return queries, best
 
-    def _judged(self, margin: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Margins of which none says that an image has fallen if only the attacked copy thinks so."""
+    def _confirmed(self, margin: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the margins, made positive where the network itself still classifies the image correctly."""
         over = (margin <= 0).nonzero().flatten()
         if len(over):
             stands = self.predict.classes(images[over]) == labels[over]
@@ -82,12 +82,12 @@ class Square(SquareAttack):
         return margin
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The library's, for the other norms; it takes no margin of exactly zero for a success."""
+        """Return the library's values for the other norms, with a margin of exactly zero made negative."""
         margin, loss = super().margin_and_loss(x, y)  # pyright: ignore[reportGeneralTypeIssues]
         return torch.where(margin == 0, -torch.finfo(margin.dtype).tiny, margin), loss
 
     def _square(self, query: int, channels: int, height: int, width: int) -> _Square:
-        """The next proposal, drawn as the library draws it."""
+        """Draw the next proposal with the library's random numbers."""
         size = max(round(math.sqrt(self.p_selection(query) * height * width)), 1)
         size = min(size, height, width)
         top = int(self.random_int(0, height - size))
@@ -121,6 +121,6 @@ class _Square:
         return Region(rows, Span(self.left, self.left + self.size))
 
     def moved(self, window: Windows, clean: Windows, eps: float) -> Windows:
-        """A window after the move, inside the ball around the `clean` one and [0, 1]."""
+        """Return the window after the move, in the ball around `clean` and in [0, 1]."""
         moved = window + 2 * eps * self.signs
         return moved.maximum(clean - eps).minimum(clean + eps).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Answers about images that change in a window: those of the whole network, for less work."""
+"""Logits of images that change in a window: those of the whole network, with fewer operations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from raytrain.attacks.autoattack import counted_model as answers_module
-from raytrain.attacks.autoattack.counted_model import Answers, folded
-from raytrain.attacks.autoattack.local import Local
+from raytrain.attacks.autoattack.activation_cache import ActivationCache
+from raytrain.attacks.autoattack.counted_model import CountedModel, folded
 from raytrain.attacks.autoattack.regions import Region, Span
 from raytrain.core.cost import Meter
 from raytrain.models.preact_resnet import PreActResNet18
@@ -97,13 +97,13 @@ def made(name: str) -> nn.Module:
     return network
 
 
-def answers_of(network: nn.Module, meter: Meter | None = None) -> Answers:
+def answers_of(network: nn.Module, meter: Meter | None = None) -> CountedModel:
     with unchecked():
-        return Answers(network, Meter() if meter is None else meter)
+        return CountedModel(network, Meter() if meter is None else meter)
 
 
-def local_of(answers: Answers, images: Tensor) -> Local:
-    found = answers.local(images)
+def cache_of(answers: CountedModel, images: Tensor) -> ActivationCache:
+    found = answers.activation_cache(images)
     assert found is not None
     return found
 
@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_whole_network_however_the_images_have_changed(
         return int(torch.randint(stop, (1,), generator=generator))
 
     with torch.no_grad():
-        local = local_of(answers, images)
+        local = cache_of(answers, images)
         for attempt in range(40):
             height, width = 1 + below(6 if attempt % 4 else SIDE), 1 + below(6)
             region = window_at(below(SIDE - height + 1), below(SIDE - width + 1), height, width)
@@ -133,10 +133,10 @@ def test_answers_are_those_of_the_whole_network_however_the_images_have_changed(
             window = torch.rand(len(rows), 3, height, width, generator=generator)
             changed = images[rows]
             region.of(changed).copy_(window)
-            found, wanted = local.ask(rows, region, window), answers(changed)
+            found, wanted = local.logits(rows, region, window), answers(changed)
             assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max())), attempt
             chosen = torch.rand(len(rows), generator=generator) < 0.5
-            local.keep(chosen)
+            local.update(chosen)
             images[rows[chosen]] = changed[chosen]
 
 
@@ -152,11 +152,11 @@ def test_a_small_window_is_less_work(name: str, share: float) -> None:
 
     answers = answers_of(network)
     with torch.no_grad():
-        local = local_of(answers, images)
+        local = cache_of(answers, images)
     part, whole = (
         work(ask)
         for ask in (
-            lambda: local.ask(torch.arange(2), region, window),
+            lambda: local.logits(torch.arange(2), region, window),
             lambda: answers(images),
         )
     )
@@ -166,20 +166,20 @@ def test_a_small_window_is_less_work(name: str, share: float) -> None:
 def test_a_question_counts_as_a_pass_and_so_does_the_beginning() -> None:
     meter = Meter()
     answers = answers_of(made("small_cnn"), meter)
-    local = local_of(answers, some(4))
+    local = cache_of(answers, some(4))
     assert meter.forwards == 4
     with torch.no_grad():
-        local.ask(torch.tensor([2, 0]), window_at(0, 0, 1, 1), torch.zeros(2, 3, 1, 1))
+        local.logits(torch.tensor([2, 0]), window_at(0, 0, 1, 1), torch.zeros(2, 3, 1, 1))
     assert (meter.forwards, meter.input_backwards) == (6, 0)
 
 
 def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers, images = answers_of(made("small_cnn")), some(4)
-    need = local_of(answers, images).nbytes
+    need = cache_of(answers, images).nbytes
     # The images, and what each of the three layers hands on.
     assert need == 4 * 4 * (3 * 24**2 + 32 * 24**2 + 64 * 12**2 + 64 * 6**2)
-    monkeypatch.setattr(answers_module, "REMEMBERED", need - 1)
-    assert answers.local(images) is None
+    monkeypatch.setattr(answers_module, "MAX_CACHE_BYTES", need - 1)
+    assert answers.activation_cache(images) is None
 
 
 # --- networks that cannot be followed ------------------------------------------------------------
@@ -210,13 +210,13 @@ def test_a_network_that_overwrites_what_its_layers_were_given_is_not_followed(
             return act(self.conv(x), self).mean((2, 3))
 
     network = Overwriting().eval()
-    assert not Local.fits(fx.symbolic_trace(network))
+    assert not ActivationCache.fits(fx.symbolic_trace(network))
     answers = answers_of(network)
     if act is in_place_module:  # the copy that is attacked has modules that do not
-        assert answers.local(some(2)) is not None
+        assert answers.activation_cache(some(2)) is not None
         assert network.act.inplace
     else:
-        assert answers.local(some(2)) is None
+        assert answers.activation_cache(some(2)) is None
 
 
 def test_what_is_no_graph_of_one_input_and_one_output_is_not_followed() -> None:
@@ -228,7 +228,7 @@ def test_what_is_no_graph_of_one_input_and_one_output_is_not_followed() -> None:
         def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
             return operator.add(x, 1)
 
-    assert not Local.fits(nn.Identity())
-    assert not Local.fits(fx.symbolic_trace(Pair()))
-    assert not Local.fits(fx.symbolic_trace(Two()))
-    assert Local.fits(folded(nn.Sequential(nn.Conv2d(1, 1, 1))))
+    assert not ActivationCache.fits(nn.Identity())
+    assert not ActivationCache.fits(fx.symbolic_trace(Pair()))
+    assert not ActivationCache.fits(fx.symbolic_trace(Two()))
+    assert ActivationCache.fits(folded(nn.Sequential(nn.Conv2d(1, 1, 1))))

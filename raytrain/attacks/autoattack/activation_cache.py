@@ -1,8 +1,8 @@
-"""A network asked about images that differ from known ones in a window alone.
+"""Logits of images that differ from cached ones in a window.
 
-A convolution carries a change of a few pixels to a few more, so most of an answer is known: what a
-layer computes is remembered, and only the part that the window reaches is computed again. The answer
-is the network's up to rounding.
+A change of a few pixels reaches a few more in each convolution, so most activations stay as they are:
+they are cached, and only the region that depends on the window is computed again. The logits are the
+network's up to rounding.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _POINTWISE_FUNCTIONS: set[Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Patch:
-    """What a layer computes, where it differs from what is remembered of it."""
+    """Values of a layer in the region where they differ from the cached ones."""
 
     node: fx.Node
     region: Region
     values: Maps
 
 
-class Local:
+class ActivationCache:
     """Activations of a traced network on some images, kept up to date as the images change.
 
-    Layers must leave their inputs as they are: see `fits`.
+    Layers must not work in place: see `fits`.
     """
 
     @staticmethod
@@ -68,57 +68,57 @@ class Local:
         self._convolutions: set[fx.Node] = set()
         self._pointwise: set[fx.Node] = set()
         self._sort_layers()
-        self._kept: dict[fx.Node, Maps] = {}
-        self._asked: dict[fx.Node, Any] = {}
+        self._cached: dict[fx.Node, Maps] = {}
+        self._latest: dict[fx.Node, Any] = {}
         self._rows = torch.arange(len(images), device=images.device)
         self._run(images)
-        self._kept = {node: self._asked[node].clone() for node in self._to_keep()}
-        self._asked = {}
+        self._cached = {node: self._latest[node].clone() for node in self._layers_to_cache()}
+        self._latest = {}
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is remembered."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        """Size of the cached activations."""
+        return sum(cached.nbytes for cached in self._cached.values())
 
-    def ask(self, rows: Rows, region: Region, window: Maps) -> Float[Tensor, "k classes"]:
+    def logits(self, rows: Rows, region: Region, window: Maps) -> Float[Tensor, "k classes"]:
         """The logits of images `rows` if `region` of them were `window`: counted as a whole pass."""
         (entry,) = (node for node in self._network.graph.nodes if node.op == "placeholder")
         self._rows = rows
         return self._run(Patch(entry, region, window))
 
-    def keep(self, chosen: Bool[Tensor, " k"]) -> None:
-        """Of the images last asked about, the `chosen` ones are now as they were asked about."""
+    def update(self, chosen: Bool[Tensor, " k"]) -> None:
+        """Update the cache: of the images of the last call, the `chosen` ones have their window replaced."""
         rows = self._rows[chosen]
-        for node, kept in self._kept.items():
-            asked = self._asked[node]
-            if isinstance(asked, Patch):
-                asked.region.of(kept)[rows] = asked.values[chosen]
+        for node, cached in self._cached.items():
+            latest = self._latest[node]
+            if isinstance(latest, Patch):
+                latest.region.of(cached)[rows] = latest.values[chosen]
             else:
-                kept[rows] = asked[chosen]
+                cached[rows] = latest[chosen]
 
-    # -------------------------------------------------------------- one layer after another
+    # -------------------------------------------------------------- forward pass, layer by layer
 
     def _run(self, images: Images | Patch) -> Any:
-        self._asked = asked = {}
+        self._latest = latest = {}
         self._meter.forwards += len(self._rows)
         for node in self._network.graph.nodes:
             if node.op == "output":
-                return asked[node.args[0]]
-            asked[node] = images if node.op == "placeholder" else self._answer(node, asked)
+                return latest[node.args[0]]
+            latest[node] = images if node.op == "placeholder" else self._compute(node, latest)
         raise AssertionError("a traced network ends with its output")
 
-    def _answer(self, node: fx.Node, asked: dict[fx.Node, Any]) -> Any:
-        patches = [asked[n] for n in node.all_input_nodes if isinstance(asked[n], Patch)]
+    def _compute(self, node: fx.Node, latest: dict[fx.Node, Any]) -> Any:
+        patches = [latest[n] for n in node.all_input_nodes if isinstance(latest[n], Patch)]
         if patches and node in self._convolutions:
             return self._convolve(node, patches[0])
-        if patches and self._acts_pointwise(node, asked):
+        if patches and self._acts_pointwise(node, latest):
             region = reduce(operator.or_, (patch.region for patch in patches))
-            values = self._apply(node, lambda n: self._part(asked[n], region))
+            values = self._apply(node, lambda n: self._part(latest[n], region))
             return Patch(node, region, values)
-        return self._apply(node, lambda n: self._whole(asked[n]))
+        return self._apply(node, lambda n: self._whole(latest[n]))
 
     def _apply(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-        """A layer as it is, on these values of its inputs."""
+        """Run a layer on these values of its inputs."""
         if node.op == "get_attr":
             return _attribute(self._network, node)
         args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
@@ -131,7 +131,7 @@ class Local:
 
     def _convolve(self, node: fx.Node, patch: Patch) -> Any:
         conv: Any = self._modules[str(node.target)]
-        size = self._kept[patch.node].shape[2:]
+        size = self._cached[patch.node].shape[2:]
         spans = [
             reached(conv, axis, span, size[axis])
             for axis, span in enumerate((patch.region.rows, patch.region.columns))
@@ -139,23 +139,23 @@ class Local:
         region, whole = Region(spans[0][0], spans[1][0]), spans[0][1] * spans[1][1]
         if region.area > LARGE * whole:
             return conv(self._whole(patch))
-        seen = Region(*(needed(conv, axis, spans[axis][0]) for axis in (0, 1)))
+        inputs = Region(*(needed(conv, axis, spans[axis][0]) for axis in (0, 1)))
         values = functional.conv2d(
-            self._part(patch, seen), conv.weight, conv.bias, conv.stride, 0, conv.dilation,
+            self._part(patch, inputs), conv.weight, conv.bias, conv.stride, 0, conv.dilation,
             conv.groups,
         )  # fmt: skip
         return Patch(node, region, values)
 
-    # -------------------------------------------------------------- what an input is, in part and whole
+    # -------------------------------------------------------------- inputs of a layer, in part and whole
 
     def _part(self, value: Any, region: Region) -> Any:
-        """A region of a patched map, zero outside the map; what is no patch holds everywhere."""
+        """Return a region of a patched map, zero outside the map; other values are returned unchanged."""
         if not isinstance(value, Patch) or value.region == region:
             return value.values if isinstance(value, Patch) else value
-        kept = self._kept[value.node]
-        height, width = kept.shape[2:]
+        cached = self._cached[value.node]
+        height, width = cached.shape[2:]
         inside = Region(region.rows.within(height), region.columns.within(width))
-        part = inside.of(kept)[self._rows]
+        part = inside.of(cached)[self._rows]
         both = Region(
             common(inside.rows, value.region.rows),
             common(inside.columns, value.region.columns),
@@ -173,21 +173,21 @@ class Local:
     def _whole(self, value: Any) -> Any:
         if not isinstance(value, Patch):
             return value
-        whole = self._kept[value.node][self._rows]
+        whole = self._cached[value.node][self._rows]
         value.region.of(whole).copy_(value.values)
         return whole
 
-    # -------------------------------------------------------------- what kind of layer it is
+    # -------------------------------------------------------------- kinds of layers
 
-    def _acts_pointwise(self, node: fx.Node, asked: dict[fx.Node, Any]) -> bool:
-        """Whether nothing but the same positions of the patches changes a position of the result."""
+    def _acts_pointwise(self, node: fx.Node, latest: dict[fx.Node, Any]) -> bool:
+        """Whether a position of the result depends on the same position of the patches alone."""
         inputs = _inputs(node)
-        if node not in self._pointwise or not all(isinstance(asked[n], Patch) for n in inputs):
+        if node not in self._pointwise or not all(isinstance(latest[n], Patch) for n in inputs):
             return False
-        return len(inputs) == 1 or len({self._kept[asked[n].node].shape for n in inputs}) == 1
+        return len(inputs) == 1 or len({self._cached[latest[n].node].shape for n in inputs}) == 1
 
     def _sort_layers(self) -> None:
-        """Find the layers that a change of the images reaches as a change of a region."""
+        """Find the convolutions and pointwise layers that are reached through such layers only."""
         reached: set[fx.Node] = set()
         for node in self._network.graph.nodes:
             inputs = _inputs(node)
@@ -201,8 +201,8 @@ class Local:
                 continue
             reached.add(node)
 
-    def _to_keep(self) -> list[fx.Node]:
-        """The layers of which more is asked for than a patch."""
+    def _layers_to_cache(self) -> list[fx.Node]:
+        """Return the layers whose values are used outside a patch."""
         known = self._convolutions | self._pointwise
         return [
             node
@@ -234,7 +234,7 @@ class Local:
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    """What a layer is given that depends on the images."""
+    """Return the inputs of a layer that depend on the images."""
     return [n for n in node.all_input_nodes if n.op != "get_attr"]
 
 
