@@ -38,9 +38,6 @@ from raytrain.testing.toys import (
     batch_of as batch_of,
 )
 from raytrain.testing.toys import (
-    dice_of as dice_of,
-)
-from raytrain.testing.toys import (
     everything as everything,
 )
 from raytrain.testing.toys import (
@@ -57,6 +54,9 @@ from raytrain.testing.toys import (
 )
 from raytrain.testing.toys import (
     resumed as resumed,
+)
+from raytrain.testing.toys import (
+    rng_of as rng_of,
 )
 from raytrain.testing.toys import (
     same as same,
@@ -213,7 +213,7 @@ def grey(index: list[int], width: int = 1) -> Batch:
     """Images of one line, all pixels in the middle of the box, labelled with their index."""
     rows = torch.tensor(index)
     images = torch.full((len(index), 1, 1, width), 0.5, dtype=torch.float64)
-    return Batch(images, rows.clone(), rows, dice_of(len(index)))
+    return Batch(images, rows.clone(), rows, rng_of(len(index)))
 
 
 @contextmanager

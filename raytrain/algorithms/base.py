@@ -15,7 +15,7 @@ from raytrain.core.cost import CostSetting
 from raytrain.core.losses import CrossEntropy, Smoothing
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import SCHEDULABLE, Batch, BatchNorm, Spec, StepSize
 from raytrain.outer.base import AbstractOuter, names_of
 
@@ -26,16 +26,16 @@ class AbstractAlgorithm(ABC):
     ball: AbstractThreatModel
     outer: AbstractOuter
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         """What it keeps between steps, by name, the outer update's memory included.
 
         Raises:
             RequestError: if it cannot run on this network or data.
         """
-        return self.outer.memory(setting)
+        return self.outer.memory(setup)
 
     @abstractmethod
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         """One mini-batch: find a perturbation, move the weights."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.algorithms.nested import Nested
 from raytrain.attacks import AbstractStopping, Probe, StoppingState
 from raytrain.core.card import Card, Range
-from raytrain.core.schedules import Share
+from raytrain.core.schedules import PositiveShare
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import SCHEDULABLE, Batch, Mask, StepSize
 from raytrain.outer import AbstractOuter
@@ -27,7 +27,7 @@ class Misclassified(AbstractStopping):
 
     kind: Literal["misclassified"] = "misclassified"
     tau: NonNegativeInt
-    grow_at: tuple[Share, ...]
+    grow_at: tuple[PositiveShare, ...]
 
     def init(self, batch: Batch) -> StoppingState:
         return (torch.zeros_like(batch.labels),)
@@ -76,7 +76,8 @@ class Fat(Smoothed, Iterated):
         NonNegativeInt, Field(description="most steps after the first misclassified iterate")
     ] = 2
     grow_at: Annotated[
-        tuple[Share, ...], Field(description="shares of training after which tau_t grows by one")
+        tuple[PositiveShare, ...],
+        Field(description="shares of training after which tau_t grows by one"),
     ] = (50 / 120, 90 / 120)
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:

@@ -16,7 +16,7 @@ from raytrain.core.cost import CostSetting
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.sample_store import SlotStore
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import SCHEDULABLE, Batch, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
 
@@ -32,14 +32,14 @@ class FreeTraining(AbstractAlgorithm):
     m: int
     step_size: StepSize
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return {**self.outer.memory(setting), "slots": SlotStore(setting)}
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return {**self.outer.memory(setup), "slots": SlotStore(setup)}
 
     def fe_per_image(self, setting: CostSetting) -> float:
         weights = self.outer.weights_fe(self.objective, setting, has_gradient=False)
         return self.m * (weights + self.objective.update_fe)
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         slots, size = state.part("slots", SlotStore), in_pixels(self.step_size, self.ball.eps)
         delta = self.ball.feasible(slots.values, batch.images)
         first = None
@@ -54,7 +54,7 @@ class FreeTraining(AbstractAlgorithm):
         slots.values = delta
         assert first is not None
         steps = torch.full_like(batch.labels, self.m)
-        return Outcome(first, delta, steps)
+        return StepResult(first, delta, steps)
 
 
 @final

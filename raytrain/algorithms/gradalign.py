@@ -19,7 +19,7 @@ from raytrain.core.losses import (
     cross_entropy,
 )
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
     Batch,
@@ -79,17 +79,17 @@ class GradAlignTraining(AbstractAlgorithm):
         loss = self.objective
         return 2.0 * loss.inner_forwards + self.outer.update_fe(loss, setting, has_gradient=True)
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.bn)
         delta = self.start.delta(self.ball, batch, None)
         _, grad = oracle.delta_grad(delta)
-        eta = self.ball.noise(batch.images, batch.dice, "align")
+        eta = self.ball.noise(batch.images, batch.rng, "align")
         oracle.refer(grad, eta)
         size = in_pixels(self.step_size, self.ball.eps)
         moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
         delta = self.ball.feasible(moved, batch.images)
         losses = self.outer.update(state, oracle, delta)
-        return Outcome(losses, delta, torch.ones_like(batch.labels))
+        return StepResult(losses, delta, torch.ones_like(batch.labels))
 
 
 @final

@@ -12,7 +12,7 @@ from torch.optim import Adam
 from raytrain.algorithms.base import AbstractAlgorithm, Smoothed
 from raytrain.attacks import (
     AttackerSpec,
-    Found,
+    AttackResult,
     Gaussian,
     Init,
     LearnedAscent,
@@ -22,7 +22,7 @@ from raytrain.attacks import (
 from raytrain.attacks.learned import (
     Attacker,
     AttackerInit,
-    Cell,
+    CellKind,
     Features,
     Hidden,
     ReadoutScale,
@@ -35,7 +35,7 @@ from raytrain.core.cost import CostSetting, Meter
 from raytrain.core.losses import AbstractLoss, Trades
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import SCHEDULABLE, Batch, BatchNorm, mix
 from raytrain.outer import AbstractOuter
 
@@ -54,12 +54,12 @@ class Learned(AbstractAlgorithm):
     warm_ascent: ProjectedAscent
     recipe: L2l
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        attacker = self.attacker.build(mix(setting.seed, "attacker"))
-        attacker = attacker.to(setting.context.device, setting.dtype)
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        attacker = self.attacker.build(mix(setup.seed, "attacker"))
+        attacker = attacker.to(setup.context.device, setup.dtype)
         optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr)
         parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
-        return {**self.outer.memory(setting), **parts}
+        return {**self.outer.memory(setup), **parts}
 
     def fe_per_image(self, setting: CostSetting) -> float:
         loss, recipe = self.objective, self.recipe
@@ -71,11 +71,11 @@ class Learned(AbstractAlgorithm):
             attack = loss.reference_forwards + 2 * loss.inner_forwards * gradients
         return attack + self.outer.update_fe(loss, setting, has_gradient=True)
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.ascent.bn)
         found = self._attack(state, oracle, batch)
         losses = self.outer.update(state, oracle, found.delta)
-        return Outcome(losses, found.delta, found.steps)
+        return StepResult(losses, found.delta, found.steps)
 
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
         """The attacker against PGD from the same start: well below it, its accuracy gains are illusory."""
@@ -102,7 +102,7 @@ class Learned(AbstractAlgorithm):
         attack, pgd = state.context.total(means).tolist()
         return {**super().measures(state, batch), "l2l/attack_loss": attack, "l2l/pgd_loss": pgd}
 
-    def _attack(self, state: TrainState, oracle: Oracle, batch: Batch) -> Found:
+    def _attack(self, state: TrainState, oracle: Oracle, batch: Batch) -> AttackResult:
         start = self.start.delta(self.ball, batch, None)
         if state.epoch < self.recipe.warm:
             return self.warm_ascent.maximise(oracle, self.ball, start, state.progress)
@@ -173,7 +173,7 @@ class L2l(Smoothed):
         NonNegativeFloat, SCHEDULABLE, Field(description="weight of the KL (loss=trades)")
     ] = 6.0
     steps: Annotated[PositiveInt, SCHEDULABLE, Field(description="T, inner steps")] = 10
-    cell: Cell = "lstm"
+    cell: CellKind = "lstm"
     hidden: Hidden = 10
     layers: PositiveInt = 1
     features: Features = "rms"

@@ -13,7 +13,7 @@ from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss, CrossEntropy, Loss
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import Batch
 from raytrain.outer import AbstractOuter
 
@@ -32,10 +32,10 @@ class Nested(AbstractAlgorithm):
     objective: AbstractLoss = CrossEntropy()
     own_loss: bool = False
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        parts = self.outer.memory(setting)
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        parts = self.outer.memory(setup)
         if self.attack.start.remembers:
-            parts["delta"] = SampleStore.of_perturbations(setting, self.ball.eps)
+            parts["delta"] = SampleStore.of_perturbations(setup, self.ball.eps)
         return parts
 
     def fe_per_image(self, setting: CostSetting) -> float:
@@ -50,7 +50,7 @@ class Nested(AbstractAlgorithm):
     def cost_varies(self) -> bool:
         return self.attack.stop.may_stop and self.attack.compact
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.attack.bn)
         store = state.part("delta", SampleStore) if self.attack.start.remembers else None
         start = self.attack.start.delta(self.ball, batch, store, state.progress)
@@ -60,7 +60,7 @@ class Nested(AbstractAlgorithm):
         losses = self.outer.update(state, oracle, found.delta, given)
         if store is not None:
             store.write(batch, found.delta)
-        return Outcome(losses, found.delta, found.steps)
+        return StepResult(losses, found.delta, found.steps)
 
 
 @final

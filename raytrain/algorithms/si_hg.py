@@ -18,7 +18,7 @@ from raytrain.core.network import shifted, trainable
 from raytrain.core.oracle import Oracle
 from raytrain.core.sample_store import GradientTable, Keep, SampleStore, SlotStore
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
     Batch,
@@ -44,18 +44,18 @@ class SemiImplicit(AbstractAlgorithm):
     objective: AbstractLoss
     recipe: SiHg
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        parts, recipe = self.outer.memory(setting), self.recipe
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        parts, recipe = self.outer.memory(setup), self.recipe
         if recipe.store == "per_sample":
-            parts["delta"] = self._bank(setting)
+            parts["delta"] = self._bank(setup)
         if recipe.store == "batch_slot":
-            parts["slots"] = SlotStore(setting)
+            parts["slots"] = SlotStore(setup)
         if recipe.mode == "A":
-            parts["before"] = Weights(setting.model)
+            parts["before"] = Weights(setup.model)
         if recipe.mode == "B":
-            parts["delta_before"] = self._bank(setting)
+            parts["delta_before"] = self._bank(setup)
         if recipe.mode == "T":
-            parts["table"] = self._table(setting)
+            parts["table"] = self._table(setup)
         return parts
 
     def fe_per_image(self, setting: CostSetting) -> float:
@@ -75,7 +75,7 @@ class SemiImplicit(AbstractAlgorithm):
             visit = loss.inner_forwards + recipe.m * ascent + loss.update_fe
         return recipe.replays * visit
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         recipe = self.recipe
         theta = recipe.theta * min(1.0, (state.epoch + 1) / max(1, recipe.theta_warmup))
         move = {
@@ -94,7 +94,7 @@ class SemiImplicit(AbstractAlgorithm):
             self._write(state, batch, delta)
         assert first is not None and delta is not None
         steps = torch.full_like(batch.labels, recipe.m * recipe.replays)
-        return Outcome(first, delta, steps)
+        return StepResult(first, delta, steps)
 
     # ---------------------------------------------------------------- the modes
 
@@ -203,7 +203,7 @@ class SemiImplicit(AbstractAlgorithm):
         if recipe.init == "zero":
             return torch.zeros_like(batch.images)
         purpose = "start" if replay == 0 else f"start/{replay}"
-        return in_box(self.ball.noise(batch.images, batch.dice, purpose), batch.images)
+        return in_box(self.ball.noise(batch.images, batch.rng, purpose), batch.images)
 
     def _write(self, state: TrainState, batch: Batch, delta: Delta) -> None:
         if self.recipe.store == "per_sample":
@@ -211,23 +211,23 @@ class SemiImplicit(AbstractAlgorithm):
         elif self.recipe.store == "batch_slot":
             state.part("slots", SlotStore).values = delta
 
-    def _bank(self, setting: TrainingSetup) -> SampleStore:
+    def _bank(self, setup: TrainingSetup) -> SampleStore:
         recipe = self.recipe
         aligned = recipe.bank_align == "canonical"
         return SampleStore.of_perturbations(
-            setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
+            setup, self.ball.eps, recipe.bank_dtype, aligned=aligned
         )
 
-    def _table(self, setting: TrainingSetup) -> GradientTable:
-        num_weights = sum(p.numel() for p in trainable(setting.model))
-        size = setting.num_images * num_weights * setting.dtype.itemsize
+    def _table(self, setup: TrainingSetup) -> GradientTable:
+        num_weights = sum(p.numel() for p in trainable(setup.model))
+        size = setup.num_images * num_weights * setup.dtype.itemsize
         if size > _TABLE_LIMIT:
             raise RequestError(
                 f"algorithm.mode: T keeps a gradient of {num_weights:,} weights for each of "
-                f"{setting.num_images:,} images ({size / 2**30:,.0f} GiB): it is a reference for exact "
+                f"{setup.num_images:,} images ({size / 2**30:,.0f} GiB): it is a reference for exact "
                 "problems; expected A, B, C, N or J"
             )
-        return GradientTable(setting)
+        return GradientTable(setup)
 
 
 @final

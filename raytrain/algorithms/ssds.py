@@ -19,7 +19,7 @@ from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.sample_store import Keep, SampleStore
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
     Batch,
@@ -45,16 +45,16 @@ class SaddlePoint(AbstractAlgorithm):
     objective: AbstractLoss
     recipe: Ssds
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         recipe = self.recipe
-        parts = self.outer.memory(setting)
+        parts = self.outer.memory(setup)
         aligned = recipe.bank_align == "canonical"
         parts["delta"] = SampleStore.of_perturbations(
-            setting, self.ball.eps, recipe.bank_dtype, aligned=aligned
+            setup, self.ball.eps, recipe.bank_dtype, aligned=aligned
         )
         if recipe.budget != "project":
             parts["v"] = SampleStore(
-                setting.num_images, (), setting.context, setting.dtype, initial=recipe.v0
+                setup.num_images, (), setup.context, setup.dtype, initial=recipe.v0
             )
         if recipe.budget == "full":
             parts["epigraph"] = Numbers(lam=recipe.lam0, lam_before=recipe.lam0, t=recipe.t0)
@@ -69,13 +69,13 @@ class SaddlePoint(AbstractAlgorithm):
             visit = outer.update_fe(loss, setting, has_gradient=ascended) + 2 * loss.inner_forwards
         return self.recipe.replays * visit
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         first = delta = None
         for replay in range(self.recipe.replays):
             losses, delta = self._visit(state, batch, replay)
             first = losses if first is None else first
         assert first is not None and delta is not None
-        return Outcome(first, delta, torch.full_like(batch.labels, self.recipe.replays))
+        return StepResult(first, delta, torch.full_like(batch.labels, self.recipe.replays))
 
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
         found = super().measures(state, batch)
@@ -134,7 +134,7 @@ class SaddlePoint(AbstractAlgorithm):
     def _with_noise(self, delta: Delta, batch: Batch, replay: int) -> Delta:
         if not self.recipe.noise:
             return delta
-        noise = self.ball.noise(batch.images, batch.dice, f"noise/{replay}")
+        noise = self.ball.noise(batch.images, batch.rng, f"noise/{replay}")
         return self._contained(delta + noise, batch)
 
     # ---------------------------------------------------------------- multipliers

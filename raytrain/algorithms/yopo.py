@@ -16,7 +16,7 @@ from raytrain.core.cost import CostSetting
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import stem_share, trainable
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
+from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import SCHEDULABLE, Batch, StepSize, in_pixels
 from raytrain.outer import AbstractOuter
 
@@ -31,9 +31,9 @@ class YopoTraining(AbstractAlgorithm):
     objective: CrossEntropy
     recipe: Yopo
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        share = Numbers({"share": stem_share(setting.model, _image(setting))})
-        return {**self.outer.memory(setting), "stem": share}
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        share = Numbers({"share": stem_share(setup.model, _image(setup))})
+        return {**self.outer.memory(setup), "stem": share}
 
     def fe_per_image(self, setting: CostSetting) -> float:
         recipe, loss = self.recipe, self.objective
@@ -43,7 +43,7 @@ class YopoTraining(AbstractAlgorithm):
         stem = 2 * (recipe.n + 1) * setting.stem_share()
         return recipe.m * (loss.update_fe + stem + weights)
 
-    def step(self, state: TrainState, batch: Batch) -> Outcome:
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
         recipe, ball = self.recipe, self.ball
         share = state.part("stem", Numbers)["share"]
         size = in_pixels(recipe.step_size, ball.eps)
@@ -67,7 +67,7 @@ class YopoTraining(AbstractAlgorithm):
         state.context.average_grads(state.model)
         self.outer.step(state)
         assert first is not None
-        return Outcome(first, delta, torch.full_like(batch.labels, recipe.m * recipe.n))
+        return StepResult(first, delta, torch.full_like(batch.labels, recipe.m * recipe.n))
 
 
 @final
@@ -138,8 +138,8 @@ class Yopo(Smoothed):
         return "its costate and weight gradients belong to the present weights"
 
 
-def _image(setting: TrainingSetup) -> torch.Tensor:
-    return torch.zeros(1, *setting.shape, dtype=setting.dtype, device=setting.context.device)
+def _image(setup: TrainingSetup) -> torch.Tensor:
+    return torch.zeros(1, *setup.shape, dtype=setup.dtype, device=setup.context.device)
 
 
 def _weighted(costate: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

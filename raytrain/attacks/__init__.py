@@ -1,6 +1,6 @@
-"""How a perturbation is moved at fixed weights: a start, a step, a projection and a rule to stop."""
+"""Attacks at fixed weights: an initial perturbation, a step, a projection and a stopping rule."""
 
-from raytrain.attacks.ascent import Found, ProjectedAscent
+from raytrain.attacks.ascent import AttackResult, ProjectedAscent
 from raytrain.attacks.init import INITS, AbstractInit, Gaussian, Init, Remembered, Uniform, Zero
 from raytrain.attacks.learned import AttackerSpec, LearnedAscent
 from raytrain.attacks.step import Ascent, ascend
@@ -23,7 +23,7 @@ __all__ = [
     "AbstractStopping",
     "Ascent",
     "AttackerSpec",
-    "Found",
+    "AttackResult",
     "Gap",
     "Gaussian",
     "Init",

@@ -1,4 +1,4 @@
-"""Projected steepest ascent: FGSM, N-FGSM, PGD and the dynamic attack are its values."""
+"""Projected steepest ascent; FGSM, N-FGSM, PGD and the dynamic attack are instances of it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from raytrain.core.types import Batch, BatchNorm, Delta, Progress, Spec, StepSiz
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where an attack ended, and how many steps each sample took."""
+class AttackResult:
+    """Final perturbation of an attack, and the number of steps of each sample."""
 
     delta: Delta
     steps: Int[Tensor, " n"]
@@ -32,9 +32,8 @@ class ProjectedAscent(Spec):
 
     P is the projection on ball and pixel box; the direction is the norm's steepest one (sign,
     g/|g|, largest pixels). A sample that stops after s steps has cost s + 1 gradients, one that never
-    stops costs `steps`. With `compact` the rows that stopped
-    leave the batch, otherwise they are computed and not moved: the results are the same, the cost
-    is not.
+    stops costs `steps`. With `compact` stopped rows are removed from the batch, otherwise they are
+    computed and not moved: the results are the same, the cost is not.
     """
 
     start: Init = Uniform()
@@ -64,8 +63,8 @@ class ProjectedAscent(Spec):
 
     def maximise(
         self, oracle: Oracle, threat: AbstractThreatModel, delta: Delta, progress: Progress
-    ) -> Found:
-        """Ascend from `delta` at the weights of `oracle`. Reads no host value unless samples may stop."""
+    ) -> AttackResult:
+        """Ascend from `delta` at the weights of `oracle`; reads host values only if samples may stop."""
         batch, step_size = oracle.batch, in_pixels(self.step_size, threat.eps)
         rows = torch.arange(len(batch), device=delta.device)
         taken = torch.zeros_like(rows)
@@ -100,11 +99,10 @@ class ProjectedAscent(Spec):
                         break
                     delta[rows], taken[rows] = moved[going], taken[rows] + 1
                 else:
-                    # With statistics of the running batch a frozen row may wake again, as in the
-                    # released code.
+                    # With batch statistics a stopped row may move again, as in the released code.
                     delta = torch.where(stopped.view(-1, 1, 1, 1), delta, moved)
                     taken = taken + (~stopped).long()
-        return Found(delta, taken)
+        return AttackResult(delta, taken)
 
     def _moved(
         self,

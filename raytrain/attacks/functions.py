@@ -1,4 +1,4 @@
-"""The attacks as plain functions on any classifier: no configuration, no run."""
+"""Attacks as functions on any classifier, without a configuration or a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from raytrain.attacks.ascent import ProjectedAscent
 from raytrain.attacks.autoattack import STAGES, Stage, adversarial
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
 from raytrain.core.losses import LOSSES, AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.registry import Registry
 from raytrain.core.threat_models import THREAT_MODELS, AbstractThreatModel
-from raytrain.core.types import Batch, Dice, Progress, RequestError, Spec, mix
+from raytrain.core.types import Batch, BatchRandom, Progress, RequestError, Spec, mix
 
 Part = TypeVar("Part", bound=Spec)
 _END = Progress(1.0, 1.0)
@@ -45,7 +45,7 @@ def attack(
     `linf`, `l2`, `l1` or a threat model, whose own radius then replaces `eps` (in pixels of [0, 1]).
     `start`, `stop` and `loss` are names, records or parts, as in a run file. Each image has the first
     perturbation of `restarts` attempts that changes its class, or else the one of highest loss. The
-    result depends on `seed` and not on `batch_size`; it lies on the device of `images`.
+    result depends on `seed` and not on `batch_size`; it is on the device of `images`.
 
         >>> import torch, raytrain
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -101,7 +101,7 @@ def autoattack(
     """Adversarial images by AutoAttack's standard version (Croce and Hein 2020, arXiv 2003.01690).
 
     The four attacks in turn, each on the images that have survived so far, in float32 and eval mode;
-    images that survive them all, or were misclassified before, are returned as they are. Robust
+    images that survive all four, or were misclassified before, are returned unchanged. Robust
     accuracy is the accuracy on the result. Arguments are those of `attack`.
 
     Raises:
@@ -109,14 +109,14 @@ def autoattack(
     """
     ball = _threat(threat, eps)
     _check(images, labels, batch_size)
-    answers, found = Answers(model, Meter()), images.clone()
+    counted, found = CountedModel(model, Meter()), images.clone()
     for rows in torch.arange(len(images), device=images.device).split(batch_size):
-        standing = rows[answers.classes(images[rows].float()) == labels[rows]]
+        standing = rows[counted.classes(images[rows].float()) == labels[rows]]
         for stage in stages:
             if len(standing) == 0:
                 break
             perturbed, fooled = adversarial(
-                stage, answers, images[standing], labels[standing], ball, seed
+                stage, counted, images[standing], labels[standing], ball, seed
             )
             found[standing[fooled]] = perturbed[fooled].to(found.dtype)
             standing = standing[~fooled]
@@ -155,5 +155,5 @@ def _check(images: Tensor, labels: Tensor, batch_size: int) -> None:
 
 def _batch(images: Tensor, labels: Tensor, rows: Tensor, seed: int) -> Batch:
     rows = rows.to(images.device)
-    dice = Dice(seed, len(images), rows, images.device)
-    return Batch(images[rows], labels.to(images.device)[rows], rows, dice)
+    rng = BatchRandom(seed, len(images), rows, images.device)
+    return Batch(images[rows], labels.to(images.device)[rows], rows, rng)

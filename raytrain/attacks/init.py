@@ -1,4 +1,4 @@
-"""Where an attack begins."""
+"""Initial perturbations of attacks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class AbstractInit(Spec):
         store: SampleStore | None = None,
         progress: Progress = BEGINNING,
     ) -> Delta:
-        """(n, c, h, w). `store` holds where the last attack on each image ended, if it `remembers`."""
+        """(n, c, h, w). `store` holds the last perturbation of each image, if `remembers`."""
 
     @property
     def remembers(self) -> bool:
-        """Whether the algorithm must keep a `SampleStore` for this start."""
+        """Whether this start needs a `SampleStore` in the state of the algorithm."""
         return False
 
 
@@ -54,7 +54,7 @@ class Zero(AbstractInit):
 
 @final
 class Uniform(AbstractInit):
-    """delta = random point of the ball blown up by `radius`, clipped to the pixel box.
+    """delta = random point of the ball scaled by `radius`, clipped to the pixel box.
 
     l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
     """
@@ -72,7 +72,7 @@ class Uniform(AbstractInit):
         progress: Progress = BEGINNING,
     ) -> Delta:
         del store, progress
-        return in_box(threat.noise(batch.images, batch.dice, "start", self.radius), batch.images)
+        return in_box(threat.noise(batch.images, batch.rng, "start", self.radius), batch.images)
 
 
 @final
@@ -94,16 +94,16 @@ class Gaussian(AbstractInit):
         progress: Progress = BEGINNING,
     ) -> Delta:
         del store, progress
-        noise = batch.dice.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
+        noise = batch.rng.normal("start", *batch.images.shape[1:]).to(batch.images.dtype)
         return threat.feasible(self.std * noise, batch.images)
 
 
 @final
 class Remembered(AbstractInit):
-    """delta = what the last visit of the same image ended with (ATTA, Zheng et al. 2020), moved
-    with its crop and flip.
+    """delta = final perturbation of the last attack on the same image (ATTA, Zheng et al. 2020),
+    transformed with its crop and flip.
 
-    Kept in the run's precision: 4 bytes per pixel and channel of every training image.
+    Stored in the run's precision: 4 bytes per pixel and channel of every training image.
     """
 
     kind: Literal["remembered"] = "remembered"

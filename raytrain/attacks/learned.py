@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raytrain.attacks.ascent import Found
+from raytrain.attacks.ascent import AttackResult
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
@@ -27,12 +27,12 @@ _CELLS: dict[str, Callable[[int, int], nn.Module]] = {
     "gru": nn.GRUCell,
     "rnn": nn.RNNCell,
 }
-_TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are told by their size
+_TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are given by their size
 
 Memory = list[Any]  # of one attack: each layer's hidden state
 
-# The fields of an attacker, which a recipe that trains one has too.
-Cell = Literal["lstm", "gru", "rnn", "linear"]
+# Fields that an attacker shares with the recipe that trains one.
+CellKind = Literal["lstm", "gru", "rnn", "linear"]
 Hidden = Annotated[PositiveInt, Field(description="units per layer and pixel")]
 Features = Annotated[
     Literal["rms", "linf", "sign", "logsign", "raw"],
@@ -52,12 +52,12 @@ ReadoutScale = Annotated[PositiveFloat, Field(description="factor on the first r
 class AttackerSpec(Spec):
     """o = readout(cell(features(g))) + direct * features(g);  step = scale * squash(o).
 
-    One network for all coordinates: what moves a pixel is its own gradient and the memory of its own
+    One network for all coordinates: the move of a pixel depends on its own gradient and its own earlier
     gradients (Andrychowicz et al. 2016, arXiv 1606.04474). `cell=linear` has no memory. init=pgd
     makes the step scale * sign(g) exactly, whatever the cell.
     """
 
-    cell: Cell = "lstm"
+    cell: CellKind = "lstm"
     hidden: Hidden = 10
     layers: PositiveInt = 1
     features: Features = "rms"
@@ -67,13 +67,13 @@ class AttackerSpec(Spec):
     readout_scale: ReadoutScale = 0.1
 
     @model_validator(mode="after")
-    def _pgd_sees_signs(self) -> AttackerSpec:
+    def _pgd_needs_signs(self) -> AttackerSpec:
         if self.init == "pgd" and self.features != "sign":
             raise ValueError("init=pgd needs features=sign")
         return self
 
     def build(self, seed: int) -> Attacker:
-        """A fresh attacker: the same for the same seed, whatever was drawn before."""
+        """Return a new attacker, a function of the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Attacker(self)
@@ -97,22 +97,22 @@ class Attacker(nn.Module):
             self.readout.weight.mul_(spec.readout_scale)
             self.readout.bias.zero_()
             if spec.init == "pgd":
-                # tanh(20) is 1 to the last bit, and flat: such an attacker does not learn.
+                # tanh(20) is 1 to the last bit with a slope of 0: such an attacker does not learn.
                 self.readout.weight.zero_()
                 self.direct.fill_(20.0 if spec.squash == "tanh" else 1.0)
 
     def forward(self, grad: Delta, memory: Memory) -> tuple[Delta, Memory]:
         """Steps in [-1, 1] (unbounded if linear) for input gradients, and the memory after them."""
-        seen = self._features(grad)
-        hidden, after = seen, []
+        features = self._features(grad)
+        hidden, after = features, []
         for cell, before in zip(self.cells, memory or [None] * len(self.cells), strict=True):
             after.append(cell(hidden, before))
             hidden = after[-1][0] if isinstance(cell, nn.LSTMCell) else after[-1]
-        out = self.readout(hidden).squeeze(1) + seen @ self.direct
+        out = self.readout(hidden).squeeze(1) + features @ self.direct
         if self.spec.squash == "tanh":
             out = out.tanh()
         elif self.spec.squash == "hardtanh":
-            # With the slope of the inside at exactly the bound, where torch's clamp has none.
+            # At exactly the bound the slope is that of the inside, unlike that of torch's clamp.
             out = torch.where(out.abs() <= 1, out, out.detach().sign())
         return out.view_as(grad), after
 
@@ -139,9 +139,9 @@ class Attacker(nn.Module):
 class LearnedAscent(Spec):
     """delta <- P(delta + scale * m(g(delta), memory)), `steps` times, m the attacker.
 
-    While learning, the attacker climbs sum_t w_t f(delta_t). With its inputs held fixed, the gradient
-    of that sum is the one of sum_t w_t <g(delta_t), delta_t>, and g(delta_t) is what the next step
-    needs anyway: the meta-gradient costs no pass through the classifier.
+    While learning, the attacker ascends sum_t w_t f(delta_t). With its inputs held fixed, the gradient
+    of that sum is the one of sum_t w_t <g(delta_t), delta_t>, and the next step
+    needs g(delta_t) anyway: the meta-gradient costs no pass through the classifier.
     """
 
     steps: PositiveInt
@@ -157,7 +157,7 @@ class LearnedAscent(Spec):
         delta: Delta,
         attacker: Attacker,
         learn: bool,
-    ) -> Found:
+    ) -> AttackResult:
         """Ascend from `delta`; with `learn`, add the descent direction of the attacker to its p.grad."""
         size = self._size(ball, delta, attacker)
         weights = self._weights()
@@ -170,7 +170,7 @@ class LearnedAscent(Spec):
                 move, memory = attacker(grad, memory)
                 delta = self._projected(ball, delta + size * move, images)
                 if step == self.steps and not learn:
-                    break  # nobody would look at the last gradient
+                    break  # the last gradient is not used
                 _, grad = oracle.delta_grad(delta.detach())
                 if not learn:
                     continue
@@ -182,7 +182,7 @@ class LearnedAscent(Spec):
                     gain, delta = None, delta.detach()
                     memory = [_detached(state) for state in memory]
         taken = torch.full((count,), self.steps, device=delta.device)
-        return Found(delta.detach(), taken)
+        return AttackResult(delta.detach(), taken)
 
     def _size(self, ball: AbstractThreatModel, delta: Delta, attacker: Attacker) -> float:
         """A pixel's largest move; in l2 such that a step of all pixels together is `scale` long."""
@@ -201,7 +201,7 @@ class LearnedAscent(Spec):
         inside = ball.feasible(delta, images)
         if self.projection == "hard":
             return inside
-        # The value of one, the slope of the other.
+        # The value of the projection with the slope of the identity.
         return inside.detach() + (delta - delta.detach())
 
 

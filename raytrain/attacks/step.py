@@ -1,4 +1,4 @@
-"""One step of an ascent: which way, how far, and back into the ball."""
+"""One step of an ascent."""
 
 from __future__ import annotations
 

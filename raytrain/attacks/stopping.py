@@ -1,4 +1,4 @@
-"""When an attack ends for a sample."""
+"""Stopping rules: decide for each sample whether its attack ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raytrain.core.types import (
 )
 
 StoppingState = tuple[Tensor, ...]
-"""What a rule keeps during one attack: tensors with one row per sample."""
+"""State of a rule during one attack: tensors with one row per sample."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ class Probe:
 
 
 class AbstractStopping(Spec):
-    """Decides per sample, before each step, from the pass that the step needs anyway.
+    """Decide for each sample, before each step, from the pass that the step needs anyway.
 
-    A sample that stops after s steps has cost s + 1 gradients; it is not asked about after the last.
+    A sample that stops after s steps has cost s + 1 gradients; after the last step there is no decision.
     """
 
     needs_independent_rows: ClassVar[bool] = True
-    """Whether a sample's decision may not depend on which others are still attacked: in a compacted
-    batch that takes running BatchNorm statistics."""
+    """Whether a sample's decision must not depend on the other samples of the batch: a compacted batch
+    then needs running BatchNorm statistics."""
 
     kind: Any = None
 
     @property
     def may_stop(self) -> bool:
-        """Whether an attack may take fewer steps than its most."""
+        """Whether an attack may take fewer than its largest number of steps."""
         return True
 
     def init(self, batch: Batch) -> StoppingState:
@@ -76,7 +76,7 @@ class AbstractStopping(Spec):
     def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, Mask | None]:
         """The state after this probe, and the samples that stop here; None: none does.
 
-        None saves a wait for the device.
+        None avoids a synchronisation with the device.
         """
 
 
@@ -104,7 +104,7 @@ class Gap(AbstractStopping):
     Wang et al. 2019 (arXiv 2112.08304), section 4. The decay defaults to the paper's linear fall. A
     negative `c_max` is not decayed: since FOSC >= 0, such a rule never stops, and the attack is PGD.
     The released code measures the displacement in FOSC from the random start u instead of from the
-    natural image (`anchor=start`): that adds <u, g>, may be negative, and near zero is a coin-flip.
+    natural image (`anchor=start`): that adds <u, g>, may be negative, and has a random sign near zero.
     """
 
     kind: Literal["gap"] = "gap"

@@ -240,8 +240,8 @@ def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError) and cause.path:
         return (*path, *cause.path)
-    told = re.match(r"([a-z_]\w*(?:\.[a-z_]\w*)*): ", str(cause))
-    return (*path, *(told[1].split(".") if told and not path else ()))
+    path_in_message = re.match(r"([a-z_]\w*(?:\.[a-z_]\w*)*): ", str(cause))
+    return (*path, *(path_in_message[1].split(".") if path_in_message and not path else ()))
 
 
 def _wanted(one: Any) -> str:

@@ -231,14 +231,20 @@ class RunConfig(Spec):
         text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def ends_by(self, waited: int, seen: Mapping[str, float]) -> str | None:
-        """Why a run ends after a validation, as `field: what was seen`; None if it goes on.
+    def reason_to_stop(
+        self, patience_count: int, sentinel_values: Mapping[str, float]
+    ) -> str | None:
+        """Why a run ends after a validation, as `field: value`; None if it continues.
 
-        It may be the level of a sentinel, or too many validations in a row without a gain.
+        The reason is the level of a sentinel, or `patience` validations in a row without a gain.
         """
-        alarm = None if self.sentinels is None else self.sentinels.alarm(seen)
-        if alarm is None and self.early_stop is not None and waited >= self.early_stop.patience:
-            return f"early_stop: {waited} validations without a gain"
+        alarm = None if self.sentinels is None else self.sentinels.alarm(sentinel_values)
+        if (
+            alarm is None
+            and self.early_stop is not None
+            and patience_count >= self.early_stop.patience
+        ):
+            return f"early_stop: {patience_count} validations without a gain"
         return alarm
 
     def check_names(self) -> None:

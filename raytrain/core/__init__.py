@@ -1,1 +1,1 @@
-"""What everything else is made of: threat models, losses, passes that are counted, state, and the process."""
+"""Base types: threat models, losses, counted passes, training state, and the process."""

@@ -1,4 +1,4 @@
-"""What an algorithm keeps from one step to the next, beside the weights: the parts of a checkpoint."""
+"""State of an algorithm between steps, beside the weights: the parts of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from raytrain.core.distributed_context import DistributedContext
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Something that changes while training and must survive it: a store, an optimiser, a few numbers."""
+    """State that changes during training and is part of checkpoints: a store, an optimiser, a few numbers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors; may be a collective, so all workers must ask for it."""
+        """Plain values and tensors; may be a collective, so call it on all workers."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
@@ -24,7 +24,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What training is about to run on: all that is needed to lay out a memory for it."""
+    """Model, data sizes and process of a training run, from which an algorithm allocates its state."""
 
     context: DistributedContext
     model: nn.Module

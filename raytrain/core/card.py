@@ -1,4 +1,4 @@
-"""What a part says about itself: its source, rule and cost, and where its numbers are worth searching."""
+"""Description of a part: source, rule, cost, and the ranges in which to search its hyperparameters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Searched = Range | Options | tuple[Range, ...]
 
 @dataclass(frozen=True)
 class Card:
-    """What `raytrain algorithms NAME` prints beside the hyperparameters."""
+    """Text that `raytrain algorithms NAME` prints beside the hyperparameters."""
 
     paper: str
     rule: str

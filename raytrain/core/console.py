@@ -1,4 +1,4 @@
-"""One line on stderr, whether or not anybody reads it."""
+"""Log lines on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def log_line(line: str) -> None:
-    """Write a line on stderr; a closed pipe (`| head`) or a full log disk is no reason to end work."""
+    """Write a line to stderr; ignore errors such as a closed pipe (`| head`) or a full disk."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

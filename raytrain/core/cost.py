@@ -1,4 +1,4 @@
-"""What training costs, in forward-equivalents: the unit in which all algorithms are compared."""
+"""Cost of training in forward-equivalents, the unit in which all algorithms are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raytrain.core.distributed_context import DistributedContext
 
 @dataclass(frozen=True)
 class CostSetting:
-    """What the cost of a step depends on beside the algorithm's own fields."""
+    """Arguments of the cost of a step beside the algorithm's own fields."""
 
     epoch: int = 0  # epochs finished
     batch_size: int = 128  # images per weight update, over all workers
@@ -22,7 +22,7 @@ class CostSetting:
 
 @dataclass
 class Meter:
-    """What training cost so far, counted in samples walked by each kind of pass.
+    """Cost of training so far, as the number of samples in each kind of pass.
 
     One forward-equivalent (FE) is the forward of one image. The gradient for the input costs one
     more, the gradient for input and weights two more: FE = forwards + input_backwards + 2
@@ -44,7 +44,7 @@ class Meter:
         """Forward-equivalents in all."""
         return round(self.forwards + self.input_backwards + 2 * self.full_backwards + self.stem)
 
-    def over(self, context: DistributedContext) -> Meter:
+    def total(self, context: DistributedContext) -> Meter:
         """The sum over all workers: a collective."""
         counts = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
         forwards, inputs, fulls, stem, samples = context.total(counts.to(context.device)).tolist()

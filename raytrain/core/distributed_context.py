@@ -1,4 +1,4 @@
-"""Where this process runs: its device, its rank among the workers, and the few collectives training needs."""
+"""The process in a training run: device, rank, number of workers, and collectives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raytrain.core.types import RequestError
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """One worker. With `world` 1 there is no process group and every collective is the identity."""
+    """One worker process. With `world` 1 there is no process group and every collective is the identity."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
@@ -29,20 +29,20 @@ class DistributedContext:
 
     @property
     def leads(self) -> bool:
-        """True for the one worker that writes shared files and reports."""
+        """Whether this is the worker that writes shared files and reports."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module, fixed: bool = True) -> nn.Module:
-        """The module through which weight gradients are taken; every worker begins with rank 0's numbers.
+        """Return the module for weight gradients; copy the weights and buffers of rank 0 to every worker.
 
         A network is `fixed` if every pass in training mode reaches every trained weight. Its wrapper
-        averages gradients over the workers while the backward pass goes on. Of any other network the
-        gradients are averaged afterwards, by `average_grads`, and it is its own wrapper: the reducer of
-        DistributedDataParallel waits for weights that a pass leaves out.
+        averages gradients over the workers during the backward pass. The gradients of any other network
+        are averaged afterwards, by `average_grads`, and it is its own wrapper: the reducer of
+        DistributedDataParallel waits for weights that a pass does not reach.
 
         BatchNorm buffers are not broadcast before every forward: attacks run on the bare module,
         and a broadcast between two forwards of one backward breaks autograd. `average_buffers`
-        unites them once an epoch instead.
+        averages them once an epoch instead.
         """
         if self.world == 1:
             return model
@@ -59,7 +59,7 @@ class DistributedContext:
         return DistributedDataParallel(model, **settings)
 
     def _share(self, model: nn.Module) -> None:
-        """Give all workers the weights and buffers of rank 0, byte by byte: gloo knows few dtypes."""
+        """Broadcast the weights and buffers of rank 0 as bytes: gloo supports few dtypes."""
         for value in [*model.parameters(), *model.buffers()]:
             flat = value.detach().flatten().contiguous().view(torch.uint8)
             dist.broadcast(flat, src=0)
@@ -83,7 +83,7 @@ class DistributedContext:
         return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def average_grads(self, model: nn.Module) -> None:
-        """Give all workers the mean of the p.grad they have gathered without the wrapper.
+        """Replace every p.grad that was computed without the wrapper by its mean over the workers.
 
         A weight that no worker's pass has reached keeps a p.grad of None, as on one worker; where only
         some have reached it, it is zero on the others.
@@ -113,7 +113,7 @@ class DistributedContext:
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Give all workers the mean of their BatchNorm statistics."""
+        """Replace BatchNorm statistics by their mean over the workers."""
         if self.world == 1:
             return
         for module in model.modules():
@@ -124,16 +124,16 @@ class DistributedContext:
                     buffer /= self.world
 
     def barrier(self) -> None:
-        """Wait until every worker is here."""
+        """Wait until every worker has called this."""
         if self.world > 1:
             dist.barrier()
 
 
 def local_context(device: Literal["auto", "cpu", "cuda"]) -> DistributedContext:
-    """This process as the only worker; `auto` takes a GPU where there is one.
+    """Return the context of a single worker; `auto` selects a GPU where there is one.
 
     Raises:
-        RequestError: if `cuda` was asked for and there is none.
+        RequestError: if `device` is `cuda` and there is none.
     """
     keep_freed_memory()
     has_gpu = torch.cuda.is_available()
@@ -144,10 +144,10 @@ def local_context(device: Literal["auto", "cpu", "cuda"]) -> DistributedContext:
 
 @cache
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for the next block of that size, where the C library is glibc.
+    """Configure glibc to reuse freed memory instead of returning it to the system; no effect elsewhere.
 
-    Left alone, glibc returns every large block and is given it back page by page, zeroed: on a CPU
-    a sixth of a small network's training step. The process holds no more than at its peak.
+    By default glibc returns every large block, and each later allocation is zeroed page by page: on a
+    CPU a sixth of a small network's training step. The process never holds more than its peak.
     """
     trim, mmap, largest = -1, -3, 2**30  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, bytes
     with suppress(OSError, AttributeError):

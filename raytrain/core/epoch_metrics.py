@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FOSC_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Where the histogram of FOSC is cut, in nats: each share is of the samples at or below the edge."""
+"""Edges of the histogram of FOSC, in nats: each share is of the samples at or below the edge."""
 
 IN_EPS = "_in_eps"
-"""Ends the names of parameters that say a step size once more, as a multiple of the radius."""
+"""Suffix of the parameters that repeat a step size as a multiple of the radius."""
 
 
 def _below(edge: float) -> str:
@@ -45,7 +45,7 @@ class EpochMetrics:
     )  # readings, where there was a validation
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for MLflow and Tune; what was not measured is left out."""
+        """Return the measured values by flat names for MLflow and Tune."""
         named = {
             "train/loss": self.loss,
             "train/inner_steps": self.inner_steps,
@@ -67,8 +67,8 @@ class EpochMetrics:
         measured = {name: value for name, value in named.items() if value is not None}
         shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
         below = {_below(edge): share for edge, share in shares}
-        seen = {f"sentinel/{name}": value for name, value in self.sentinels.items()}
-        return {**measured, **below, **seen, **self.own}
+        sentinels = {f"sentinel/{name}": value for name, value in self.sentinels.items()}
+        return {**measured, **below, **sentinels, **self.own}
 
 
 def robust_drop(best: float, robust: float) -> float:
@@ -124,7 +124,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What an evaluation found. Accuracies are shares of `images`."""
+    """Result of an evaluation. Accuracies are shares of `images`."""
 
     clean: float
     robust: float

@@ -1,4 +1,4 @@
-"""What made a training fail: its sentence, its kind, and whether the processes can go on."""
+"""Errors that end a training: message, kind, and whether the processes are still usable."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ _LOST = (
     "Connection reset by peer",
     "Broken pipe",
 )
-"""In messages of errors after which a process cannot be trusted with more work, or a peer is gone."""
+"""Parts of the messages of errors after which the process, or a peer of it, is unusable."""
 
 _KINDS = {kind.__name__: kind for kind in (RequestError, Diverged, WorkersLost, TrainingFailed)}
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is about the processes and not about what they were asked to do."""
+    """Whether an error is caused by the processes or devices and not by the configuration."""
     named = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return named or any(mark in str(error) for mark in _LOST)
 
 
 def as_failure(error: Exception) -> RequestError | TrainingFailed:
-    """An error of any kind as one of ours: what was raised, and in which line of whose code."""
+    """Convert any error to a RequestError or TrainingFailed with its kind, message, file and line."""
     if isinstance(error, RequestError | TrainingFailed):
         return error
-    return TrainingFailed(str(error) if isinstance(error, ModelFailed) else told(error))
+    return TrainingFailed(str(error) if isinstance(error, ModelFailed) else error_summary(error))
 
 
 def plain(error: RequestError | TrainingFailed) -> tuple[str, str]:
-    """Kind and sentence, to send to another process."""
+    """Return kind and message, to send to another process."""
     kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
     return kind, str(error)
 
 
 def from_plain(kind: str, sentence: str) -> RequestError | TrainingFailed:
-    """The error that `plain` was made of."""
+    """Rebuild the error from the result of `plain`."""
     return _KINDS[kind](sentence)
 
 
-def told(error: BaseException) -> str:
-    """The kind of an error, its message in one line, and where it was raised."""
+def error_summary(error: BaseException) -> str:
+    """Return the kind of an error, its message in one line, and where it was raised."""
     try:
         text = error.msg if isinstance(error, SyntaxError) else str(error)
     except Exception:  # its own __str__ fails
@@ -68,7 +68,7 @@ def told(error: BaseException) -> str:
 def _where(error: BaseException) -> str:
     """` at file:line` of the innermost frame that belongs to the user, if there is one.
 
-    That is code which is not installed; for a network of an installed package, code of a package.
+    User code is code outside site-packages or, if no frame is, code of an installed package.
     """
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f" at {error.filename}:{error.lineno}"

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replaced(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, which is renamed over `path` at the end; flushed to the disk if `durable`.
+    """Yield a temporary file that is renamed to `path` at the end; flushed to the disk if `durable`.
 
-    After an error `path` is as it was, and nothing is left beside it. The folder is made if need be.
+    After an error `path` is unchanged and the temporary file is deleted. Missing folders are created.
 
     Raises:
         OSError: if it cannot be written.
@@ -32,6 +32,6 @@ def replaced(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Write a text file in UTF-8, see `replaced`."""
+    """Write a text file in UTF-8 through `replaced`."""
     with replaced(path, durable) as file:
         file.write(text.encode())

@@ -1,4 +1,4 @@
-"""What attacks maximise and training minimises: per-sample losses, never reduced."""
+"""Per-sample losses, inner (maximised by attacks) and outer (minimised by training), never reduced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raytrain.core.registry import OneOf, Registry
 from raytrain.core.types import Batch, Delta, PerSample, Predict, Spec
 
 Reference = tuple[Tensor, ...]
-"""What an objective computes once per batch and does not differentiate, one row per sample."""
+"""Tensors that a loss computes once per batch and does not differentiate, one row per sample."""
 
 
 class AbstractLoss(Spec):
@@ -32,7 +32,7 @@ class AbstractLoss(Spec):
     outer_forwards: ClassVar[int] = 1
     """Passes of the network in `outer`."""
     nested_gradients: ClassVar[int] = 0
-    """Input gradients that one sample's `outer` takes inside itself, to be differentiated again."""
+    """Input gradients inside one sample's `outer`, which are differentiated again."""
 
     @property
     def update_fe(self) -> float:
@@ -40,7 +40,7 @@ class AbstractLoss(Spec):
         return 3.0 * (self.outer_forwards + self.nested_gradients)
 
     def reference(self, predict: Predict, batch: Batch) -> Reference:
-        """Whatever does not depend on delta, computed once per batch before the attack."""
+        """Return the tensors that do not depend on delta, once per batch before the attack."""
         del predict, batch
         return ()
 
@@ -48,13 +48,13 @@ class AbstractLoss(Spec):
     def inner(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
     ) -> PerSample:
-        """What the attack maximises."""
+        """Return the loss that the attack maximises."""
 
     @abstractmethod
     def outer(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
     ) -> PerSample:
-        """What training minimises."""
+        """Return the loss that training minimises."""
 
 
 Smoothing = Annotated[
@@ -64,7 +64,7 @@ Smoothing = Annotated[
 
 
 class AttackedByCrossEntropy(AbstractLoss):
-    """Whatever training minimises, the attack maximises -log p_y(x + delta)."""
+    """A loss whose inner part is the cross-entropy -log p_y(x + delta)."""
 
     def inner(
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
@@ -78,7 +78,7 @@ class CrossEntropy(AttackedByCrossEntropy):
     """-log p_y(x + delta), both for the attack and for training (Madry et al. 2018).
 
     With label smoothing s, training minimises (1 - s) times it plus s times the mean over all
-    classes; the attack keeps the plain label (Pang et al. 2021, arXiv 2010.00467). The public code
+    classes; the attack uses the plain label (Pang et al. 2021, arXiv 2010.00467). The public code
     of Pang et al. spreads its share s' over the C - 1 other classes only: the same loss at
     s = s' C / (C - 1), so that its 0.1 is 1/9 here for ten classes.
     """
@@ -215,7 +215,7 @@ def kl_divergence(clean: Tensor, moved: Tensor) -> PerSample:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """In float32, or float64 if the network ran in it: logarithms do not survive half precision."""
+    """Convert to float32, or float64 if the network ran in it: logarithms need more than half precision."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""The bare network: its mode, its precision, its weights and where they are for a while."""
+"""Modes, precision and weights of a network, and temporary changes of them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def copy_of(model: Network) -> Network:
-    """A deep copy. Tensors that a pass has left on the modules are copied without their graph."""
-    kept = [value for module in model.modules() for value in _graph_tensors(vars(module))]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
+    """Return a deep copy. Tensors that a pass has stored on modules are copied without their graph."""
+    copied = [value for module in model.modules() for value in _graph_tensors(vars(module))]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in copied})
 
 
 def _graph_tensors(value: Any) -> Iterator[Tensor]:
@@ -34,13 +34,13 @@ def _graph_tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def mode(model: nn.Module, wanted: BatchNorm) -> Iterator[None]:
-    """BatchNorm and dropout in the `wanted` mode inside; every module as it was afterwards."""
+def mode(model: nn.Module, bn: BatchNorm) -> Iterator[None]:
+    """Set BatchNorm and dropout to mode `bn` inside the block; restore every module afterwards."""
     modules = list(model.modules())
     training = [m.training for m in modules]
     tracking = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
-    model.train(wanted != "eval")
-    if wanted == "batch_nostat":
+    model.train(bn != "eval")
+    if bn == "batch_nostat":
         for norm in tracking:
             norm.track_running_stats = False
     try:
@@ -53,12 +53,12 @@ def mode(model: nn.Module, wanted: BatchNorm) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """bfloat16 autocast where asked for; bfloat16 has float32's range, so no loss scaling is needed."""
+    """Return bfloat16 autocast for `bf16`, which needs no loss scaling: its range is that of float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that are trained, in the model's own order."""
+    """Return the trained weights, in the model's own order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -74,9 +74,9 @@ def weight_grads(value: Tensor, model: nn.Module, retain_graph: bool = False) ->
 
 @contextmanager
 def shifted(model: nn.Module, offsets: Mapping[str, Tensor]) -> Iterator[None]:
-    """The named weights moved by `offsets` inside; afterwards bit for bit what they were.
+    """Add `offsets` to the named weights inside the block; restore them bit for bit afterwards.
 
-    Saved copies are put back: adding an offset and subtracting it changes float32 weights.
+    Saved copies are restored, because adding an offset and subtracting it changes float32 weights.
     """
     weights = {name: p for name, p in model.named_parameters() if name in offsets}
     saved = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -95,7 +95,7 @@ def stem_share(model: nn.Module, image: Tensor) -> float:
     """The first layer's part of the floating-point operations of a forward pass of one `image`.
 
     Raises:
-        RequestError: if the network does not tell its first layer (`stem`) from the `rest`.
+        RequestError: if the network has no separate first layer (`stem` and `rest`).
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -47,7 +47,7 @@ class Sgd(Spec):
         )
 
     def set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> float:
-        """Give the optimiser its learning rate at `progress` and return it."""
+        """Set the learning rate of the optimiser at `progress` and return it."""
         rate = self.lr * self.schedule.at(progress)
         for group in optimizer.param_groups:
             group["lr"] = rate

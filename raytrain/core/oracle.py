@@ -1,4 +1,4 @@
-"""Evaluate, differentiate and count: every pass that training pays for goes through here.
+"""Evaluation, differentiation and counting of every pass that belongs to the cost of training.
 
 Perturbation gradients go through the bare module and `torch.autograd.grad`, so that no weight
 gradient is computed, no collective runs, and ranks may take different numbers of inner steps.
@@ -29,16 +29,16 @@ from raytrain.core.types import (
 )
 
 Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
-"""Weights of a mean, made of the losses and, if it asks, their input gradients."""
+"""Weights of a mean, a function of the losses and of a callable for their input gradients."""
 
 
 class Oracle:
-    """What the objective looks like around one batch. Every call is counted.
+    """Losses and gradients of an objective on one batch. Every pass is counted by the meter.
 
     `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself, whose gradients
-    are averaged over the workers of `place` after the pass);
-    `attack_bn` is the BatchNorm mode of all passes that are not the weight update, which itself
-    runs in train mode.
+    are averaged over the workers of `context` after the pass);
+    `attack_bn` is the BatchNorm mode of all passes but those of the weight update, which are in train
+    mode.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Oracle:
         )  # of the last inner loss: the network's last output
         self._model, self._wrapper = model, model if wrapper is None else wrapper
         self._objective, self._meter = objective, meter
-        self._place = DistributedContext() if context is None else context
+        self._context = DistributedContext() if context is None else context
         self._attack_bn: BatchNorm = attack_bn
         self._precision: Precision = precision
         self._reference: Reference | None = None
@@ -71,7 +71,7 @@ class Oracle:
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
-        """Hold the attack's BatchNorm mode over many calls, instead of switching at each one."""
+        """Set the attack's BatchNorm mode for the block, instead of switching at each call."""
         if self._held:
             yield
             return
@@ -84,7 +84,7 @@ class Oracle:
 
     @property
     def reference(self) -> Reference:
-        """What the objective computes once per batch, in the attack's mode, at the first call."""
+        """The objective's `reference` of the batch, computed in the attack's mode at the first access."""
         if self._reference is None:
             with torch.no_grad(), self.attacking():
                 found = self._objective.reference(self._predictor(self._model), self.batch)
@@ -92,7 +92,7 @@ class Oracle:
         return self._reference
 
     def refer(self, *reference: Tensor) -> None:
-        """Set the reference of this batch instead: what an algorithm has computed already."""
+        """Set the reference of this batch to tensors that an algorithm has computed already."""
         self._reference = reference
 
     def losses(self, delta: Delta) -> PerSample:
@@ -107,7 +107,7 @@ class Oracle:
         return logits.argmax(1) == self.batch.labels
 
     def delta_grad(self, delta: Delta, rows: Rows | None = None) -> tuple[PerSample, Delta]:
-        """Inner losses and d loss_i / d delta_i, for the batch or for `rows` of it (delta has just those)."""
+        """Inner losses and d loss_i / d delta_i, for the batch or for `rows` of it (`delta` of these)."""
         batch, reference = self.batch, self.reference
         if rows is not None:
             batch, reference = batch[rows], tuple(part[rows] for part in reference)
@@ -138,7 +138,7 @@ class Oracle:
     # ---------------------------------------------------------------- weight gradients
 
     def theta_grad(self, delta: Delta, weights: PerSample | Weigh | None = None) -> PerSample:
-        """The outer losses; their (weighted) mean's gradient, over all workers, is added to every p.grad."""
+        """Return the outer losses; add their (weighted) mean's gradient over all workers to every p.grad."""
         delta = delta.detach()
         if callable(weights):
             delta.requires_grad_(True)
@@ -186,10 +186,10 @@ class Oracle:
     def sample_grads(
         self, delta: Delta, bn: BatchNorm, chunk: int, count: int | None = None
     ) -> Iterator[list[Tensor]]:
-        """The own outer gradients of the first `count` samples, (k, *weight) for every trainable
+        """Per-sample outer gradients of the first `count` samples, (k, *weight) for every trainable
         weight, `chunk` samples at a time.
 
-        In eval mode samples do not meet, and a chunk is vectorised, in float32 or wider; the memory is
+        In eval mode samples are independent, and a chunk is vectorised, in float32 or wider; the memory is
         `chunk` times that of the weights. With batch statistics a sample's gradient is that of its
         loss through the statistics of the whole batch: one backward of the whole batch for each.
         """
@@ -224,7 +224,7 @@ class Oracle:
 
         losses, walked = self._outer(staged, delta.detach(), "train"), self._walked
         ((after, seam),) = seams
-        # This pass does not reach the pixels: who asks for their gradients pays for another.
+        # This pass does not reach the pixels: their gradients cost another one.
         weighted, used = self._weighted(
             losses, weights, lambda: self.outer_grad(delta, "batch_nostat")[1]
         )
@@ -235,9 +235,9 @@ class Oracle:
         return losses.detach(), _per_sample(seam, used), used
 
     def stem_delta_grad(self, delta: Delta, costate: Tensor, share: float) -> Delta:
-        """d <stem(x + delta_i), costate_i> / d delta_i: all that a frozen costate leaves to compute.
+        """d <stem(x + delta_i), costate_i> / d delta_i: the input gradient at a fixed costate.
 
-        `share` is the part of a forward that the stem is.
+        `share` is the cost of the stem as a share of a forward.
         """
         delta = delta.detach().requires_grad_(True)
         with torch.enable_grad():
@@ -255,19 +255,19 @@ class Oracle:
 
     @property
     def _outer_reference(self) -> Reference:
-        """Only an objective with gradients inside looks at it when training: others save its cost."""
+        """Return the reference if `outer` uses it (it has nested gradients); others do not pay for it."""
         return self.reference if self._objective.nested_gradients else ()
 
     @property
     def _nested(self) -> int:
-        """Samples whose loss holds an input gradient: to differentiate it is one more full backward."""
+        """Samples whose loss contains an input gradient, which costs one more full backward."""
         return self._objective.nested_gradients * len(self.batch)
 
     def _backward(self, loss: Tensor) -> None:
-        """Add the gradient to every p.grad, averaged over the workers with all that was there before."""
+        """Add the gradient to every p.grad; the sum is averaged over the workers."""
         loss.backward()
         if self._wrapper is self._model:
-            self._place.average_grads(self._model)
+            self._context.average_grads(self._model)
 
     def _hamiltonian(self, delta: Delta, costate: Tensor) -> Tensor:
         with mode(self._model, "train"), autocast(delta.device, self._precision):
@@ -300,14 +300,14 @@ class Oracle:
         weights: PerSample | Weigh | None,
         input_grads: Callable[[], Delta],
     ) -> tuple[PerSample, PerSample | None]:
-        """The losses times their weights, and the weights."""
+        """Return the losses times their weights, and the weights."""
         if weights is None:
             return losses, None
         found = weights(losses.detach(), input_grads) if callable(weights) else weights
         return losses * found.detach(), found.detach()
 
     def _input_grads(self, losses: PerSample, delta: Delta) -> Delta:
-        """d loss_i / d delta_i, the graph kept: delta enters one branch of any objective."""
+        """d loss_i / d delta_i, retaining the graph: delta enters one branch of any objective."""
         self._meter.input_backwards += len(delta)
         return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
 
@@ -330,7 +330,7 @@ class Oracle:
         def loss(
             weights: dict[str, Tensor], image: Tensor, label: Tensor, delta: Tensor, *part: Tensor
         ) -> Tensor:
-            one = Batch(image[None], label[None], batch.index[:1], batch.dice)
+            one = Batch(image[None], label[None], batch.index[:1], batch.rng)
 
             def module(images: Tensor) -> Tensor:
                 return func.functional_call(self._model, weights, (images,))
@@ -380,7 +380,7 @@ class Oracle:
 
 
 def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:
-    """The gradient of each sample's own loss, from that of their (weighted) mean."""
+    """Convert the gradient of the (weighted) mean loss to that of each sample's own loss."""
     assert leaf.grad is not None
     grad = leaf.grad * len(leaf)
     return grad if weights is None else grad / weights.view(-1, *[1] * (leaf.dim() - 1))

@@ -1,4 +1,4 @@
-"""Parts that a configuration names: a registry of classes for each kind, and fields that hold one."""
+"""Registries of the classes that a configuration selects by name, and field annotations for them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _REGISTRIES: dict[type[Any], Registry[Any]] = {}  # by the base class of their p
 class Registry(Mapping[str, type[Part]], Generic[Part]):
     """The classes of one kind of part, by the name that selects them.
 
-    A name is one of raytrain's own (`register`), one that an installed package announces as an entry
-    point of `group`, or the address `module:Class` of any other class. Iteration covers the first two.
+    A name is one of raytrain's own (`register`), one of an entry point in `group` of an installed
+    package, or the address `module:Class` of any other class. Iteration covers the first two.
     `key` is the field of a part that holds its name.
     """
 
@@ -41,12 +41,12 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
 
     @property
     def own(self) -> Mapping[str, type[Part]]:
-        """The classes that raytrain brings."""
+        """Raytrain's own classes."""
         return self._own
 
     @property
     def known(self) -> Mapping[str, type[Part]]:
-        """The classes that raytrain brings, and those of other packages that were used already."""
+        """Raytrain's own classes, and the already imported ones of other packages."""
         return {**self._own, **self._loaded}
 
     @functools.cached_property
@@ -56,7 +56,7 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return {one.name: one for one in found if one.name not in self._own}
 
     def __getitem__(self, name: str) -> type[Part]:
-        """The class of this name.
+        """Return the class of this name.
 
         Raises:
             KeyError: if there is none.
@@ -78,12 +78,12 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return len(self._own) + len(self.plugins)
 
     def with_field(self, field: str) -> list[type[Part]]:
-        """The classes that have this field; those of other packages only if none of our own has it."""
+        """Return the classes that have this field; those of other packages only if none of raytrain's has."""
         own = [part for part in self._own.values() if field in part.model_fields]
         if own:
             return own
         for name in self.plugins:
-            with suppress(RequestError):  # told when it is used
+            with suppress(RequestError):  # reported when it is used
                 self[name]
         return [part for part in self._loaded.values() if field in part.model_fields]
 
@@ -96,7 +96,7 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return self._named(address, imported(address, self.key, "Class")[1])
 
     def _named(self, name: str, found: Any) -> type[Part]:
-        """The class, or a subclass whose name is the one it was found by: records hold that."""
+        """Return the class, or a subclass whose default name is `name`, which records contain."""
         if not (isinstance(found, type) and issubclass(found, self.base)):
             raise RequestError(
                 f"{self.key}: {name} is not a subclass of {self.base.__module__}.{self.base.__name__}"
@@ -116,7 +116,7 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
 
 
 def _restored(base: type[Any], name: str, values: dict[str, Any]) -> Any:
-    """A part of another package, from what pickle kept of it."""
+    """Rebuild a part of another package from its pickle."""
     return _REGISTRIES[base][name].model_validate(values)
 
 

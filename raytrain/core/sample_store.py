@@ -1,10 +1,8 @@
-"""Tensors remembered between batches: per image, kept by the worker that owns it, or per slot of
-the batch.
+"""Tensors stored between batches: per image, on the worker that owns it, or per slot of the batch.
 
 Rank r owns the images whose index is r modulo the number of workers; the row of image i is i //
-world. What is stored lives in the frame of the un-augmented image: reading applies the crop and
-flip of the present batch, writing undoes them, and pixels that the crop left out keep their old
-value.
+world. Values are stored in the frame of the un-augmented image: reading applies the crop and flip of
+the present batch, writing inverts them, and pixels outside the crop keep their old value.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from raytrain.core.network import trainable
 from raytrain.core.types import AugmentedView, Batch
 
 Keep = Literal["fp32", "fp16", "int8"]
-"""How a perturbation is kept: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
+"""Storage type of a perturbation: 4, 2 or 1 bytes per pixel and channel. `fp32` is the run's own
 precision (float64 in an fp64 run). `int8` counts in units of eps/127 (of 1/127 where eps is more
 than a pixel can move), `fp16` rounds to about 1e-5 at eps 8/255: fine for l-inf steps of a fixed
 size, too coarse for small steps along the raw gradient; in l2 at 0.5, int8 loses about an eighth of
@@ -31,7 +29,7 @@ class SampleStore:
     """One tensor per owned image, (owned, *shape), zero at first.
 
     Perturbations, of shape (c, h, w), follow the crop and flip of their image unless `aligned` is
-    false; anything else, such as one number per image, is kept as it is. `scale` is the unit of
+    false; anything else, such as one number per image, is stored unchanged. `scale` is the unit of
     `int8`, in pixels.
     """
 
@@ -46,7 +44,7 @@ class SampleStore:
         aligned: bool = True,
         initial: float = 0.0,
     ) -> None:
-        self._place, self._num_images, self._aligned = context, num_images, aligned
+        self._context, self._num_images, self._aligned = context, num_images, aligned
         self._scale = scale
         owned = len(range(context.rank, num_images, context.world))
         self._values = torch.full((owned, *shape), initial, dtype=dtype, device=context.device)
@@ -54,31 +52,31 @@ class SampleStore:
     @classmethod
     def of_perturbations(
         cls,
-        setting: TrainingSetup,
+        setup: TrainingSetup,
         eps: float,
         keep: Keep = "fp32",
         *,
         aligned: bool = True,
     ) -> SampleStore:
-        """A store for one perturbation of each training image."""
-        dtypes = {"fp32": setting.dtype, "fp16": torch.float16, "int8": torch.int8}
+        """Return a store for one perturbation of each training image."""
+        dtypes = {"fp32": setup.dtype, "fp16": torch.float16, "int8": torch.int8}
         return cls(
-            setting.num_images,
-            setting.shape,
-            setting.context,
+            setup.num_images,
+            setup.shape,
+            setup.context,
             dtypes[keep],
             scale=min(eps, 1.0) / 127 if keep == "int8" else None,  # no pixel moves by more than 1
             aligned=aligned,
         )
 
     def read(self, batch: Batch) -> Tensor:
-        """What is stored for a batch, in its augmented frame and its precision, (n, *shape)."""
+        """Return the values of a batch, in its augmented frame and its precision, (n, *shape)."""
         values = self._wide(self._rows(batch), batch.images.dtype)
         view = self._view(batch)
         return values if view is None else cut(values, view)
 
     def write(self, batch: Batch, values: Tensor) -> None:
-        """Remember `values`, (n, *shape), given in the augmented frame of the batch."""
+        """Store `values`, (n, *shape), given in the augmented frame of the batch."""
         rows = self._rows(batch)
         view = self._view(batch)
         if view is not None:
@@ -89,20 +87,20 @@ class SampleStore:
         self._values[rows] = values.to(self._values.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows by global index, gathered from every worker: a collective."""
+        """Return all rows by global index, gathered from every worker: a collective."""
         index = torch.arange(
-            self._place.rank, self._num_images, self._place.world, device=self._values.device
+            self._context.rank, self._num_images, self._context.world, device=self._values.device
         )
-        order = self._place.gather(index).argsort()
-        return {"values": self._place.gather(self._values)[order].cpu()}
+        order = self._context.gather(index).argsort()
+        return {"values": self._context.gather(self._values)[order].cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's share of `state`, which any number of workers may have written."""
-        share = state["values"][self._place.rank :: self._place.world]
+        share = state["values"][self._context.rank :: self._context.world]
         self._values.copy_(share)
 
     def _view(self, batch: Batch) -> AugmentedView | None:
-        """How the images of a batch were cut, if what is stored has to follow them."""
+        """Return the crop and flip of a batch if stored values follow them."""
         return batch.view if self._aligned and self._values.dim() == 4 else None
 
     def _wide(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,30 +108,30 @@ class SampleStore:
         return values if self._scale is None else values * self._scale
 
     def _rows(self, batch: Batch) -> Tensor:
-        return batch.index // self._place.world
+        return batch.index // self._context.world
 
 
 class SlotStore:
-    """One perturbation per *slot* of the batch, whatever image fills it next (Free), zero at first.
+    """One perturbation per *slot* of the batch, independent of its images (Free), zero at first.
 
     Slot s of the global batch belongs to worker s modulo the number of workers, as its images do.
     """
 
-    def __init__(self, setting: TrainingSetup) -> None:
-        self._place = setting.context
-        local = setting.batch_size // setting.context.world
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._context = setup.context
+        local = setup.batch_size // setup.context.world
         self.values = torch.zeros(
-            local, *setting.shape, dtype=setting.dtype, device=setting.context.device
+            local, *setup.shape, dtype=setup.dtype, device=setup.context.device
         )
 
     def state_dict(self) -> dict[str, Any]:
         """All slots in the order of the global batch: a collective."""
-        ranks = self._place.gather(self.values).unflatten(0, (self._place.world, -1))
+        ranks = self._context.gather(self.values).unflatten(0, (self._context.world, -1))
         return {"values": ranks.transpose(0, 1).flatten(0, 1).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's slots of `state`, which any number of workers may have written."""
-        self.values.copy_(state["values"][self._place.rank :: self._place.world])
+        self.values.copy_(state["values"][self._context.rank :: self._context.world])
 
 
 class GradientTable:
@@ -142,12 +140,12 @@ class GradientTable:
     z_bar = z + (theta / p) dz, with p the share of the images in a batch.
     """
 
-    def __init__(self, setting: TrainingSetup) -> None:
-        self._shapes = [p.shape for p in trainable(setting.model)]
-        self._place, self._num_images = setting.context, setting.num_images
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._shapes = [p.shape for p in trainable(setup.model)]
+        self._context, self._num_images = setup.context, setup.num_images
         row = (sum(shape.numel() for shape in self._shapes),)
-        self._rows = SampleStore(setting.num_images, row, setting.context, setting.dtype)
-        self._mean = torch.zeros(row, dtype=setting.dtype, device=setting.context.device)
+        self._rows = SampleStore(setup.num_images, row, setup.context, setup.dtype)
+        self._mean = torch.zeros(row, dtype=setup.dtype, device=setup.context.device)
         self._ahead = torch.zeros_like(self._mean)
 
     def direction(self) -> list[Tensor]:
@@ -159,8 +157,8 @@ class GradientTable:
         """Replace the rows of a batch and move z: a collective."""
         change = (grads - self._rows.read(batch)).sum(0)
         self._rows.write(batch, grads)
-        count = self._place.total(change.new_tensor(len(batch)))
-        change = self._place.total(change) / self._num_images
+        count = self._context.total(change.new_tensor(len(batch)))
+        change = self._context.total(change) / self._num_images
         self._mean = self._mean + change
         self._ahead = self._mean + theta * self._num_images / count * change
 
@@ -177,14 +175,14 @@ class GradientTable:
 
 
 def cut(values: Tensor, view: AugmentedView) -> Tensor:
-    """Pad with zeros, crop and mirror each image as `view` says, (n, c, h, w) -> (n, c, h, w)."""
+    """Pad with zeros, crop and mirror each image by `view`, (n, c, h, w) -> (n, c, h, w)."""
     sample, row, column = _places(values, view)
     padded = torch.nn.functional.pad(values, [view.pad] * 4)
     return padded[sample, :, row, column].permute(0, 3, 1, 2).contiguous()
 
 
 def paste(values: Tensor, view: AugmentedView, onto: Tensor) -> Tensor:
-    """The inverse of `cut`: put cropped values back; what the crop left out stays as in `onto`."""
+    """Invert `cut`: write cropped values into a copy of `onto`, whose other pixels stay."""
     sample, row, column = _places(values, view)
     height, width = values.shape[-2:]
     padded = torch.nn.functional.pad(onto, [view.pad] * 4)

@@ -1,4 +1,4 @@
-"""Numbers as functions of progress in [0, 1]: factors for rates and FOSC, ramps for the rest."""
+"""Functions of progress in [0, 1]: factors for rates and FOSC thresholds, ramps for other numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AbstractShape(Spec):
         """The factor at `progress`: 0 is the start of training, 1 its end."""
 
 
-Share = Annotated[Number, Field(gt=0, le=1)]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 
 
 @final
@@ -43,7 +43,9 @@ class Power(AbstractShape):
     """
 
     kind: Literal["power"] = "power"
-    end: Annotated[Share, Field(description="share of training after which the factor is 0")] = 1.0
+    end: Annotated[
+        PositiveShare, Field(description="share of training after which the factor is 0")
+    ] = 1.0
     exponent: Annotated[
         PositiveFloat, Field(description="1 is linear; below 1 falls late, above early")
     ] = 1.0
@@ -61,7 +63,9 @@ class Cosine(AbstractShape):
     """
 
     kind: Literal["cosine"] = "cosine"
-    end: Annotated[Share, Field(description="share of training after which the factor is 0")] = 1.0
+    end: Annotated[
+        PositiveShare, Field(description="share of training after which the factor is 0")
+    ] = 1.0
 
     def at(self, progress: float) -> float:
         return (1 + math.cos(math.pi * min(1.0, progress / self.end))) / 2
@@ -77,7 +81,8 @@ class Piecewise(AbstractShape):
 
     kind: Literal["piecewise"] = "piecewise"
     milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training, increasing, at which to drop")
+        tuple[PositiveShare, ...],
+        Field(description="shares of training, increasing, at which to drop"),
     ] = (0.5, 0.75)
     factor: Annotated[float, Field(gt=0, lt=1, description="each drop multiplies by this")] = 0.1
 
@@ -117,7 +122,7 @@ SHAPES.register(Constant, Power, Cosine, Piecewise, OneCycle)
 class Ramp(Spec):
     """A number that moves from `start` to `end` while training goes from `after` to `until`.
 
-    It stays at `start` before and at `end` behind. Whole numbers are rounded to the nearest. `eps/4`
+    It is `start` before and `end` afterwards. Whole numbers are rounded to the nearest. `eps/4`
     means a multiple of the radius at that time.
 
     >>> grow = Ramp(start=0, until=0.5)
@@ -132,7 +137,7 @@ class Ramp(Spec):
         StepSize | Number | None, Field(description="default: the value of the field itself")
     ] = None
     after: Annotated[Number, Field(ge=0, lt=1, description="share of training before it")] = 0.0
-    until: Annotated[Share, Field(description="share of training at its end")] = 1.0
+    until: Annotated[PositiveShare, Field(description="share of training at its end")] = 1.0
     shape: Annotated[
         Literal["linear", "cosine", "geometric"], Field(description="geometric: by equal factors")
     ] = "linear"

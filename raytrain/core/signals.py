@@ -1,7 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP end a command in one way: what had finished is recorded, status 130.
+"""Handling of SIGINT, SIGTERM and SIGHUP: a command records what is finished and exits with status 130.
 
-A first signal raises KeyboardInterrupt where there is something to record, and ends the process
-where nothing has begun; a second signal always ends the process.
+The first signal raises KeyboardInterrupt inside `interruptible` blocks and ends the process elsewhere;
+a second signal always ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FORWARDED = 0.3  # seconds in which `timeout`, `uv run` or a terminal may deliv
 
 
 class _Interrupt:
-    """The handler of all three signals, and what it has seen."""
+    """The handler of all three signals, and its state."""
 
     installed = False
     received = False
@@ -47,7 +47,7 @@ _interrupt = _Interrupt()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Handle the signals within the block. Only the main thread can: elsewhere nothing changes.
+    """Handle the signals within the block; in another thread than the main one, do nothing.
 
     A signal that is ignored (`nohup`, a shell's background jobs) stays ignored.
     """
@@ -74,7 +74,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Work that leaves records: a first signal within the block raises KeyboardInterrupt."""
+    """Raise KeyboardInterrupt at a first signal within the block, for work that writes records."""
     with handled():
         raise_if_interrupted()
         main = _is_main()
@@ -101,8 +101,8 @@ def deferred() -> Iterator[None]:
 def interrupted() -> bool:
     """Whether a signal has been received: an error after that is its consequence.
 
-    KeyboardInterrupt may be raised inside an import or a callback that catches everything, and
-    leave a half-made module behind.
+    KeyboardInterrupt may be raised inside an import or a callback that catches every error, and leave
+    a partly initialised module.
     """
     return _interrupt.installed and _interrupt.received
 

@@ -1,5 +1,4 @@
-"""Threat models: where a perturbation may go, which way is up, and how far it still is from the
-best (FOSC).
+"""Threat models: sets of allowed perturbations, their projections, steepest directions and FOSC.
 
 Every ball is intersected with the pixel box: x + delta stays in [0, 1]. Formulas per norm, q the
 dual exponent:
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.types import (
+    BatchRandom,
     Delta,
-    Dice,
     Images,
     Number,
     PerSample,
@@ -41,7 +40,7 @@ class AbstractThreatModel(Spec):
     autoattack: ClassVar[str | None] = None
     """The word of AutoAttack's code for the norm; None where AutoAttack is not defined."""
 
-    norm: Any  # each ball's own word
+    norm: Any  # a literal in each subclass
     eps: Annotated[
         Number, Field(ge=0, description="radius, in pixels of [0, 1]; may be written 8/255")
     ]
@@ -52,7 +51,7 @@ class AbstractThreatModel(Spec):
 
     @abstractmethod
     def project(self, delta: Delta) -> Delta:
-        """The nearest point of the ball (Euclidean), the box left out of account."""
+        """The nearest point of the ball (Euclidean), ignoring the box."""
 
     @abstractmethod
     def steepest(self, grad: Delta) -> Delta:
@@ -63,15 +62,15 @@ class AbstractThreatModel(Spec):
         """max <v, grad_i> over the unit ball."""
 
     @abstractmethod
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
-        """A random perturbation of norm at most `radius * eps`, the box left out of account."""
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
+        """A random perturbation of norm at most `radius * eps`, ignoring the box."""
 
     @abstractmethod
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
         """argmax <z, grad_i> over the ball intersected with the pixel box."""
 
     def direction(self, grad: Delta, delta: Delta, images: Images) -> Delta:
-        """The unit step of an ascent at `delta`: the steepest one unless a norm has a better use."""
+        """The unit step of an ascent at `delta`: `steepest` unless a norm overrides it."""
         del delta, images
         return self.steepest(grad)
 
@@ -148,8 +147,8 @@ class Linf(AbstractThreatModel):
         # Term by term: every term is >= 0, so rounding cannot make the sum negative.
         return (self.eps * grad.abs() - delta * grad).flatten(1).sum(1)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
-        unit = 2 * dice.uniform(purpose, *like.shape[1:]).to(like.dtype) - 1
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
+        unit = 2 * rng.uniform(purpose, *like.shape[1:]).to(like.dtype) - 1
         return radius * self.eps * unit
 
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
@@ -194,11 +193,11 @@ class L2(AbstractThreatModel):
     def dual_norm(self, grad: Delta) -> PerSample:
         return self.norm_of(grad)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
         # Direction uniform, length uniform (not volume-uniform): the usual random start of l2
         # attacks.
-        away = self.steepest(dice.normal(purpose, *like.shape[1:]).to(like.dtype))
-        length = dice.uniform(purpose + "/length").to(like.dtype)
+        away = self.steepest(rng.normal(purpose, *like.shape[1:]).to(like.dtype))
+        length = rng.uniform(purpose + "/length").to(like.dtype)
         return radius * self.eps * away * over_pixels(length)
 
     def box_vertex(self, grad: Delta, images: Images) -> Delta:
@@ -264,11 +263,11 @@ class L1(AbstractThreatModel):
         return grad.flatten(1).abs().amax(1)
 
     def direction(self, grad: Delta, delta: Delta, images: Images) -> Delta:
-        """Equal moves of the `spread` share of pixels with the largest gradient that the box still
-        lets move.
+        """Equal moves of the `spread` share of pixels with the largest gradient that can move within
+        the box.
 
-        The exact steepest step is one pixel, which the box stops at once; sharing the step among
-        several is what makes l1 attacks work (Tramer and Boneh 2019, arXiv 1904.13000). The price:
+        The exact steepest step is one pixel, which is soon at the box; distributing the step over
+        several pixels makes l1 attacks effective (Tramer and Boneh 2019, arXiv 1904.13000). Drawback:
         an attack ends on several pixels where the maximum is on few, so FOSC does not fall to 0.
         """
         moved = images + delta
@@ -276,11 +275,11 @@ class L1(AbstractThreatModel):
         count = max(1, round(self.spread * grad[0].numel()))
         return _top(grad.masked_fill(blocked, 0), count)
 
-    def noise(self, like: Images, dice: Dice, purpose: str, radius: float = 1.0) -> Delta:
+    def noise(self, like: Images, rng: BatchRandom, purpose: str, radius: float = 1.0) -> Delta:
         shape = like.shape[1:]
-        size = -torch.log1p(-dice.uniform(purpose, *shape).to(like.dtype))  # exponential
-        sign = torch.where(dice.uniform(purpose + "/sign", *shape) < 0.5, -1.0, 1.0).to(like.dtype)
-        length = dice.uniform(purpose + "/length").to(like.dtype)
+        size = -torch.log1p(-rng.uniform(purpose, *shape).to(like.dtype))  # exponential
+        sign = torch.where(rng.uniform(purpose + "/sign", *shape) < 0.5, -1.0, 1.0).to(like.dtype)
+        length = rng.uniform(purpose + "/length").to(like.dtype)
         total = self.norm_of(size).clamp_min(1e-30)
         return radius * self.eps * sign * size * over_pixels(length / total)
 

@@ -1,4 +1,4 @@
-"""Everything that changes while training, and so everything a checkpoint holds."""
+"""State that changes during training: the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ P = TypeVar("P")
 
 @dataclass
 class TrainState:
-    """One worker's training. `parts` are the memories of the algorithm and of the outer update.
+    """State of one worker. `parts` holds the state of the algorithm and of the outer update, by name.
 
     The sampler and the noise are not here: they are functions of seed, epoch and step
-    (`types.Dice`).
+    (`types.BatchRandom`).
     """
 
     model: nn.Module
@@ -42,19 +42,17 @@ class TrainState:
     seconds: float = 0.0  # spent training, evaluation left out
     best: float = float("-inf")  # best validation robust accuracy so far
     patience_count: int = 0  # validations since the last one that counted as better
-    sentinel_values: dict[str, float] = field(
-        default_factory=dict
-    )  # what sentinels saw at the last validation
+    sentinel_values: dict[str, float] = field(default_factory=dict)  # of the last validation
     stopped_by: str | None = None  # why training ends early
     classes: tuple[str, ...] = ()  # names, in the order of the network's outputs
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that is evaluated: the averaged weights where they are kept."""
+        """The network that is evaluated: the averaged one if `ema` is set."""
         return self.model if self.ema is None else self.ema.module
 
     def oracle(self, batch: Batch, objective: AbstractLoss, attack_bn: BatchNorm) -> Oracle:
-        """The objective around a batch, its cost on this state's meter."""
+        """Return the oracle of an objective on a batch, which counts on this state's meter."""
         return Oracle(
             self.model,
             objective,
@@ -67,15 +65,15 @@ class TrainState:
         )
 
     def part(self, name: str, kind: type[P]) -> P:
-        """The memory of this name."""
+        """Return the part of this name."""
         found = self.parts[name]
         assert isinstance(found, kind), f"{name} is a {type(found).__name__}"
         return found
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one step leaves for the record."""
+class StepResult:
+    """Result of one step: losses, perturbation and numbers of steps."""
 
     losses: Tensor  # outer losses before the update, (n,)
     delta: Tensor  # the perturbation at the end of the step: trained on, or (free, yopo) the next

@@ -1,4 +1,4 @@
-"""Words shared by everything else: frozen specifications, pixel quantities, batches, users' errors."""
+"""Shared types: frozen specifications, tensor annotations, pixel quantities, batches and errors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Rows = Int[Tensor, " m"]
 Mask = Bool[Tensor, " n"]
 
 BatchNorm = Literal["eval", "train", "batch_nostat"]
-"""How BatchNorm (and dropout) behave in a pass: `eval` running statistics; `train` batch
-statistics, running ones updated; `batch_nostat` batch statistics, running ones left alone."""
+"""Mode of BatchNorm (and dropout) in a pass: `eval` uses running statistics; `train` uses batch
+statistics and updates the running ones; `batch_nostat` uses batch statistics only."""
 
 
 class RequestError(ValueError):
-    """The request itself is wrong: one sentence naming the field or file and what was expected.
+    """Bad input: one sentence naming the field or file and what was expected.
 
-    The command line prints it without a traceback and exits with status 2. `path` is what it is
-    about, key by key, where that is known.
+    The command line prints it without a traceback and exits with status 2. `path` is
+    the field, key by key, where it is known.
     """
 
     def __init__(self, message: str = "", path: tuple[str, ...] = ()) -> None:
@@ -45,30 +45,30 @@ class RequestError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Work began and cannot go on (divergence, a full disk): exit status 1, the run is recorded as FAILED."""
+    """Failure during training (divergence, a full disk): exit status 1, the run is recorded as FAILED."""
 
 
 class Diverged(TrainingFailed):
-    """The loss is no longer a number, or absurd: the fault of the configuration's own numbers."""
+    """The loss is not finite or too large, which the hyperparameters caused."""
 
 
 class WorkersLost(TrainingFailed):
-    """The processes that trained are gone: not the configuration's fault, and worth another try."""
+    """A training process has died, which the configuration did not cause: a retry may succeed."""
 
 
 class ModelFailed(RuntimeError):
-    """A network's own code raised an error, at any time; on one of several workers perhaps."""
+    """Error raised by the code of a network, possibly on one of several workers only."""
 
 
 class Spec(BaseModel):
-    """Hyperparameters and behaviour in one frozen object; what changes while training lives elsewhere."""
+    """Base of frozen specifications: hyperparameters and behaviour, without state that training changes."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings"
     )
 
     bare: ClassVar[str | None] = None
-    """The field that a string in place of the whole record stands for."""
+    """The field that is set by a string in place of the whole record."""
 
     @model_validator(mode="before")
     @classmethod
@@ -80,8 +80,8 @@ class Spec(BaseModel):
     def _true_is_no_number(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and name in cls.model_fields:
-                wanted = cls.model_fields[name].annotation
-                kinds = set(get_args(wanted)) or {wanted}
+                annotation = cls.model_fields[name].annotation
+                kinds = set(get_args(annotation)) or {annotation}
                 if kinds & {int, float} and bool not in kinds:
                     raise ValueError(f"{name}: expected a number, found {value}")
         return values
@@ -92,7 +92,7 @@ _OF_EPS = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*?\s*)?eps(?:\s*/\s*([0-9.eE+-]+))
 
 
 def fraction(value: Any) -> Any:
-    """`"8/255"` as a float; anything else unchanged, for the field's own type to judge.
+    """Convert `"8/255"` to a float; return anything else unchanged for the field's own validation.
 
     >>> fraction("8/255"), fraction(0.1), fraction("eps/4")
     (0.03137254901960784, 0.1, 'eps/4')
@@ -128,7 +128,7 @@ def _step_size(value: float | str) -> float | str:
 
 
 class Schedulable:
-    """Annotation of a number that a curriculum may change: no memory of the algorithm is made of it."""
+    """Annotation of a number that a curriculum may change: no state of the algorithm depends on it."""
 
 
 SCHEDULABLE = Schedulable()
@@ -161,13 +161,13 @@ def in_pixels(step_size: float | str, eps: float) -> float:
 
 
 @dataclass(frozen=True)
-class Dice:
-    """The randomness of one batch, a function of the seed, the step and the slot in the
-    *global* batch.
+class BatchRandom:
+    """Random numbers of one batch, a function of the seed, the step and the slot in the *global*
+    batch.
 
-    Every rank draws for the whole batch and keeps its own slots, so that noise and augmentation do
-    not depend on the number of workers, and nothing needs to be remembered for a resumption. A
-    `purpose` names an independent stream.
+    Every rank draws for the whole batch and selects its own slots, so that noise and augmentation do
+    not depend on the number of workers, and checkpoints need no state for them. Each `purpose` is an
+    independent stream.
     """
 
     seed: int  # already mixed with epoch and step
@@ -212,7 +212,7 @@ def mix(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class AugmentedView:
-    """Where each augmented image was cut from: padded by `pad`, cropped at (top, left), perhaps mirrored."""
+    """Augmentation of each image: padded by `pad`, cropped at (top, left), mirrored or not."""
 
     pad: int
     top: Int[Tensor, " n"]
@@ -230,14 +230,14 @@ class Batch:
     images: Images
     labels: Labels
     index: Int[Tensor, " n"]
-    dice: Dice
+    rng: BatchRandom
     view: AugmentedView | None = None  # None: not augmented
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """The sub-batch of these rows. Its dice are those of the whole batch: draw before narrowing."""
+        """The sub-batch of these rows. `rng` is that of the whole batch: draw before narrowing."""
         view = None if self.view is None else self.view[rows]
         return replace(
             self,
@@ -250,7 +250,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come: shares in [0, 1] at the start of the epoch and of the step."""
+    """Progress of training: shares in [0, 1] at the start of the epoch and of the step."""
 
     epoch: float = 0.0
     step: float = 0.0

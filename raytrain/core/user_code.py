@@ -1,4 +1,4 @@
-"""Code that is not raytrain's: how it is imported, and its errors as one sentence with file and line."""
+"""Import and execution of user code, with its errors as one sentence with file and line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain.core.failures import told
+from raytrain.core.failures import error_summary
 from raytrain.core.types import ModelFailed, RequestError
 
 
 def imported(address: str, field: str, what: str) -> tuple[ModuleType, Any]:
-    """The module of an address `module:name`, and what it has by that (dotted) name, None if nothing.
+    """Import the module of an address `module:name` and return it with its attribute `name`, else None.
 
     `what` is the word for the name in the message about a malformed address.
 
@@ -51,10 +51,10 @@ def _module(path: str, field: str) -> ModuleType:
 
 @contextmanager
 def guarded(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
-    """Run code of the user. `deed` says what was not possible if it raises, `field` names the setting.
+    """Run user code. After an error the message is that of `sentence`, with `deed` and `field`.
 
     Generators of Python and numpy start from torch's seed, so that weights drawn from them are a
-    function of the run's seed. Afterwards these generators and torch's global settings are as before.
+    function of the run's seed. Afterwards these generators and torch's global settings are restored.
 
     Raises:
         RequestError: instead of any error inside, SystemExit too; only Ctrl-C passes.
@@ -74,7 +74,7 @@ def guarded(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """torch's generator on the CPU starts from 0 inside, and is as before afterwards."""
+    """Seed torch's generator on the CPU with 0 inside the block; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
@@ -82,7 +82,7 @@ def isolated() -> Iterator[None]:
 
 def sentence(name: str, deed: str, error: BaseException, field: str = "model.name") -> str:
     """`FIELD: NAME DEED: TypeError (its message) at file:line`."""
-    return f"{field}: {name} {deed}: {told(error)}"
+    return f"{field}: {name} {deed}: {error_summary(error)}"
 
 
 @contextmanager

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from raytrain.data.images import Images, Split
+from raytrain.data.images import ImageSet, Split
 
 NUM_TEST = 397
 NUM_CLASSES = 10
 LEVELS = 16  # the scans count dark pixels in 4x4 blocks: 0..16
 
 
-def read_digits(split: Split) -> Images:
+def read_digits(split: Split) -> ImageSet:
     """8x8 grey images; pixel = round(value * 255 / 16), so pixel / 255 is value / 16."""
     from sklearn.datasets import load_digits
 
@@ -22,7 +22,7 @@ def read_digits(split: Split) -> Images:
     labels = np.asarray(digits).astype(np.int64)
     chosen = np.flatnonzero(is_test(labels) == (split == "test"))
     pixels = np.rint(values[chosen] * 255 / LEVELS).astype(np.uint8)
-    return Images(
+    return ImageSet(
         pixels=torch.from_numpy(pixels),
         labels=torch.from_numpy(labels[chosen]),
         classes=tuple(str(digit) for digit in range(NUM_CLASSES)),

@@ -30,7 +30,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSet:
     """Pixels 0..255, one label per image, what the labels are called, and their Parquet files."""
 
     pixels: UInt8[Tensor, "n c h w"]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.sample_store import cut
-from raytrain.core.types import AugmentedView, Batch, Dice, RequestError, mix
+from raytrain.core.types import AugmentedView, Batch, BatchRandom, RequestError, mix
 from raytrain.data.augment import random_view
 from raytrain.data.carve import carve
-from raytrain.data.sources import SOURCES, Images, Source, Split, read, source_of
+from raytrain.data.sources import SOURCES, ImageSet, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
 
 
@@ -42,13 +42,13 @@ class SplitShard:
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
-    def batch(self, index: Tensor, dice: Dice, view: AugmentedView | None = None) -> Batch:
+    def batch(self, index: Tensor, rng: BatchRandom, view: AugmentedView | None = None) -> Batch:
         """The images with these indices, all owned by this worker, as `view` cuts them."""
         rows = index // self.context.world
         pixels = self.pixels[rows]
         if view is not None:
             pixels = cut(pixels, view)
-        return Batch(pixels.to(self.dtype) / 255, self.labels[rows], index, dice, view)
+        return Batch(pixels.to(self.dtype) / 255, self.labels[rows], index, rng, view)
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def iter_train(
     order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
     slots = slice(context.rank, None, context.world)
     for step, index in enumerate(order[:, slots].to(device)):
-        dice = Dice(mix(seed, "batch", epoch, step), batch_size, slots, device)
-        yield part.batch(index, dice, random_view(dice, pad, flip))
+        rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, device)
+        yield part.batch(index, rng, random_view(rng, pad, flip))
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:
@@ -135,11 +135,11 @@ def iter_eval(
         width = min(batch_size, count - first)
         slots = slice((context.rank - first) % context.world, None, context.world)
         index = torch.arange(first, first + width, device=device)[slots]
-        yield part.batch(index, Dice(mix(seed, "sweep", first), width, slots, device))
+        yield part.batch(index, BatchRandom(mix(seed, "sweep", first), width, slots, device))
 
 
 def _part(
-    images: Images, chosen: np.ndarray, context: DistributedContext, dtype: torch.dtype
+    images: ImageSet, chosen: np.ndarray, context: DistributedContext, dtype: torch.dtype
 ) -> SplitShard:
     owned = torch.from_numpy(chosen)[context.rank :: context.world]
     pixels, labels = images.pixels[owned], images.labels[owned]
@@ -148,7 +148,7 @@ def _part(
     )
 
 
-def _read(spec: DataSpec, split: Split, like: Images | None = None) -> Images:
+def _read(spec: DataSpec, split: Split, like: ImageSet | None = None) -> ImageSet:
     return read(
         spec.name,
         split,
@@ -160,14 +160,14 @@ def _read(spec: DataSpec, split: Split, like: Images | None = None) -> Images:
     )
 
 
-def _training_set(spec: DataSpec) -> tuple[Images, Source]:
+def _training_set(spec: DataSpec) -> tuple[ImageSet, Source]:
     # Keyed by the fields that decide what is read: a process that trains many trials reads once.
     read_by = {"name", "root", "test_path", "image_column", "label_column"}
     return _cached(spec.model_dump_json(include=read_by))
 
 
 @lru_cache(maxsize=2)
-def _cached(fields: str) -> tuple[Images, Source]:
+def _cached(fields: str) -> tuple[ImageSet, Source]:
     spec = DataSpec.model_validate_json(fields)
     images = _read(spec, "train")
     return images, source_of(spec.name, images)

@@ -18,7 +18,7 @@ from raytrain.core.types import RequestError
 from raytrain.data.arrays import unpack
 from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded
-from raytrain.data.images import DARK, Images, Location, Origin, label_fault, pixel_fault
+from raytrain.data.images import DARK, ImageSet, Location, Origin, label_fault, pixel_fault
 
 BATCH_ROWS = 1024
 MAX_CLASSES = 65_536
@@ -60,9 +60,9 @@ def read_parquet(
     *,
     image: str | None = None,
     label: str | None = None,
-    like: Images | None = None,
+    like: ImageSet | None = None,
     training: bool = True,
-) -> Images:
+) -> ImageSet:
     """The rows of all files, in order, as one tensor.
 
     Every file must fit the first one or, where they are given, the images `like` (those that a
@@ -89,7 +89,7 @@ def read_parquet(
         raise replace(chunks[0].labels_at, file=whole).error(fault)
     if fault := pixel_fault(pixels, training):
         raise replace(chunks[0].pixels_at, file=whole).error(fault)
-    return Images(
+    return ImageSet(
         torch.from_numpy(pixels), torch.from_numpy(labels), layout.classes, layout.origin
     )
 
@@ -172,7 +172,7 @@ def _layout(chunks: list[_Chunk]) -> _Layout:
     )
 
 
-def _layout_of(images: Images) -> _Layout:
+def _layout_of(images: ImageSet) -> _Layout:
     assert images.origin is not None
     channels, size = images.pixels.shape[1:3]
     return _Layout(channels, size, images.classes, images.origin)

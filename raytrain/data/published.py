@@ -11,7 +11,7 @@ import torch
 
 from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES, Source
-from raytrain.data.images import Images, Split, label_fault, pixel_fault
+from raytrain.data.images import ImageSet, Split, label_fault, pixel_fault
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ PUBLISHED = {
 }
 
 
-def read_published(name: str, split: Split, root: Path) -> Images:
+def read_published(name: str, split: Split, root: Path) -> ImageSet:
     """The arrays torchvision holds, turned at once into one tensor; nothing is downloaded."""
     from torchvision import datasets
 
@@ -59,7 +59,7 @@ def read_published(name: str, split: Split, root: Path) -> Images:
     labels = np.asarray(getattr(data, source.labels), dtype=np.int64)
     if fault := _fault(pixels, labels, SOURCES[name], split):
         raise RequestError(f"data.root: {name} ({split}) in the folder '{root}': {fault}")
-    return Images(
+    return ImageSet(
         pixels=torch.from_numpy(np.array(pixels, dtype=np.uint8, order="C")),
         labels=torch.from_numpy(np.array(labels)),
         classes=SOURCES[name].classes,

@@ -10,11 +10,11 @@ import torch
 from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
-from raytrain.data.images import Images, Split
+from raytrain.data.images import ImageSet, Split
 from raytrain.data.spec import DEFAULT_FOLDER
 from raytrain.data.splits import is_parquet, parquet_files
 
-__all__ = ["SOURCES", "Images", "Source", "Split", "check_name", "describe", "read", "source_of"]
+__all__ = ["SOURCES", "ImageSet", "Source", "Split", "check_name", "describe", "read", "source_of"]
 
 
 def read(
@@ -25,8 +25,8 @@ def read(
     image_column: str | None = None,
     label_column: str | None = None,
     test_path: Path | None = None,
-    like: Images | None = None,
-) -> Images:
+    like: ImageSet | None = None,
+) -> ImageSet:
     """One split, whole: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
 
     `path` is the folder of torchvision's files; a Parquet name is a path already.
@@ -69,12 +69,12 @@ def check_name(name: str) -> None:
     )
 
 
-def source_of(name: str, images: Images) -> Source:
+def source_of(name: str, images: ImageSet) -> Source:
     """What is known of a data set: from the catalogue, or else from its training images."""
     return SOURCES[name] if name in SOURCES else describe(images)
 
 
-def describe(images: Images) -> Source:
+def describe(images: ImageSet) -> Source:
     """mean = E[x], std = sqrt(E[(x - mean)^2]), x = pixel / 255, per channel over all pixels.
 
     Exact up to the last rounding: pixels are counted by value, then summed in float64.

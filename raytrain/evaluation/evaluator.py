@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent, Zero
 from raytrain.attacks.autoattack import exact_float32, survivors
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
 from raytrain.core.losses import AbstractLoss, CrossEntropy, Margin
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Delta, Dice, Images, Labels, Progress, mix
+from raytrain.core.types import BatchRandom, Delta, Images, Labels, Progress, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.checks import Finding, before_belief, under_noise
 from raytrain.evaluation.checks.gradients import Connected
@@ -54,7 +54,7 @@ class Evaluator:
         self._meter = Meter()
         # Where the network cuts the graph the gradient is zero; the checks report that.
         self._attackable = Connected(model)
-        self._answers = Answers(self._attackable, self._meter)
+        self._answers = CountedModel(self._attackable, self._meter)
 
     def run(self, item: WorkItem) -> WorkResult:
         """Run one work item."""
@@ -71,7 +71,7 @@ class Evaluator:
         generator = torch.Generator().manual_seed(mix(self._settings.seed, "checks"))
         rows = torch.randperm(count, generator=generator)[:_CHECKED].sort().values
         rows = rows.to(self._part.pixels.device)
-        batch = self._part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
+        batch = self._part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
         with exact_float32():
             return before_belief(
                 self._model, batch.images, batch.labels, self._ball, self._settings.seed
@@ -80,8 +80,10 @@ class Evaluator:
     def attacked(self, rows: Tensor) -> Attacked:
         """These images under PGD-20, on the CPU."""
         rows = rows.to(self._part.pixels.device)
-        dice = Dice(mix(self._settings.seed, "examples"), len(rows), slice(None), rows.device)
-        batch = self._part.batch(rows, dice)
+        rng = BatchRandom(
+            mix(self._settings.seed, "examples"), len(rows), slice(None), rows.device
+        )
+        batch = self._part.batch(rows, rng)
         attack = PgdSettings(steps=20).ascent
         oracle = Oracle(
             self._attackable,
@@ -98,7 +100,7 @@ class Evaluator:
 
     def _values(self, stage: str, rows: Tensor) -> Iterable[bool | int]:
         seed = mix(self._settings.seed, stage, int(rows[0]))
-        batch = self._part.batch(rows, Dice(seed, len(rows), slice(None), rows.device))
+        batch = self._part.batch(rows, BatchRandom(seed, len(rows), slice(None), rows.device))
         if stage == CLEAN:
             return self._answers.classes(batch.images.float()).tolist()
         if stage == NOISE:

@@ -32,7 +32,7 @@ from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import Batch, Dice, Number, Progress, Spec, mix
+from raytrain.core.types import Batch, BatchRandom, Number, Progress, Spec, mix
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.validation import Flags
 
@@ -94,8 +94,8 @@ def probe(
     width = min(images, part.num_images)
     for rows in (flags.index < width).nonzero().flatten().split(batch_size):
         index = flags.index[rows]
-        dice = Dice(mix(seed, "probe"), width, index, index.device)
-        yield part.batch(index, dice), Flags(index, flags.clean[rows], flags.robust[rows])
+        rng = BatchRandom(mix(seed, "probe"), width, index, index.device)
+        yield part.batch(index, rng), Flags(index, flags.clean[rows], flags.robust[rows])
 
 
 def readings(
@@ -124,7 +124,7 @@ def readings(
         "robust": robust / images,
         "fgsm_gap": (fgsm - robust) / images,
         "noise_gap": fallen / images,
-        "fe": float(meter.over(context).fe),
+        "fe": float(meter.total(context).fe),
     }
     return {**seen, "zero_grad": vanished / clean} if clean else seen
 
@@ -169,7 +169,7 @@ def _corner(ball: AbstractThreatModel, batch: Batch, purpose: str) -> Tensor:
 
     l-inf: every pixel at +-eps; l2: a uniform direction; l1: all of eps on one pixel.
     """
-    noise = batch.dice.normal(purpose, *batch.images.shape[1:]).to(batch.images.dtype)
+    noise = batch.rng.normal(purpose, *batch.images.shape[1:]).to(batch.images.dtype)
     return in_box(ball.eps * ball.steepest(noise), batch.images)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytrain.attacks import ProjectedAscent
 from raytrain.attacks.autoattack import CHEAP, survivors
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EvalReport
@@ -23,7 +23,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
     Batch,
-    Dice,
+    BatchRandom,
     Mask,
     Number,
     Progress,
@@ -88,15 +88,15 @@ def validate(
     """
     meter, ball = Meter(), evaluation.ball(ball)
     wide: Precision = "fp64" if precision == "fp64" else "fp32"
-    answers = Answers(model, meter) if evaluation.attack == "apgd" else None
+    counted = CountedModel(model, meter) if evaluation.attack == "apgd" else None
     index, clean, robust = [], [], []
     for batch in batches:
         oracle = Oracle(model, CrossEntropy(), batch, meter, attack_bn="eval", precision=wide)
         right = oracle.correct(torch.zeros_like(batch.images))
         index.append(batch.index)
         clean.append(right)
-        if answers is not None:
-            robust.append(_after_apgd(answers, batch, right, ball))
+        if counted is not None:
+            robust.append(_after_apgd(counted, batch, right, ball))
         else:
             attack, restarts = evaluation.ascent, evaluation.restarts
             rows = right.nonzero().flatten()
@@ -134,7 +134,7 @@ def survived(
         rows = standing.nonzero().flatten()
         if len(rows) == 0:
             break
-        fresh = Batch(batch.images, batch.labels, batch.index, _reseeded(batch.dice, restart))
+        fresh = Batch(batch.images, batch.labels, batch.index, _reseeded(batch.rng, restart))
         start = attack.start.delta(ball, fresh, None)[rows]
         oracle = Oracle(
             model,
@@ -149,16 +149,18 @@ def survived(
     return standing
 
 
-def _after_apgd(answers: Answers, batch: Batch, right: Mask, ball: AbstractThreatModel) -> Mask:
+def _after_apgd(
+    counted: CountedModel, batch: Batch, right: Mask, ball: AbstractThreatModel
+) -> Mask:
     """Of the samples that are `right` on clean images, those that survive the cheap tier."""
     robust = right.clone()
     for stage in CHEAP:
         rows = robust.nonzero().flatten()
         if len(rows):
             part = batch[rows]
-            robust[rows] = survivors(stage, answers, part.images, part.labels, ball, seed=0)
+            robust[rows] = survivors(stage, counted, part.images, part.labels, ball, seed=0)
     return robust
 
 
-def _reseeded(dice: Dice, restart: int) -> Dice:
-    return Dice(mix(dice.seed, restart), dice.width, dice.slots, dice.device)
+def _reseeded(rng: BatchRandom, restart: int) -> BatchRandom:
+    return BatchRandom(mix(rng.seed, restart), rng.width, rng.slots, rng.device)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from raytrain.core.failures import told
+from raytrain.core.failures import error_summary
 from raytrain.core.types import RequestError
 from raytrain.core.user_code import guarded, imported
 
@@ -79,7 +79,9 @@ def _made(
             network = make(**ours, **kwargs)
         except TypeError as error:
             if kwargs and "argument" in str(error):  # unknown, missing or repeated
-                raise RequestError(f"model.kwargs: {name} refuses them: {told(error)}") from error
+                raise RequestError(
+                    f"model.kwargs: {name} refuses them: {error_summary(error)}"
+                ) from error
             raise
         if isinstance(network, nn.Module):
             network.state_dict()  # fails if nn.Module.__init__ was not called

@@ -1,4 +1,4 @@
-"""Where the weight gradient is measured and how it is applied."""
+"""Outer updates: the weights at which the gradient is measured, and its application."""
 
 from raytrain.outer.awp import Awp
 from raytrain.outer.base import OUTERS, AbstractOuter, Outer

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: the gradient is measured where the weights are at their worst."""
+"""Adversarial weight perturbation: the gradient is measured at adversarially perturbed weights."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Awp(AbstractOuter):
 
     Wu, Xia and Wang 2020 (AWP, arXiv 2004.05884), algorithm 1. Only tensors of more than one
     dimension move: no biases, no BatchNorm. As in the public code, the ascent pass uses batch
-    statistics and leaves the running ones alone, the whole update (momentum and weight decay too)
+    statistics and does not update the running ones, the whole update (momentum and weight decay too)
     is taken at w + v, nothing moves in the first `warmup` epochs, and 1e-20 beside |d_l| makes v_l
-    zero where d_l is. Traps avoided: d is averaged over the workers before it is used, or the
-    replicas would drift apart; the step is added to a saved copy of w, because subtracting v again
+    zero where d_l is. Errors avoided: d is averaged over the workers before it is used, or the
+    replicas would differ; the step is added to a saved copy of w, because subtracting v again
     rounds. The public proxy's own learning rate drops out of the formula and is not a parameter.
     `then` is the update made at w + v: sgd, clip or engm. With several ascent `steps`, each starts
     from where the one before ended, as long as gamma.
 
     Deviations from the public code: of the tensors of more than one dimension it moves those whose
-    name contains "weight"; here the name does not matter, because any network may be trained, whatever
-    names it uses. In raytrain's own networks these are the same tensors. In another one, a positional
+    name contains "weight"; here the name does not matter, because networks may use any
+    names. In raytrain's own networks these are the same tensors. In another one, a positional
     embedding or a class token moves here and not there, and gamma then perturbs more of the network.
     Its TRADES script numbers epochs from 1: its warm-up of 10 is warmup=9 here.
     """
@@ -72,8 +72,8 @@ class Awp(AbstractOuter):
     def displaces_weights(self) -> bool:
         return True
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return self.then.memory(setting)
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return self.then.memory(setup)
 
     def update(
         self,
@@ -94,7 +94,7 @@ class Awp(AbstractOuter):
         away = [p.detach().clone() for p, _ in moving]
         try:
             return self.then.update(state, oracle, delta, given, rate)
-        finally:  # whatever happens there, the weights come back
+        finally:  # the weights are restored after an error too
             with torch.no_grad():
                 for (p, _), here, there in zip(moving, before, away, strict=True):
                     p.copy_(here + (p - there))

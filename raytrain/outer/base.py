@@ -1,4 +1,4 @@
-"""The interface of an outer update: where the weight gradient is measured, and how it is applied."""
+"""Interface of outer updates: the weights at which the gradient is measured, and its application."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from raytrain.core.types import Delta, PerSample, Spec
 class AbstractOuter(Spec):
     """One update of the weights at a found perturbation.
 
-    `update` is the whole of it. An algorithm that takes its weight gradients in another way (several
-    passes, or one pass for both gradients) uses the pieces: `weights` for the mean over the batch,
-    `step` once every p.grad is complete. An update that `displaces_weights` has no pieces.
+    `update` is the whole update. An algorithm that computes its weight gradients in another way (several
+    passes, or one pass for both gradients) calls its parts: `weights` for the mean over the batch,
+    `step` once every p.grad is complete. An update that `displaces_weights` cannot be split.
     """
 
     card: ClassVar[Card]
@@ -39,15 +39,15 @@ class AbstractOuter(Spec):
         """Whether the gradient is measured at other weights than the present ones."""
         return False
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        """What it keeps between steps, by name."""
-        del setting
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        """Return the state that it keeps between steps, by name."""
+        del setup
         return {}
 
     def weights(
         self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
     ) -> PerSample | Weigh | None:
-        """Each sample's weight in the mean loss at delta, on top of those that are `given`."""
+        """Return each sample's weight in the mean loss at delta, multiplied by those that are `given`."""
         del state, oracle, delta
         return given
 
@@ -86,7 +86,7 @@ class AbstractOuter(Spec):
         """Forward-equivalents of `weights` per image.
 
         `has_gradient`: an attack has left its last input gradient (`Oracle.latest`). `input_gradient`:
-        what the input gradient costs where the weights ask for it during the training pass.
+        cost of the input gradient if the weights need it during the training pass.
         """
         del loss, setting, has_gradient, input_gradient
         return 0.0
@@ -96,7 +96,7 @@ class AbstractOuter(Spec):
         return self.weights_fe(loss, setting, has_gradient=has_gradient) + loss.update_fe
 
     def measures(self, state: TrainState) -> dict[str, float]:
-        """Numbers of its own for the record of an epoch."""
+        """Return metrics of the update for an epoch."""
         del state
         return {}
 
@@ -107,7 +107,7 @@ Outer = Annotated[AbstractOuter, OneOf(OUTERS, "sgd")]
 
 
 def names_of(fits: Callable[[AbstractOuter], bool]) -> str:
-    """The names of raytrain's own outer updates that fit with their defaults, for a message."""
+    """List raytrain's own outer updates for which `fits` holds at their defaults, for a message."""
     *most, last = [name for name, part in OUTERS.own.items() if fits(part.model_validate({}))]
     return f"{', '.join(most)} or {last}" if most else last
 
@@ -120,4 +120,4 @@ def _at_present_weights(outer: AbstractOuter) -> AbstractOuter:
 
 
 InnerOuter = Annotated[AbstractOuter, OneOf(OUTERS, "sgd"), AfterValidator(_at_present_weights)]
-"""The update that another one makes at displaced weights."""
+"""An update that another one applies at displaced weights."""

@@ -1,4 +1,4 @@
-"""Clipping of the mean gradient: the control that per-example normalisation has to beat."""
+"""Clipping of the mean gradient: the baseline of per-example normalisation."""
 
 from __future__ import annotations
 

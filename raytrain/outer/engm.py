@@ -1,4 +1,4 @@
-"""ENGM: no example of a batch pulls harder on the weights than the others."""
+"""ENGM: bounds on the weight-gradient norm of every example of a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import Delta, Number, PerSample
 from raytrain.outer.base import AbstractOuter
 
-_FLOOR = 1e-6  # a fitted line with a negative intercept would promise negative norms
+_FLOOR = 1e-6  # a fitted line with a negative intercept would predict negative norms
 _KEEP = 0.9  # of the running quantile, from one batch to the next
 
 _FITTED = {"estimator": ("affine", "loss")}
@@ -27,13 +27,13 @@ Scalar = Float[Tensor, ""]
 
 
 class EngmMemory:
-    """The fit of weight-gradient norms and the running threshold: the same on every worker."""
+    """Fit of weight-gradient norms and running threshold: the same on every worker."""
 
     def __init__(self, device: torch.device) -> None:
         self.updates = 0
         self.values: dict[str, Scalar] = {}  # gamma1, gamma0, alpha, once they are known
         self.clipped = torch.zeros((), dtype=torch.float64, device=device)  # samples, this epoch
-        self.seen = 0
+        self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, **self.values}
@@ -44,7 +44,7 @@ class EngmMemory:
         self.values = {k: v.to(device) for k, v in state.items() if k != "updates"}
 
     def blend(self, name: str, new: Scalar, keep: float) -> Scalar:
-        """Move a running average towards `new`; the first value is taken whole."""
+        """Move a running average towards `new`; the first value is `new` itself."""
         old = self.values.get(name)
         self.values[name] = new if old is None else keep * old + (1 - keep) * new
         return self.values[name]
@@ -56,7 +56,7 @@ class Engm(AbstractOuter):
     theta <- optimizer(theta, mean_i w_i grad f_i).
 
     Example-normalised gradient descent with momentum, Dabouei et al. 2022, arXiv 2209.01199. **A
-    reconstruction**: the full text was not at hand. The abstract fixes that every example's
+    reconstruction**: the full text was not at hand. The abstract states that every example's
     contribution to the mean gradient is regularised and that the correlation of weight-gradient and
     input-gradient norms saves the cost. The clipped form above, the affine estimate and all defaults
     are chosen here; `mode=normalise` is the other reading, w_i = alpha / s_i.
@@ -79,7 +79,7 @@ class Engm(AbstractOuter):
     gradient (`reuse`): free, one step stale, and of the attack's objective. It is the gradient for the
     perturbed image: the clean branch of trades and mart and the penalty of gradalign do not enter,
     while s_i is of the whole loss. mode=normalise divides by s_i + 1e-12. Norms are measured in
-    eval mode, where samples do not meet; probe_bn=train measures both norms through the batch's own
+    eval mode, where samples are independent; probe_bn=train measures both norms through the batch's own
     statistics, where the exact one costs a whole backward per sample and the input gradient only its
     backward. A small alpha at an unchanged learning rate mostly lowers the learning rate: search
     both, or set `renorm`, which brings the mean weight back to one.
@@ -161,8 +161,8 @@ class Engm(AbstractOuter):
     def weighs_samples(self) -> bool:
         return True
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return {"engm": EngmMemory(setting.context.device)}
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return {"engm": EngmMemory(setup.context.device)}
 
     def weights(
         self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
@@ -181,7 +181,7 @@ class Engm(AbstractOuter):
             return from_norms(_norms(oracle.latest))
         if bn == "eval":
             return from_norms(_norms(oracle.outer_grad(delta, bn)[1]))
-        # The training pass has the input gradient on its way: no forward more.
+        # The training pass computes the input gradient too: no forward more.
         return lambda losses, input_grads: from_norms(_norms(input_grads()))
 
     def weights_fe(
@@ -218,21 +218,21 @@ class Engm(AbstractOuter):
 
     def measures(self, state: TrainState) -> dict[str, float]:
         memory = state.part("engm", EngmMemory)
-        seen = torch.tensor(memory.seen, dtype=torch.float64, device=memory.clipped.device)
-        clipped, seen = state.context.total(torch.stack([memory.clipped, seen])).tolist()
+        count = torch.tensor(memory.count, dtype=torch.float64, device=memory.clipped.device)
+        clipped, count = state.context.total(torch.stack([memory.clipped, count])).tolist()
         memory.clipped.zero_()
-        memory.seen = 0
+        memory.count = 0
         found = {f"engm/{name}": float(value) for name, value in memory.values.items()}
         found.pop("engm/floor", None)
-        return {"engm/clipped": clipped / max(1.0, seen), **found}
+        return {"engm/clipped": clipped / max(1.0, count), **found}
 
     def _of(self, norms: PerSample, state: TrainState, given: PerSample | None) -> PerSample:
         """The weights for these norms of the unweighted losses."""
-        memory, place = state.part("engm", EngmMemory), state.context
+        memory, context = state.part("engm", EngmMemory), state.context
         norms = norms if given is None else norms * given
         alpha: Tensor = norms.new_tensor(self.alpha)
         if self.quantile is not None:
-            now = place.gather(norms).double().quantile(self.quantile)
+            now = context.gather(norms).double().quantile(self.quantile)
             alpha = memory.blend("alpha", now, _KEEP).to(norms.dtype)
         if self.mode == "clip":
             weights = (alpha / norms).clamp(max=1)
@@ -240,16 +240,16 @@ class Engm(AbstractOuter):
             memory.clipped += (weights < 1).sum()
         else:
             weights = alpha / (norms + 1e-12)
-        memory.seen += len(norms)
+        memory.count += len(norms)
         if self.renorm:
-            sums = place.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
+            sums = context.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
             weights = weights * sums[1] / sums[0]
         return weights if given is None else weights * given
 
     def _fitted(
         self, state: TrainState, oracle: Oracle, delta: Delta, predictor: PerSample
     ) -> PerSample:
-        """Norms of the weight gradients, told from a number per sample."""
+        """Predict norms of the weight gradients from one number per sample."""
         if self.estimator == "input":
             return self.kappa * predictor
         memory = state.part("engm", EngmMemory)
@@ -257,8 +257,8 @@ class Engm(AbstractOuter):
             self._refit(memory, state, oracle, delta, predictor)
         memory.updates += 1
         slope, intercept = memory.values["gamma1"], memory.values["gamma0"]
-        told = slope * self._scale(predictor) + intercept
-        norms = told.exp() if self.fit == "loglog" else told
+        predicted = slope * self._scale(predictor) + intercept
+        norms = predicted.exp() if self.fit == "loglog" else predicted
         if self.mode == "normalise" and self.fit == "affine" and "floor" in memory.values:
             norms = norms.clamp_min(memory.values["floor"])
         return norms.clamp_min(_FLOOR).to(predictor.dtype)
@@ -298,7 +298,7 @@ class Engm(AbstractOuter):
     def _exact(self, oracle: Oracle, delta: Delta, count: int) -> Float[Tensor, " k"]:
         bn = "eval" if self.probe_bn == "eval" else "batch_nostat"
         chunks = oracle.sample_grads(delta, bn, self.chunk, count)
-        # By map, which lets go of a chunk before the next is computed.
+        # By map, which frees a chunk before the next is computed.
         return torch.cat(list(map(_joint_norms, chunks)))
 
 

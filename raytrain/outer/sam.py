@@ -1,4 +1,4 @@
-"""SAM: sharpness-aware minimisation, the gradient of the worst weights nearby applied at the present ones."""
+"""SAM: sharpness-aware minimisation, with the gradient at perturbed weights applied at the present ones."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Sam(AbstractOuter):
     or engm: their norms and weights are then those at w + e.
 
     Deviations: d is the gradient of the whole batch over all workers; the paper takes each
-    accelerator's own. The ascent pass uses batch statistics and leaves the running ones alone. 1e-12
-    beside |d| leaves the weights where they are if d is zero.
+    accelerator's own. The ascent pass uses batch statistics and does not update the running ones.
+    1e-12 beside |d| makes e zero if d is zero.
     """
 
     card: ClassVar[Card] = Card(
@@ -61,8 +61,8 @@ class Sam(AbstractOuter):
     def displaces_weights(self) -> bool:
         return True
 
-    def memory(self, setting: TrainingSetup) -> dict[str, Stateful]:
-        return self.then.memory(setting)
+    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
+        return self.then.memory(setup)
 
     def update(
         self,

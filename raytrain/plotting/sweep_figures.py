@@ -187,12 +187,12 @@ def _front(trials: list[Ended], history: History) -> Figure | None:
     return figure
 
 
-Curve = tuple[list[float], list[float]]  # cost and objective, row by row
+CostCurve = tuple[list[float], list[float]]  # cost and objective, row by row
 
 
-def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[int, Curve]:
+def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[int, CostCurve]:
     """Every trial's rows, each cost once."""
-    curves: dict[int, Curve] = {}
+    curves: dict[int, CostCurve] = {}
     for row in log.rows():
         value = row.get(objective.metric)
         if value is None or not math.isfinite(value):
@@ -205,7 +205,9 @@ def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[
     return curves
 
 
-def _curves(curves: dict[int, Curve], trials: list[Ended], objective: Objective) -> Figure | None:
+def _curves(
+    curves: dict[int, CostCurve], trials: list[Ended], objective: Objective
+) -> Figure | None:
     """The objective against a trial's own cost, the best trial's in bold; Optuna's has steps."""
     from matplotlib.collections import LineCollection
 
@@ -242,5 +244,5 @@ def _curves(curves: dict[int, Curve], trials: list[Ended], objective: Objective)
     return figure
 
 
-def _points(curve: Curve, objective: Objective) -> np.ndarray:
+def _points(curve: CostCurve, objective: Objective) -> np.ndarray:
     return np.column_stack([curve[0], shown(objective.metric, curve[1])])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytrain.attacks import AbstractStopping, Found, ProjectedAscent
+from raytrain.attacks import AbstractStopping, AttackResult, ProjectedAscent
 from raytrain.core.cost import Meter
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.oracle import Oracle
@@ -56,7 +56,9 @@ class StoppingConformance:
         assert type(stopping).model_validate_json(stopping.model_dump_json()) == stopping
 
 
-def attacked(stopping: AbstractStopping, compact: bool, share: float) -> tuple[Found, Meter]:
+def attacked(
+    stopping: AbstractStopping, compact: bool, share: float
+) -> tuple[AttackResult, Meter]:
     """An attack on sixteen images at a share of training, and what it cost."""
     batch, ball, meter = batch_of(16), ball_of("linf"), Meter()
     attack = ProjectedAscent(

@@ -15,7 +15,7 @@ from raytrain.core.algorithm_state import TrainingSetup
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.threat_models import L1, L2, Linf
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import BEGINNING, Batch, Dice, Progress
+from raytrain.core.types import BEGINNING, Batch, BatchRandom, Progress
 
 CPU = torch.device("cpu")
 
@@ -30,9 +30,9 @@ def ball_of(norm: str, eps: float | None = None) -> Linf | L2 | L1:
     return kinds[norm](eps=EPS[norm] if eps is None else eps)
 
 
-def dice_of(num: int, seed: int = 0) -> Dice:
+def rng_of(num: int, seed: int = 0) -> BatchRandom:
     """The randomness of a whole batch on one worker."""
-    return Dice(seed, num, slice(None), CPU)
+    return BatchRandom(seed, num, slice(None), CPU)
 
 
 def pixels(num: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
@@ -56,7 +56,7 @@ def batch_of(
     """A batch with saturated pixels, random labels and indices 0..num-1."""
     labels = torch.randint(classes, (num,), generator=generator(seed + 1))
     images = pixels(num, channels, size, seed).to(dtype)
-    return Batch(images, labels, torch.arange(num), dice_of(num, seed))
+    return Batch(images, labels, torch.arange(num), rng_of(num, seed))
 
 
 class TinyNet(nn.Module):
@@ -120,10 +120,10 @@ def state_of(
     state = TrainState(model=model, wrapper=model, optimizer=optimizer)
     if algorithm is not None:
         dtype = next(model.parameters()).dtype
-        setting = TrainingSetup(
+        setup = TrainingSetup(
             DistributedContext(), model, num_images, shape, batch_size, dtype, seed=0
         )
-        state.parts = algorithm.memory(setting)
+        state.parts = algorithm.memory(setup)
     return state
 
 

@@ -99,7 +99,7 @@ def save(state: TrainState, run: RunConfig, path: Path, context: DistributedCont
     """
     parts = {name: part.state_dict() for name, part in state.parts.items()}
     randomness = _random_states(context)
-    cost = asdict(state.meter.over(context))
+    cost = asdict(state.meter.total(context))
     problem = None
     if context.leads:
         problem = _write(path, _content(state, run, parts, randomness, cost))

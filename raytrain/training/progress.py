@@ -1,4 +1,4 @@
-"""How far training has come, as a share: in epochs, or in what it has cost."""
+"""Progress of a training run as a share in [0, 1]: of its epochs, or of its cost."""
 
 from __future__ import annotations
 
@@ -11,62 +11,63 @@ from raytrain.core.types import Progress
 
 
 class AbstractProgress(ABC):
-    """Asked before every step where training stands, and after it whether it is over.
+    """Progress of a run: its share before every step, and whether it is complete after it.
 
-    All workers must ask alike: the answer may be a collective.
+    Every method may be a collective: call each on all workers in the same order.
     """
 
     @abstractmethod
-    def begin(self, state: TrainState) -> None:
-        """An epoch is about to begin."""
+    def start_epoch(self, state: TrainState) -> None:
+        """Prepare for the steps of the next epoch."""
 
     @abstractmethod
-    def at(self, state: TrainState, done: int) -> Progress:
-        """The progress before a step, `done` steps of its epoch being over."""
+    def before_step(self, state: TrainState, done: int) -> Progress:
+        """The progress before a step, after `done` steps of its epoch."""
 
     @abstractmethod
-    def middle(self, state: TrainState, done: int) -> float:
-        """The share of training at the middle of that step: where its learning rate is taken."""
+    def mid_step_share(self, state: TrainState, done: int) -> float:
+        """The share of training at the middle of that step, which decides its learning rate."""
 
     @abstractmethod
-    def progress(self, state: TrainState) -> float:
+    def share(self, state: TrainState) -> float:
         """The share of training that is done, up to 1."""
 
     @abstractmethod
-    def over(self, state: TrainState) -> bool:
-        """Whether training is at its end; asked after every step and every epoch."""
+    def is_complete(self, state: TrainState) -> bool:
+        """Whether training is at its end; called after every step and every epoch."""
 
 
 @dataclass
 class ByEpochs(AbstractProgress):
-    """So many passes over the training images, each of `steps` steps."""
+    """Training of `epochs` passes over the training images, each of `steps` steps."""
 
     epochs: int
     steps: int
 
-    def begin(self, state: TrainState) -> None:
+    def start_epoch(self, state: TrainState) -> None:
         del state
 
-    def at(self, state: TrainState, done: int) -> Progress:
+    def before_step(self, state: TrainState, done: int) -> Progress:
         begun, now = state.epoch / self.epochs, (state.epoch + done / self.steps) / self.epochs
         return Progress(begun, now, state.epoch)
 
-    def middle(self, state: TrainState, done: int) -> float:
+    def mid_step_share(self, state: TrainState, done: int) -> float:
         return (state.epoch + (done + 0.5) / self.steps) / self.epochs
 
-    def progress(self, state: TrainState) -> float:
+    def share(self, state: TrainState) -> float:
         return min(1.0, state.epoch / self.epochs)
 
-    def over(self, state: TrainState) -> bool:
+    def is_complete(self, state: TrainState) -> bool:
         return state.epoch >= self.epochs
 
 
 @dataclass
 class ByCost(AbstractProgress):
-    """Until training has cost `fe_per_image` forward-equivalents per training image.
+    """Training that ends at a cost of `fe_per_image` forward-equivalents per training image.
 
-    It ends at the step nearest to that, in the middle of an epoch if need be: half a mean step more or
-    less. Schedules run over the cost, so a method whose steps are dear sees the same shares of training.
+    It ends at the step nearest to that, if necessary within an epoch: the error is at most half a mean
+    step. Schedules are functions of the cost, hence of the same shares of training for every method,
+    whatever a step costs.
     """
 
     fe_per_image: float
@@ -76,26 +77,26 @@ class ByCost(AbstractProgress):
     def __post_init__(self) -> None:
         self._spent = self._began = 0.0
 
-    def begin(self, state: TrainState) -> None:
-        self._began = self._spent = self._share(state)
+    def start_epoch(self, state: TrainState) -> None:
+        self._began = self._spent = self._cost_share(state)
 
-    def at(self, state: TrainState, done: int) -> Progress:
+    def before_step(self, state: TrainState, done: int) -> Progress:
         del done
         return Progress(self._began, self._spent, state.epoch)
 
-    def middle(self, state: TrainState, done: int) -> float:
+    def mid_step_share(self, state: TrainState, done: int) -> float:
         del done
         return min(1.0, self._spent + self._half_step(state))
 
-    def progress(self, state: TrainState) -> float:
-        return min(1.0, self._share(state))
+    def share(self, state: TrainState) -> float:
+        return min(1.0, self._cost_share(state))
 
-    def over(self, state: TrainState) -> bool:
-        self._spent = self._share(state)
+    def is_complete(self, state: TrainState) -> bool:
+        self._spent = self._cost_share(state)
         return self._spent + self._half_step(state) >= 1
 
-    def _share(self, state: TrainState) -> float:
-        return state.meter.over(self.context).fe / (self.num_images * self.fe_per_image)
+    def _cost_share(self, state: TrainState) -> float:
+        return state.meter.total(self.context).fe / (self.num_images * self.fe_per_image)
 
     def _half_step(self, state: TrainState) -> float:
         return self._spent / (2 * state.step) if state.step else 0.0

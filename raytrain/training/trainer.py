@@ -1,4 +1,4 @@
-"""Epochs: train, validate, report. Knows neither Ray nor MLflow nor Optuna."""
+"""Training of one run, epoch by epoch, with validation. Independent of Ray, MLflow and Optuna."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import copy_of
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.train_state import Outcome, TrainState
-from raytrain.core.types import Batch, Dice, Diverged, RequestError, mix
+from raytrain.core.train_state import StepResult, TrainState
+from raytrain.core.types import Batch, BatchRandom, Diverged, RequestError, mix
 from raytrain.core.user_code import guarded
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import (
@@ -45,24 +45,24 @@ from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
 
 DIVERGED = 1e4
-"""A mean loss above this many nats cannot be training; guessing among ten classes costs 2.3."""
+"""A mean loss above this many nats is divergence; uniform guessing among ten classes costs 2.3."""
 
-_LOOKED_AT = 16  # training images that a network of the user is asked about before it is trained
-_CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+_NUM_CHECKED = 16  # training images on which a network of the user is checked before training
+_CHECK_EVERY = 50  # steps between checks of the loss, each of which synchronises the device
 
 
 @dataclass
 class _Sums:
-    """Totals of an epoch, kept on the device until somebody asks."""
+    """Totals of an epoch, accumulated on the device and read once per check or epoch."""
 
     loss: Tensor
     steps: Tensor
     samples: int = 0
 
-    def add(self, outcome: Outcome) -> None:
-        self.loss += outcome.losses.sum(dtype=torch.float64)
-        self.steps += outcome.steps.sum()
-        self.samples += len(outcome.losses)
+    def add(self, result: StepResult) -> None:
+        self.loss += result.losses.sum(dtype=torch.float64)
+        self.steps += result.steps.sum()
+        self.samples += len(result.losses)
 
     def means(self, context: DistributedContext) -> tuple[float, float]:
         loss, steps, samples = context.total(
@@ -74,14 +74,13 @@ class _Sums:
 def fit(
     run: RunConfig, context: DistributedContext, resume: Saved | None = None
 ) -> Iterator[tuple[EpochMetrics, TrainState]]:
-    """Train to the end of `run`, yielding once per epoch; all workers must be asked for the same
-    epochs.
+    """Train to the end of `run`, yielding once per epoch; iterate on all workers alike.
 
-    The state that comes with a report is the live one: save it before asking for the next.
+    The yielded state is not a copy: save it before the next iteration.
 
     Raises:
         RequestError: if the configuration does not fit the data.
-        Diverged: if the loss is no longer a number, or absurd.
+        Diverged: if the loss is not finite or above `DIVERGED`.
     """
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
     splits = open_splits(run.data, context, dtype)
@@ -89,10 +88,10 @@ def fit(
     state = start(run, splits, context)
     if resume is not None:
         restore(state, resume, context)
-        state.stopped_by = run.ends_by(state.patience_count, state.sentinel_values)
-    pace = progress_of(run, splits, context)
-    while not (pace.over(state) or state.stopped_by):
-        yield _epoch(run, state, pace, splits, context), state
+        state.stopped_by = run.reason_to_stop(state.patience_count, state.sentinel_values)
+    progress = build_progress(run, splits, context)
+    while not (progress.is_complete(state) or state.stopped_by):
+        yield _epoch(run, state, progress, splits, context), state
 
 
 def fit_and_checkpoint(
@@ -102,9 +101,9 @@ def fit_and_checkpoint(
     resume: Saved | None = None,
     note: Callable[[EpochMetrics], None] | None = None,
 ) -> Iterator[EpochMetrics]:
-    """`fit`, with `last.pt` and `best.pt` in `folder`: each written before its epoch is reported.
+    """Run `fit` and write `last.pt` and `best.pt` to `folder`, each before its epoch is yielded.
 
-    `note` is given every row before that: what it keeps is never behind a checkpoint.
+    `note` is called with every row before the checkpoints of its epoch are written.
 
     Raises:
         TrainingFailed: on every worker, also if the folder cannot be written.
@@ -120,18 +119,18 @@ def fit_and_checkpoint(
 
 
 def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
-    """Whether there is something left to train, from a checkpoint that fits.
+    """Check that the checkpoint fits the run and that training from it is not complete.
 
     Raises:
-        RequestError: with what was expected instead.
+        RequestError: naming what was expected.
     """
     state = start(run, splits, DistributedContext())
     restore(state, saved, DistributedContext())
-    if progress_of(run, splits, DistributedContext()).over(state):
+    if build_progress(run, splits, DistributedContext()).is_complete(state):
         by_epochs = run.fe_per_image is None
         end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
         raise RequestError(f"{end} have been trained already; expected more, to go on")
-    if why := run.ends_by(saved.patience_count, saved.sentinel_values):
+    if why := run.reason_to_stop(saved.patience_count, saved.sentinel_values):
         rule = why.partition(":")[0]
         raise RequestError(
             f"{why}: the run has stopped early after {saved.epoch} epochs; {rule}=null goes on to the "
@@ -140,7 +139,7 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
 
 
 def preflight(run: RunConfig) -> Splits:
-    """Everything that can be found wrong before work begins: the data read, the network built.
+    """Check a run before training: read the data, build and try the network, allocate the state.
 
     Raises:
         RequestError: naming the field or file.
@@ -153,12 +152,12 @@ def preflight(run: RunConfig) -> Splits:
         torch.default_generator.manual_seed(mix(run.seed, "weights"))
         model = build_model(run, splits.source)
         if run.model.users:
-            build_model(run, splits.source)  # is refused if it has weights of the first
+            build_model(run, splits.source)  # raises if it shares weights with the first
     _try_out(run, model, splits, DistributedContext())
     if run.model.users:
         _warn(run, model, splits.train)
     run.algorithm.build(run.threat, run.outer).memory(
-        _setting(run, splits, model, DistributedContext())
+        _setup(run, splits, model, DistributedContext())
     )
     return splits
 
@@ -166,7 +165,7 @@ def preflight(run: RunConfig) -> Splits:
 def _try_out(
     run: RunConfig, model: Classifier, splits: Splits, context: DistributedContext
 ) -> None:
-    """Try the network as it is going to be trained, where that has not been done when it was built."""
+    """Try the network on the device and in the precision of training, unless `build` has done so."""
     shape, classes = splits.train.shape, len(splits.source.classes)
     as_built = context.device.type == "cpu" and run.precision == "fp32"
     if run.model.foreign(splits.source.size) and not as_built:
@@ -176,9 +175,9 @@ def _try_out(
 
 
 def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
-    """One line for everything that evaluation is going to hold against the answers of the network."""
-    rows = torch.arange(min(_LOOKED_AT, part.num_images))
-    batch = part.batch(rows, Dice(0, len(rows), slice(None), rows.device))
+    """Log a line for every check of the evaluation that the outputs of the network fail."""
+    rows = torch.arange(min(_NUM_CHECKED, part.num_images))
+    batch = part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
     with guarded(model.name, "cannot be tried on training images"):
         findings = of_answers(model, batch.images, run.seed)
     for finding in findings:
@@ -186,15 +185,17 @@ def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
             log_line(f"raytrain: model.name: {model.name}: {finding.sentence}")
 
 
-def progress_of(run: RunConfig, splits: Splits, context: DistributedContext) -> AbstractProgress:
-    """What ends the run: its epochs, or its cost."""
+def build_progress(
+    run: RunConfig, splits: Splits, context: DistributedContext
+) -> AbstractProgress:
+    """Return the progress of a run: in epochs, or in cost if `fe_per_image` is set."""
     if run.fe_per_image is not None:
         return ByCost(run.fe_per_image, splits.train.num_images, context)
     return ByEpochs(run.epochs, num_steps(splits.train, run.batch_size))
 
 
 def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainState:
-    """A fresh network, optimiser and memory: the same on every worker."""
+    """Return the initial state: network, optimiser and parts, the same on every worker."""
     torch.manual_seed(mix(run.seed, "weights"))
     model = build_model(run, splits.source)
     _try_out(run, model, splits, context)
@@ -212,14 +213,14 @@ def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainS
         precision=run.precision,
         context=context,
         parts=run.algorithm.build(run.threat, run.outer).memory(
-            _setting(run, splits, model, context)
+            _setup(run, splits, model, context)
         ),
         ema=ema,
         classes=splits.source.classes,
     )
 
 
-def _setting(
+def _setup(
     run: RunConfig, splits: Splits, model: nn.Module, context: DistributedContext
 ) -> TrainingSetup:
     return TrainingSetup(
@@ -234,23 +235,23 @@ def _setting(
 
 
 def build_model(run: RunConfig, source: Source) -> Classifier:
-    """The configured network for the images and classes of `source`."""
+    """Build the configured network for the images and classes of `source`."""
     return run.model.build(
         source.channels, source.size, len(source.classes), source.mean, source.std
     )
 
 
 def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
-    """The network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
+    """Load the network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
 
-    `data` is where its data set is now, if that is not where it was trained.
+    `data` replaces the data set of the checkpoint, for example if its files have moved.
 
     Raises:
         RequestError: if the data set has other classes than those it was trained on.
     """
     source = open_source(data or saved.run.data)
     saved.check_classes(source.classes)
-    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
         model = build_model(saved.run, source)
     if saved.run.precision == "fp64":
         model = model.double()
@@ -262,27 +263,27 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
 def _epoch(
     run: RunConfig,
     state: TrainState,
-    pace: AbstractProgress,
+    progress: AbstractProgress,
     splits: Splits,
     context: DistributedContext,
 ) -> EpochMetrics:
     began = time.perf_counter()
-    trained = _train(run, state, pace, splits, context)
-    _wait(context)
+    trained = _train(run, state, progress, splits, context)
+    _synchronise(context)
     state.seconds += time.perf_counter() - began
     state.epoch += 1
     context.average_buffers(state.model)
     if state.ema is not None:
         context.average_buffers(state.ema.module)
-    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.outcome, context)
+    fosc, fosc_box = _probe(trained.algorithm.ball, state, trained.batch, trained.result, context)
     own = trained.algorithm.measures(state, trained.batch)
-    over = pace.over(state)
+    over = progress.is_complete(state)
     due = state.epoch % run.evaluation.every == 0 or over
-    valid = _validate(run, state, splits.valid, context) if due else _Validated()
-    meter = state.meter.over(context)
+    valid = _validate(run, state, splits.valid, context) if due else _ValidationResult()
+    meter = state.meter.total(context)
     return EpochMetrics(
         epoch=state.epoch,
-        progress=pace.progress(state),
+        progress=progress.share(state),
         loss=trained.loss,
         inner_steps=trained.inner_steps,
         fosc=float(fosc.mean()),
@@ -306,8 +307,8 @@ def _epoch(
 
 
 @dataclass(frozen=True)
-class _Validated:
-    """What a validation found; in an epoch without one, nothing."""
+class _ValidationResult:
+    """Result of a validation; the defaults are those of an epoch without one."""
 
     clean: float | None = None
     robust: float | None = None
@@ -317,32 +318,37 @@ class _Validated:
 
 def _validate(
     run: RunConfig, state: TrainState, part: SplitShard, context: DistributedContext
-) -> _Validated:
-    """Judge the network, look at the sentinels, and stop training if a rule says so."""
+) -> _ValidationResult:
+    """Validate the network, compute the sentinels, and set `stopped_by` if a rule ends training."""
     batch_size, model = run.evaluation.batch_size, state.eval_model
     batches = iter_eval(part, batch_size, mix(run.seed, "valid"), run.evaluation.images)
-    judged, flags = validate(model, batches, run.threat, run.evaluation, context, run.precision)
-    improved = judged.robust > state.best
+    validation, flags = validate(
+        model, batches, run.threat, run.evaluation, context, run.precision
+    )
+    improved = validation.robust > state.best
     gain = 0.0 if run.early_stop is None else run.early_stop.min_gain
-    state.patience_count = 0 if judged.robust > state.best + gain else state.patience_count + 1
-    state.best = max(state.best, judged.robust)
-    seen: dict[str, float] = {}
+    state.patience_count = 0 if validation.robust > state.best + gain else state.patience_count + 1
+    state.best = max(state.best, validation.robust)
+    sentinel_values: dict[str, float] = {}
     if run.sentinels is not None:
         ball, corners = run.evaluation.ball(run.threat), run.sentinels.corners
         probed = probe(part, flags, run.sentinels.images, batch_size, run.seed)
-        seen = readings(model, probed, ball, corners, context, run.precision)
-    state.sentinel_values = {**seen, "robust_drop": robust_drop(state.best, judged.robust)}
-    state.stopped_by = run.ends_by(state.patience_count, state.sentinel_values)
-    return _Validated(judged.clean, judged.robust, improved, seen)
+        sentinel_values = readings(model, probed, ball, corners, context, run.precision)
+    state.sentinel_values = {
+        **sentinel_values,
+        "robust_drop": robust_drop(state.best, validation.robust),
+    }
+    state.stopped_by = run.reason_to_stop(state.patience_count, state.sentinel_values)
+    return _ValidationResult(validation.clean, validation.robust, improved, sentinel_values)
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """What is left of the steps of an epoch."""
+class _EpochResult:
+    """Result of the steps of an epoch."""
 
-    algorithm: AbstractAlgorithm  # as it was at the last step
+    algorithm: AbstractAlgorithm  # of the last step
     batch: Batch  # the last one
-    outcome: Outcome  # of the last step
+    result: StepResult  # of the last step
     loss: float  # means over the epoch
     inner_steps: float
     rate: float  # of the last step
@@ -351,11 +357,11 @@ class _Trained:
 def _train(
     run: RunConfig,
     state: TrainState,
-    pace: AbstractProgress,
+    progress: AbstractProgress,
     splits: Splits,
     context: DistributedContext,
-) -> _Trained:
-    """The steps of one epoch, or of as much of it as is left to train."""
+) -> _EpochResult:
+    """Run the steps of one epoch, or fewer if training is complete within it."""
     source, spec, epoch = splits.source, run.data, state.epoch
     pad = source.pad if spec.pad is None else spec.pad
     flip = source.flip if spec.flip is None else spec.flip
@@ -363,36 +369,36 @@ def _train(
     zero = torch.zeros((), dtype=torch.float64, device=context.device)
     sums = _Sums(zero.clone(), zero.clone().long())
     scheduled: dict[str, float | str] = {}
-    algorithm, batch, outcome, rate = run.algorithm_with({}), None, None, 0.0
-    pace.begin(state)
+    algorithm, batch, result, rate = run.algorithm_with({}), None, None, 0.0
+    progress.start_epoch(state)
     for done, batch in enumerate(
         iter_train(splits.train, run.batch_size, run.seed, epoch, pad, flip)
     ):
-        rate = run.optimizer.set_rate(state.optimizer, pace.middle(state, done))
-        state.progress = pace.at(state, done)
+        rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
+        state.progress = progress.before_step(state, done)
         if (now := run.scheduled(state.progress.step)) != scheduled:
             scheduled, algorithm = now, run.algorithm_with(now)
-        outcome = algorithm.step(state, batch)
+        result = algorithm.step(state, batch)
         state.step += 1
         state.meter.samples += len(batch)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        sums.add(outcome)
+        sums.add(result)
         if (done + 1) % _CHECK_EVERY == 0:
-            _must_be_finite(sums.means(context)[0], epoch)
-        if pace.over(state):
+            _check_finite(sums.means(context)[0], epoch)
+        if progress.is_complete(state):
             break
-    assert batch is not None and outcome is not None
+    assert batch is not None and result is not None
     loss, inner_steps = sums.means(context)
-    _must_be_finite(loss, epoch)
-    return _Trained(algorithm, batch, outcome, loss, inner_steps, rate)
+    _check_finite(loss, epoch)
+    return _EpochResult(algorithm, batch, result, loss, inner_steps, rate)
 
 
 def _probe(
     ball: AbstractThreatModel,
     state: TrainState,
     batch: Batch,
-    outcome: Outcome,
+    result: StepResult,
     context: DistributedContext,
 ) -> tuple[Tensor, Tensor]:
     """FOSC of the last training perturbations at the weights they led to, in eval mode, over all
@@ -408,14 +414,14 @@ def _probe(
         attack_bn="eval",
         precision=state.precision,
     )
-    _, grad = oracle.delta_grad(outcome.delta)
+    _, grad = oracle.delta_grad(result.delta)
     return (
-        context.gather(ball.gap(outcome.delta, grad)),
-        context.gather(ball.box_gap(outcome.delta, grad, batch.images)),
+        context.gather(ball.gap(result.delta, grad)),
+        context.gather(ball.box_gap(result.delta, grad, batch.images)),
     )
 
 
-def _must_be_finite(loss: float, epoch: int) -> None:
+def _check_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss) or loss > DIVERGED:
         raise Diverged(
             f"training diverged in epoch {epoch + 1}: the mean loss is {loss:.3g}; a smaller "
@@ -423,6 +429,6 @@ def _must_be_finite(loss: float, epoch: int) -> None:
         )
 
 
-def _wait(context: DistributedContext) -> None:
+def _synchronise(context: DistributedContext) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)

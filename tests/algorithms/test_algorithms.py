@@ -221,7 +221,7 @@ def test_only_a_remembered_start_asks_for_a_store() -> None:
 def test_neighbours_in_the_batch_do_not_change_an_attack_in_eval_mode() -> None:
     # batch_nostat and train do let neighbours in, which is why eval is the default of PGD.
     whole, rows = batch_of(8), torch.arange(4)
-    half = Batch(whole.images[rows], whole.labels[rows], whole.index[rows], whole.dice)
+    half = Batch(whole.images[rows], whole.labels[rows], whole.index[rows], whole.rng)
     moved: dict[str, bool] = {}
     for bn in ("eval", "batch_nostat", "train"):
         attack = ProjectedAscent(start=Zero(), steps=3, step_size="eps/4", bn=bn)

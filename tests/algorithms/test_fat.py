@@ -53,7 +53,7 @@ def test_tau_grows_at_the_epochs_of_the_public_code(epoch: int, tau: int) -> Non
     # Three images, misclassified at every iterate: each takes tau steps.
     batch, model = batch_of(3), tiny_net()
     labels = (model(batch.images).argmax(1) + 1) % 4
-    batch = type(batch)(batch.images, labels, batch.index, batch.dice)
+    batch = type(batch)(batch.images, labels, batch.index, batch.rng)
     algorithm = Fat(start="zero", step_size=1e-9).build(ball_of("linf"), Plain())  # pyright: ignore[reportArgumentType]
     state = state_of(model, algorithm)
     state.progress = Progress(epoch / 120, epoch / 120, epoch)

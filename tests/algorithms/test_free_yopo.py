@@ -224,7 +224,7 @@ def test_a_pixel_that_the_box_stops_is_carried_over_clipped_and_turns_back_at_on
     for images, slope in ((white, up), (white, -up), (white, up), (grey, up)):
         with torch.no_grad():
             model.slope.copy_(slope)
-        batch = Batch(images, labels, base.index, base.dice)
+        batch = Batch(images, labels, base.index, base.rng)
         ours.append(float(algorithm.step(state, batch).delta.mean()))
         theirs = theirs.requires_grad_(True)
         loss = F.cross_entropy(model((images + theirs).clamp(0, 1)), labels)
@@ -320,7 +320,7 @@ class Told(DistributedContext):
         return torch.cat(self.rows)
 
 
-def slot_setting(context: DistributedContext, batch_size: int = 12) -> TrainingSetup:
+def slot_setup(context: DistributedContext, batch_size: int = 12) -> TrainingSetup:
     return TrainingSetup(context, tiny_net(), 99, (1, 2, 3), batch_size, torch.float64, seed=0)
 
 
@@ -329,7 +329,7 @@ def test_slots_are_dealt_anew_to_any_number_of_workers(before: int, after: int) 
     whole = torch.randn(12, 1, 2, 3, generator=generator(0), dtype=torch.float64)
     held = []
     for rank in range(before):
-        store = SlotStore(slot_setting(DistributedContext(rank=rank, world=before)))
+        store = SlotStore(slot_setup(DistributedContext(rank=rank, world=before)))
         assert store.values.shape == (12 // before, 1, 2, 3) and not store.values.any()
         store.load_state_dict({"values": whole})
         # Slot s belongs to worker s modulo their number, as its images do.
@@ -337,11 +337,11 @@ def test_slots_are_dealt_anew_to_any_number_of_workers(before: int, after: int) 
         held.append(store.values)
     saved: dict[str, Any] = {}
     for rank in range(before):
-        writer = SlotStore(slot_setting(Told(rank=rank, world=before, rows=tuple(held))))
+        writer = SlotStore(slot_setup(Told(rank=rank, world=before, rows=tuple(held))))
         saved = writer.state_dict()
         assert torch.equal(saved["values"], whole)
     for rank in range(after):
-        reader = SlotStore(slot_setting(DistributedContext(rank=rank, world=after)))
+        reader = SlotStore(slot_setup(DistributedContext(rank=rank, world=after)))
         reader.load_state_dict(saved)
         assert torch.equal(reader.values, whole[rank::after])
 

@@ -57,7 +57,7 @@ def oracle_of(model: nn.Module, batch: Batch, objective: Aligned) -> Oracle:
 
 def eta_of(batch: Batch, norm: str = "linf") -> Tensor:
     """The noise of the second gradient."""
-    return ball_of(norm).noise(batch.images, batch.dice, "align")
+    return ball_of(norm).noise(batch.images, batch.rng, "align")
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def test_samples_without_a_gradient_have_no_penalty_and_do_not_spoil_the_others(
     base = batch_of(6)
     light = torch.tensor([1.0, 0, 1, 0, 0, 1], dtype=torch.float64).view(-1, 1, 1, 1)
     images = 0.1 * base.images + 0.8 * light
-    batch = Batch(images, base.labels, base.index, base.dice)
+    batch = Batch(images, base.labels, base.index, base.rng)
     model, objective = Masked(), Aligned(lam=4.0)
     fixed = slope(model, images, batch.labels)
     there = slope(model, images + eta_of(batch), batch.labels)
@@ -245,7 +245,7 @@ def test_a_share_of_zero_gradients_weakens_the_public_penalty_by_that_share(dark
     base, count = batch_of(6), 6
     light = (torch.arange(count) >= dark).double().view(-1, 1, 1, 1)
     images = 0.1 * base.images + 0.8 * light
-    batch, model = Batch(images, base.labels, base.index, base.dice), Masked()
+    batch, model = Batch(images, base.labels, base.index, base.rng), Masked()
     fixed = slope(model, images, batch.labels)
     there = slope(model, images + eta_of(batch), batch.labels)
     bright = fixed.flatten(1).norm(dim=1) > 0
@@ -291,10 +291,10 @@ def test_an_angle_does_not_depend_on_how_short_the_gradients_are(size: float) ->
         return torch.stack([torch.zeros_like(score), score], 1)
 
     labels = torch.ones_like(batch.labels)
-    batch = Batch(batch.images, labels, batch.index, batch.dice)
+    batch = Batch(batch.images, labels, batch.index, batch.rng)
     zero = torch.zeros_like(batch.images)
     # At zero pixels the prediction is one half whatever the size.
-    batch = Batch(zero, labels, batch.index, batch.dice)
+    batch = Batch(zero, labels, batch.index, batch.rng)
     losses = objective.outer(predict, batch, zero, (-size * one, zero))
     penalty = losses.detach() - F.cross_entropy(predict(zero), labels, reduction="none").detach()
     (grad,) = torch.autograd.grad(losses.sum(), turn)
@@ -312,7 +312,7 @@ def test_one_sure_sample_does_not_ruin_the_weights(sure: float) -> None:
     base = batch_of(4, dtype=torch.float32)
     light = torch.tensor([1.0, 0.6, 0.3, 0.1]).view(-1, 1, 1, 1)
     images = light * torch.ones_like(base.images)
-    batch = Batch(images, torch.zeros_like(base.labels), base.index, base.dice)
+    batch = Batch(images, torch.zeros_like(base.labels), base.index, base.rng)
     algorithm = gradalign(eps=0.001)
     outcome = algorithm.step(state_of(model, algorithm), batch)
     assert bool(outcome.losses.isfinite().all())

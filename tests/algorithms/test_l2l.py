@@ -16,8 +16,8 @@ from helpers import (
     assert_near,
     ball_of,
     batch_of,
-    dice_of,
     generator,
+    rng_of,
     same,
     state_of,
     tensors,
@@ -273,7 +273,7 @@ def test_every_image_the_attack_looks_at_is_feasible_and_near_the_last(
 
 def test_a_full_step_in_l2_is_as_long_as_the_scale() -> None:
     base = batch_of(4, channels=3)
-    batch = Batch(torch.full_like(base.images, 0.5), base.labels, base.index, base.dice)
+    batch = Batch(torch.full_like(base.images, 0.5), base.labels, base.index, base.rng)
     attacker = built(cell="linear", features="sign", init="pgd", scale=0.21)
     model = tiny_net(channels=3)
     found = ascent_of(steps=1).maximise(
@@ -404,7 +404,7 @@ def test_for_one_step_the_meta_gradient_is_the_slope_of_the_loss_itself() -> Non
 def test_only_straight_through_hands_a_slope_to_pixels_at_their_bounds() -> None:
     # The loss grows with <slope, x> and one step of 2 eps saturates every pixel.
     base, ball = batch_of(6), ball_of("linf")
-    batch = Batch(base.images, torch.zeros_like(base.labels), base.index, base.dice)
+    batch = Batch(base.images, torch.zeros_like(base.labels), base.index, base.rng)
     model = Affine(torch.randn(1, 8, 8, generator=generator(0), dtype=torch.float64))
     slopes = {}
     for projection in ("hard", "straight_through"):
@@ -647,10 +647,8 @@ def test_the_first_attacker_depends_on_the_seed_of_the_run_and_on_nothing_else()
     def attacker(seed: int, junk: int) -> Attacker:
         torch.manual_seed(junk)
         before = torch.get_rng_state()
-        setting = TrainingSetup(
-            DistributedContext(CPU), model, 8, (1, 8, 8), 8, torch.float64, seed
-        )
-        found = recipe.memory(setting)["attacker"]
+        setup = TrainingSetup(DistributedContext(CPU), model, 8, (1, 8, 8), 8, torch.float64, seed)
+        found = recipe.memory(setup)["attacker"]
         assert torch.equal(torch.get_rng_state(), before)
         assert isinstance(found, Attacker)
         return found
@@ -764,4 +762,4 @@ def test_the_start_is_uniform_or_with_trades_a_little_noise_unless_one_is_given(
     assert 0.5 * EPS["linf"] < sizes["adv", True] <= EPS["linf"]
     assert 0 < sizes["trades", True] < 0.01
     assert sizes["adv", False] == sizes["trades", False] == 0
-    assert dice_of(8).seed == batch.dice.seed
+    assert rng_of(8).seed == batch.rng.seed

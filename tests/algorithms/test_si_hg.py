@@ -42,7 +42,7 @@ from raytrain.core.losses import AbstractLoss, CrossEntropy
 from raytrain.core.sample_store import GradientTable, SampleStore, SlotStore, cut, paste
 from raytrain.core.threat_models import in_box
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Batch, Dice, RequestError
+from raytrain.core.types import Batch, BatchRandom, RequestError
 from raytrain.outer import Awp, Clip, Engm, Plain
 
 NORMS = ["linf", "l2", "l1"]
@@ -510,7 +510,7 @@ def test_the_gradient_of_c_is_the_extrapolated_one(theta: float, m: int, store: 
             stored = state.part("delta", SampleStore).read(batch)
             old = algorithm.ball.feasible(stored, batch.images)
         else:
-            noise = algorithm.ball.noise(batch.images, batch.dice, "start")
+            noise = algorithm.ball.noise(batch.images, batch.rng, "start")
             old = in_box(noise, batch.images)
         twin = copy.deepcopy(state.model)
         outcome = algorithm.step(state, batch)
@@ -578,12 +578,10 @@ def test_the_table_holds_each_image_s_gradient_at_its_last_visit() -> None:
 
 def test_a_table_too_large_for_a_memory_is_refused_with_its_size() -> None:
     model = nn.Linear(1000, 1000, bias=False)
-    setting = TrainingSetup(
-        DistributedContext(), model, 50_000, (1, 1, 1), 8, torch.float32, seed=0
-    )
+    setup = TrainingSetup(DistributedContext(), model, 50_000, (1, 1, 1), 8, torch.float32, seed=0)
     with pytest.raises(RequestError, match=r"T keeps .*1,000,000 weights .* 50,000 .*186 GiB"):
-        si_hg("T").memory(setting)
-    just_over = dataclasses.replace(setting, num_images=537)  # 2 GiB and a bit
+        si_hg("T").memory(setup)
+    just_over = dataclasses.replace(setup, num_images=537)  # 2 GiB and a bit
     with pytest.raises(RequestError, match="expected A, B, C, N or J"):
         si_hg("T").memory(just_over)
 
@@ -643,10 +641,10 @@ def test_a_customary_step_survives_every_bank_in_every_norm(
     if kept == "int8" and norm == "l1":
         bound = 0.06  # 154 pixels of 0.02, each wrong by up to 1 / 254
     algorithm = si_hg("N", norm, eps=eps, bank_dtype=kept, sigma="eps/4")
-    setting = TrainingSetup(
+    setup = TrainingSetup(
         DistributedContext(), tiny_net(), 8, (3, 32, 32), 8, torch.float64, seed=0
     )
-    store = algorithm.memory(setting)["delta"]
+    store = algorithm.memory(setup)["delta"]
     assert isinstance(store, SampleStore)
     batch, ball = batch_of(8, channels=3, size=32), algorithm.ball
     grad = torch.randn(batch.images.shape, generator=generator(0), dtype=torch.float64)
@@ -853,8 +851,8 @@ def test_replays_without_a_memory_draw_a_new_start_each() -> None:
     assert len(starts) == 3
     for i, one in enumerate(starts):
         assert not any(torch.equal(one, other) for other in starts[:i])
-    fixed = [Dice(1, 8, slice(None), torch.device("cpu")) for _ in range(2)]
-    again = [algorithm.ball.noise(batch.images, dice, "start/1") for dice in fixed]
+    fixed = [BatchRandom(1, 8, slice(None), torch.device("cpu")) for _ in range(2)]
+    again = [algorithm.ball.noise(batch.images, rng, "start/1") for rng in fixed]
     assert torch.equal(*again)
 
 

@@ -803,7 +803,7 @@ def test_the_noise_moves_the_point_of_the_gradient_and_nothing_else() -> None:
     for seed in range(3):
         batch = batch_of(8, seed=seed)
         start = ball.feasible(delta, batch.images)
-        noise = ball.noise(batch.images, batch.dice, "noise/0")
+        noise = ball.noise(batch.images, batch.rng, "noise/0")
         point = ball.feasible(start + noise, batch.images)
         grad = slopes(state, batch, point)
         outcome = algorithm.step(state, batch)

@@ -72,7 +72,7 @@ class Shown(nn.Module):
 def outer_of(objective: AbstractLoss, clean: Tensor, moved: Tensor, labels: Tensor) -> Tensor:
     """The training loss for these clean and perturbed logits."""
     shape = (len(clean), 1, 1, clean.shape[1])
-    batch = Batch(clean.view(shape), labels, torch.arange(len(clean)), batch_of(1).dice)
+    batch = Batch(clean.view(shape), labels, torch.arange(len(clean)), batch_of(1).rng)
     return objective.outer(Shown(), batch, (moved - clean).view(shape), ())
 
 
@@ -219,7 +219,7 @@ def test_half_precision_logits_make_losses_of_single_precision(
     clean, moved = (logits_of(9, seed=s, dtype=torch.bfloat16) for s in (0, 1))
     labels = torch.randint(5, (9,), generator=generator(2))
     shape = (9, 1, 1, 5)
-    batch = Batch(clean.view(shape), labels, torch.arange(9), batch_of(1).dice)
+    batch = Batch(clean.view(shape), labels, torch.arange(9), batch_of(1).rng)
     zero = torch.zeros_like(batch.images)
     rows = iter([moved] if isinstance(objective, CrossEntropy) else [clean, moved])
     losses = objective.outer(lambda images: next(rows), batch, zero, ())
@@ -308,7 +308,7 @@ def test_a_sure_clean_prediction_switches_the_divergence_off(dtype: torch.dtype)
     def loss(chosen: Mart) -> Tensor:
         rows = iter([clean, moved])
         images = torch.zeros(2, 1, 1, 3, dtype=dtype)
-        batch = Batch(images, labels, torch.arange(2), batch_of(1).dice)
+        batch = Batch(images, labels, torch.arange(2), batch_of(1).rng)
         return chosen.outer(lambda images: next(rows), batch, images, ())
 
     extra = loss(objective) - loss(plain)
@@ -332,7 +332,7 @@ def test_very_sure_and_very_wrong_predictions_have_finite_gradients(
     moved.requires_grad_(True)
     rows = iter([clean, moved])
     images = torch.zeros(4, 1, 1, 3)
-    batch = Batch(images, labels, torch.arange(4), batch_of(1).dice)
+    batch = Batch(images, labels, torch.arange(4), batch_of(1).rng)
     losses = objective.outer(lambda images: next(rows), batch, images, ())
     assert bool(losses.isfinite().all()) and float(losses.detach().min()) >= -1e-3
     for grad in torch.autograd.grad(losses.sum(), (clean, moved)):
@@ -390,7 +390,7 @@ def test_the_attack_of_trades_climbs_the_divergence_written_out(attack_bn: Batch
     found = algorithm.step(state_of(model, algorithm), batch).delta
     twin.train(attack_bn != "eval")
     clean = twin(batch.images).softmax(1).detach()
-    noise = batch.dice.normal("start", 1, 8, 8).double()
+    noise = batch.rng.normal("start", 1, 8, 8).double()
     delta = torch.max(torch.min(0.001 * noise, 1 - batch.images), -batch.images)
     for _ in range(3):
         delta = delta.requires_grad_(True)
@@ -419,7 +419,7 @@ def test_in_l2_the_attack_of_trades_projects_on_the_ball_and_then_clips_to_the_b
 
     ends = []
     for project in (lambda delta: box(ball(delta)), lambda delta: ball(box(delta))):
-        delta = box(0.001 * batch.dice.normal("start", 1, 8, 8).double())
+        delta = box(0.001 * batch.rng.normal("start", 1, 8, 8).double())
         for _ in range(3):
             delta = delta.requires_grad_(True)
             moved = twin(batch.images + delta).log_softmax(1)

@@ -25,7 +25,7 @@ from raytrain.algorithms import Nested
 from raytrain.attacks import (
     AbstractInit,
     AbstractStopping,
-    Found,
+    AttackResult,
     Gap,
     ProjectedAscent,
     Remembered,
@@ -69,7 +69,7 @@ def run(
     objective: AbstractLoss | None = None,
     start: Tensor | None = None,
     progress: float = 0.0,
-) -> Found:
+) -> AttackResult:
     oracle = Oracle(
         model, objective or CrossEntropy(), batch, meter or Meter(), attack_bn=attack.bn
     )
@@ -97,7 +97,7 @@ def slope(seed: int = 3) -> Tensor:
 def grey(num: int) -> Batch:
     """Images so far from 0 and 1 that no ball of `EPS` reaches the box."""
     batch = batch_of(num, classes=1)  # label 0: the loss of `Affine` grows with its score
-    return Batch(torch.full_like(batch.images, 0.5), batch.labels, batch.index, batch.dice)
+    return Batch(torch.full_like(batch.images, 0.5), batch.labels, batch.index, batch.rng)
 
 
 # --- affine models ----------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_steps_on_a_linear_loss_are_what_fosc_leaves_to_do(
     # From zero, k steps of eps/4 leave FOSC = eps |slope|_1 (1 - k/4).
     images = torch.full((3, 1, 2, 2), 0.5, dtype=torch.float64)
     batch = batch_of(3, size=2)
-    batch = Batch(images, batch.labels, batch.index, batch.dice)
+    batch = Batch(images, batch.labels, batch.index, batch.rng)
     attack = until(threshold, start=Zero(), compact=compact)
     found = run(attack, Affine(DYADIC), QUARTER, batch, objective=Score())
     steps = max(1, math.ceil(4 * (1 - threshold / 2)))
@@ -221,7 +221,7 @@ def test_steps_on_a_linear_loss_are_what_fosc_leaves_to_do(
 
 def test_fosc_of_a_linear_loss_falls_linearly_with_the_steps() -> None:
     images = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
-    batch = Batch(images, torch.zeros(1, dtype=torch.int64), torch.arange(1), batch_of(1).dice)
+    batch = Batch(images, torch.zeros(1, dtype=torch.int64), torch.arange(1), batch_of(1).rng)
     gaps = []
     for steps in range(6):
         attack = pgd(steps, start=Zero())
@@ -389,14 +389,14 @@ def test_a_remembered_start_is_what_the_last_visit_ended_with_moved_with_crop_an
     state.parts["delta"] = store
     # First visit: crops, the same flip for all. Memory is empty, so the attack starts at zero.
     first_view = views_of(6, pad, seed=1, mirrored=mirrored)
-    first = Batch(cut(plain.images, first_view), plain.labels, plain.index, plain.dice, first_view)
+    first = Batch(cut(plain.images, first_view), plain.labels, plain.index, plain.rng, first_view)
     assert not Remembered().delta(ball, first, store).any()
     ended = remembering(ball, 3).step(state, first).delta
     assert bool(ended.flatten(1).abs().amax(1).min() > 0)
     # Second visit: other crops, in another order of images, the other flip.
     rows = torch.tensor([5, 0, 3])
     view = views_of(3, pad, seed=2, mirrored=not mirrored)
-    second = Batch(cut(plain.images[rows], view), plain.labels[rows], rows, plain.dice, view)
+    second = Batch(cut(plain.images[rows], view), plain.labels[rows], rows, plain.rng, view)
     whole = paste(ended.float().double(), first_view, torch.zeros_like(ended))[rows]
     wanted = ball.feasible(cut(whole, view), second.images)
     assert torch.equal(Remembered().delta(ball, second, store), wanted)
@@ -404,7 +404,7 @@ def test_a_remembered_start_is_what_the_last_visit_ended_with_moved_with_crop_an
     # Zero steps end where they start: cells outside the second crop keep the first visit's.
     remembering(ball, 0).step(state, second)
     again = paste(wanted, view, onto=whole)
-    read = store.read(Batch(plain.images[rows], plain.labels[rows], rows, plain.dice))
+    read = store.read(Batch(plain.images[rows], plain.labels[rows], rows, plain.rng))
     assert_near(read, again, 1e-7)  # kept in float32
 
 

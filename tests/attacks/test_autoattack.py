@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from raytrain.attacks import autoattack as standard
 from raytrain.attacks.autoattack import STAGES, Standard, exact_float32, survivors
 from raytrain.attacks.autoattack import counted_model as answers_module
-from raytrain.attacks.autoattack.counted_model import Answers, fast_copy, folded
+from raytrain.attacks.autoattack.counted_model import CountedModel, fast_copy, folded
 from raytrain.attacks.autoattack.fab import project_linf
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
@@ -79,10 +79,10 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Standard, "of", staticmethod(shorter))
 
 
-def answers_of(model: nn.Module, meter: Meter | None = None) -> Answers:
+def answers_of(model: nn.Module, meter: Meter | None = None) -> CountedModel:
     """As outside tests: a network whose annotations are checked cannot be traced and folded."""
     with unchecked():
-        return Answers(model, Meter() if meter is None else meter)
+        return CountedModel(model, Meter() if meter is None else meter)
 
 
 def ours(
@@ -409,14 +409,14 @@ def square_runs(
     asked, results, meter = [], [], Meter()
     for kind in (SquareAttack, standard.Square):
         recorded = Recorded(digits.model)
-        answers = Answers(recorded, meter) if kind is standard.Square else recorded
+        answers = CountedModel(recorded, meter) if kind is standard.Square else recorded
         attack = kind(answers, norm="Linf", seed=SEED, **common)
         attack.init_hyperparam(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             results.append(attack.attack_single_run(image, label)[1])
-        # Answers attacks a copy of the network.
-        asked.append(answers._own.asked if isinstance(answers, Answers) else answers.asked)
+        # CountedModel attacks a copy of the network.
+        asked.append(answers._own.asked if isinstance(answers, CountedModel) else answers.asked)
     return asked[0], asked[1], results[0], results[1], meter
 
 
@@ -451,7 +451,7 @@ def test_square_ends_at_the_same_images_where_some_are_broken(
     images, labels = images[rows], labels[rows]
     found = []
     for kind in (SquareAttack, standard.Square):
-        predict = digits.model if kind is SquareAttack else Answers(digits.model, Meter())
+        predict = digits.model if kind is SquareAttack else CountedModel(digits.model, Meter())
         attack = kind(predict, n_queries=150, eps=0.1, seed=SEED, resc_schedule=False)  # pyright: ignore
         attack.init_hyperparam(images)
         with torch.random.fork_rng(devices=[]):
@@ -494,7 +494,7 @@ COSTS = {  # per image, forwards and input backwards, without the two passes tha
 def test_a_stage_costs_what_its_steps_and_targets_say(stage: standard.Stage) -> None:
     meter, count = Meter(), 7
     images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
-    left = survivors(stage, Answers(Slight(), meter), images, labels, ball_of("linf"), SEED)
+    left = survivors(stage, CountedModel(Slight(), meter), images, labels, ball_of("linf"), SEED)
     assert bool(left.all())
     forwards, backwards = COSTS[stage]
     # One image tells the number of classes; the network's own verdict is one pass of each.
@@ -509,7 +509,7 @@ def test_square_of_a_network_that_holds_costs_a_pass_per_query_at_most() -> None
         meter = Meter()
         images, labels = torch.full((3, 1, 10, 10), 0.5), torch.zeros(3, dtype=torch.long)
         model = nn.Sequential(nn.AvgPool2d(3, padding=1, stride=1), nn.AdaptiveAvgPool2d(8))
-        answers = Answers(nn.Sequential(model, Slight()), meter)
+        answers = CountedModel(nn.Sequential(model, Slight()), meter)
         assert bool(survivors("square", answers, images, labels, ball_of(norm), SEED).all())
         return meter.forwards
 
@@ -531,7 +531,9 @@ class Brittle(nn.Module):
 def test_an_image_that_falls_to_the_first_attempt_costs_no_further_pass(norm: str) -> None:
     meter, count = Meter(), 4
     images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
-    left = survivors("apgd-ce", Answers(Brittle(), meter), images, labels, ball_of(norm), SEED)
+    left = survivors(
+        "apgd-ce", CountedModel(Brittle(), meter), images, labels, ball_of(norm), SEED
+    )
     assert not left.any()
     assert (meter.forwards, meter.input_backwards) == (1 + 4 * count, count)
 
@@ -551,7 +553,9 @@ def test_an_image_that_falls_to_the_first_step_of_fab_costs_no_further_pass(norm
     meter, count = Meter(), 4
     images, labels = torch.full((count, 1, 8, 8), 0.5), torch.zeros(count, dtype=torch.long)
     # The boundary is 0.005 away in l-inf, 0.04 in l2 and 0.32 in l1.
-    left = survivors("fab-t", Answers(TwoSides(), meter), images, labels, ball_of(norm, 0.4), SEED)
+    left = survivors(
+        "fab-t", CountedModel(TwoSides(), meter), images, labels, ball_of(norm, 0.4), SEED
+    )
     assert not left.any()
     # Of each: right at first, the target, the gradient, the look, that look judged, right at the
     # end, judged at the end. One image tells the number of classes.
@@ -577,7 +581,7 @@ class TwoWays(nn.Module):
 def test_where_only_the_copy_is_deceived_other_targets_are_tried(stage: standard.Stage) -> None:
     images, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
     for own in (TwoWays(True), TwoWays(False)):
-        answers = Answers(TwoWays(True), Meter())
+        answers = CountedModel(TwoWays(True), Meter())
         answers._own, answers._fast = own, TwoWays(True)
         left = survivors(stage, answers, images, labels, ball_of("linf", 0.1), SEED)
         assert not left.any()
@@ -587,7 +591,7 @@ def test_where_only_the_copy_is_deceived_other_targets_are_tried(stage: standard
 def test_square_goes_on_where_only_the_copy_is_deceived() -> None:
     images, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
     meter = Meter()
-    answers = Answers(Slight(), meter)
+    answers = CountedModel(Slight(), meter)
     answers._fast = TwoSides()  # is deceived at once by most stripes
     left = survivors("square", answers, images, labels, ball_of("linf", 0.1), SEED)
     assert left.all() and meter.forwards > 20
@@ -602,7 +606,7 @@ def test_logits_that_are_all_equal_end_no_evaluation(norm: str) -> None:
 
     images, labels = torch.rand(3, 1, 10, 10), torch.zeros(3, dtype=torch.long)
     for stage in STAGES:
-        answers = Answers(Equal(), Meter())
+        answers = CountedModel(Equal(), Meter())
         assert survivors(stage, answers, images, labels, ball_of(norm), SEED).all()
 
 
@@ -694,7 +698,7 @@ def test_the_network_keeps_weights_gradients_mode_and_precision(
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
     labels = model.eval()(images).argmax(1)
     model.train()
-    survivors(stage, Answers(model, Meter()), images, labels, ball_of("linf", 0.03), SEED)
+    survivors(stage, CountedModel(model, Meter()), images, labels, ball_of("linf", 0.03), SEED)
     assert same(model, before) and model.training and model.norm.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -727,7 +731,7 @@ def handed(found: Tensor, norm: str, monkeypatch: pytest.MonkeyPatch) -> list[bo
     """Which of 0.2-grey images survive `found`, on a network that no change of theirs leaves right."""
     monkeypatch.setattr(standard, "_attack", lambda *_: Handed(found))
     images, labels = torch.full_like(found, 0.2), torch.zeros(len(found), dtype=torch.long)
-    answers = Answers(Moved(), Meter())
+    answers = CountedModel(Moved(), Meter())
     return survivors("apgd-ce", answers, images, labels, ball_of(norm, 0.1), SEED).tolist()
 
 
@@ -766,6 +770,6 @@ def test_the_box_counts_where_the_ball_is_wide(monkeypatch: pytest.MonkeyPatch) 
             off = x.abs().flatten(1).sum(1)
             return torch.stack([torch.zeros_like(off), off - 1e-3], 1)
 
-    answers = Answers(AnyChange(), Meter())
+    answers = CountedModel(AnyChange(), Meter())
     left = survivors("apgd-ce", answers, images, labels, ball_of("linf", 0.1), SEED)
     assert left.tolist() == [True, False]

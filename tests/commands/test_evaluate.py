@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import raytrain
 from raytrain.attacks.autoattack import CHEAP, Standard, survivors
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.cli.app import app
 from raytrain.commands import evaluate as command_module
 from raytrain.commands.evaluate import EvalResult, evaluate
@@ -347,7 +347,7 @@ def test_validation_by_apgd_counts_what_two_stages_leave_of_the_first_images() -
     run = RunConfig.model_validate({**RUN, "epochs": 2, "evaluation": judged})
     with unchecked():
         *_, (report, state) = fit(run, DistributedContext())
-        answers = Answers(state.model, Meter())
+        answers = CountedModel(state.model, Meter())
     part = open_splits(run.data, DistributedContext()).valid
     images, labels = part.pixels[:40].float() / 255, part.labels[:40]
     flags = answers.classes(images) == labels

@@ -123,7 +123,7 @@ def test_input_gradient_in_eval_mode_knows_no_other_row(batch_norm: bool) -> Non
     batch, model = batch_of(6), tiny_net(batch_norm=batch_norm)
     delta = delta_of(batch)
     losses, grad = oracle_of(model, batch).delta_grad(delta)
-    changed = Batch(batch.images.clone(), batch.labels.clone(), batch.index, batch.dice)
+    changed = Batch(batch.images.clone(), batch.labels.clone(), batch.index, batch.rng)
     changed.images[3:] = 1 - changed.images[3:]
     changed.labels[3:] = (changed.labels[3:] + 1) % 4
     other_losses, other_grad = oracle_of(model, changed).delta_grad(delta)

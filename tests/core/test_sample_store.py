@@ -23,7 +23,7 @@ def values_of(num: int, seed: int = 0) -> Tensor:
 def batch_at(index: list[int], view: AugmentedView | None = None, seed: int = 0) -> Batch:
     plain = batch_of(len(index), seed=seed)
     images = torch.zeros(len(index), *SHAPE, dtype=torch.float64)
-    return Batch(images, plain.labels, torch.tensor(index), plain.dice, view)
+    return Batch(images, plain.labels, torch.tensor(index), plain.rng, view)
 
 
 def seen(view: AugmentedView, num: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import EPS, assert_near, ball_of, dice_of, generator, pixels, row
+from helpers import EPS, assert_near, ball_of, generator, pixels, rng_of, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -334,7 +334,7 @@ def test_noise_stays_in_the_ball_of_its_radius(
     norm: str, radius: float, dtype: torch.dtype
 ) -> None:
     like, ball = torch.zeros(2000, 1, 4, 4, dtype=dtype), ball_of(norm)
-    noise = ball.noise(like, dice_of(2000), "start", radius)
+    noise = ball.noise(like, rng_of(2000), "start", radius)
     assert noise.dtype == dtype
     bound = torch.tensor(radius * ball.eps, dtype=dtype)
     rounding = 0 if norm == "linf" else 1e-6  # sums of 16 float32 terms; l-inf has no sum
@@ -350,7 +350,7 @@ UNIFORM_LAW: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_of_linf_is_uniform_and_the_length_of_the_others_too(norm: str) -> None:
-    noise = ball_of(norm).noise(torch.zeros(4000, 1, 4, 4), dice_of(4000), "start")
+    noise = ball_of(norm).noise(torch.zeros(4000, 1, 4, 4), rng_of(4000), "start")
     unit = UNIFORM_LAW[norm](noise).double().sort().values
     law = torch.linspace(0, 1, len(unit), dtype=torch.float64)
     # Kolmogorov-Smirnov at the 1% level; the seed is fixed, so it passes always or never.
@@ -359,7 +359,7 @@ def test_noise_of_linf_is_uniform_and_the_length_of_the_others_too(norm: str) ->
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_prefers_no_direction(norm: str) -> None:
-    noise = ball_of(norm).noise(torch.zeros(4000, 1, 2, 2), dice_of(4000), "start").flatten(1)
+    noise = ball_of(norm).noise(torch.zeros(4000, 1, 2, 2), rng_of(4000), "start").flatten(1)
     spread = noise.std(0)
     # Four standard errors of a mean, and of a standard deviation, of 4000 numbers.
     assert (noise.mean(0).abs() <= 4 * spread / math.sqrt(4000)).all()

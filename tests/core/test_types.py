@@ -10,7 +10,7 @@ from helpers import CPU, batch_of, views_of
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from raytrain.core.types import Dice, Number, StepSize, fraction, in_pixels, mix
+from raytrain.core.types import BatchRandom, Number, StepSize, fraction, in_pixels, mix
 
 NUMBER: TypeAdapter[float] = TypeAdapter(Number)
 STEP: TypeAdapter[float | str] = TypeAdapter(StepSize)
@@ -115,42 +115,42 @@ def test_steps_vanish_with_the_radius_they_refer_to() -> None:
 # --- randomness -------------------------------------------------------------------------------
 
 
-def draws(dice: Dice) -> dict[str, Tensor]:
+def draws(rng: BatchRandom) -> dict[str, Tensor]:
     return {
-        "uniform": dice.uniform("a", 2, 3),
-        "normal": dice.normal("b", 4),
-        "integers": dice.integers("c", 9),
+        "uniform": rng.uniform("a", 2, 3),
+        "normal": rng.normal("b", 4),
+        "integers": rng.integers("c", 9),
     }
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_slots_of_all_workers_interleaved_are_the_draws_of_one_worker(world: int) -> None:
-    whole = draws(Dice(5, 12, slice(None), CPU))
-    shares = [draws(Dice(5, 12, slice(rank, None, world), CPU)) for rank in range(world)]
+    whole = draws(BatchRandom(5, 12, slice(None), CPU))
+    shares = [draws(BatchRandom(5, 12, slice(rank, None, world), CPU)) for rank in range(world)]
     for name, drawn in whole.items():
         woven = torch.stack([share[name] for share in shares], 1).flatten(0, 1)
         assert torch.equal(woven, drawn)
 
 
 def test_slots_may_be_picked_by_number() -> None:
-    whole, some = draws(Dice(5, 12, slice(None), CPU)), torch.tensor([7, 0, 3])
-    for name, drawn in draws(Dice(5, 12, some, CPU)).items():
+    whole, some = draws(BatchRandom(5, 12, slice(None), CPU)), torch.tensor([7, 0, 3])
+    for name, drawn in draws(BatchRandom(5, 12, some, CPU)).items():
         assert torch.equal(drawn, whole[name][some])
 
 
 def test_draws_repeat_whatever_was_drawn_before_and_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    dice = Dice(5, 12, slice(None), CPU)
-    first = dice.uniform("start", 3)
-    dice.normal("noise", 100)
-    assert torch.equal(dice.uniform("start", 3), first)
-    assert torch.equal(Dice(5, 12, slice(None), CPU).uniform("start", 3), first)
+    rng = BatchRandom(5, 12, slice(None), CPU)
+    first = rng.uniform("start", 3)
+    rng.normal("noise", 100)
+    assert torch.equal(rng.uniform("start", 3), first)
+    assert torch.equal(BatchRandom(5, 12, slice(None), CPU).uniform("start", 3), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_purposes_and_seeds_are_independent_streams() -> None:
     streams = [
-        Dice(seed, 4000, slice(None), CPU).uniform(purpose)
+        BatchRandom(seed, 4000, slice(None), CPU).uniform(purpose)
         for seed in (0, 1)
         for purpose in ("start", "start/length", "flip")
     ]
@@ -160,8 +160,8 @@ def test_purposes_and_seeds_are_independent_streams() -> None:
 
 
 def test_draws_have_the_range_they_claim() -> None:
-    dice = Dice(0, 4000, slice(None), CPU)
-    uniform, normal, integers = dice.uniform("a"), dice.normal("b"), dice.integers("c", 3)
+    rng = BatchRandom(0, 4000, slice(None), CPU)
+    uniform, normal, integers = rng.uniform("a"), rng.normal("b"), rng.integers("c", 3)
     assert float(uniform.min()) >= 0 and float(uniform.max()) < 1
     # Four standard errors of the mean of 4000 numbers.
     assert abs(float(normal.mean())) < 4 / 4000**0.5
@@ -187,7 +187,7 @@ def test_mix_is_a_seed_that_tells_its_parts_apart() -> None:
 def test_a_batch_narrowed_to_rows_keeps_each_rows_image_label_index_and_view() -> None:
     whole, rows = batch_of(6), torch.tensor([4, 1])
     viewed = type(whole)(
-        whole.images, whole.labels, whole.index * 10, whole.dice, views_of(6, pad=2)
+        whole.images, whole.labels, whole.index * 10, whole.rng, views_of(6, pad=2)
     )
     part = viewed[rows]
     assert len(part) == 2 and part.view is not None and viewed.view is not None

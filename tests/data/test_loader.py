@@ -10,7 +10,7 @@ from helpers import generator
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import Batch, Dice, RequestError
+from raytrain.core.types import Batch, BatchRandom, RequestError
 from raytrain.data.augment import random_view
 from raytrain.data.loader import (
     SplitShard,
@@ -46,7 +46,7 @@ def by_index(batches: list[Batch]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Image, label and noise of every index in these batches of one step."""
     found = {}
     for batch in batches:
-        noise = batch.dice.uniform("start", 3)
+        noise = batch.rng.uniform("start", 3)
         for row, index in enumerate(batch.index.tolist()):
             found[index] = (batch.images[row], batch.labels[row], noise[row])
     return found
@@ -94,7 +94,7 @@ def test_an_epoch_repeats_itself_and_leaves_the_global_generator_alone() -> None
     state = torch.get_rng_state()
     for one, other in zip(visits(1)[0], visits(1)[0], strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
-        assert torch.equal(one.dice.normal("a", 2), other.dice.normal("a", 2))
+        assert torch.equal(one.rng.normal("a", 2), other.rng.normal("a", 2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -144,8 +144,8 @@ def test_pixels_lie_between_zero_and_one_in_the_wanted_precision() -> None:
 
 
 def test_crops_and_flips_are_uniform_over_what_was_asked_for() -> None:
-    dice = Dice(0, 5000, slice(None), torch.device("cpu"))
-    view = random_view(dice, pad=2, flip=True)
+    rng = BatchRandom(0, 5000, slice(None), torch.device("cpu"))
+    view = random_view(rng, pad=2, flip=True)
     assert view is not None and view.pad == 2
     for offsets in (view.top, view.left):
         counts = offsets.bincount(minlength=5)
@@ -159,12 +159,12 @@ def test_crops_and_flips_are_uniform_over_what_was_asked_for() -> None:
 
 
 def test_flip_alone_and_crop_alone_do_nothing_else() -> None:
-    dice = Dice(0, 100, slice(None), torch.device("cpu"))
-    flipped, cropped = random_view(dice, 0, True), random_view(dice, 1, False)
+    rng = BatchRandom(0, 100, slice(None), torch.device("cpu"))
+    flipped, cropped = random_view(rng, 0, True), random_view(rng, 1, False)
     assert flipped is not None and not flipped.top.any() and not flipped.left.any()
     assert 0 < int(flipped.mirrored.sum()) < 100
     assert cropped is not None and not cropped.mirrored.any() and bool(cropped.top.any())
-    assert random_view(dice, 0, False) is None
+    assert random_view(rng, 0, False) is None
 
 
 # --- a sweep ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from raytrain.core.types import RequestError
 from raytrain.data.published import PUBLISHED
-from raytrain.data.sources import SOURCES, Images, check_name, describe, read, source_of
+from raytrain.data.sources import SOURCES, ImageSet, check_name, describe, read, source_of
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -63,7 +63,7 @@ def test_a_description_has_the_mean_and_deviation_of_the_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, 3, 16, 16), generator=generator, dtype=torch.uint8)
     pixels[:, 1] //= 4
-    source = describe(Images(pixels, torch.zeros(50, dtype=torch.int64), ("all",)))
+    source = describe(ImageSet(pixels, torch.zeros(50, dtype=torch.int64), ("all",)))
     values = (pixels.double() / 255).transpose(0, 1).flatten(1)
     assert source.mean == pytest.approx(values.mean(1).tolist(), rel=1e-12)
     assert source.std == pytest.approx(values.std(1, correction=0).tolist(), rel=1e-12)
@@ -73,7 +73,7 @@ def test_a_description_has_the_mean_and_deviation_of_the_pixels() -> None:
 
 def test_a_constant_channel_has_deviation_one() -> None:
     pixels = torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)
-    source = describe(Images(pixels, torch.tensor([0, 1]), ("a", "b")))
+    source = describe(ImageSet(pixels, torch.tensor([0, 1]), ("a", "b")))
     assert source.mean == pytest.approx((0.2,))
     assert source.std == (1.0,)
 

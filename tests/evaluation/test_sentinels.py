@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Affine, batch_of, dice_of, grey, row, tiny_net, unchecked
+from helpers import Affine, batch_of, grey, rng_of, row, tiny_net, unchecked
 from rank_helpers import one_of_two, run_both
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ def test_saturated_logits_have_no_gradient(scale: float) -> None:
     batch = batch_of(32)
     with torch.no_grad():
         named = model(batch.images).argmax(1)
-    right = Batch(batch.images, named, batch.index, batch.dice)
+    right = Batch(batch.images, named, batch.index, batch.rng)
     seen = seen_by(model, right, Linf(eps=0.03))
     assert seen["zero_grad"] == (1.0 if scale > 1 else 0.0)
 
@@ -118,7 +118,7 @@ def test_what_it_costs_is_counted_exactly() -> None:
 
 
 def test_where_nothing_is_classified_correctly_nothing_is_said_about_gradients() -> None:
-    batch = Batch(grey([0]).images, torch.tensor([1]), torch.tensor([0]), dice_of(1))
+    batch = Batch(grey([0]).images, torch.tensor([1]), torch.tensor([0]), rng_of(1))
     seen = seen_by(Affine(row(0.0)), batch, Linf(eps=0.1))
     assert seen == {"fgsm": 0, "robust": 0, "fgsm_gap": 0, "noise_gap": 0, "fe": 0}
 
@@ -200,10 +200,10 @@ def test_the_probe_is_the_first_images_whatever_the_batches_and_the_workers(imag
 def part_of(batch: Batch, rank: int) -> Batch:
     rows = (batch.index % 2 == rank).nonzero().flatten()
     one = batch[rows]
-    slots = batch.dice.slots
+    slots = batch.rng.slots
     assert isinstance(slots, Tensor)
-    dice = type(batch.dice)(batch.dice.seed, batch.dice.width, slots[rows], batch.dice.device)
-    return Batch(one.images, one.labels, one.index, dice)
+    rng = type(batch.rng)(batch.rng.seed, batch.rng.width, slots[rows], batch.rng.device)
+    return Batch(one.images, one.labels, one.index, rng)
 
 
 def flags_of(flags: Flags, rank: int) -> Flags:

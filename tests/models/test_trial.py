@@ -11,7 +11,7 @@ from helpers import same
 from torch import Tensor, nn
 from torch.nn.functional import dropout, one_hot
 
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
@@ -335,7 +335,7 @@ def test_a_network_that_keeps_its_features_is_attacked_after_a_training_pass() -
     logits = model(images)
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
-    found = Answers(model, Meter()).classes(images)
+    found = CountedModel(model, Meter()).classes(images)
     assert torch.equal(found, logits.argmax(1))
     assert vars(model.backbone)["kept"]["features"][0].requires_grad
 

@@ -346,8 +346,8 @@ def test_4_a_vanishing_alpha_with_the_rate_scaled_up_is_normalisation(found: str
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:
     index = torch.tensor(rows)
-    dice = batch_of(len(rows)).dice
-    return Batch(batch.images[index], batch.labels[index], torch.arange(len(rows)), dice)
+    rng = batch_of(len(rows)).rng
+    return Batch(batch.images[index], batch.labels[index], torch.arange(len(rows)), rng)
 
 
 @pytest.mark.parametrize("found", FOUND)
@@ -680,7 +680,7 @@ def flat_for_label_one(seed: int = 0) -> tuple[nn.Module, Batch]:
     """A batch of which two samples have no gradient at all."""
     model, batch = tiny_net(), batch_of(8, seed=seed)
     index = torch.tensor([0, 0, 2, 3, 0, 2, 1, 1])
-    return model, Batch(batch.images, index, batch.index, batch.dice)
+    return model, Batch(batch.images, index, batch.index, batch.rng)
 
 
 @pytest.mark.parametrize(

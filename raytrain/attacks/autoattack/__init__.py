@@ -1,9 +1,9 @@
-"""AutoAttack's four attacks in their standard version: a library's, with the waste left out.
+"""AutoAttack's four attacks in their standard version, those of pyautoattack with fewer passes.
 
 Croce & Hein 2020 (arXiv 2003.01690; for l1: 2103.01208): APGD on the cross-entropy, targeted APGD on
-the difference-of-logits ratio (DLR), targeted FAB, Square. The attacks are pyautoattack's, whose loops
-are those of the authors' code; each subclass here gives the same verdicts for fewer passes, with loops of
-its own for FAB and, in l-inf, Square.
+the difference-of-logits ratio (DLR), targeted FAB, Square. The loops of
+pyautoattack are those of the authors' code; each subclass here gives the same results in fewer passes, with
+loops of its own for FAB and, in l-inf, Square.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raytrain.attacks.autoattack.apgd import Apgd, ApgdMargin, ApgdTargeted
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.attacks.autoattack.fab import Fab
 from raytrain.attacks.autoattack.square import Square
 from raytrain.core.threat_models import AbstractThreatModel
@@ -27,17 +27,17 @@ from raytrain.core.types import Images, Labels, RequestError
 Stage = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EDITION = 2
-"""Of these attacks: raised by whoever changes what a verdict may be, so that old ones are not taken over."""
+"""Version of these attacks: increase it with every change of results, so that old ones are not reused."""
 
 CHEAP: tuple[Stage, ...] = ("apgd-ce", "apgd-t")
-"""The part of it that costs a quarter and has left at most 0.02 points in published logs."""
+"""Stages that cost a quarter of all and are within 0.02 points of all in published logs."""
 
 _DLR_CLASSES = 4  # the targeted DLR divides by the largest minus the mean of the third and fourth
 
 
 @dataclass(frozen=True)
 class Standard:
-    """The numbers of the standard version; with fewer than ten classes, as many targets as there are."""
+    """Parameters of the standard version; with fewer than ten classes, a target for each other class."""
 
     steps: int = 100
     restarts: int = 1  # of APGD-CE
@@ -48,7 +48,7 @@ class Standard:
 
     @classmethod
     def of(cls, norm: str, classes: int) -> Standard:
-        """For a norm and a number of classes."""
+        """Return the parameters for a norm and a number of classes."""
         most = max(1, classes - 1)
         if norm == "l1":
             return cls(
@@ -59,40 +59,40 @@ class Standard:
 
 def survivors(
     stage: Stage,
-    answers: Answers,
+    model: CountedModel,
     images: Images,
     labels: Labels,
     ball: AbstractThreatModel,
     seed: int,
 ) -> Tensor:
-    """Which rows keep their label through a stage: (n,) bool. `images` are classified correctly."""
-    return ~adversarial(stage, answers, images, labels, ball, seed)[1]
+    """Which rows are still classified correctly after a stage: (n,) bool. `images` are before it."""
+    return ~adversarial(stage, model, images, labels, ball, seed)[1]
 
 
 def adversarial(
     stage: Stage,
-    answers: Answers,
+    model: CountedModel,
     images: Images,
     labels: Labels,
     ball: AbstractThreatModel,
     seed: int,
 ) -> tuple[Images, Tensor]:
-    """What a stage makes of `images`, which are classified correctly, and which rows lose their label.
+    """Run a stage on correctly classified `images`; return its images and which are misclassified.
 
-    The verdict is the network's on the images that the attack hands over, if they are legal: inside
-    the ball and [0, 1]. The global random state is as it was afterwards.
+    A row counts as misclassified by the network's own output on the returned image, if that is legal:
+    inside the ball and [0, 1]. The global random state is restored afterwards.
     """
     # The library seeds every device.
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), exact_float32():
-        attack = _attack(stage, answers, images, ball, seed)
+        attack = _attack(stage, model, images, ball, seed)
         found = attack.perturb(images.float(), labels.long()).detach()
-        wrong = answers.classes(found) != labels
+        wrong = model.classes(found) != labels
     return found, wrong & _legal(found, images.float(), ball)
 
 
 def _legal(found: Images, images: Images, ball: AbstractThreatModel) -> Tensor:
-    """Inside the ball, up to float32's rounding, and inside [0, 1]; NaN is not."""
+    """Whether images are in the ball, up to float32's rounding, and in [0, 1]; NaN is not."""
     apart = ball.norm_of(found - images)
     inside = (found >= 0).flatten(1).all(1) & (found <= 1).flatten(1).all(1)
     return inside & (apart <= ball.eps * (1 + 1e-4) + 1e-6)
@@ -100,8 +100,8 @@ def _legal(found: Images, images: Images, ball: AbstractThreatModel) -> Tensor:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 that is float32: no TF32 in convolutions and products, no autocast from outside."""
-    # The old names of the switch for products may not be mixed with this one.
+    """Disable TF32 in convolutions and products, and autocast, inside the block."""
+    # torch refuses a mixture of the old switches for products with this one.
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
@@ -117,10 +117,10 @@ def exact_float32() -> Iterator[None]:
 
 
 def _attack(
-    stage: Stage, answers: Answers, images: Images, ball: AbstractThreatModel, seed: int
+    stage: Stage, model: CountedModel, images: Images, ball: AbstractThreatModel, seed: int
 ) -> Any:
     with torch.no_grad():
-        classes = answers(images[:1].float()).shape[1]
+        classes = model(images[:1].float()).shape[1]
     numbers = Standard.of(ball.norm, classes)
     common: dict[str, Any] = {
         "norm": _library_norm(ball),
@@ -131,7 +131,7 @@ def _attack(
     radii = {"use_largereps": numbers.large_radii, "logger": _silent()}
     if stage == "apgd-ce":
         return Apgd(
-            answers,
+            model,
             n_iter=numbers.steps,
             n_restarts=numbers.restarts,
             loss="ce",
@@ -141,18 +141,18 @@ def _attack(
     if stage == "apgd-t":
         kind = ApgdTargeted if classes >= _DLR_CLASSES else ApgdMargin
         return kind(
-            answers, n_iter=numbers.steps, n_target_classes=numbers.targets, **radii, **common
+            model, n_iter=numbers.steps, n_target_classes=numbers.targets, **radii, **common
         )
     if stage == "fab-t":
         return Fab(
-            answers,
+            model,
             ball,
             n_iter=numbers.steps,
             n_target_classes=numbers.fab_targets,
             targeted=True,
             **common,
         )
-    return Square(answers, n_queries=numbers.queries, resc_schedule=False, **common)
+    return Square(model, n_queries=numbers.queries, resc_schedule=False, **common)
 
 
 def _library_norm(ball: AbstractThreatModel) -> str:
@@ -162,7 +162,7 @@ def _library_norm(ball: AbstractThreatModel) -> str:
 
 
 def _silent() -> logging.Logger:
-    """The library warns of zero gradients at every call; the checks say it once."""
+    """Return a disabled logger: the library warns of zero gradients at every call, the checks once."""
     logger = logging.getLogger("raytrain.standard")
     logger.propagate = False
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Auto-PGD whose rows stop costing once they have fallen."""
+"""Auto-PGD that does not evaluate misclassified rows again."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor
 
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 
 
 class _EarlyExit:
-    """An APGD whose rows stop costing once they have fallen."""
+    """APGD that does not evaluate misclassified rows again."""
 
-    model: Answers
+    model: CountedModel
     eps: float
     eps_orig: float
 
     def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
-        if self.eps != self.eps_orig:  # a larger radius on the way: nothing found there counts
+        if self.eps != self.eps_orig:  # at a larger radius results do not count
             return super().attack_single_run(x, y, x_init)  # pyright: ignore
-        with self.model.sieving(y) as sieve:
+        with self.model.skipping_fallen(y) as fallen_rows:
             best, _, loss, found = super().attack_single_run(x, y, x_init)  # pyright: ignore
-        if sieve.found is not None:
-            found[sieve.fallen] = sieve.found[sieve.fallen]
-        return best, ~sieve.fallen, loss, found  # the network's own verdicts, not its copy's
+        if fallen_rows.found is not None:
+            found[fallen_rows.fallen] = fallen_rows.found[fallen_rows.fallen]
+        return best, ~fallen_rows.fallen, loss, found  # by the network itself, not its copy
 
 
 class Apgd(_EarlyExit, APGDAttack):
@@ -33,7 +33,7 @@ class Apgd(_EarlyExit, APGDAttack):
 
 
 class ApgdTargeted(_EarlyExit, APGDAttack_targeted):
-    """APGD on the targeted DLR loss, target after target."""
+    """APGD on the targeted DLR loss, for one target class after the other."""
 
 
 class ApgdMargin(ApgdTargeted):

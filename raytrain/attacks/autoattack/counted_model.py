@@ -16,16 +16,16 @@ from raytrain.core.network import copy_of
 from raytrain.core.types import Images, Labels
 
 Logits = Float[Tensor, "n classes"]
-Ask = Callable[[Images], Logits]
+Forward = Callable[[Images], Logits]
 
 
-class Answers:
+class CountedModel:
     """Logits of images, from frozen copies of the network in eval mode and float32.
 
-    Weights take no gradient, so a library that calls `.backward()` pays for the input alone.
-    Attacks ask a copy that is the same function up to rounding: BatchNorm is folded into the
-    convolution before it, and on a CPU channels lie innermost. Whether it is, is seen on the first
-    images; verdicts are the network's own.
+    Weights take no gradient, so that `.backward()` in a library costs the input gradient alone.
+    Attacks use a copy that is the same function up to rounding: BatchNorm is folded into the
+    convolution before it, and on a CPU channels are the last axis. That is checked on the first
+    images. Whether an image counts as misclassified is decided by the network itself (`classes`).
     """
 
     def __init__(self, model: nn.Module, meter: Meter) -> None:
@@ -34,36 +34,36 @@ class Answers:
         self._fast: nn.Module | None = None  # not known before the first images
         self._layout = torch.contiguous_format
         self.meter = meter
-        self._sieve: Sieve | None = None
+        self._fallen_rows: FallenRows | None = None
 
     def __call__(self, images: Images) -> Logits:
-        if self._sieve is not None:
-            return self._sieve.answer(self._pass, images)
+        if self._fallen_rows is not None:
+            return self._fallen_rows.logits(self._pass, images)
         return self._pass(images)
 
     def classes(self, images: Images) -> Labels:
-        """What the network itself takes the images for."""
+        """Return the classes that the network itself gives the images."""
         self.meter.forwards += len(images)
         with torch.no_grad():
             return self._own(images.clone()).argmax(1)  # a network may overwrite what it is given
 
     @contextmanager
-    def sieving(self, labels: Labels) -> Iterator[Sieve]:
-        """Inside, row k of every question is an attempt on the k-th of `labels`, until one succeeds."""
-        self._sieve = Sieve(labels, self.classes)
+    def skipping_fallen(self, labels: Labels) -> Iterator[FallenRows]:
+        """Stop evaluating misclassified rows inside the block; row k of every batch belongs to label k."""
+        self._fallen_rows = FallenRows(labels, self.classes)
         try:
-            yield self._sieve
+            yield self._fallen_rows
         finally:
-            self._sieve = None
+            self._fallen_rows = None
 
     def _pass(self, images: Images) -> Logits:
         self.meter.forwards += len(images)
         if torch.is_grad_enabled() and images.requires_grad:
             self.meter.input_backwards += len(images)
-        fast = self._settled(images)
+        fast = self._attacked_copy(images)
         return fast(images.clone(memory_format=self._layout))
 
-    def _settled(self, images: Images) -> nn.Module:
+    def _attacked_copy(self, images: Images) -> nn.Module:
         """The copy that is attacked; `_layout` is what it wants images to be in."""
         if self._fast is None:
             self._fast, self._layout = fast_copy(self._own, self._folded, images.detach())
@@ -93,12 +93,12 @@ def fast_copy(
                 # What tracers and layouts do not bear differs from network to network.
                 with suppress(Exception):
                     fast = fast.to(memory_format=layout)
-                    if _alike(fast(probe.clone(memory_format=layout)), wanted):
+                    if _close(fast(probe.clone(memory_format=layout)), wanted):
                         return fast, layout
     return own, torch.contiguous_format
 
 
-def _alike(found: Logits, wanted: Logits) -> bool:
+def _close(found: Logits, wanted: Logits) -> bool:
     scale = wanted.abs().amax().nan_to_num(0.0, 0.0, 0.0)
     return torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(scale), equal_nan=True)
 
@@ -114,29 +114,29 @@ def folded(model: nn.Module) -> nn.Module:
         return model
 
 
-class Sieve:
-    """Rows that have been misclassified once are not asked about again: they keep their logits.
+class FallenRows:
+    """Early exit of rows: a row that was misclassified once keeps its logits and is not evaluated again.
 
-    `judge` has the last word on it.
+    Whether a row is misclassified is decided by `classify`, the network itself.
 
-    Sound only while every question lies inside the threat model, as all of APGD's steps do.
+    Correct only while every image is inside the threat model, as all of APGD's steps are.
     """
 
-    def __init__(self, labels: Labels, judge: Callable[[Images], Labels]) -> None:
-        self._labels, self._judge = labels, judge
+    def __init__(self, labels: Labels, classify: Callable[[Images], Labels]) -> None:
+        self._labels, self._classify = labels, classify
         self.fallen: Bool[Tensor, " n"] = torch.zeros_like(labels, dtype=torch.bool)
-        self.found: Images | None = None  # for rows that have fallen: what they fell to
+        self.found: Images | None = None  # the adversarial images of fallen rows
         self._logits: Logits | None = None
 
-    def answer(self, ask: Ask, images: Images) -> Logits:
-        """The logits of `images`, those of fallen rows without the network and without gradient."""
+    def logits(self, forward: Forward, images: Images) -> Logits:
+        """Return the logits of `images`; those of fallen rows are stored ones, without a gradient."""
         if self._logits is None or self.found is None or not bool(self.fallen.any()):
-            logits = ask(images)
+            logits = forward(images)
         else:
             standing = (~self.fallen).nonzero().flatten()
             logits = self._logits
             if len(standing):
-                logits = logits.index_copy(0, standing, ask(images.index_select(0, standing)))
+                logits = logits.index_copy(0, standing, forward(images.index_select(0, standing)))
             elif images.requires_grad:
                 logits = logits + 0 * images.flatten(1).sum(1, keepdim=True)
         self._note(images.detach(), logits.detach())
@@ -148,6 +148,6 @@ class Sieve:
         fresh = ~self.fallen & (logits.argmax(1) != self._labels)
         rows = fresh.nonzero().flatten()
         if len(rows):  # the copy that is attacked may be wrong in the last bit
-            fresh[rows] = self._judge(images[rows]) != self._labels[rows]
+            fresh[rows] = self._classify(images[rows]) != self._labels[rows]
         self.found[fresh], self._logits[fresh] = images[fresh], logits[fresh]
         self.fallen = self.fallen | fresh

@@ -1,4 +1,4 @@
-"""FAB whose rows stop costing once they have fallen, and whose l-inf projection sorts nothing."""
+"""FAB that does not evaluate misclassified rows again, with an l-inf projection without sorting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyautoattack.fab_projections import projection_l1, projection_l2
 from pyautoattack.fab_pt import FABAttack_PT
 from torch import Tensor
 
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import Images, over_pixels
 
@@ -20,19 +20,19 @@ Points = Float[Tensor, "n d"]
 class Fab(FABAttack_PT):
     """Targeted FAB: Croce & Hein 2020 (arXiv 1907.02044), algorithm 1 without random starts.
 
-    The library looks for the nearest adversarial image, the evaluation asks for one within eps: an
-    image for which one has been found is left alone. Images do not depend on one another.
+    The library searches the nearest adversarial image, an evaluation any one within eps: a row stops
+    at the first. Images do not depend on one another.
     """
 
-    predict: Answers
+    predict: CountedModel
     target_class: int
     eps: float
     alpha_max: float
     eta: float
     beta: float
 
-    def __init__(self, answers: Answers, ball: AbstractThreatModel, **numbers: Any) -> None:
-        super().__init__(answers, **numbers)
+    def __init__(self, counted: CountedModel, ball: AbstractThreatModel, **numbers: Any) -> None:
+        super().__init__(counted, **numbers)
         self._ball = ball
 
     def attack_single_run(
@@ -42,7 +42,7 @@ class Fab(FABAttack_PT):
         use_rand_start: bool = False,
         is_targeted: bool = True,
     ) -> Tensor:
-        """For each image one within eps that the network takes for another class, or itself."""
+        """Return for each image an adversarial one within eps, or else the image itself."""
         assert y is not None and is_targeted and not use_rand_start  # as in the standard version
         target = self.predict(x).argsort(1)[:, -self.target_class]
         found = x.clone()
@@ -62,15 +62,15 @@ class Fab(FABAttack_PT):
         return found
 
     def _fallen(self, at: Images, label: Tensor, within: Tensor) -> Tensor:
-        """Of the images `within` the ball, those that the network itself takes for another class."""
+        """Which of the images `within` the ball the network itself misclassifies."""
         rows = within.nonzero().flatten()
         fallen = torch.zeros_like(within)
-        if len(rows):  # the copy that is attacked may be wrong in the last bit
+        if len(rows):  # the attacked copy is equal up to rounding
             fallen[rows] = self.predict.classes(at[rows]) != label[rows]
         return fallen
 
     def _step(self, at: Images, clean: Images, label: Tensor, target: Tensor) -> Images:
-        """Onto the linearised boundary to the target and beyond, drawn a little to the clean image."""
+        """Step to the linearised boundary and beyond (`eta`), biased towards the clean image (`alpha`)."""
         value, slope = self.get_diff_logits_grads_batch_targeted(at, label, target)
         w = slope.flatten(1)
         b = (w * at.flatten(1)).sum(1) - value.flatten()
@@ -86,7 +86,7 @@ class Fab(FABAttack_PT):
 def project_linf(points: Points, w: Points, b: Float[Tensor, " n"]) -> Points:
     """The move of least maximum norm that brings each point in [0, 1] onto <w, x> = b, or nearest to it.
 
-    Every pixel moves by the same amount, as far as [0, 1] lets it, so the amount solves
+    Every pixel moves by the same amount, limited by [0, 1], so the amount solves
     sum_i |w_i| min(amount, room_i) = |<w, x> - b|. The left side is concave: Newton's method from
     below ends at the solution after as many rounds as there are sets of pixels at the edge; the
     library sorts all pixels instead.
@@ -96,7 +96,7 @@ def project_linf(points: Points, w: Points, b: Float[Tensor, " n"]) -> Points:
     room, slope = torch.where(direction > 0, 1 - points, points), w.abs()
     full, left, free = slope * room, excess.abs(), slope.sum(1)
     spent, amount = torch.zeros_like(slope, dtype=torch.bool), torch.zeros_like(left)
-    while True:  # from below: what rounds to less than before stays as it was
+    while True:  # from below: the amount never decreases by rounding
         amount = torch.where(free > 0, left / free, torch.inf).maximum(amount)
         now = spent | (room < amount[:, None])
         if torch.equal(now, spent):

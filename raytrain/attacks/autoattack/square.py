@@ -10,19 +10,19 @@ from jaxtyping import Float
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from raytrain.attacks.autoattack.counted_model import Answers
+from raytrain.attacks.autoattack.counted_model import CountedModel
 
 Windows = Float[Tensor, "n c size size"]
 
 
 class Square(SquareAttack):
-    """Square that does not ask about the same image twice; l-inf only, the other norms as they are.
+    """Square attack without repeated evaluations, in l-inf; the library's in the other norms.
 
-    All images of a batch try the same square at once. One whose best image is the same as when that
-    square was last tried, or that the square would not change, knows the answer: no improvement.
+    All images of a batch try the same square at once. There is no improvement, and no pass, for an image
+    that has not changed since that square was last tried, or that the square does not change.
     """
 
-    predict: Answers
+    predict: CountedModel
     eps: float
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Batch, Dice, Images, Labels, mix
+from raytrain.core.types import Batch, BatchRandom, Images, Labels, mix
 from raytrain.evaluation.checks.gradients import Connected
 from raytrain.evaluation.checks.probe import (
     ONE_CLASS,
@@ -126,9 +126,9 @@ def survivors(
     seed: int,
 ) -> list[Flags]:
     """Which images survive each attack; all attacks start from the same draws."""
-    dice = Dice(mix(seed, "checks"), len(images), slice(None), images.device)
+    rng = BatchRandom(mix(seed, "checks"), len(images), slice(None), images.device)
     index = torch.arange(len(images), device=images.device)
-    everything = Batch(images, labels, index, dice)
+    everything = Batch(images, labels, index, rng)
     found: list[Flags] = []
     for evaluation in evaluations:
         with still(model, seed, images.device):

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Dice, Images, Labels, RequestError, mix
+from raytrain.core.types import BatchRandom, Images, Labels, RequestError, mix
 from raytrain.evaluation.checks.probe import Finding, logits_of, percent, still
 from raytrain.evaluation.confidence import Flags
 
@@ -52,10 +52,10 @@ def under_noise(
     draws: int = 20,
 ) -> Flags:
     """Which images survive `draws` random perturbations of the ball: the weakest black box, (n,)."""
-    dice = Dice(mix(seed, "noise"), len(images), slice(None), images.device)
+    rng = BatchRandom(mix(seed, "noise"), len(images), slice(None), images.device)
     with still(model, seed, images.device):
         left = logits_of(model, images).argmax(1) == labels
         for draw in range(draws):
-            noise = ball.feasible(ball.noise(images, dice, f"noise/{draw}", 2.0), images)
+            noise = ball.feasible(ball.noise(images, rng, f"noise/{draw}", 2.0), images)
             left = left & (logits_of(model, images + noise).argmax(1) == labels)
     return left.cpu().numpy()
