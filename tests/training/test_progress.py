@@ -152,9 +152,9 @@ def test_multiples_of_the_radius_stay_multiples() -> None:
     [
         (
             {"beta": {"start": 1}},
-            "curriculum.beta: algorithm pgd has no beta; expected eps or steps",
+            "curriculum.beta: algorithm pgd has no such number to change; expected eps or steps",
         ),
-        ({"epz": {"start": 1}}, "curriculum.epz: expected 'eps'"),
+        ({"epz": {"start": 1}}, "curriculum.epz: algorithm pgd has no such number"),
         ({"steps": {"start": -1}}, "curriculum.steps: Input should be greater than or equal to 0"),
         ({"steps": {"end": 2}}, "curriculum.steps.start: missing"),
         ({"eps": {"start": 0, "after": 0.5, "until": 0.2}}, "expected after < until"),
