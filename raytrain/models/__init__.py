@@ -1,4 +1,4 @@
-"""Networks from images in [0, 1] to logits, chosen by name; RobustBench's weights fit them."""
+"""Networks from images in [0, 1] to logits, selected by name, with RobustBench's parameter names."""
 
 from raytrain.models.classifier import Classifier
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict

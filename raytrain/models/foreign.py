@@ -15,11 +15,11 @@ from raytrain.core.types import RequestError
 from raytrain.core.user_code import guarded, imported
 
 _GIVEN = WeakTensorKeyDictionary()
-"""The weights that functions of the user have returned in this process, as keys."""
+"""Weights of the networks that user functions have returned in this process, as keys."""
 
 
 def torchvision_names() -> list[str]:
-    """The image classifiers of torchvision, which is imported here and not before."""
+    """List the image classifiers of torchvision, which is imported here and not at start."""
     models = import_module("torchvision.models")
     return models.list_models(module=models)
 
@@ -27,7 +27,7 @@ def torchvision_names() -> list[str]:
 def torchvision_model(
     name: str, channels: int, classes: int, kwargs: Mapping[str, Any]
 ) -> nn.Module:
-    """The untrained network `name` (nothing is downloaded) with a head for `classes`."""
+    """Build the untrained network `name`, without a download, with a head for `classes`."""
     if channels != 3:
         raise RequestError(
             f"model.name: torchvision's {name} takes 3 channels and the images have {channels}"
@@ -37,10 +37,10 @@ def torchvision_model(
 
 
 def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The network made by calling `function(num_classes=classes, **kwargs)`.
+    """Build a network by calling `function(num_classes=classes, **kwargs)`.
 
     Raises:
-        RequestError: if it cannot be made, or has weights of a network that was returned before.
+        RequestError: if that fails, or it shares weights with a network that was returned before.
     """
     module, found = imported(name, "model.name", "function")
     make = _function(name, module, found)

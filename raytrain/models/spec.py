@@ -1,4 +1,4 @@
-"""A network by name: its record in the configuration, and the place that makes it."""
+"""A network by name: its record in the configuration, and its construction."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ class ModelSpec(Spec):
     bare: ClassVar[str | None] = "name"
 
     name: str = "auto"
-    normalise: bool = True  # False: the network sees the pixels as they are, in [0, 1]
+    normalise: bool = True  # False: the input of the network is the pixels in [0, 1]
     kwargs: dict[str, Any] = {}  # for torchvision:NAME and module:function only
 
     def resolved(self, size: int) -> str:
-        """The name of the network for images of this height and width: never `auto`."""
+        """Return the name of the network for images of this height and width: never `auto`."""
         return _automatic(size) if self.name == "auto" else self.name
 
     def foreign(self, size: int) -> bool:
-        """Whether the network was written elsewhere: torchvision's, or the user's own."""
+        """Whether the network is not raytrain's: torchvision's, or the user's own."""
         return _own(self.resolved(size)) is None
 
     @property
     def users(self) -> bool:
-        """Whether the network is the user's own, of which nothing is known."""
+        """Whether the network is the user's own."""
         return ":" in self.name.removeprefix("torchvision:")
 
     def build(
@@ -77,10 +77,10 @@ class ModelSpec(Spec):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Classifier:
-        """A new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
+        """Build a new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
 
-        `mean` and `std` hold one number per channel; torch's global generator decides the weights. A
-        network from elsewhere is tried on a few images.
+        `mean` and `std` hold one number per channel; weights are drawn from torch's global
+        generator. A network that is not raytrain's is tried on a few images.
 
         Raises:
             RequestError: if there is no such network, or it is no classifier of these images.

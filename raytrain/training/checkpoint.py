@@ -88,10 +88,10 @@ class Saved:
         numbers = tuple(str(number) for number in range(len(trained)))
         if numbers in (trained, classes) and set(trained) != set(classes):
             return
-        for k, (wanted, found) in enumerate(zip(trained, classes, strict=True)):
-            if wanted != found:
+        for k, (name, found) in enumerate(zip(trained, classes, strict=True)):
+            if name != found:
                 raise RequestError(
-                    f"{expected}, in the same order; found '{found}' in place of '{wanted}' as "
+                    f"{expected}, in the same order; found '{found}' in place of '{name}' as "
                     f"class {k}"
                 )
 
