@@ -84,7 +84,7 @@ class GradAlignTraining(AbstractAlgorithm):
         delta = self.start.delta(self.ball, batch, None)
         _, grad = oracle.delta_grad(delta)
         eta = self.ball.noise(batch.images, batch.rng, "align")
-        oracle.refer(grad, eta)
+        oracle.set_reference(grad, eta)
         size = in_pixels(self.step_size, self.ball.eps)
         moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
         delta = self.ball.feasible(moved, batch.images)

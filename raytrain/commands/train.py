@@ -34,10 +34,10 @@ from raytrain.training.checkpoint import (
     LAST,
     folder_of,
     is_run_id,
-    leave_run_file,
     load,
     stored_run,
     to_yaml,
+    write_run_file,
 )
 from raytrain.training.trainer import check_resumable, network, preflight
 
@@ -102,7 +102,7 @@ def train(
         handle, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
-        leave_run_file(run, folder)
+        write_run_file(run, folder)
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         for report in _rows(run, job, on_cluster):

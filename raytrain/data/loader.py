@@ -20,9 +20,9 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, RequestError, mix
 from raytrain.data.augment import random_view
-from raytrain.data.carve import carve
 from raytrain.data.sources import SOURCES, ImageSet, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
+from raytrain.data.validation_split import split_validation
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Splits:
 def open_splits(
     spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
 ) -> Splits:
-    """Read the training set and carve the validation split from it, stratified by label.
+    """Read the training set and split it into training and validation, stratified by label.
 
     Raises:
         RequestError: naming the file or field that makes training or validation impossible.
@@ -72,7 +72,7 @@ def open_splits(
         raise RequestError(
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
-    validation, training = carve(images.labels, spec)
+    validation, training = split_validation(images.labels, spec)
     return Splits(
         _part(images, training, context, dtype), _part(images, validation, context, dtype), source
     )

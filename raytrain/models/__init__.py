@@ -3,7 +3,7 @@
 from raytrain.models.classifier import Classifier
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
 from raytrain.models.spec import MODELS, ModelSpec
-from raytrain.models.trial import try_alone, try_out
+from raytrain.models.trial import check_network, check_single_images
 
 __all__ = [
     "MODELS",
@@ -11,6 +11,6 @@ __all__ = [
     "ModelSpec",
     "load_robustbench",
     "robustbench_state_dict",
-    "try_alone",
-    "try_out",
+    "check_single_images",
+    "check_network",
 ]

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from raytrain.core.failures import error_summary
 from raytrain.core.types import RequestError
-from raytrain.core.user_code import guarded, imported
+from raytrain.core.user_code import import_object, user_code_errors
 
 _GIVEN = WeakTensorKeyDictionary()
 """Weights of the networks that user functions have returned in this process, as keys."""
@@ -42,7 +42,7 @@ def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Mod
     Raises:
         RequestError: if that fails, or it shares weights with a network that was returned before.
     """
-    module, found = imported(name, "model.name", "function")
+    module, found = import_object(name, "model.name", "function")
     make = _function(name, module, found)
     network = _made(name, make, {"num_classes": classes}, kwargs)
     weights: list[Tensor] = list(network.parameters())
@@ -74,7 +74,7 @@ def _made(
     name: str, make: Callable[..., Any], ours: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> nn.Module:
     given = ", ".join(f"{key}={value!r}" for key, value in {**ours, **kwargs}.items())
-    with guarded(name, f"cannot be made with {given}"):
+    with user_code_errors(name, f"cannot be made with {given}"):
         try:
             network = make(**ours, **kwargs)
         except TypeError as error:

@@ -16,7 +16,7 @@ from raytrain.models.foreign import imported_model, torchvision_model, torchvisi
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
 from raytrain.models.small_cnn import SmallCNN
-from raytrain.models.trial import ready, try_out
+from raytrain.models.trial import check_network, ready
 from raytrain.models.wide_resnet import WideResNet
 
 MODELS: dict[str, str] = {
@@ -93,7 +93,7 @@ class ModelSpec(Spec):
             shape = channels, size, size
             foreign = Classifier(normalise, self._foreign(name, channels, classes), name)
             model = ready(foreign, shape)
-            try_out(model, shape, classes)
+            check_network(model, shape, classes)
             return model
         if self.kwargs:
             raise RequestError(f"model.kwargs: {name} takes none, but {sorted(self.kwargs)} given")

@@ -21,7 +21,7 @@ SMALL, TEXT = 8, 9  # points
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedTrial:
     """A trial that ended, and the cost of all trials up to its end."""
 
     row: TrialRow

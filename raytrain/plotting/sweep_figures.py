@@ -16,7 +16,7 @@ from raytrain.plotting.sheet import (
     MANY,
     SMALL,
     TEXT,
-    Ended,
+    EndedTrial,
     cost_axis,
     label,
     legend,
@@ -78,14 +78,14 @@ def draw(
 # -------------------------------------------------------------------- data
 
 
-def in_order(history: History, fidelity: Fidelity) -> list[Ended]:
+def in_order(history: History, fidelity: Fidelity) -> list[EndedTrial]:
     """Return the ended trials in the order of their ends."""
     last = {t.user_attrs["origin"]: t for t in history.trials() if "origin" in t.user_attrs}
     rows = [row for row in history.rows() if row.state in _LOOKS]
     rows.sort(key=lambda row: (str(last[row.number].datetime_complete), row.number))
     spent = np.cumsum([fidelity.fe_per_image(row.metrics) for row in rows])
     return [
-        Ended(row, last[row.number], float(so_far))
+        EndedTrial(row, last[row.number], float(so_far))
         for row, so_far in zip(rows, spent, strict=True)
     ]
 
@@ -93,7 +93,7 @@ def in_order(history: History, fidelity: Fidelity) -> list[Ended]:
 # -------------------------------------------------------------------- figures
 
 
-def _history(trials: list[Ended], objective: Objective) -> Figure:
+def _history(trials: list[EndedTrial], objective: Objective) -> Figure:
     """Draw each trial at the sweep's cost at its end, and the best finished one so far."""
     figure, axes = paper(6.5, 3.6)
     spent = np.array([trial.spent for trial in trials])
@@ -149,7 +149,7 @@ def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
     return figure
 
 
-def _front(trials: list[Ended], history: History) -> Figure | None:
+def _front(trials: list[EndedTrial], history: History) -> Figure | None:
     """Draw finished trials in the plane of the first two objectives, and a line through the Pareto front."""
     objectives = history.space.objective
     done = [trial.row for trial in trials if trial.row.state == "complete"]
@@ -202,7 +202,7 @@ def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[
 
 
 def _curves(
-    curves: dict[int, CostCurve], trials: list[Ended], objective: Objective
+    curves: dict[int, CostCurve], trials: list[EndedTrial], objective: Objective
 ) -> Figure | None:
     """Draw the objective against each trial's own cost, the best trial's in bold."""
     from matplotlib.collections import LineCollection

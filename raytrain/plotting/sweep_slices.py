@@ -17,7 +17,7 @@ from raytrain.plotting.sheet import (
     MANY,
     SMALL,
     TEXT,
-    Ended,
+    EndedTrial,
     label,
     sheet,
     short,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _PANELS = 12
 
 
-def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figure | None:
+def slices(trials: list[EndedTrial], objective: Objective, order: list[str]) -> Figure | None:
     """Draw the objective against each parameter: finished trials coloured by order, stopped ones pale."""
     from matplotlib.ticker import MaxNLocator
 
@@ -72,7 +72,7 @@ def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figur
 
 def _slice(
     axes: Axes,
-    trials: list[Ended],
+    trials: list[EndedTrial],
     key: str,
     distribution: BaseDistribution,
     objective: Objective,

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.files import replaced, write_atomically
+from raytrain.core.files import atomic_writer, write_atomically
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 
@@ -150,15 +150,15 @@ def _content(
 def _write(path: Path, content: dict[str, Any]) -> str | None:
     """Write the file; return the message of an error, if there is one."""
     try:
-        write_whole(path, content)
+        save_atomically(path, content)
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """torch.save through `replaced`, which renames the finished file to `path`."""
-    with replaced(path) as file:
+def save_atomically(path: Path, content: dict[str, Any]) -> None:
+    """torch.save through `atomic_writer`, which renames the finished file to `path`."""
+    with atomic_writer(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch wraps a failed write of its zip file
@@ -296,7 +296,7 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
-def leave_run_file(run: RunConfig, folder: Path) -> None:
+def write_run_file(run: RunConfig, folder: Path) -> None:
     """Write `run.yaml` to the future folder of the checkpoints.
 
     Raises:

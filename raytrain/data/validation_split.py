@@ -11,7 +11,7 @@ from raytrain.core.types import RequestError
 from raytrain.data.spec import DataSpec
 
 
-def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     """Return indices of the validation and of the training images, with the classes in proportion.
 
     Both have at least one image of every class, even if its share rounds to none.
