@@ -1,4 +1,4 @@
-"""The catalogue: every algorithm a configuration can name."""
+"""Registry of all algorithms that a configuration can select by name."""
 
 from raytrain.algorithms.atta import Atta
 from raytrain.algorithms.base import RECIPES, AbstractAlgorithm, AbstractRecipe, Recipe

@@ -1,4 +1,4 @@
-"""ATTA: attacks that go on where the last attack on the same image ended."""
+"""ATTA: attacks that start from the final perturbation of the last attack on the same image."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Atta(Smoothed):
     before, moved with crop and flip; theta <- theta - lr grad(delta).
 
     Zheng et al. 2020 (Efficient adversarial training with transferable adversarial examples, arXiv
-    1912.11969). Perturbations accumulate over epochs, so that one or a few steps per visit train
-    against attacks of many. As in the public code they begin as noise 0.001 N(0, 1) anew every
+    1912.11969). Perturbations accumulate over epochs, so that one or a few steps per epoch train
+    against attacks of many. As in the public code they are reset to noise 0.001 N(0, 1) every
     `reset_every` epochs. Cost: 2 steps + 3 FE. Memory: one perturbation per image.
 
-    Deviations: the public code pads images and perturbations and crops both; here the pixels that a
-    crop left out keep the value of an earlier visit, which is the same on those it shows. The
+    Deviations: the public code pads images and perturbations and crops both; here the pixels
+    outside a crop keep the value of an earlier epoch; inside the crop both are the same. The
     noise is clipped to ball and pixel box before the first gradient. Its loss for CIFAR-10 is TRADES';
     here it is the cross-entropy, so that the method is compared by its attack alone. The step size is
     chosen here: that of the paper depends on the number of steps.

@@ -1,4 +1,4 @@
-"""The interface of an algorithm, and the recipe a configuration names it by."""
+"""Interface of algorithms, and the recipes by which a configuration selects them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AbstractAlgorithm(ABC):
     outer: AbstractOuter
 
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
-        """What it keeps between steps, by name, the outer update's memory included.
+        """Return the state that it keeps between steps, by name, with that of the outer update.
 
         Raises:
             RequestError: if it cannot run on this network or data.
@@ -36,7 +36,7 @@ class AbstractAlgorithm(ABC):
 
     @abstractmethod
     def step(self, state: TrainState, batch: Batch) -> StepResult:
-        """One mini-batch: find a perturbation, move the weights."""
+        """Run one mini-batch: find a perturbation, update the weights."""
 
     @abstractmethod
     def fe_per_image(self, setting: CostSetting) -> float:
@@ -47,19 +47,19 @@ class AbstractAlgorithm(ABC):
 
     @property
     def cost_varies(self) -> bool:
-        """Whether a step may cost less than `fe_per_image`, as attacks stop early."""
+        """Whether a step may cost less than `fe_per_image`, because attacks stop early."""
         return False
 
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Numbers of its own for the record of an epoch, `batch` being its last: a collective."""
+        """Return metrics of the algorithm for an epoch, `batch` being its last: a collective."""
         del batch
         return self.outer.measures(state)
 
 
 class AbstractRecipe(Spec):
-    """A paper's hyperparameters, flat and in the paper's names; `build` turns them into parts that run.
+    """Hyperparameters of a paper, flat and by the paper's names; `build` makes the algorithm of them.
 
-    `preset` (where a recipe has presets) names a set of defaults; fields that are given win over it.
+    `preset` (where a recipe has presets) names a set of defaults; given fields override it.
     Numbers that a curriculum may change are annotated with `SCHEDULABLE`.
     """
 
@@ -76,7 +76,7 @@ class AbstractRecipe(Spec):
         return {**cls.presets.get(str(values.get("preset")), {}), **values}
 
     def build(self, ball: AbstractThreatModel, outer: AbstractOuter) -> AbstractAlgorithm:
-        """The algorithm for a threat model and an outer update.
+        """Return the algorithm for a threat model and an outer update.
 
         Raises:
             ValueError: with the reason, if it is not defined for them.
@@ -96,10 +96,10 @@ class AbstractRecipe(Spec):
 
     @abstractmethod
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> AbstractAlgorithm:
-        """The parts, for a combination that makes sense."""
+        """Return the algorithm, for a combination that `build` has checked."""
 
     def why_not_in(self, norm: str) -> str:
-        """`: reason` for a norm that the card leaves out."""
+        """Return `: reason` for a norm that is not on the card."""
         del norm
         return ""
 
@@ -127,7 +127,7 @@ class Smoothed(AbstractRecipe):
     label_smoothing: Smoothing = 0.0
 
     def cross_entropy(self) -> CrossEntropy:
-        """The loss, smoothed as asked."""
+        """Return the loss, with `label_smoothing`."""
         return CrossEntropy(label_smoothing=self.label_smoothing)
 
 
@@ -140,7 +140,7 @@ class Iterated(AbstractRecipe):
     attack_bn: BatchNorm = "eval"
 
     def attack(self, stop: AbstractStopping = NEVER, compact: bool = True) -> ProjectedAscent:
-        """The attack of these fields, ended by `stop`."""
+        """Return the attack of these fields with stopping rule `stop`."""
         return ProjectedAscent(
             start=self.start,
             steps=self.steps,

@@ -1,4 +1,4 @@
-"""Dynamic adversarial training: attacks grow stronger as training goes on, measured by FOSC."""
+"""Dynamic adversarial training: the convergence of attacks, measured by FOSC, increases during training."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ _PAPER = {
 
 @final
 class Dynamic(Smoothed, Iterated):
-    """PGD that leaves sample i alone once FOSC(delta_i) <= c_t;  c_t = c_max (1 - t/T')^+ falls to
-    0.
+    """PGD that stops for sample i once FOSC(delta_i) <= c_t;  c_t = c_max (1 - t/T')^+ falls to 0.
 
     Wang et al. 2019 (arXiv 2112.08304), algorithm 1 and section 4. Every sample takes at least one
-    step. Cost: a sample that stops after s of K steps needs min(s + 1, K) gradients, because the one
-    that tells its FOSC is the one its next step would use. No per-sample state.
+    step. Cost: a sample that stops after s of K steps needs min(s + 1, K) gradients, because its
+    FOSC is computed from the gradient that its next step would use. No per-sample state.
 
     Two presets, each a set of defaults for 120 epochs with T' = 100. `paper` is the algorithm as
-    printed: FOSC anchored at the natural image, stopped samples leave the batch, mean cross-entropy.
-    `official` is what the released code computes: FOSC anchored at the random start (a coin-flip near
-    zero), and from the second epoch on every sample weighted by its own adversarial loss, which makes
-    the gradient that of half the mean squared loss. The released code also computes stopped samples
-    to the end and never leaves its loop, so that it costs more than PGD; compact=false does the
-    former, the latter changes nothing but the bill. Its weight decay on kernels only and its
-    per-iteration rate decay belong to the optimiser and are not part of the preset.
+    printed: FOSC anchored at the natural image, stopped samples are removed from the batch, mean
+    cross-entropy. `official` is what the released code computes: FOSC anchored at the random start
+    (of random sign near zero), and from the second epoch on every sample weighted by its own adversarial
+    loss, which makes the gradient that of half the mean squared loss. The released code also computes
+    stopped samples to the end and has no early exit of its loop, so that it costs more than PGD;
+    compact=false does the former, the latter affects the cost alone. Its weight decay on kernels only and
+    its per-iteration rate decay belong to the optimiser and are not part of the preset.
 
     Deviations of `official` from the released code: there the start x + u is not clipped to the pixel
     box, so that where pixels are saturated the first gradient is taken outside [0, 1] and FOSC is

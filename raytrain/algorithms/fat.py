@@ -19,7 +19,7 @@ from raytrain.outer import AbstractOuter
 
 @final
 class Misclassified(AbstractStopping):
-    """Stop at the iterate that is misclassified for the (tau_t + 1)-th time; the start counts too.
+    """Stop at the (tau_t + 1)-th misclassified iterate; the start counts too.
 
     tau_t is the number of the shares in `grow_at` that training has passed at the beginning of the
     epoch, at most `tau`.
@@ -45,15 +45,15 @@ class Fat(Smoothed, Iterated):
     theta <- theta - lr grad(delta).
 
     Zhang et al. 2020 (Attacks which do not kill training make adversarial learning stronger, arXiv
-    2002.11242), algorithms 1 and 2. An image that the random start fools already is trained on as it
-    is while tau_t = 0. The defaults are those of the public code: K = 10, and tau_t = 0, 1, 2 from the
+    2002.11242), algorithms 1 and 2. An image that is misclassified at the random start is trained on
+    there while tau_t = 0. The defaults are those of the public code: K = 10, and tau_t = 0, 1, 2 from the
     epochs 0, 50 and 90 of 120 on. Cost: an image that stops after s of K steps needs min(s + 1, K)
     gradients, the one of its last iterate included. No per-sample state between epochs. With tau >= K
     from the start it is PGD.
 
     Deviations from the public code: after every step it adds noise 0.001 N(0, 1) to the iterate, which
-    no other attack here does. It trains on the images in the order in which they stopped, which a mean
-    over the batch does not see. It computes clean logits that cross-entropy does not use. Its
+    no other attack here does. It trains on the images in the order in which they stopped, which does
+    not change a mean over the batch. It computes clean logits that cross-entropy does not use. Its
     variants for TRADES and MART are not part of this recipe. Its numbers are eps 0.031 and step 0.007.
     """
 

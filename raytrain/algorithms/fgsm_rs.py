@@ -21,7 +21,7 @@ class FgsmRs(Smoothed):
 
     Wong et al. 2020 (arXiv 2001.03994), algorithm 3. The public code draws its start and attacks
     in train mode, updating BatchNorm twice per step: that is the default here too. It computes
-    weight gradients during the attack and throws them away (6 FE); this does not (5 FE). l2 and l1
+    weight gradients during the attack and discards them (6 FE); this does not (5 FE). l2 and l1
     take the norm's own steepest step; the paper has l-inf only. Catastrophic overfitting is known
     for step sizes from about 1.5 eps and for start=zero.
 

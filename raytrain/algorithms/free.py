@@ -65,11 +65,11 @@ class Free(Smoothed):
     Shafahi et al. 2019 (Adversarial training for free!, arXiv 1904.12843), algorithm 1. Cost: 3 m FE
     per image for m weight updates, so divide the epochs by m to compare at equal cost. delta belongs
     to the *slot* of the batch and is carried over to the next, unrelated images, as in the paper; one
-    perturbation per slot, nothing per image. It is saved in checkpoints slot by slot and dealt anew
-    to another number of workers.
+    perturbation per slot, nothing per image. Checkpoints hold it slot by slot, for any number
+    of workers.
 
-    Traps of public codes avoided: the pass is one (a re-implementation takes two); batches are whole,
-    so no slot is left behind. BatchNorm is in train mode, because every pass is a weight update. m = 1
+    Errors of public codes avoided: there is one pass (a re-implementation takes two); batches are whole,
+    so every slot is updated. BatchNorm is in train mode, because every pass is a weight update. m = 1
     is neither natural training nor FGSM: its perturbation was computed for other images. One pass has
     one loss: a smoothed label reaches the perturbation too. l2 and l1 take the norm's own steepest
     step; the paper has l-inf only.
@@ -79,11 +79,11 @@ class Free(Smoothed):
 
     - The authors' code (TensorFlow, and PyTorch for ImageNet) never clips delta to the box, neither
       within a batch nor between batches. It clips the image, clamp(x + delta, 0, 1), inside the graph:
-      where that clamp is active, delta has no gradient, keeps its value until other images take the
-      slot, and is carried over to them whole. Here it moves back as soon as its gradient turns, and
+      where that clamp is active, delta has no gradient, keeps its value until other images fill the
+      slot, and is carried over to them unclipped. Here it moves back as soon as its gradient turns, and
       what is carried over is only what the box allowed.
     - The code of Wong et al. clips after every step but not before the first pass: one of the m passes
-      sees pixels outside [0, 1]. It also moves the learning rate with every replay; here the rate is
+      has pixels outside [0, 1]. It also moves the learning rate with every replay; here the rate is
       that of the batch for all m.
     """
 

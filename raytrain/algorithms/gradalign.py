@@ -1,4 +1,4 @@
-"""GradAlign: FGSM with a penalty on gradients that turn within the ball."""
+"""GradAlign: FGSM with a penalty on changes of the gradient's direction within the ball."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class GradAlignTraining(AbstractAlgorithm):
         delta = self.start.delta(self.ball, batch, None)
         _, grad = oracle.delta_grad(delta)
         eta = self.ball.noise(batch.images, batch.rng, "align")
-        oracle.refer(grad, eta)
+        oracle.set_reference(grad, eta)
         size = in_pixels(self.step_size, self.ball.eps)
         moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
         delta = self.ball.feasible(moved, batch.images)
@@ -103,7 +103,7 @@ class GradAlign(Smoothed):
     its graph and a pass through both directions of it, counted 6: 11 FE. No per-sample state. As in
     the public code, the first gradient is held fixed, the noise is not clipped to the pixel box, and
     both passes are in train mode. lam = 0 is FGSM in its weights (not in its running statistics, which
-    see the noise too). Differentiating twice needs a network that allows it: torch's SyncBatchNorm
+    include the noise). Differentiating twice needs a network that allows it: torch's SyncBatchNorm
     does not. The penalty is the same in every norm: it is an angle; the paper has l-inf only.
 
     Deviations from the public code:
@@ -111,7 +111,7 @@ class GradAlign(Smoothed):
     - The penalty is averaged over all samples of the batch, those with a zero gradient counting 0,
       because every training loss here is a mean of per-sample terms. The public code averages over
       the others only. With a share z of zero gradients the penalty here at lam is the public one at
-      (1 - z) lam: it weakens here, and not there, as the network becomes certain of its images.
+      (1 - z) lam: it weakens here, and not there, as the network becomes confident.
     - A gradient is zero here if all its pixels are. The public test squares them in float32, so that
       gradients of the mean loss below about 3e-23 in every pixel count as zero too and z is larger
       there. With z = 1 its penalty is NaN; here it is 0.

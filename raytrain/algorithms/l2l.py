@@ -43,7 +43,7 @@ from raytrain.outer import AbstractOuter
 @final
 @dataclass(frozen=True)
 class Learned(AbstractAlgorithm):
-    """delta by the attacker;  attacker <- Adam, ascending on its own path;  theta <- outer(theta, delta)."""
+    """delta <- attacker;  attacker <- Adam ascent on its own iterates;  theta <- outer(theta, delta)."""
 
     ball: AbstractThreatModel
     outer: AbstractOuter
@@ -78,9 +78,9 @@ class Learned(AbstractAlgorithm):
         return StepResult(losses, found.delta, found.steps)
 
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
-        """The attacker against PGD from the same start: well below it, its accuracy gains are illusory."""
+        """Losses of the attacker and of PGD from one start: a weak attacker overstates robustness."""
         attacker, ball = state.part("attacker", Attacker), self.ball
-        # Measuring must not move the running statistics.
+        # Measuring must not update the running statistics.
         bn: BatchNorm = "batch_nostat" if self.ascent.bn == "train" else self.ascent.bn
         losses = []
         for learned in (True, False):
@@ -141,9 +141,9 @@ class L2l(Smoothed):
 
     init=pgd with features=sign is PGD with step size `scale` bit for bit, for any cell (with tanh it
     then stays PGD: squash=hardtanh learns on). A hard projection has no slope where a pixel is at its
-    bound, which after a strong step is nearly everywhere: projection=straight_through hands the slope
-    on. In l2 a step of all pixels together is `scale` long. Watch
-    l2l/attack_loss against l2l/pgd_loss: a weak attacker makes clean accuracy look good.
+    bound, which after a strong step is nearly everywhere: projection=straight_through has slope 1
+    there. In l2 a step of all pixels together is `scale` long. Compare
+    l2l/attack_loss with l2l/pgd_loss: a weak attacker raises clean accuracy.
     """
 
     card: ClassVar[Card] = Card(

@@ -1,4 +1,4 @@
-"""MART: misclassified examples are pulled harder (Wang et al. 2020)."""
+"""MART: misclassified examples have a larger weight (Wang et al. 2020)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MartRecipe(Iterated):
 
     Wang et al. 2020 (Improving adversarial robustness requires revisiting misclassified examples,
     ICLR), equation 11. Cost per image: K inner steps 2 each, two forwards and a backward through both
-    6: 2 K + 6 FE. No per-sample state. See `objectives.Mart` for the loss and the traps of the public
+    6: 2 K + 6 FE. No per-sample state. See `losses.Mart` for the loss and the errors of the public
     code that it avoids. With K = 0 and no noise it is natural training on BCE, not on cross-entropy,
     and a smoothed label has no meaning in it: there is no label_smoothing. Its weight decay is an
     order larger than elsewhere (3.5e-3 at lr 0.01 in the public code): search both. Known: a high PGD
@@ -31,7 +31,7 @@ class MartRecipe(Iterated):
     l1 take the norm's own steps; the paper has l-inf only.
 
     Deviations from the public code: its KL has 1e-12 beside p(x'), this one has not (see
-    `objectives.Mart` for the difference); it does not clip the start to the pixel box before the
+    `losses.Mart` for the difference); it does not clip the start to the pixel box before the
     first gradient, which is then taken outside [0, 1] where pixels are saturated. Its numbers are eps
     0.031 and step 0.007.
     """

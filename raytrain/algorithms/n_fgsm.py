@@ -21,10 +21,10 @@ class NFgsm(Smoothed):
     grad(delta).
 
     de Jorge et al. 2022 (arXiv 2202.01181), algorithm 1. On purpose delta is clipped to the pixel
-    box only, so its size may reach (k + step_size/eps) eps: training leaves the threat model, the
-    evaluation does not. l2 and l1 blow the norm's own noise up by k; the paper has l-inf only.
-    On SVHN the public code lets eps grow from 0 over the first five epochs, noise and step with it;
-    that is no part of this recipe but a curriculum of eps.
+    box only, so its size may reach (k + step_size/eps) eps: training is outside the threat model, the
+    evaluation is not. l2 and l1 scale the norm's own noise by k; the paper has l-inf only.
+    On SVHN the public code increases eps from 0 over the first five epochs, noise and step with it;
+    here that is a curriculum of eps and not part of this recipe.
     """
 
     card: ClassVar[Card] = Card(

@@ -1,4 +1,4 @@
-"""Training on clean images: what every robust method is compared with."""
+"""Training on clean images, the baseline of every robust method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attack to the end, then update: the composition behind natural, FGSM, PGD, TRADES, MART and Dynamic AT."""
+"""A whole attack, then an update: the algorithm of natural, FGSM, PGD, TRADES, MART and Dynamic AT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raytrain.outer import AbstractOuter
 class Nested(AbstractAlgorithm):
     """delta <- attack(theta);  theta <- outer(theta, delta).
 
-    With `own_loss`, sample i counts with its own loss at delta, from the second epoch on.
+    With `own_loss`, sample i is weighted by its own loss at delta, from the second epoch on.
     """
 
     ball: AbstractThreatModel

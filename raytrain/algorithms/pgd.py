@@ -19,9 +19,9 @@ class Pgd(Smoothed, Iterated):
     Madry et al. 2018 (arXiv 1706.06083), section 2. The last iterate is trained on, as there.
     Public codes attack in train mode (Madry, Rice) or in eval mode (Pang's baseline); eval is the
     default, because then a sample's perturbation does not depend on its neighbours in the batch.
-    start=remembered goes on from the last perturbation of the image; `atta` also resets it.
+    start=remembered starts from the last perturbation of the image; `atta` also resets it.
 
-    Deviations: with attack_bn=train BatchNorm sees K + 1 passes per update, all of perturbed images.
+    Deviations: with attack_bn=train BatchNorm has K + 1 passes per update, all of perturbed images.
     Rice's code has K + 3: one more of perturbed images, for the loss that compares restarts, and one
     of the clean images after the step, which enters the running statistics last.
     """

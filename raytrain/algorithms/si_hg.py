@@ -1,4 +1,4 @@
-"""SI-HG: weights and perturbations descend and ascend in turn, one of them looking ahead."""
+"""SI-HG: alternating descent in the weights and ascent in the perturbations, one of them extrapolated."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class SemiImplicit(AbstractAlgorithm):
         """A: ascend at w + theta (w - w_prev), descend at the new delta."""
         oracle, before = self._oracle(state, batch), state.part("before", Weights)
         now = {name: p.detach() for name, p in state.model.named_parameters()}
-        # At theta = 0 the weights are the present ones: not even a rounding apart.
+        # At theta = 0 the weights are exactly the present ones.
         ahead = {n: theta * (now[n] - old) for n, old in before.values.items()} if theta else {}
         with shifted(state.model, ahead):
             delta = self._ascent(oracle, batch, delta, self.recipe.m)
@@ -259,8 +259,8 @@ class SiHg(Smoothed):
 
     Cost per image: A, B, N: 2 m + 3 FE; C: 2 m + 4; J: 3; T: 2 m + 4. Memory per image (store=per_sample):
     a perturbation (CIFAR-10: 12,288 bytes in fp32, 6,144 in fp16, 3,072 in int8), in B two; A keeps
-    one more copy of the weights, and a second while it looks ahead. Perturbations are kept in the frame
-    of the un-augmented image (bank_align=none leaves them where they were). sigma is in pixels for
+    one more copy of the weights, and a second while it looks ahead. Perturbations are stored in the
+    frame of the un-augmented image (in that of the batch with bank_align=none). sigma is in pixels for
     ascent=steepest and in pixel^2 per nat, of the per-sample gradient, for raw. Its default is eps/2 for
     m = 1 and eps/4 for more with a memory; 1.25 eps and 2.5 eps / m without one.
     """

@@ -1,4 +1,4 @@
-"""SSDS: the fast saddle-point dynamics, one ascent on each image's perturbation per visit."""
+"""SSDS: fast saddle-point dynamics, one ascent step on each image's stored perturbation per epoch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MULTIPLIED = {"budget": "multiplier"}
 @final
 @dataclass(frozen=True)
 class SaddlePoint(AbstractAlgorithm):
-    """Descent in theta, ascent in the remembered delta, growth of the budget's multipliers."""
+    """Descent in theta, ascent in the stored delta, update of the multipliers of the norm constraint."""
 
     ball: AbstractThreatModel
     outer: AbstractOuter
@@ -170,7 +170,7 @@ class SaddlePoint(AbstractAlgorithm):
 @final
 class Ssds(Smoothed):
     """delta_i <- P(delta_i + sigma dir grad_delta f_i(w, delta_i));
-    w <- w - lr mean_i grad_w f_i(w, delta_i): one against one, delta_i remembered for every image.
+    w <- w - lr mean_i grad_w f_i(w, delta_i): one step each, delta_i stored for every image.
 
     Esfandiari et al., a fast saddle-point dynamical system approach to robust deep learning, arXiv
     1910.08623: of the paper its abstracts and the released code with its history were at hand, not the
@@ -183,7 +183,7 @@ class Ssds(Smoothed):
     Budgets: `project` (the code's NOLAG) only projects. `multiplier` (NOLAM) adds v_i <- [v_i + alpha
     (|delta_i| - eps)]^+ and the drag -(v_i / c1) d|delta_i| on the gradient; in l-inf d|delta_i| is
     sign(delta_i), as in the code: that of a bound on every pixel, not on the largest alone. With
-    clamp_delta the norm never exceeds eps, so v only falls and the drag dies out. `full` adds
+    clamp_delta the norm never exceeds eps, so v only falls and the drag vanishes. `full` adds
     t <- t + alpha (lambda - 1) and lambda <- [lambda + (alpha / c2)(f - t - S)]^+,
     S = mean_i v_i (|delta_i| - eps) over the batch (in the released code the sum); lambda multiplies
     the learning rate. `lam_mode=released` is lambda + (alpha / c2) f - t - S, as the code's operator
@@ -202,8 +202,8 @@ class Ssds(Smoothed):
     - delta is clipped to the pixel box too, as in every algorithm here: x + delta is an image, and
       delta the perturbation that was trained on. The code clips delta to the ball alone and the image
       to the box, clamp(x + delta, 0, 1), inside the graph. Away from black and white both are the
-      same. Where that clamp is active the pixel has no gradient in the code, the drag alone moves it,
-      and |delta_i| counts what the image does not show; here it does not, so that v_i, S, lambda and t
+      same. Where that clamp is active the pixel has no gradient in the code, only the drag moves it,
+      and |delta_i| includes what is clipped from the image; here it does not, so that v_i, S, lambda and t
       take another path on saturated pixels.
     - The decay is exp(-e/1000) at e = 100, 200, ..., in force from epoch e on, counted from 0. In the
       code it comes at the end of epoch e, and stops once alpha <= 1e-4: alpha stays at 5.5e-5 from

@@ -23,8 +23,8 @@ class TradesRecipe(Smoothed, Iterated):
 
     Zhang et al. 2019 (arXiv 1901.08573), equation 5 and algorithm 1. Cost per image: clean logits for
     the attack 1, K inner steps 2 each, two forwards and a backward through both 6: 2 K + 7 FE. No
-    per-sample state. See `objectives.Trades` for the loss, the traps of the public code that it
-    avoids, and what BatchNorm sees (one clean pass less). beta = 0 gives the gradient of natural
+    per-sample state. See `losses.Trades` for the loss, the errors of the public code that it
+    avoids, and the passes of BatchNorm (one clean pass less). beta = 0 gives the gradient of natural
     training, though not its running statistics. l2 and l1 take the norm's own steps.
 
     Deviations from the public code, because start, step and projection are those of every algorithm
@@ -34,7 +34,7 @@ class TradesRecipe(Smoothed, Iterated):
       gradient is taken outside [0, 1] where pixels are saturated.
     - l2: delta is projected on the ball and then clipped to the box; there it is clipped first. The
       results are the same where the box does not bind. Elsewhere delta is never longer here,
-      |box(ball(delta))| <= |ball(box(delta))|: what the box cuts off is not given to other pixels, and
+      |box(ball(delta))| <= |ball(box(delta))|: what the box clips is not redistributed to other pixels, and
       images with saturated pixels are attacked with less of the radius.
     - l2: where the gradient is zero, delta stays; there it moves along noise N(0, 1), a step longer by
       about the square root of the number of pixels. The step is step_size; there it is 2 eps / K.

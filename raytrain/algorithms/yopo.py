@@ -86,7 +86,7 @@ class Yopo(Smoothed):
     gradient of <p, stem(x + delta)> does not depend on delta: n steps of size s are one step of size
     n s, and searching both is searching one number. With m = 1 all layers but the first train on the
     random start alone. A smoothed label reaches the perturbation too, through the costate. Needs a
-    network that tells its first layer from the rest: raytrain's own. l2 and l1 take the norm's own
+    network with a separate first layer: raytrain's own. l2 and l1 take the norm's own
     steepest step; the paper has l-inf only.
 
     Deviations from the public code:
@@ -96,10 +96,10 @@ class Yopo(Smoothed):
     - The m gradients are summed there and the rate divided by m: here they are averaged, so that `lr`
       means the same as elsewhere and weight decay is not divided too. Its lr r and weight decay d are
       m r and d / m here: 0.04 and 5e-4 with m = 5 are 0.2 and 1e-4.
-    - The start is clipped to the pixel box. There it is not: the first full pass sees pixels outside
+    - The start is clipped to the pixel box. There it is not: the first full pass has pixels outside
       [0, 1], and these have no gradient in the first inner step, which clips the image inside its
       graph, so that they do not move with the others.
-    - BatchNorm sees m passes per update. There it sees m + 1: after the last inner loop the accuracy is
+    - BatchNorm has m passes per update. There it has m + 1: after the last inner loop the accuracy is
       measured in train mode. The running statistics there include the images of the final delta, here
       those of the m full passes only, the last of which is one inner loop behind.
     """

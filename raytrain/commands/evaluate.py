@@ -16,7 +16,7 @@ from raytrain.config.request import override, parse_overrides, validated
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
-from raytrain.core.files import replaced, write_atomically
+from raytrain.core.files import atomic_writer, write_atomically
 from raytrain.core.signals import interruptible
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_test
@@ -187,9 +187,9 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
     values = result.model_dump(mode="json", include=set(EvaluationRecord.model_fields))
     text = json.dumps(values, indent=1)
     try:
-        with replaced(result.folder / FLAGS) as file:
+        with atomic_writer(result.folder / FLAGS) as file:
             pq.write_table(flags.replace_schema_metadata({"raytrain": text}), file)
-        with replaced(result.folder / EXAMPLES) as file:
+        with atomic_writer(result.folder / EXAMPLES) as file:
             pq.write_table(examples, file)
         write_atomically(result.folder / RECORD, text)
     except OSError as error:

@@ -31,7 +31,7 @@ from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
 from raytrain.training.checkpoint import BEST, LAST, load
-from raytrain.training.run_folder import folder_of, is_run_id, leave_run_file, stored_run, to_yaml
+from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
 from raytrain.training.trainer import check_resumable, network, preflight
 
 Overrides = Iterable[str] | Mapping[str, Any]
@@ -95,7 +95,7 @@ def train(
         handle, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
-        leave_run_file(run, folder)
+        write_run_file(run, folder)
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         for report in _rows(run, job, on_cluster):

@@ -1,1 +1,1 @@
-"""The run as one validated record, and how files and `key=value` words become one."""
+"""The configuration of a run as one validated record, made of files and `key=value` words."""

@@ -1,8 +1,8 @@
-"""YAML as it was written: text where a field is text, no key twice, the line of every key.
+"""Reading of YAML: literal text for text fields, no duplicate keys, the line of every key.
 
-Keys are always text. A scalar in a text field is what was written, whatever else it could mean (`no`,
+Keys are always text. A scalar in a text field is literal, even if YAML has another type for it (`no`,
 `007`, `2026-11-27`); only an unquoted null is null. Elsewhere YAML's own types hold, except dates and
-numbers in base 8 and 60, which are text for the field to judge.
+numbers in base 8 and 60, which stay text until the field is validated.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ IsText = Callable[[Keys], bool]
 """Whether a scalar at a place of the document is text."""
 
 Lines = Mapping[Keys, int]
-"""Where each key and list item of a file is, from 1."""
+"""Line of each key and list item of a file, from 1."""
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _NULL = f"{_TAG}str", f"{_TAG}null"
 _DATE, _MERGE = f"{_TAG}timestamp", f"{_TAG}merge"
-# What YAML makes of a scalar by its looks, beside null.
+# Types that YAML infers for a plain scalar, beside null.
 _GUESSED = [f"{_TAG}{kind}" for kind in ("bool", "int", "float", "timestamp", "merge", "value")]
 
 
 class Document(NamedTuple):
-    """What a file holds, and where."""
+    """Content of a file, and its lines."""
 
     values: dict[str, Any]
     lines: Lines
 
 
 def read_file(file: Path, is_text: IsText) -> Document:
-    """The mapping in a YAML file; no YAML tag is ever turned into an object.
+    """Read the mapping in a YAML file; tags never construct objects.
 
     Raises:
         RequestError: naming the file, and the line where that is known.
@@ -65,7 +65,7 @@ def read_file(file: Path, is_text: IsText) -> Document:
 
 
 def read_value(text: str, is_text: IsText, path: Keys) -> Any:
-    """The value at `path` from the YAML of a `key=value` word.
+    """Parse the YAML of a `key=value` word as the value at `path`.
 
     Raises:
         RequestError: if it is none, or not all of it is (the rest would be a comment).
@@ -141,14 +141,14 @@ class _YamlReader:
         return items
 
     def _pairs(self, node: yaml.Node, path: Keys) -> list[tuple[yaml.Node, yaml.Node]]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         pairs: list[tuple[yaml.Node, yaml.Node]] = []
-        # What is merged in comes first: a key of one's own replaces it, and its line.
+        # Merged keys come first: own keys of the mapping replace them, and their lines.
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
             inner, line = (*path, str(key.value)), key.start_mark.line + 1
-            if inner[-1] in seen:
+            if inner[-1] in keys:
                 raise _Twice(inner, line)
-            seen.add(inner[-1])
+            keys.add(inner[-1])
             if key.tag == _MERGE:
                 pairs.append((key, self._merged(value, path)))
             else:
@@ -164,14 +164,14 @@ class _YamlReader:
 
 
 def _text(node: yaml.Node, *others: str) -> yaml.Node:
-    """The scalar as it is written, where YAML has guessed its tag; a null only if it is one of `others`."""
+    """Return the scalar as text if YAML inferred its tag; as null only if that is in `others`."""
     if node.tag not in (*_GUESSED, *others):
         return node
     return yaml.ScalarNode(_TEXT, node.value, *_marks(node))
 
 
 def _is_surprise(node: yaml.Node) -> bool:
-    """Dates, 1:30 in base 60 and 010 in base 8: no field has the ones, and few mean the others."""
+    """Whether a scalar is a date, or a number in base 60 (1:30) or base 8 (010): rarely intended."""
     number = node.tag in (f"{_TAG}int", f"{_TAG}float")
     return node.tag == _DATE or (number and re.match(r"[-+]?0[0-9_]|.*:", node.value) is not None)
 

@@ -1,4 +1,4 @@
-"""The fields of nested records by dotted path: what type one has, and whether it holds free text."""
+"""Fields of nested records by dotted path: their types, and whether they are free text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from raytrain.core.registry import OneOf
 from raytrain.core.types import Spec
 
 Keys = tuple[str, ...]
-"""A place in nested records and lists, key by key; an item of a list goes by its number."""
+"""A path in nested records and lists, key by key; the key of a list item is its number."""
 
 
 def types_at(model: type[BaseModel], path: Keys) -> tuple[Any, ...]:
-    """Every type that a value at `path` may have, unions taken apart; none if there is no such field.
+    """Return the types of a value at `path`, members of unions listed; none if there is no such field.
 
-    A part of a registry has its `OneOf` for a type. A field of it counts that any of the parts has.
+    The type of a part of a registry is its `OneOf`. Its fields are those of any of the parts.
     """
     found: tuple[Any, ...] = (model,)
     for key in path:
@@ -31,32 +31,32 @@ def is_text(model: type[BaseModel], path: Keys) -> bool:
     """Whether a scalar at `path` is free text: a string or a path, or the bare name of a record whose
     name is.
 
-    Names of a fixed list are not, nor what may be a number as well, such as a step size.
+    Names of a fixed list are not, nor values that may also be numbers, such as a step size.
     """
     key = name_key(model, path)
     return _all_text(types_at(model, path if key is None else (*path, key)))
 
 
 def name_key(model: type[BaseModel], path: Keys) -> str | None:
-    """The field that a bare name at `path` stands for, if a record is there: `start` has its `kind`."""
+    """Return the field that a bare name at `path` sets, if a record is there: `kind` for `start`."""
     found = types_at(model, path)
     chosen = next((one.key for one in found if isinstance(one, OneOf)), None)
     return chosen or next((one.bare for one in found if _is_spec(one) and one.bare), None)
 
 
 def choice_at(model: type[BaseModel], path: Keys) -> OneOf | None:
-    """The registry that the record at `path` is chosen from, if it is."""
+    """Return the registry of the record at `path`, if it is a part."""
     return next((one for one in types_at(model, path) if isinstance(one, OneOf)), None)
 
 
 def is_open(model: type[BaseModel], path: Keys) -> bool:
-    """Whether a part around `path` may be another package's, whose fields are not known yet."""
+    """Whether a part around `path` may be of another package, with fields that are not known yet."""
     holders = (choice_at(model, path[:length]) for length in range(1, len(path)))
     return any(choice is not None and choice.registry.group for choice in holders)
 
 
 def fields_at(model: type[BaseModel], path: Iterable[str], values: Any) -> list[str]:
-    """Names of the fields of the record at `path`; `values` say which part it is, where one is chosen."""
+    """List the fields of the record at `path`; `values` select the part of a registry."""
     here: Any = model
     for part in path:
         values = values.get(part) if isinstance(values, Mapping) else None
@@ -68,7 +68,7 @@ def fields_at(model: type[BaseModel], path: Iterable[str], values: Any) -> list[
 
 
 def _chosen(record: Any, values: Any) -> type[BaseModel]:
-    """The class of a record, or that of the part which its values name."""
+    """Return the class of a record, or of the part selected by its values."""
     if not isinstance(record, OneOf):
         return record
     name = values.get(record.key) if isinstance(values, Mapping) else values
@@ -77,7 +77,7 @@ def _chosen(record: Any, values: Any) -> type[BaseModel]:
 
 
 def _inside(holder: Any, key: str) -> tuple[Any, ...]:
-    """The types of what a value of type `holder` has at `key`."""
+    """Return the types at `key` in a value of type `holder`."""
     origin, inner = get_origin(holder), get_args(holder)
     if holder is Any:
         return (Any,)

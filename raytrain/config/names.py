@@ -1,4 +1,4 @@
-"""Names that people give: what MLflow takes, and what may become a folder."""
+"""Validation of run and experiment names: for MLflow, and as names of folders."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import unicodedata
 from raytrain.core.types import RequestError
 
 RUN_NAME = 250
-"""Characters of a run's name that every store of MLflow keeps."""
+"""Longest name of a run, in characters, in every store of MLflow."""
 EXPERIMENT_NAME = 500
-"""The same of an experiment."""
+"""Longest name of an experiment."""
 
 _COMPONENT = 255  # bytes of one folder's name, on all common file systems
-_TAKEN = ("", ".", "..", ".mlflow")  # the last is where records of trainings wait
-_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode: control characters, halves of others, ends of lines
+_TAKEN = ("", ".", "..", ".mlflow")  # the last is the outbox
+_CONTROL = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode: control characters, surrogates, line and paragraph separators
 
 
 def check_text(field: str, text: str) -> None:
-    """Refuse what is not one line of text.
+    """Raise if `text` is not one line of text.
 
     Raises:
         RequestError: if it has a control character or a byte that is no UTF-8.
@@ -32,7 +37,7 @@ def check_text(field: str, text: str) -> None:
 
 
 def check_name(field: str, name: str, longest: int) -> None:
-    """Refuse what MLflow refuses, or keeps only a part of.
+    """Raise if MLflow refuses or truncates the name.
 
     Raises:
         RequestError: if it is blank, longer than this many characters, or not one line of text.
@@ -47,10 +52,10 @@ def check_name(field: str, name: str, longest: int) -> None:
 
 
 def check_folder_name(field: str, name: str, longest: int) -> None:
-    """`check_name`, of a name that becomes a folder: slashes make folders inside it.
+    """Apply `check_name` to the name of a folder, in which slashes separate nested folders.
 
     Raises:
-        RequestError: if that folder would be elsewhere, or cannot be made.
+        RequestError: if that folder would be outside the storage, or cannot be created.
     """
     check_name(field, name, longest)
     for part in name.split("/"):

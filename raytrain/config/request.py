@@ -1,4 +1,4 @@
-"""From files and `key=value` words to validated records, with one sentence when something is wrong."""
+"""Conversion of files and `key=value` words to validated records, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Configuration = RunConfig | Mapping[str, Any] | str | Path
 def as_run(
     config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any] = ()
 ) -> RunConfig:
-    """A validated RunConfig from any of the forms that the API takes.
+    """Return a validated RunConfig from any of the forms that the API accepts.
 
     Raises:
         RequestError: naming the file or field, and what was expected.
@@ -51,7 +51,7 @@ def as_run(
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The fields in a run file; text fields have what is written there, whatever YAML would make of it.
+    """Read the fields of a run file; text fields are literal, without YAML's types.
 
     Raises:
         RequestError: naming file and line, if it is no YAML mapping or has a key twice.
@@ -60,7 +60,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) -> dict[str, Any]:
-    """`key=value` words as a mapping from dotted path to value.
+    """Parse `key=value` words to a mapping from dotted path to value.
 
     Raises:
         RequestError: naming the word or its key.
@@ -80,11 +80,11 @@ def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) ->
 
 
 def value_of(path: str, text: str, model: type[BaseModel] = RunConfig) -> Any:
-    """The value that a field of `model` is given by a word.
+    """Parse the value of a word for a field of `model`.
 
-    Free text is taken as it is, and so is what no field has (for the validation to refuse); anything
-    else is YAML. Nothing at all is None, `null` too where a text may be unset. A record that has a
-    bare name takes YAML in braces as well.
+    Free text is literal, and so is the value of an unknown field (which validation refuses); anything
+    else is YAML. An empty value is None, and so is `null` for an optional text. A record that has a
+    bare name accepts YAML in braces as well.
 
     Raises:
         RequestError: if it is not valid YAML, or not text.
@@ -110,16 +110,16 @@ def _encodable(path: str, text: str) -> str:
 def override(
     values: Mapping[str, Any], changes: Mapping[str, Any], model: type[BaseModel] = RunConfig
 ) -> dict[str, Any]:
-    """`values` of `model` with the dotted paths of `changes` set.
+    """Return `values` of `model` with the dotted paths of `changes` set.
 
-    Choosing another kind of record (`algorithm.name=pgd` over a `dynamic` one) or another preset
-    drops the fields of the old one: only what is given together with the choice belongs to it.
+    Another kind of record (`algorithm.name=pgd` over a `dynamic` one) or another preset drops the
+    fields of the old one: the record then has only fields of `changes`.
 
     Raises:
         RequestError: if two changes contradict each other.
     """
     result = _copy(values)
-    # From the outside in, choices first, so that the order of the words does not matter.
+    # Outer fields first, choices before others, so that the order of the words does not matter.
     flat = _flat(changes, model)
     ranks = {path: _rank(model, path) for path in flat}
     for path, value in sorted(flat.items(), key=lambda item: (len(item[0]), ranks[item[0]])):
@@ -133,15 +133,15 @@ def override(
             record = record[parent]
         choice = _choice(model, path)
         if choice is not None and record.get(last, choice.meant) != value:
-            kept = {field: record[field] for field in choice.keeps if field in record}
+            preserved = {field: record[field] for field in choice.keeps if field in record}
             record.clear()
-            record.update(kept)
+            record.update(preserved)
         record[last] = _copy(value)
     return result
 
 
 def _flat(changes: Mapping[str, Any], model: type[BaseModel]) -> dict[Keys, Any]:
-    """The changes field by field: a bare name given its key, a record taken apart after an empty one."""
+    """Flatten the changes to fields: a bare name to its key, a record to an empty one and its fields."""
     flat: dict[Keys, Any] = {}
     source: dict[Keys, tuple[str, Any]] = {}
     for path, given in changes.items():
@@ -157,7 +157,7 @@ def _flat(changes: Mapping[str, Any], model: type[BaseModel]) -> dict[Keys, Any]
 
 
 def _fields(path: Keys, value: Any, model: type[BaseModel]) -> Iterator[tuple[Keys, Any]]:
-    """A change field by field; a bare name is that of its key: `start=zero` is `start.kind=zero`."""
+    """Yield the fields of a change; a bare name sets its key: `start=zero` is `start.kind=zero`."""
     if isinstance(value, Mapping):
         yield path, {}
         for key, inner in value.items():
@@ -178,16 +178,16 @@ def _contradiction(one: str, value: Any, other: str, another: Any) -> RequestErr
 
 
 def _rank(model: type[BaseModel], path: Keys) -> int:
-    """Kinds first, then the presets of a kind, then all that is no choice."""
+    """Return the order of a change: kinds first, then presets, then other fields."""
     choice = _choice(model, path)
     return 2 if choice is None else len(choice.keeps)
 
 
 class _Choice(NamedTuple):
-    """A field that begins its record anew."""
+    """A field whose change resets its record."""
 
-    meant: str | None  # where it is not given
-    keeps: Keys = ()  # the fields that do not belong to the choice before
+    meant: str | None  # the default
+    keeps: Keys = ()  # fields that are not reset
 
 
 def _choice(model: type[BaseModel], path: Keys) -> _Choice | None:
@@ -202,7 +202,7 @@ def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
     """`model` made of `values`.
 
     Raises:
-        RequestError: for the first thing that is wrong: its path, what was expected, what was found.
+        RequestError: for the first error: its path, the expected and the found value.
     """
     try:
         return model.model_validate(dict(values))
@@ -211,7 +211,7 @@ def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def sentence(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
-    """The first complaint of a ValidationError, for a reader who knows fields and not pydantic."""
+    """Return the first error of a ValidationError as a sentence in terms of fields."""
     errors = [(_path(one["loc"], values), one) for one in error.errors()]
     path, first = errors[0]
     dotted = ".".join(path)
@@ -228,13 +228,13 @@ def sentence(model: type[BaseModel], values: Mapping[str, Any], error: Validatio
         return message
     if first["type"] == "value_error":
         return f"{dotted}: {message}, found {first['input']!r}"
-    # A union complains once for each of its members: 1000 or 0.1.
-    wanted = dict.fromkeys(_wanted(one) for where, one in errors if where == path)
-    return f"{dotted}: expected {' or '.join(wanted)}, found {_short(first['input'])}"
+    # A union has an error for each of its members: 1000 or 0.1.
+    expected = dict.fromkeys(_expected(one) for where, one in errors if where == path)
+    return f"{dotted}: expected {' or '.join(expected)}, found {_short(first['input'])}"
 
 
 def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The path of the first complaint: pydantic's, or that which the complaint itself tells."""
+    """Return the path of the first error: pydantic's, or the one in the message."""
     first = error.errors()[0]
     path = _path(first["loc"], values)
     cause = first.get("ctx", {}).get("error")
@@ -244,7 +244,7 @@ def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]
     return (*path, *(path_in_message[1].split(".") if path_in_message and not path else ()))
 
 
-def _wanted(one: Any) -> str:
+def _expected(one: Any) -> str:
     plain = {
         "int_parsing": "an integer",
         "int_type": "an integer",
@@ -276,17 +276,17 @@ def _expected_tags(first: Any) -> str:
 
 
 def _path(loc: tuple[Any, ...], values: Any) -> list[str]:
-    """The user's path of an error: without pydantic's tags for the members of unions on the way."""
+    """Return the user's path of an error, without pydantic's tags for members of unions."""
     path: list[str] = []
     here: Any = values
     for step, part in enumerate(loc):
-        if isinstance(here, str):  # a bare name stands for its record
+        if isinstance(here, str):  # a bare name in place of its record
             here = {"name": here, "kind": here, "norm": here}
         if _holds(here, part):
             here = here[part]
             path.append(str(part))
         elif part == "[key]":
-            continue  # the complaint is about the key, which the path ends with already
+            continue  # the error is about the key, with which the path ends already
         elif step == len(loc) - 1 and _lacks(here, part):
             path.append(str(part))  # a missing field
     return path
@@ -310,7 +310,7 @@ def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
 
 
 def _nearest(path: list[str], model: type[BaseModel], values: Any) -> str:
-    """`; the nearest is X` among the fields that exist beside the unknown one."""
+    """Return `; the nearest is X` among the known fields beside the unknown one."""
     *parents, unknown = path
     fields = fields_at(model, parents, values)
     close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""The run: one validated record of everything that decides a training run, and where it is to happen."""
+"""Configuration of a run: one validated record of all that determines training, and where it runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ RUNTIME = frozenset(
         "checkpoint_every",
     }
 )
-"""Fields that say where and how a run happens, not what it computes: not part of its signature."""
+"""Fields that do not change what a run computes and are not part of its signature."""
 
 
 class EarlyStop(Spec):
@@ -200,14 +200,14 @@ class RunConfig(Spec):
                 raise ValueError(f"curriculum.{name}: {error}") from None
 
     def scheduled(self, progress: float) -> dict[str, float | str]:
-        """What the curriculum makes of its numbers at a share of training."""
+        """Return the values of the curriculum's numbers at a share of training."""
         return {
             name: ramp.at(progress, self._configured(name), self.threat.eps)
             for name, ramp in self.curriculum.items()
         }
 
     def algorithm_with(self, scheduled: Mapping[str, float | str]) -> AbstractAlgorithm:
-        """The algorithm, with these of its numbers changed."""
+        """Return the algorithm with these numbers replaced."""
         threat, recipe, given = self.threat, self.algorithm, dict(scheduled)
         if "eps" in given:
             threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
@@ -248,7 +248,7 @@ class RunConfig(Spec):
         return alarm
 
     def check_names(self) -> None:
-        """Refuse names that MLflow or a file system does not take; those of earlier runs are read.
+        """Raise for names that MLflow or a file system refuses; not called for runs that are read.
 
         Raises:
             RequestError: naming the field.
@@ -264,7 +264,7 @@ class RunConfig(Spec):
             )
 
     def check_radius(self, shape: tuple[int, ...]) -> None:
-        """Refuse a radius that covers the whole pixel cube: it was meant in another unit.
+        """Raise for a radius that covers the whole pixel cube, which is probably in another unit.
 
         Raises:
             RequestError: if eps is not below the norm's diameter of [0, 1]^shape.
@@ -279,7 +279,7 @@ class RunConfig(Spec):
 
 
 def _schedulable(recipe: AbstractRecipe) -> list[str]:
-    """The fields of a recipe that a curriculum may change."""
+    """List the fields of a recipe that a curriculum may change."""
     fields = type(recipe).model_fields.items()
     return [name for name, field in fields if SCHEDULABLE in field.metadata]
 

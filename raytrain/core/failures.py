@@ -42,14 +42,14 @@ def as_failure(error: Exception) -> RequestError | TrainingFailed:
     return TrainingFailed(str(error) if isinstance(error, ModelFailed) else error_summary(error))
 
 
-def plain(error: RequestError | TrainingFailed) -> tuple[str, str]:
+def kind_and_message(error: RequestError | TrainingFailed) -> tuple[str, str]:
     """Return kind and message, to send to another process."""
     kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
     return kind, str(error)
 
 
-def from_plain(kind: str, sentence: str) -> RequestError | TrainingFailed:
-    """Rebuild the error from the result of `plain`."""
+def from_kind_and_message(kind: str, sentence: str) -> RequestError | TrainingFailed:
+    """Rebuild the error from the result of `kind_and_message`."""
     return _KINDS[kind](sentence)
 
 

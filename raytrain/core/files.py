@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replaced(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file that is renamed to `path` at the end; flushed to the disk if `durable`.
 
     After an error `path` is unchanged and the temporary file is deleted. Missing folders are created.
@@ -32,6 +32,6 @@ def replaced(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Write a text file in UTF-8 through `replaced`."""
-    with replaced(path, durable) as file:
+    """Write a text file in UTF-8 through `atomic_writer`."""
+    with atomic_writer(path, durable) as file:
         file.write(text.encode())

@@ -98,7 +98,7 @@ class Trades(AbstractLoss):
     """Training: CE(p(x), y) + beta KL(p(x) | p(x + delta)).  Attack: the KL, with p(x) held fixed.
 
     Zhang et al. 2019 (TRADES, arXiv 1901.08573), equation 5. Both branches of the outer KL are
-    differentiated. Traps of the public code avoided: clean logits are computed once per batch for
+    differentiated. Errors of the public code avoided: clean logits are computed once per batch for
     the attack and not at every inner step, the KL is summed over classes for each sample, and its
     gradient is finite where a probability rounds to zero (that of torch's kl_div for p is NaN there).
 

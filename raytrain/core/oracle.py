@@ -91,7 +91,7 @@ class Oracle:
             self._reference = tuple(part.detach() for part in found)
         return self._reference
 
-    def refer(self, *reference: Tensor) -> None:
+    def set_reference(self, *reference: Tensor) -> None:
         """Set the reference of this batch to tensors that an algorithm has computed already."""
         self._reference = reference
 

@@ -13,7 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from raytrain.core.types import RequestError, Spec
-from raytrain.core.user_code import guarded, imported
+from raytrain.core.user_code import import_object, user_code_errors
 
 Part = TypeVar("Part", bound=Spec)
 
@@ -88,12 +88,12 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return [part for part in self._loaded.values() if field in part.model_fields]
 
     def _of_plugin(self, plugin: Any) -> type[Part]:
-        with guarded(plugin.name, f"cannot be imported from {plugin.value}", self.key):
+        with user_code_errors(plugin.name, f"cannot be imported from {plugin.value}", self.key):
             found = plugin.load()
         return self._named(plugin.name, found)
 
     def _at_address(self, address: str) -> type[Part]:
-        return self._named(address, imported(address, self.key, "Class")[1])
+        return self._named(address, import_object(address, self.key, "Class")[1])
 
     def _named(self, name: str, found: Any) -> type[Part]:
         """Return the class, or a subclass whose default name is `name`, which records contain."""

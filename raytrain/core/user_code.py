@@ -17,7 +17,7 @@ from raytrain.core.failures import error_summary
 from raytrain.core.types import ModelFailed, RequestError
 
 
-def imported(address: str, field: str, what: str) -> tuple[ModuleType, Any]:
+def import_object(address: str, field: str, what: str) -> tuple[ModuleType, Any]:
     """Import the module of an address `module:name` and return it with its attribute `name`, else None.
 
     `what` is the word for the name in the message about a malformed address.
@@ -30,14 +30,14 @@ def imported(address: str, field: str, what: str) -> tuple[ModuleType, Any]:
         raise RequestError(f"{field}: {address!r} is not of the form module:{what}")
     module = _module(path, field)
     found: Any = module
-    with isolated(), guarded(address, "cannot be looked up", field):
+    with seeded_generator(), user_code_errors(address, "cannot be looked up", field):
         for part in name.split("."):
             found = getattr(found, part, None)
     return module, found
 
 
 def _module(path: str, field: str) -> ModuleType:
-    with isolated(), guarded(path, "cannot be imported", field):
+    with seeded_generator(), user_code_errors(path, "cannot be imported", field):
         try:
             return import_module(path)
         except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ def _module(path: str, field: str) -> ModuleType:
 
 
 @contextmanager
-def guarded(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
+def user_code_errors(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
     """Run user code. After an error the message is that of `sentence`, with `deed` and `field`.
 
     Generators of Python and numpy start from torch's seed, so that weights drawn from them are a
@@ -73,7 +73,7 @@ def guarded(name: str, deed: str, field: str = "model.name") -> Iterator[None]:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def seeded_generator() -> Iterator[None]:
     """Seed torch's generator on the CPU with 0 inside the block; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

@@ -1,1 +1,1 @@
-"""Data sets: reading them whole, holding back a validation split, visiting images in random order."""
+"""Data sets: reading, the validation split, augmentation, and batches in random order."""

@@ -34,7 +34,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def unpack(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]:
-    """Every image of the column: h w, h w c, c h w, or one flat list of a square image."""
+    """Convert every image of the column: h w, h w c, c h w, or one flat list of a square image."""
     is_tensor = isinstance(column.type, pa.FixedShapeTensorType)
     values = _tensor(column, location) if is_tensor else _dense(column, location)
     return _channels_first(_to_bytes(values, location), location)
@@ -43,8 +43,8 @@ def unpack(column: pa.Array, location: Location) -> UInt8[np.ndarray, "n c h w"]
 def _tensor(column: pa.Array, location: Location) -> np.ndarray:
     """Undo a permutation that swaps two axes; a cyclic one only moves the channel axis.
 
-    The channel axis is found by its length, so cyclic ones need no care; it is as well, since
-    pyarrow writes the inverse of the permutation that the Arrow specification defines.
+    The channel axis is found by its length, so cyclic ones need no treatment. (pyarrow writes the
+    inverse of the permutation that the Arrow specification defines.)
     """
     shape = column.type.shape
     values = _dense(column.storage, location).reshape(len(column), *shape)
@@ -55,7 +55,7 @@ def _tensor(column: pa.Array, location: Location) -> np.ndarray:
 
 
 def _dense(column: pa.Array, location: Location) -> np.ndarray:
-    """Lists of lists of equal lengths -> one array, without a Python object per number."""
+    """Convert lists of lists of equal lengths to one array, without a Python object per number."""
     shape, values = [len(column)], column
     while True:
         if values.null_count:
@@ -90,7 +90,7 @@ def _size(nested: Any) -> str:
 
 
 def _to_bytes(values: np.ndarray, location: Location) -> UInt8[np.ndarray, ...]:
-    """Integers are taken as they are, fractions times 255 and rounded, truth values 0 and 255."""
+    """Convert to bytes: integers unchanged, fractions times 255 and rounded, truth values to 0 and 255."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:

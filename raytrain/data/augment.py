@@ -1,4 +1,4 @@
-"""Pad, crop and mirror as batched tensor code, with the offsets known so that stored state can follow."""
+"""Random crops and flips of a batch, as offsets that also transform stored state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from raytrain.core.types import AugmentedView, BatchRandom
 
 
 def random_view(rng: BatchRandom, pad: int, flip: bool) -> AugmentedView | None:
-    """A random crop of the image padded by `pad`, mirrored half of the time; None where nothing moves."""
+    """Draw crops of images padded by `pad`, mirrored with probability 1/2; None without augmentation."""
     if pad == 0 and not flip:
         return None
     mirrored = rng.uniform("flip") < (0.5 if flip else 0.0)

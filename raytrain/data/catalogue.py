@@ -1,4 +1,4 @@
-"""What is known of each data set by name: its classes, its colours, the customary threat."""
+"""Known data sets by name: classes, channels, statistics of pixels, and the customary threat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """Mean, standard deviation and `eps` are in [0, 1] units of the pixels."""
+    """Properties of a data set. Mean, standard deviation and `eps` are in pixels of [0, 1]."""
 
     description: str
     channels: int
@@ -16,7 +16,7 @@ class Source:
     mean: tuple[float, ...]  # per channel, over the training images
     std: tuple[float, ...]
     eps: float = 8 / 255  # the customary radius of the l-infinity ball
-    flip: bool = False  # does the mirror image keep its class?
+    flip: bool = False  # whether mirroring preserves the class
     pad: int = 0  # border of a random crop
 
 

@@ -1,4 +1,4 @@
-"""Which column holds the images, which the labels, and what the classes are called.
+"""Selection of the image and label columns of a Parquet file, and the class names in its metadata.
 
 All files of a data set, training and test images alike, have the columns of its first file.
 """
@@ -22,10 +22,10 @@ LABEL_NAMES = ("label", "labels", "target", "fine_label", "class", "y")
 
 
 def image_column(
-    file: Path, schema: pa.Schema, asked: str | None, first: Origin | None = None
+    file: Path, schema: pa.Schema, column: str | None, first: Origin | None = None
 ) -> str:
-    """The column asked for, that of the first file, the first of a usual name, or the only one."""
-    name = _given(file, schema, asked, "image", first)
+    """Return `column`, or that of the first file, the first of a usual name, or the only one."""
+    name = _given(file, schema, column, "image", first)
     if name is not None:
         kind = schema.field(name).type
         if not _is_image(kind):
@@ -45,10 +45,10 @@ def image_column(
 
 
 def label_column(
-    file: Path, schema: pa.Schema, asked: str | None, first: Origin | None = None
+    file: Path, schema: pa.Schema, column: str | None, first: Origin | None = None
 ) -> str:
-    """The column asked for, that of the first file, or the first of the usual names: integers."""
-    name = _given(file, schema, asked, "label", first)
+    """Return `column`, or that of the first file, or the first of a usual name; it must be of integers."""
+    name = _given(file, schema, column, "label", first)
     if name is None:
         name = next((usual for usual in LABEL_NAMES if usual in schema.names), None)
     if name is None:
@@ -63,7 +63,7 @@ def label_column(
 
 
 def class_names(file: Path, schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    """The names in the Hugging Face `features` record of the schema, if there is one."""
+    """Return the class names in the Hugging Face `features` record of the schema, if there is one."""
     feature = _feature(schema, label)
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     if not isinstance(names, list) or not names:
@@ -78,14 +78,14 @@ def class_names(file: Path, schema: pa.Schema, label: str) -> tuple[str, ...] | 
 
 
 def image_mode(schema: pa.Schema, image: str) -> str | None:
-    """Pillow's mode to which the Hugging Face `features` record says that images are converted."""
+    """Return the Pillow mode of images in the Hugging Face `features` record of the schema."""
     feature = _feature(schema, image)
     mode = feature.get("mode") if feature.get("_type") == "Image" else None
     return mode if isinstance(mode, str) else None
 
 
 def _feature(schema: pa.Schema, column: str) -> dict[str, Any]:
-    """What the Hugging Face record in the metadata says of a column; empty if it says nothing."""
+    """Return the entry of a column in the Hugging Face record of the metadata; empty if it has none."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
     except (KeyError, TypeError, ValueError):
@@ -98,11 +98,11 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _given(
-    file: Path, schema: pa.Schema, asked: str | None, kind: str, first: Origin | None
+    file: Path, schema: pa.Schema, column: str | None, kind: str, first: Origin | None
 ) -> str | None:
-    """The column that the request or else the first file names; None where neither does."""
-    if asked is not None:
-        name, expected = asked, f"data.{kind}_column: expected a column '{asked}' in {file}"
+    """Return the column of the request or else of the first file; None if neither is given."""
+    if column is not None:
+        name, expected = column, f"data.{kind}_column: expected a column '{column}' in {file}"
     elif first is not None:
         name = first.image if kind == "image" else first.label
         expected = f"{file}: expected a column '{name}' of {kind}s as in {first.file}"

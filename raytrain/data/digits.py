@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 scans of handwritten digits: real data that needs no file."""
+"""scikit-learn's 1,797 scans of handwritten digits: real data without a download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raytrain.data.images import ImageSet, Split
 
 NUM_TEST = 397
 NUM_CLASSES = 10
-LEVELS = 16  # the scans count dark pixels in 4x4 blocks: 0..16
+LEVELS = 16  # values are counts of dark pixels in 4x4 blocks: 0..16
 
 
 def read_digits(split: Split) -> ImageSet:
@@ -33,7 +33,7 @@ def is_test(labels: Int64[np.ndarray, " n"]) -> np.ndarray:
     """The fixed split: of each class, the first quota in one fixed permutation of all images.
 
     The permutation is `RandomState(0)`, whose stream numpy keeps unchanged between versions;
-    no seed of a run reaches it, so every result on digits is measured on the same 397 images.
+    it does not depend on the seed of a run, so every result on digits is measured on the same 397 images.
     """
     order = np.random.RandomState(0).permutation(len(labels))
     held_out = np.zeros(len(labels), dtype=bool)

@@ -1,8 +1,8 @@
-"""A column of image files (PNG, JPEG, ...) -> pixels: Pillow in as many threads as cores.
+"""Conversion of a column of image files (PNG, JPEG, ...) to pixels, by Pillow in a thread per core.
 
-An image is what the Image feature of Hugging Face `datasets` reads: the first frame, turned as its
-EXIF orientation says, in the mode that the feature declares, if any.
-Pillow lets other threads run while it decodes, so large images gain from every core.
+Images are those of the Image feature of Hugging Face `datasets`: the first frame, rotated by its
+EXIF orientation, in the mode that the feature declares, if any.
+Pillow releases the interpreter lock while it decodes, so large images gain from every core.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from PIL import ExifTags, Image
 from raytrain.core.types import RequestError
 from raytrain.data.images import Location
 
-SLICE = 64  # images to a task: a task for each small image would cost more than the image
-TURNS = {  # EXIF orientation -> how an upright image is made
+SLICE = 64  # images per task: for small images the overhead of a task exceeds the decoding
+TURNS = {  # EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,7 +52,7 @@ def is_encoded(kind: pa.DataType) -> bool:
 def decode(
     column: pa.Array, location: Location, mode: str | None = None
 ) -> UInt8[np.ndarray, "n c h w"]:
-    """Every image of the column, in Pillow's `mode` if given; one channel if all are grey, else three."""
+    """Decode every image of the column, in `mode` if given, to one channel if all are grey, else three."""
     files = _contents(column, location)
     starts = range(0, len(files), SLICE)
     with _pillow_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -68,7 +68,7 @@ def decode(
 
 @contextmanager
 def _pillow_warnings() -> Iterator[None]:
-    """Ignore what Pillow repairs (EXIF, palettes); an image above its pixel limit is an error."""
+    """Ignore warnings of repaired defects (EXIF, palettes); an image above its pixel limit is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -94,7 +94,7 @@ def _decode_slice(
     for row, content in enumerate(files):
         try:
             images.append(_decode_one(content, mode))
-        except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error
+        except Exception as error:  # types differ by decoder: OSError, SyntaxError, struct.error
             raise _undecodable(content, error, location, row) from error
     return images
 
@@ -112,7 +112,7 @@ def _undecodable(content: bytes, error: Exception, location: Location, row: int)
 
 
 def _decode_one(content: bytes, mode: str | None) -> UInt8[np.ndarray, "h w *rgb"]:
-    """Grey stays h w, everything else becomes h w 3; 16 bits are rounded to 8, alpha dropped."""
+    """Decode an image: grey to h w, everything else to h w 3; 16 bits are rounded to 8, alpha dropped."""
     with Image.open(io.BytesIO(content)) as file:
         image = _turned(file)
         if mode is not None:
@@ -129,11 +129,11 @@ def _decode_one(content: bytes, mode: str | None) -> UInt8[np.ndarray, "h w *rgb
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image upright, as `PIL.ImageOps.exif_transpose` turns it; broken EXIF has no orientation."""
+    """Return the image upright, as `PIL.ImageOps.exif_transpose` does; ignore broken EXIF."""
     image.load()  # some formats have their EXIF behind the pixels
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # whatever a parser of damaged bytes may raise: the pixels are whole
+    except Exception:  # errors of many types for damaged EXIF, beside intact pixels
         turn = None
     return image if turn is None else image.transpose(turn)
 

@@ -1,4 +1,4 @@
-"""One split of a data set, whole, in memory; and where in a file an error was found."""
+"""One split of a data set in memory, and locations of errors in its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DARK = (
 
 @dataclass(frozen=True)
 class Origin:
-    """The first Parquet file of a split, the columns that are read, and the file that names classes."""
+    """The first Parquet file of a split, its image and label columns, and the file with class names."""
 
     file: Path
     image: str
@@ -31,7 +31,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pixels 0..255, one label per image, what the labels are called, and their Parquet files."""
+    """Pixels 0..255, one label per image, class names, and the Parquet files."""
 
     pixels: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, " n"]
@@ -41,14 +41,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Location:
-    """Where in a file: `row` counts from 0 within the file."""
+    """Location in a file: `row` counts from 0 within the file."""
 
     file: Path
     column: str
     row: int = 0
 
     def error(self, sentence: str, row: int | None = None) -> RequestError:
-        """The error a user meets; `row` is counted from this location."""
+        """Return a RequestError with this location; `row` is counted from it."""
         where = f"{self.file}: column '{self.column}'"
         if row is not None:
             where += f", row {self.row + row}"
@@ -56,7 +56,7 @@ class Location:
 
 
 def label_fault(labels: Int64[np.ndarray, " n"], num_classes: int) -> str | None:
-    """Why no classifier can be trained on these labels in 0..C-1: "expected ..., found ..."."""
+    """Return why no classifier can be trained on these labels in 0..C-1: "expected ..., found ..."."""
     missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
     if len(missing):
         first = ", ".join(str(label) for label in missing[:5])
@@ -71,7 +71,7 @@ def label_fault(labels: Int64[np.ndarray, " n"], num_classes: int) -> str | None
 
 
 def pixel_fault(pixels: UInt8[np.ndarray, "n c h w"], training: bool) -> str | None:
-    """Why these images cannot be told apart, if they cannot: "expected ..., found ..."."""
+    """Return why these images are not distinguishable, if they are not: "expected ..., found ..."."""
     if pixels.max() <= 1:
         return DARK
     if training and all(np.array_equal(image, pixels[0]) for image in pixels):

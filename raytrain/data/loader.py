@@ -1,9 +1,8 @@
-"""Data sets as one tensor on the device, and the order in which their images are visited.
+"""Data sets as one tensor on the device, and the order of their images in batches.
 
-Slot j of every global batch draws from the images whose index is j modulo the batch size. Worker r
-fills the slots r, r + world, ...: so it owns the images with index = r modulo the number of
-workers, in every epoch, and a batch holds the same images whatever the number of workers that
-share it.
+Slot j of every global batch holds images whose index is j modulo the batch size. Worker r fills the
+slots r, r + world, ...: so it owns the images with index = r modulo the number of workers, in every
+epoch, and a batch holds the same images for any number of workers.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, RequestError, mix
 from raytrain.data.augment import random_view
-from raytrain.data.carve import carve
 from raytrain.data.sources import SOURCES, ImageSet, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec
+from raytrain.data.validation_split import split_validation
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SplitShard:
         return channels, height, width
 
     def batch(self, index: Tensor, rng: BatchRandom, view: AugmentedView | None = None) -> Batch:
-        """The images with these indices, all owned by this worker, as `view` cuts them."""
+        """Return the images with these indices, all owned by this worker, cropped and flipped by `view`."""
         rows = index // self.context.world
         pixels = self.pixels[rows]
         if view is not None:
@@ -53,7 +52,7 @@ class SplitShard:
 
 @dataclass(frozen=True)
 class Splits:
-    """What training sees: never the test set."""
+    """Training and validation images of a run, without the test set."""
 
     train: SplitShard
     valid: SplitShard
@@ -63,29 +62,31 @@ class Splits:
 def open_splits(
     spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
 ) -> Splits:
-    """Read the training set and carve the validation split from it, stratified by label.
+    """Read the training set and split it into training and validation, stratified by label.
 
     Raises:
-        RequestError: naming the file or field that no network can be trained or measured on.
+        RequestError: naming the file or field that makes training or validation impossible.
     """
     images, source = _training_set(spec)
     if spec.pad is not None and spec.pad >= source.size:
         raise RequestError(
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
-    held, kept = carve(images.labels, spec)
-    return Splits(_part(images, kept, context, dtype), _part(images, held, context, dtype), source)
+    validation, training = split_validation(images.labels, spec)
+    return Splits(
+        _part(images, training, context, dtype), _part(images, validation, context, dtype), source
+    )
 
 
 def open_source(spec: DataSpec) -> Source:
-    """What is known of a data set: channels, classes, the normaliser's numbers."""
+    """Return the properties of a data set: channels, classes, statistics of pixels."""
     return SOURCES[spec.name] if spec.name in SOURCES else _training_set(spec)[1]
 
 
 def open_test(
     spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
 ) -> tuple[SplitShard, Source]:
-    """The test set, for `evaluate` alone: labels and channels are those of the training images.
+    """Read the test set, for `evaluate` only; labels and channels must be those of the training images.
 
     Raises:
         RequestError: naming the file that does not fit the training images.
@@ -96,7 +97,7 @@ def open_test(
 
 
 def num_steps(part: SplitShard, batch_size: int) -> int:
-    """Whole batches in an epoch; what is left over is another random rest in every epoch."""
+    """Return the whole batches in an epoch; each epoch drops another random rest."""
     if batch_size > part.num_images:
         raise RequestError(
             f"batch_size: {batch_size} is more than the {part.num_images} training images"
@@ -107,7 +108,7 @@ def num_steps(part: SplitShard, batch_size: int) -> int:
 def iter_train(
     part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool
 ) -> Iterator[Batch]:
-    """The training batches of one epoch for this worker: a function of seed and epoch alone."""
+    """Yield the training batches of one epoch for this worker: a function of seed and epoch alone."""
     context, device = part.context, part.pixels.device
     order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
     slots = slice(context.rank, None, context.world)
@@ -128,7 +129,7 @@ def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "s
 def iter_eval(
     part: SplitShard, batch_size: int, seed: int, images: int | None = None
 ) -> Iterator[Batch]:
-    """Every image once (or the first so many `images`), in order, un-augmented: for evaluation."""
+    """Yield every image once (or the first `images`), in order, un-augmented: for evaluation."""
     context, device = part.context, part.pixels.device
     count = part.num_images if images is None else min(images, part.num_images)
     for first in range(0, count, batch_size):
@@ -161,7 +162,7 @@ def _read(spec: DataSpec, split: Split, like: ImageSet | None = None) -> ImageSe
 
 
 def _training_set(spec: DataSpec) -> tuple[ImageSet, Source]:
-    # Keyed by the fields that decide what is read: a process that trains many trials reads once.
+    # Keyed by the fields on which the data depends: a process with many trials reads once.
     read_by = {"name", "root", "test_path", "image_column", "label_column"}
     return _cached(spec.model_dump_json(include=read_by))
 

@@ -1,4 +1,4 @@
-"""Parquet files -> images: batch by batch, two columns only, whatever the layout of the pixels."""
+"""Reading of images from Parquet files, in batches of two columns, for several layouts of pixels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_CLASSES = 65_536
 
 @dataclass(frozen=True)
 class _Table:
-    """The columns of one file that are read, and what its metadata says of them."""
+    """Image and label columns of one file, with their metadata."""
 
     pixels_at: Location
     labels_at: Location
@@ -36,7 +36,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One batch of rows, and where it came from."""
+    """One batch of rows, and its location."""
 
     pixels: UInt8[np.ndarray, "n c h w"]
     labels: Int64[np.ndarray, " n"]
@@ -47,7 +47,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What all rows of a data set have in common, and the columns of its first file."""
+    """Common properties of all rows of a data set, and the columns of its first file."""
 
     channels: int
     size: int  # height and width
@@ -63,7 +63,7 @@ def read_parquet(
     like: ImageSet | None = None,
     training: bool = True,
 ) -> ImageSet:
-    """The rows of all files, in order, as one tensor.
+    """Read the rows of all files, in order, as one tensor.
 
     Every file must fit the first one or, where they are given, the images `like` (those that a
     network is trained on): columns, size, channels, labels and class names. Grey images become

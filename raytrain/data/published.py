@@ -1,4 +1,4 @@
-"""The published sets that torchvision reads from its own files: CIFAR, MNIST, SVHN."""
+"""Published data sets in torchvision's files: CIFAR, MNIST, SVHN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raytrain.data.images import ImageSet, Split, label_fault, pixel_fault
 
 @dataclass(frozen=True)
 class Published:
-    """One of torchvision's classes: its name, the files it opens, and where the labels are."""
+    """A data set class of torchvision: its name, its files, and its attribute of labels."""
 
     loader: str
     files: str
@@ -24,7 +24,7 @@ class Published:
     layout: str = "nhw"
 
     def options(self, split: Split) -> dict[str, Any]:
-        """The argument by which this class chooses between training and test images."""
+        """Return the argument that selects training or test images."""
         return {"split": split} if self.loader == "SVHN" else {"train": split == "train"}
 
 
@@ -42,14 +42,14 @@ PUBLISHED = {
 
 
 def read_published(name: str, split: Split, root: Path) -> ImageSet:
-    """The arrays torchvision holds, turned at once into one tensor; nothing is downloaded."""
+    """Read the arrays of torchvision as one tensor, without a download."""
     from torchvision import datasets
 
     source = PUBLISHED[name]
     loader = getattr(datasets, source.loader)
     try:
         data = loader(root, download=False, **source.options(split))
-    except Exception as error:  # torchvision checks some files and merely trips over others
+    except Exception as error:  # torchvision checks some files and fails on others in many ways
         raise RequestError(_missing(name, split, root, error)) from error
     pixels = np.asarray(data.data)
     if source.layout == "nhw":
@@ -67,7 +67,7 @@ def read_published(name: str, split: Split, root: Path) -> ImageSet:
 
 
 def _fault(pixels: np.ndarray, labels: np.ndarray, known: Source, split: Split) -> str | None:
-    """What is not as in the published files, of which torchvision does not check all."""
+    """Return a difference from the published files, of which torchvision does not check all."""
     shape = (known.channels, known.size, known.size)
     if pixels.shape[1:] != shape:
         return f"expected images of shape {shape}, found {pixels.shape[1:]}"

@@ -1,4 +1,4 @@
-"""A data set's name -> its images: built in, published in torchvision's files, or in Parquet."""
+"""Images of a data set by its name: built in, published in torchvision's files, or in Parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(
     test_path: Path | None = None,
     like: ImageSet | None = None,
 ) -> ImageSet:
-    """One split, whole: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
+    """Read one split: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
 
     `path` is the folder of torchvision's files; a Parquet name is a path already.
     The last four arguments are for Parquet only; test images must fit `like`, those for training.
@@ -58,7 +58,7 @@ def read(
 
 
 def check_name(name: str) -> None:
-    """A name in `SOURCES`, a path ending in .parquet, or a folder that exists; nothing is read."""
+    """Check that a name is in `SOURCES`, a path ending in .parquet, or a folder; nothing is read."""
     if name in SOURCES or is_parquet(name):
         return
     nearest = difflib.get_close_matches(name, SOURCES, n=2, cutoff=0.4)
@@ -70,7 +70,7 @@ def check_name(name: str) -> None:
 
 
 def source_of(name: str, images: ImageSet) -> Source:
-    """What is known of a data set: from the catalogue, or else from its training images."""
+    """Return the properties of a data set, from the catalogue or else from its training images."""
     return SOURCES[name] if name in SOURCES else describe(images)
 
 

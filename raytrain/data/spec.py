@@ -1,4 +1,4 @@
-"""Which data set, how much of it is held back for validation, and how images are augmented."""
+"""Configuration of the data: data set, validation split and augmentation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DataSpec(Spec):
         return value
 
     def located(self) -> DataSpec:
-        """The same with absolute paths: workers run in other folders than the command."""
+        """Return the same with absolute paths: workers run in other folders than the command."""
         name = self.name if self.name in SOURCES else str(Path(self.name).resolve())
         root = (self.root or DEFAULT_FOLDER).resolve()
         test_path = None if self.test_path is None else self.test_path.resolve()

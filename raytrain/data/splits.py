@@ -1,6 +1,6 @@
-"""Which Parquet files are the training images and which the test images.
+"""Assignment of Parquet files to training and test images.
 
-A file belongs to the split that its own name mentions (`train`, `test`, `val`), or else the name
+A file belongs to the split in its own name (`train`, `test`, `val`), or else the name
 of the nearest folder: `data/test-00000-of-00001.parquet`, `train/part-0.parquet`.
 """
 
@@ -23,7 +23,7 @@ WORDS = {
 
 
 def is_parquet(name: str) -> bool:
-    """Is this name a path: it ends in .parquet, or a folder of that name exists?"""
+    """Whether this name is a path: it ends in .parquet, or is an existing folder."""
     return name.endswith(SUFFIX) or (name != "" and _home(name).is_dir())
 
 
@@ -32,7 +32,7 @@ def _home(path: str | Path) -> Path:
 
 
 def parquet_files(name: str, split: Split, test_path: Path | None) -> list[Path]:
-    """The files of one split, sorted; test images named by `test_path` never serve to train."""
+    """Return the files of one split, sorted; those at `test_path` are never training images."""
     root = _home(name)
     if split == "test":
         return _test_files(root, test_path)
@@ -67,11 +67,11 @@ def _test_files(root: Path, test_path: Path | None) -> list[Path]:
 
 
 def _beside(root: Path) -> list[Path]:
-    """The namesake of the training file or folder with `test` for `train`, else any test file."""
+    """Return the file or folder named with `test` for `train`, else all test files beside it."""
     siblings = sorted(path for path in root.parent.iterdir() if path != root)
     own = SHARD.sub("", root.name)
-    wanted = own.replace("train", "test")
-    twins = [p for p in siblings if own != wanted and SHARD.sub("", p.name) == wanted]
+    twin_name = own.replace("train", "test")
+    twins = [p for p in siblings if own != twin_name and SHARD.sub("", p.name) == twin_name]
     if root.is_dir():
         return [file for path in twins if path.is_dir() for file in _files_in(path)]
     twins = twins or [path for path in siblings if _split_in(path.name) == "test"]
@@ -103,12 +103,12 @@ def _of(files: list[Path], root: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that the innermost telling part of the path names; None if no part tells."""
+    """Return the split named by the innermost part of the path that names one, else None."""
     splits = (_split_in(part) for part in reversed(path.parts))
     return next((split for split in splits if split is not None), None)
 
 
 def _split_in(part: str) -> str | None:
-    """A name that mentions two splits tells nothing."""
+    """Return the split in a name; None if there are none or two."""
     splits = [split for split, word in WORDS.items() if word.search(part.lower())]
     return splits[0] if len(splits) == 1 else None

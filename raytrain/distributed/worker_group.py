@@ -22,7 +22,7 @@ from typing import Any
 
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.failures import as_failure, from_plain, is_lost, plain
+from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, kind_and_message
 from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 
@@ -62,7 +62,7 @@ class _JobQueue:
             self.taken += 1
             if self.taken > self.max_failures + 1 and self.job is not None:
                 why = f"its workers died {self.taken - 1} times"
-                self.rows.put_nowait(("failed", plain(TrainingFailed(why))))
+                self.rows.put_nowait(("failed", kind_and_message(TrainingFailed(why))))
                 await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
                 return -1, None, 0
             return self.number, self.job, self.taken - 1
@@ -171,11 +171,11 @@ class _Worker:
                 self._report(number, "done", None, 10)
         except (TrainingFailed, RequestError) as error:
             # Raised on every rank alike; a bad configuration must not cost the group its life.
-            self._report(number, "failed", plain(error), 10)
+            self._report(number, "failed", kind_and_message(error), 10)
         except Exception as error:
             # Perhaps on this rank alone, while the others wait in a collective.
             if not is_lost(error):
-                self._call("report", number, "failed", plain(as_failure(error)), 10)
+                self._call("report", number, "failed", kind_and_message(as_failure(error)), 10)
             raise
 
     def _report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
@@ -259,7 +259,7 @@ class WorkerGroup:
                 yield from RecentRows(folder).between(last)
                 return
             if kind == "failed":
-                raise from_plain(*value)
+                raise from_kind_and_message(*value)
             report = EpochMetrics(**value)
             if report.epoch > last + 1:  # a worker died between a checkpoint and its row
                 yield from RecentRows(folder).between(last, report.epoch)

@@ -1,9 +1,9 @@
-"""Networks from images in [0, 1] to logits, chosen by name; RobustBench's weights fit them."""
+"""Networks from images in [0, 1] to logits, selected by name, with RobustBench's parameter names."""
 
 from raytrain.models.classifier import Classifier
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
 from raytrain.models.spec import MODELS, ModelSpec
-from raytrain.models.trial import try_alone, try_out
+from raytrain.models.trial import check_network, check_single_images
 
 __all__ = [
     "MODELS",
@@ -11,6 +11,6 @@ __all__ = [
     "ModelSpec",
     "load_robustbench",
     "robustbench_state_dict",
-    "try_alone",
-    "try_out",
+    "check_single_images",
+    "check_network",
 ]

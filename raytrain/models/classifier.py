@@ -17,7 +17,7 @@ from raytrain.core.user_code import sentence
 
 @final
 class Normalise(nn.Module):
-    """x <- (x - mean) / std per channel; mean 0 and std 1 leave the pixels as they are."""
+    """x <- (x - mean) / std per channel; mean 0 and std 1 are the identity."""
 
     mean: Tensor
     std: Tensor
@@ -41,7 +41,7 @@ class AbstractTwoStage(nn.Module, ABC):
     """f = rest o stem, the stem being the first convolution alone.
 
     Zhang et al. 2019 (YOPO, arXiv 1905.00877): the images enter a network only through its first
-    layer, so a costate kept after that layer gives input gradients without the later layers.
+    layer, so a fixed costate after that layer gives input gradients without the later layers.
     """
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 
     An attack moves pixels, so its eps is in pixels whatever the normaliser is. Keys of the state
     dict: `normalise.mean`, `normalise.std`, and `backbone.` before the backbone's own keys. `name` is
-    the backbone's in the configuration; what it raises becomes a `ModelFailed` that says so.
+    the backbone's in the configuration; its errors are raised as `ModelFailed` with this name.
     """
 
     def __init__(self, normalise: Normalise, backbone: nn.Module, name: str = "") -> None:
@@ -73,15 +73,15 @@ class Classifier(nn.Module):
         return self.answer(x)
 
     def stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k p q"]:
-        """The normaliser and the first convolution: the only layers that see the images."""
+        """Apply the normaliser and the first convolution, the only layers whose input is the image."""
         return self._run(self._two_stage().stem, self.normalise(x))
 
     def rest(self, h: Float[Tensor, "n k p q"]) -> Float[Tensor, "n classes"]:
-        """All later layers: `model(x)` is `model.rest(model.stem(x))` bit for bit."""
+        """Apply all later layers: `model(x)` is `model.rest(model.stem(x))` bit for bit."""
         return self._run(self._two_stage().rest, h)
 
     def answer(self, x: Tensor) -> Any:
-        """What the backbone returns for images: logits, if it is a classifier."""
+        """Return the raw output of the backbone: logits, if it is a classifier."""
         return self._run(self.backbone, self.normalise(x))
 
     def _run(self, part: Callable[[Tensor], Any], x: Tensor) -> Any:

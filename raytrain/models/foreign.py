@@ -12,14 +12,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from raytrain.core.failures import error_summary
 from raytrain.core.types import RequestError
-from raytrain.core.user_code import guarded, imported
+from raytrain.core.user_code import import_object, user_code_errors
 
 _GIVEN = WeakTensorKeyDictionary()
-"""The weights that functions of the user have returned in this process, as keys."""
+"""Weights of the networks that user functions have returned in this process, as keys."""
 
 
 def torchvision_names() -> list[str]:
-    """The image classifiers of torchvision, which is imported here and not before."""
+    """List the image classifiers of torchvision, which is imported here and not at start."""
     models = import_module("torchvision.models")
     return models.list_models(module=models)
 
@@ -27,7 +27,7 @@ def torchvision_names() -> list[str]:
 def torchvision_model(
     name: str, channels: int, classes: int, kwargs: Mapping[str, Any]
 ) -> nn.Module:
-    """The untrained network `name` (nothing is downloaded) with a head for `classes`."""
+    """Build the untrained network `name`, without a download, with a head for `classes`."""
     if channels != 3:
         raise RequestError(
             f"model.name: torchvision's {name} takes 3 channels and the images have {channels}"
@@ -37,12 +37,12 @@ def torchvision_model(
 
 
 def imported_model(name: str, classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The network made by calling `function(num_classes=classes, **kwargs)`.
+    """Build a network by calling `function(num_classes=classes, **kwargs)`.
 
     Raises:
-        RequestError: if it cannot be made, or has weights of a network that was returned before.
+        RequestError: if that fails, or it shares weights with a network that was returned before.
     """
-    module, found = imported(name, "model.name", "function")
+    module, found = import_object(name, "model.name", "function")
     make = _function(name, module, found)
     network = _made(name, make, {"num_classes": classes}, kwargs)
     weights: list[Tensor] = list(network.parameters())
@@ -74,7 +74,7 @@ def _made(
     name: str, make: Callable[..., Any], ours: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> nn.Module:
     given = ", ".join(f"{key}={value!r}" for key, value in {**ours, **kwargs}.items())
-    with guarded(name, f"cannot be made with {given}"):
+    with user_code_errors(name, f"cannot be made with {given}"):
         try:
             network = make(**ours, **kwargs)
         except TypeError as error:

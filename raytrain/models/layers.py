@@ -1,4 +1,4 @@
-"""Pieces the networks share: bias-free convolutions, stages of blocks, the global mean."""
+"""Layers that the networks share: bias-free convolutions, stages of blocks, the global mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def conv(in_width: int, out_width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution whose output has 1 / stride of the input's side; BatchNorm brings the bias."""
+    """A convolution whose output has 1 / stride of the input's side; BatchNorm adds the bias."""
     return nn.Conv2d(in_width, out_width, kernel, stride, padding=kernel // 2, bias=False)
 
 

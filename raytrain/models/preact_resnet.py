@@ -40,8 +40,8 @@ class PreActResNet18(AbstractTwoStage):
     """Four stages of two pre-activation blocks, 64 to 512 channels: He et al. 2016b (1603.05027).
 
     Parameter names and arithmetic are those of RobustBench's PreActResNet with PreActBlockV2 and
-    `bn_before_fc=True` (Rice 2020 for L2, Kireev 2021, Addepalli 2021): the shortcut convolution
-    sees the pre-activated input and a last `bn` stands before `linear`. RobustBench's other
+    `bn_before_fc=True` (Rice 2020 for L2, Kireev 2021, Addepalli 2021): the input of the
+    shortcut convolution is pre-activated, and a last `bn` precedes `linear`. RobustBench's other
     variant (Wong 2020, Andriushchenko 2020) has neither and does not load here. Differs from the
     paper: a 3x3 first convolution of stride 1 and no pooling after it. Weights start as torch's
     default.

@@ -1,7 +1,7 @@
 """Weights to and from RobustBench: its parameter names are the backbone's own.
 
-RobustBench (Croce et al. 2021, arXiv 2010.09670) keeps a network without a prefix and, where it
-has a normaliser, the statistics beside it as `mu` and `sigma`, `mean` and `std`, or
+RobustBench (Croce et al. 2021, arXiv 2010.09670) stores a network without a prefix and, where it
+has a normaliser, its statistics as `mu` and `sigma`, `mean` and `std`, or
 `normalize.mean` and `normalize.std`.
 """
 
@@ -26,7 +26,7 @@ _STATISTICS = {
 
 
 def robustbench_state_dict(model: Classifier) -> dict[str, Tensor]:
-    """The backbone's state dict, which RobustBench's network of that name loads strictly.
+    """Return the backbone's state dict, for strict loading into RobustBench's network of that name.
 
     The normaliser is not in it: RobustBench must be given the same mean and std.
     """
@@ -37,7 +37,7 @@ def load_robustbench(model: Classifier, state: Mapping[str, Tensor]) -> None:
     """Load a RobustBench state dict into `model`, all of it or nothing.
 
     `module.` and `model.` before a name are dropped. Statistics of a normaliser are loaded where
-    the state has them; where it has none, `model` keeps its own, so a network trained on pixels in
+    the state has them; where it has none, those of `model` stay, so a network trained on pixels in
     [0, 1] belongs in a model built with `normalise=False`.
     """
     own = model.state_dict()
@@ -46,7 +46,7 @@ def load_robustbench(model: Classifier, state: Mapping[str, Tensor]) -> None:
         bare = re.sub(r"^((module|model)\.)+", "", key)
         if bare in _STATISTICS:
             new[_STATISTICS[bare]] = value.reshape(-1, 1, 1)
-        # TRADES's WideResNet makes these layers and never uses them; checkpoints carry them on.
+        # TRADES's WideResNet has these unused layers, which are part of checkpoints.
         elif not bare.startswith("sub_block1."):
             new[f"backbone.{bare}"] = value
     _check_fit(type(model.backbone).__name__, own, new)

@@ -1,4 +1,4 @@
-"""A network by name: its record in the configuration, and the place that makes it."""
+"""A network by name: its record in the configuration, and its construction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raytrain.models.foreign import imported_model, torchvision_model, torchvisi
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
 from raytrain.models.small_cnn import SmallCNN
-from raytrain.models.trial import ready, try_out
+from raytrain.models.trial import check_network, ready
 from raytrain.models.wide_resnet import WideResNet
 
 MODELS: dict[str, str] = {
@@ -53,20 +53,20 @@ class ModelSpec(Spec):
     bare: ClassVar[str | None] = "name"
 
     name: str = "auto"
-    normalise: bool = True  # False: the network sees the pixels as they are, in [0, 1]
+    normalise: bool = True  # False: the input of the network is the pixels in [0, 1]
     kwargs: dict[str, Any] = {}  # for torchvision:NAME and module:function only
 
     def resolved(self, size: int) -> str:
-        """The name of the network for images of this height and width: never `auto`."""
+        """Return the name of the network for images of this height and width: never `auto`."""
         return _automatic(size) if self.name == "auto" else self.name
 
     def foreign(self, size: int) -> bool:
-        """Whether the network was written elsewhere: torchvision's, or the user's own."""
+        """Whether the network is not raytrain's: torchvision's, or the user's own."""
         return _own(self.resolved(size)) is None
 
     @property
     def users(self) -> bool:
-        """Whether the network is the user's own, of which nothing is known."""
+        """Whether the network is the user's own."""
         return ":" in self.name.removeprefix("torchvision:")
 
     def build(
@@ -77,10 +77,10 @@ class ModelSpec(Spec):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Classifier:
-        """A new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
+        """Build a new network from images (n, channels, size, size) in [0, 1] to logits (n, classes).
 
-        `mean` and `std` hold one number per channel; torch's global generator decides the weights. A
-        network from elsewhere is tried on a few images.
+        `mean` and `std` hold one number per channel; weights are drawn from torch's global
+        generator. A network that is not raytrain's is tried on a few images.
 
         Raises:
             RequestError: if there is no such network, or it is no classifier of these images.
@@ -93,7 +93,7 @@ class ModelSpec(Spec):
             shape = channels, size, size
             foreign = Classifier(normalise, self._foreign(name, channels, classes), name)
             model = ready(foreign, shape)
-            try_out(model, shape, classes)
+            check_network(model, shape, classes)
             return model
         if self.kwargs:
             raise RequestError(f"model.kwargs: {name} takes none, but {sorted(self.kwargs)} given")

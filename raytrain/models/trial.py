@@ -1,4 +1,4 @@
-"""A network is tried on a few random images before it is trained: once, on a copy, without a trace."""
+"""Trial of a network on a few random images before training, on a copy and without side effects."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch.nn.parameter import is_lazy
 
 from raytrain.core.network import Precision, autocast, copy_of, mode
 from raytrain.core.types import RequestError
-from raytrain.core.user_code import guarded, isolated
+from raytrain.core.user_code import seeded_generator, user_code_errors
 from raytrain.models.classifier import Classifier
 
 
 def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:
-    """The network on torch's default device, its weights float32 and none of them lazy.
+    """Move the network to torch's default device, in float32, and initialise lazy layers.
 
     Lazy layers (nn.LazyLinear) take their sizes from a forward pass in eval mode.
     """
     device = torch.get_default_device()
-    with guarded(model.name, f"cannot be moved to {device}"):
+    with user_code_errors(model.name, f"cannot be moved to {device}"):
         model = model.to(device).float()
     if any(map(is_lazy, model.state_dict().values())):
         images = torch.zeros(2, *shape)
-        with guarded(model.name, "cannot be tried"), torch.no_grad(), mode(model, "eval"):
+        with user_code_errors(model.name, "cannot be tried"), torch.no_grad(), mode(model, "eval"):
             model.answer(images)
     for name, value in model.backbone.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
@@ -40,24 +40,27 @@ def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:
     return model
 
 
-def try_out(
+def check_network(
     model: Classifier,
     shape: tuple[int, int, int],
     classes: int,
     device: torch.device | None = None,
     precision: Precision = "fp32",
 ) -> None:
-    """What training, attacks and evaluation need of a network: logits in both modes, for any number of
-    images, with finite gradients for pixels and, in training, weights.
+    """Check what training, attacks and evaluation need: logits in both modes, for any number of images,
+    with finite gradients for pixels and, in training mode, weights.
 
-    A copy is tried, and torch's generator on the CPU is as before.
+    The passes run on a copy, and torch's generator on the CPU is restored.
 
     Raises:
-        RequestError: naming `model.name`, what was expected, and for an error where it was raised.
+        RequestError: naming `model.name`, what was expected, and file and line of an error.
     """
-    with isolated(), warnings.catch_warnings(action="ignore"):  # training repeats them
+    with (
+        seeded_generator(),
+        warnings.catch_warnings(action="ignore"),
+    ):  # training repeats the warnings
         twin, images = _copied(model, shape, device, precision)
-        with guarded(model.name, "cannot be read from a checkpoint of its own"):
+        with user_code_errors(model.name, "cannot be read from a checkpoint of its own"):
             twin.load_state_dict(model.state_dict())
         _check_weights(twin)
         before = _weights(twin)
@@ -67,13 +70,15 @@ def try_out(
         _check_same(twin, before)
 
 
-def try_alone(model: Classifier, shape: tuple[int, int, int], classes: int, workers: int) -> None:
-    """Whether a network that can be trained can be trained on one image at a time.
+def check_single_images(
+    model: Classifier, shape: tuple[int, int, int], classes: int, workers: int
+) -> None:
+    """Check that the network can be trained on one image at a time.
 
     Raises:
-        RequestError: naming `batch_size`, if BatchNorm for example has but one number per channel.
+        RequestError: naming `batch_size`, for example because BatchNorm has one value per channel.
     """
-    with isolated():
+    with seeded_generator():
         twin, images = _copied(model, shape)
         try:
             _try(twin, images[:1], classes, training=True)
@@ -90,10 +95,10 @@ def _copied(
     device: torch.device | None = None,
     precision: Precision = "fp32",
 ) -> tuple[Classifier, Tensor]:
-    """A copy of the network where and in what it is trained, and three images for it."""
+    """Return a copy of the network on the device and in the precision of training, and three images."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     images = torch.rand(3, *shape).to(device or torch.get_default_device(), dtype)
-    with guarded(model.name, "cannot be copied, which averages and evaluation need"):
+    with user_code_errors(model.name, "cannot be copied, which averages and evaluation need"):
         return copy_of(model).to(images.device, dtype), images
 
 
@@ -105,11 +110,11 @@ def _try(
     training: bool,
     precision: Precision = "fp32",
 ) -> None:
-    """One pass forward and backward."""
+    """Run one forward and backward pass and check the results."""
     many = f"{len(images)} images" if len(images) > 1 else "1 image"
     when = f"for {many} in {'training' if training else 'evaluation'} mode"
     pixels = images.clone().requires_grad_(True)
-    with guarded(model.name, f"cannot be tried {when}"), torch.enable_grad():
+    with user_code_errors(model.name, f"cannot be tried {when}"), torch.enable_grad():
         model.train(training)
         with autocast(images.device, precision) if precision == "bf16" else nullcontext():
             logits = model.answer(pixels)
@@ -121,7 +126,7 @@ def _try(
         )
     weights = _weights(model) if training else {}
     learning = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    with guarded(model.name, f"cannot be differentiated {when}"), torch.enable_grad():
+    with user_code_errors(model.name, f"cannot be differentiated {when}"), torch.enable_grad():
         labels = torch.zeros(len(images), dtype=torch.long, device=logits.device)
         points = [pixels, *learning.values()]
         of_pixels, *others = torch.autograd.grad(
@@ -167,9 +172,9 @@ def _check_logits(
         _refuse(model, f"gives shape {found} {when}, not {shape}")
     if logits.device != images.device:
         _refuse(model, f"gives logits on {logits.device} {when}; expected {images.device}")
-    wanted = images.dtype
-    if logits.dtype != wanted and not (precision == "bf16" and logits.is_floating_point()):
-        _refuse(model, f"gives {_short(logits.dtype)} {when}; expected {_short(wanted)} logits")
+    expected = images.dtype
+    if logits.dtype != expected and not (precision == "bf16" and logits.is_floating_point()):
+        _refuse(model, f"gives {_short(logits.dtype)} {when}; expected {_short(expected)} logits")
     if not _finite(logits):
         _refuse(model, f"gives logits that are not finite {when}")
 

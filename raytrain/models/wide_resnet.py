@@ -1,4 +1,4 @@
-"""WideResNet-depth-width: few pre-activation blocks, each of them wide."""
+"""WideResNet-depth-width: pre-activation blocks with `width` times as many channels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WideBlock(nn.Module):
         self.conv1 = conv(in_width, out_width, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_width)
         self.conv2 = conv(out_width, out_width, 3)
-        # A stride never goes with equal widths: it opens a stage, which doubles the width.
+        # A stride occurs only in the first block of a stage, which doubles the width.
         same = in_width == out_width
         self.convShortcut = None if same else conv(in_width, out_width, 1, stride)
 

@@ -1,4 +1,4 @@
-"""What all pictures of a sweep share: its trials, units, and sheets that no global state knows of."""
+"""Shared parts of the figures of a sweep: trials, units, and figures without global state."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MANY = 3000  # points or curves: more are drawn as pixels, and no more than so many of them
+MANY = 3000  # points or curves at most; larger numbers are subsampled and rasterised
 SMALL, TEXT = 8, 9  # points
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A trial that ended, and what all trials had cost by then."""
+class EndedTrial:
+    """A trial that ended, and the cost of all trials up to its end."""
 
     row: TrialRow
     last: FrozenTrial  # its last attempt
@@ -30,12 +30,12 @@ class Ended:
 
     @property
     def value(self) -> float:
-        """The first objective; not a number if there is none."""
+        """The first objective; NaN if there is none."""
         return math.nan if self.row.value is None else self.row.value
 
 
 def label(metric: str) -> str:
-    """A metric with its unit."""
+    """Return a metric with its unit."""
     shares = ("valid/", "fosc_histogram/", "engm/clipped", "sentinel/")
     units = {"train/inner_steps": "", "train/lr": "", "cost/seconds": "s", "cost/samples": ""}
     if metric.startswith("cost/fe") or metric == "sentinel/fe":
@@ -48,20 +48,20 @@ def label(metric: str) -> str:
 
 
 def shown(metric: str, values: Any) -> Any:
-    """Shares in per cent."""
+    """Return the values for display: shares in per cent."""
     values = np.asarray(values, dtype=float)
     return 100 * values if label(metric).endswith("%") else values
 
 
 def some(count: int) -> np.ndarray:
-    """Which of so many are drawn: all, or `MANY` of them, always the same."""
+    """Return indices of the drawn ones of `count`: all, or `MANY` at fixed positions."""
     if count <= MANY:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).choice(count, MANY, replace=False))
 
 
 def sheet(width: float, height: float) -> Figure:
-    """An empty sheet, in inches."""
+    """Return an empty figure, its size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def sheet(width: float, height: float) -> Figure:
 
 
 def paper(width: float, height: float) -> tuple[Figure, Axes]:
-    """A sheet with one pair of axes."""
+    """Return a figure with one pair of axes."""
     figure = sheet(width, height)
     axes = figure.subplots()
     style(axes)
@@ -79,7 +79,7 @@ def paper(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def style(axes: Axes) -> None:
-    """Little ink, and text of 8 points or more."""
+    """Style the axes: few lines, and text of 8 points or more."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -90,7 +90,7 @@ def style(axes: Axes) -> None:
 
 
 def cost_axis(axes: Axes, name: str) -> None:
-    """From 0, in whole numbers that are written out."""
+    """Format an axis of costs: from 0, integers without exponents."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlim(left=0)
@@ -100,7 +100,7 @@ def cost_axis(axes: Axes, name: str) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Above the axes, where it hides nothing."""
+    """Draw the legend above the axes."""
     from matplotlib.collections import PathCollection
 
     handles, names = axes.get_legend_handles_labels()
@@ -123,12 +123,12 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def short(text: str, longest: int = 34) -> str:
-    """What there is room for."""
+    """Truncate a text to `longest` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """As pixels and as lines; the same figure gives the same bytes of pixels."""
+    """Save as PNG and SVG; the same figure gives the same bytes of the PNG."""
     files = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     figure.savefig(files[0], dpi=160)
     figure.savefig(files[1], dpi=160, metadata={"Date": None})

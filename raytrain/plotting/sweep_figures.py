@@ -1,4 +1,4 @@
-"""Pictures of a sweep, for a laptop's screen and for print: PNG and SVG.
+"""Figures of a sweep, for screens and print: PNG and SVG.
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; outcomes differ in shape too.
 Optuna's own figures draw on pyplot's global state, and each lacks what the figure here says it adds.
@@ -17,7 +17,7 @@ from raytrain.plotting.sheet import (
     MANY,
     SMALL,
     TEXT,
-    Ended,
+    EndedTrial,
     cost_axis,
     label,
     legend,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _SKY, _RED, _GREY = "#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#8c8c8c"
-_LOOKS = {  # outcome -> marker, colour, what it is called
+_LOOKS = {  # outcome -> marker, colour, label
     "complete": ("o", _BLUE, "finished"),
     "stopped": ("v", _SKY, "stopped early"),
     "infeasible": ("s", _ORANGE, "infeasible"),
@@ -49,9 +49,9 @@ _LOOKS = {  # outcome -> marker, colour, what it is called
 def draw(
     history: History, fidelity: Fidelity, folder: Path, weights: list[Importance]
 ) -> list[Path]:
-    """The files that show something: history, importances, slices, front, curves.
+    """Draw the figures that have data: history, importances, slices, front, curves; return their files.
 
-    Curves are read from the journal beside `folder`. Of several objectives all but the front show the
+    Curves are read from the journal beside `folder`. With several objectives, all but the front show the
     first.
     """
     trials = in_order(history, fidelity)
@@ -76,17 +76,17 @@ def draw(
     ]
 
 
-# -------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------- data
 
 
-def in_order(history: History, fidelity: Fidelity) -> list[Ended]:
-    """In the order in which they ended."""
+def in_order(history: History, fidelity: Fidelity) -> list[EndedTrial]:
+    """Return the ended trials in the order of their ends."""
     last = {t.user_attrs["origin"]: t for t in history.trials() if "origin" in t.user_attrs}
     rows = [row for row in history.rows() if row.state in _LOOKS]
     rows.sort(key=lambda row: (str(last[row.number].datetime_complete), row.number))
     spent = np.cumsum([fidelity.fe_per_image(row.metrics) for row in rows])
     return [
-        Ended(row, last[row.number], float(so_far))
+        EndedTrial(row, last[row.number], float(so_far))
         for row, so_far in zip(rows, spent, strict=True)
     ]
 
@@ -94,8 +94,8 @@ def in_order(history: History, fidelity: Fidelity) -> list[Ended]:
 # -------------------------------------------------------------------- figures
 
 
-def _history(trials: list[Ended], objective: Objective) -> Figure:
-    """Each trial where the sweep's cost stood when it ended, and the best finished one so far."""
+def _history(trials: list[EndedTrial], objective: Objective) -> Figure:
+    """Draw each trial at the sweep's cost at its end, and the best finished one so far."""
     figure, axes = paper(6.5, 3.6)
     spent = np.array([trial.spent for trial in trials])
     values = shown(objective.metric, [trial.value for trial in trials])
@@ -111,7 +111,7 @@ def _history(trials: list[Ended], objective: Objective) -> Figure:
         look |= {"s": 8 if dense else 26, "alpha": 0.5 if dense else 0.85}
         look |= {"rasterized": len(trials) > MANY, "zorder": 2 if state == "complete" else 1.8}
         axes.scatter(spent[known], values[known], **look, label=f"{name} ({len(chosen)})")
-        unknown = np.setdiff1d(drawn, known)  # on the lower edge: they have no value
+        unknown = np.setdiff1d(drawn, known)  # at the lower edge: they have no value
         edge = axes.get_xaxis_transform()
         axes.scatter(spent[unknown], 0 * spent[unknown], **look, transform=edge, clip_on=False)
     done = (states == "complete") & np.isfinite(values)
@@ -130,15 +130,15 @@ def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
     if not weights:
         return None
     figure, axes = paper(6.5, 0.7 + 0.28 * len(weights))
-    places = range(len(weights))
-    axes.barh(places, [100 * value for _, value, _ in weights], color=_BLUE, height=0.65)
-    axes.set_yticks(places, [key for key, _, _ in weights])
+    positions = range(len(weights))
+    axes.barh(positions, [100 * value for _, value, _ in weights], color=_BLUE, height=0.65)
+    axes.set_yticks(positions, [key for key, _, _ in weights])
     axes.invert_yaxis()
-    for place, (_, value, count) in zip(places, weights, strict=True):
+    for position, (_, value, count) in zip(positions, weights, strict=True):
         text = f"{100 * value:.0f} %  (n = {count})"
         axes.annotate(
             text,
-            (100 * value, place),
+            (100 * value, position),
             (4, 0),
             textcoords="offset points",
             va="center",
@@ -150,7 +150,7 @@ def importance_bars(weights: Sequence[tuple[str, float, int]]) -> Figure | None:
     return figure
 
 
-def _front(trials: list[Ended], history: History) -> Figure | None:
+def _front(trials: list[EndedTrial], history: History) -> Figure | None:
     """Finished trials in the plane of the first two objectives, those that none beats joined.
 
     Beyond Optuna's, only measured values: a diverged trial of several objectives has the worst ones.
@@ -191,7 +191,7 @@ CostCurve = tuple[list[float], list[float]]  # cost and objective, row by row
 
 
 def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[int, CostCurve]:
-    """Every trial's rows, each cost once."""
+    """Read every trial's rows, each cost once."""
     curves: dict[int, CostCurve] = {}
     for row in log.rows():
         value = row.get(objective.metric)
@@ -206,7 +206,7 @@ def _read_curves(log: RowLog, fidelity: Fidelity, objective: Objective) -> dict[
 
 
 def _curves(
-    curves: dict[int, CostCurve], trials: list[Ended], objective: Objective
+    curves: dict[int, CostCurve], trials: list[EndedTrial], objective: Objective
 ) -> Figure | None:
     """The objective against a trial's own cost, the best trial's in bold; Optuna's has steps."""
     from matplotlib.collections import LineCollection

@@ -17,7 +17,7 @@ from raytrain.plotting.sheet import (
     MANY,
     SMALL,
     TEXT,
-    Ended,
+    EndedTrial,
     label,
     sheet,
     short,
@@ -34,15 +34,17 @@ if TYPE_CHECKING:
 _PANELS = 12
 
 
-def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figure | None:
+def slices(trials: list[EndedTrial], objective: Objective, order: list[str]) -> Figure | None:
     """The objective against each parameter: finished trials by their order, stopped ones pale.
 
     Beyond Optuna's, which draws finished trials alone: the stopped ones, and the whole range searched.
     """
     from matplotlib.ticker import MaxNLocator
 
-    seen = [t for t in trials if t.row.state in ("complete", "stopped") and np.isfinite(t.value)]
-    dists = {key: dist for trial in seen for key, dist in trial.last.distributions.items()}
+    shown_trials = [
+        t for t in trials if t.row.state in ("complete", "stopped") and np.isfinite(t.value)
+    ]
+    dists = {key: dist for trial in shown_trials for key, dist in trial.last.distributions.items()}
     varied = [key for key in dists if not dists[key].single()]
     keys = ([key for key in order if key in varied] + sorted(set(varied) - set(order)))[:_PANELS]
     if not keys:
@@ -52,13 +54,15 @@ def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figur
     figure = sheet(max(3.2, 2.3 * columns), 2.1 * lines + 0.3)
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     image = None
-    for place, pool in enumerate(grid.flat):
-        if place >= len(keys):
+    for position, pool in enumerate(grid.flat):
+        if position >= len(keys):
             pool.set_visible(False)
             continue
         style(pool)
-        image = _slice(pool, seen, keys[place], dists[keys[place]], objective) or image
-        pool.tick_params(labelleft=place % columns == 0)
+        image = (
+            _slice(pool, shown_trials, keys[position], dists[keys[position]], objective) or image
+        )
+        pool.tick_params(labelleft=position % columns == 0)
     figure.supylabel(label(objective.metric), size=TEXT)
     if image is not None:
         bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30, shrink=0.8)
@@ -71,12 +75,12 @@ def slices(trials: list[Ended], objective: Objective, order: list[str]) -> Figur
 
 def _slice(
     axes: Axes,
-    trials: list[Ended],
+    trials: list[EndedTrial],
     key: str,
     distribution: BaseDistribution,
     objective: Objective,
 ) -> Any:
-    """One panel; returns the points that carry the colours."""
+    """Draw one panel; return its coloured points."""
     places = [k for k, trial in enumerate(trials) if key in trial.last.params]
     places = [places[k] for k in some(len(places))]
     done = np.array([trials[k].row.state == "complete" for k in places])
@@ -117,7 +121,7 @@ def _slice(
 
 
 def _over_the_range(axes: Axes, distribution: BaseDistribution) -> None:
-    """The whole range that was searched, and a little more."""
+    """Set the limits of the axis to the searched range and a margin."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -141,7 +145,7 @@ def _over_the_range(axes: Axes, distribution: BaseDistribution) -> None:
 
 
 def _beside(raw: list[Any], distribution: CategoricalDistribution, axes: Axes) -> np.ndarray:
-    """Choices at whole numbers, their points a little beside one another."""
+    """Return positions of choices at whole numbers, with a small offset for each point."""
     words = [str(choice) for choice in distribution.choices]
     longest = sum(len(word) + 1 for word in words)
     turned = {"rotation": 30, "ha": "right"} if longest > 22 else {}

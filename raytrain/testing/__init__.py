@@ -1,4 +1,4 @@
-"""Conformance tests for parts of your own, and the toys they run on.
+"""Conformance tests for user-defined parts, and the toy networks and batches they run on.
 
 Subclass one of the classes in a test module and define its fixture:
 

@@ -1,4 +1,4 @@
-"""What every algorithm must do: the conformance suite of recipes."""
+"""Conformance tests of recipes: properties of every algorithm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from raytrain.testing.toys import (
 
 NORMS = list(THREAT_MODELS)
 EPOCHS = [0, 3]
-"""Epochs at which costs are compared: before and after what begins late, such as a warm-up of three."""
+"""Epochs at which costs are compared: before and after a late start, such as a warm-up of three."""
 
 
 class AlgorithmConformance:
@@ -39,7 +39,7 @@ class AlgorithmConformance:
         raise NotImplementedError
 
     def largest_norm(self, recipe: AbstractRecipe) -> float:
-        """Multiples of eps that the perturbation it trains on may have: 1 inside the threat model."""
+        """Largest norm of the training perturbations in multiples of eps: 1 inside the threat model."""
         del recipe
         return 1.0
 
@@ -160,14 +160,14 @@ class AlgorithmConformance:
 def built(
     recipe: AbstractRecipe, norm: str = "linf", eps: float | None = None
 ) -> AbstractAlgorithm:
-    """The algorithm with the plain outer update."""
+    """Return the algorithm with the plain outer update."""
     return recipe.build(ball_of(norm, eps), Plain())
 
 
 def trained(
     algorithm: AbstractAlgorithm, steps: int = 2, *, batch_norm: bool = False
 ) -> TrainState:
-    """The state after steps of momentum SGD on different batches."""
+    """Return the state after steps of momentum SGD on different batches."""
     state = state_of(tiny_net(batch_norm=batch_norm), algorithm)
     for seed in range(steps):
         algorithm.step(state, batch_of(8, seed=seed))
@@ -175,7 +175,7 @@ def trained(
 
 
 def equal(one: TrainState, other: TrainState) -> bool:
-    """Bit-equal networks and momenta."""
+    """Whether networks and momenta are equal bit for bit."""
     momenta = [
         [state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters()]
         for state in (one, other)
@@ -184,7 +184,7 @@ def equal(one: TrainState, other: TrainState) -> bool:
 
 
 def outer_of(name: str) -> AbstractOuter:
-    """An outer update whose rare measurements divide the steps of a test: its cost is then exact."""
+    """Return an outer update whose period of measurements divides the steps of a test, for an exact cost."""
     if name == "engm":
         return Engm(tau=3, chunk=1)
     return Awp(warmup=2) if name == "awp" else OUTERS[name].model_validate({})

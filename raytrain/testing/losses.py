@@ -1,4 +1,4 @@
-"""What every loss must do: the conformance suite of losses."""
+"""Conformance tests of losses."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class LossConformance:
         assert float((part - whole[rows]).detach().abs().max()) <= 1e-12
 
     def test_passes_the_network_as_often_as_it_announces(self, loss: AbstractLoss) -> None:
-        model, batch, seen = tiny_net(), batch_of(4), []
+        model, batch, inputs = tiny_net(), batch_of(4), []
 
         def predict(images: Tensor) -> Tensor:
-            seen.append(images)
+            inputs.append(images)
             return model(images)
 
         reference = loss.reference(predict, batch)
-        assert len(seen) == loss.reference_forwards
+        assert len(inputs) == loss.reference_forwards
         delta = moved(batch)
         loss.inner(predict, batch, delta, reference)
-        assert len(seen) == loss.reference_forwards + loss.inner_forwards
-        assert torch.equal(seen[-1], batch.images + delta)  # where attacks read the logits
+        assert len(inputs) == loss.reference_forwards + loss.inner_forwards
+        assert torch.equal(inputs[-1], batch.images + delta)  # where attacks read the logits
         loss.outer(predict, batch, delta, reference)
-        assert len(seen) == loss.reference_forwards + loss.inner_forwards + loss.outer_forwards
+        assert len(inputs) == loss.reference_forwards + loss.inner_forwards + loss.outer_forwards
 
     def test_an_update_costs_what_it_announces(self, loss: AbstractLoss) -> None:
         batch, meter = batch_of(4), Meter()

@@ -1,4 +1,4 @@
-"""What every outer update must do: the conformance suite of outer updates."""
+"""Conformance tests of outer updates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OuterConformance:
 
     @pytest.fixture
     def outer(self) -> AbstractOuter:
-        """The update under test; what it measures rarely must have a period that divides 12."""
+        """The update under test; the period of its measurements must divide 12."""
         raise NotImplementedError
 
     def test_moves_the_weights_by_finite_steps_and_the_same_ones_again(
@@ -50,8 +50,10 @@ class OuterConformance:
         state = state_of(tiny_net(batch_norm=True), algorithm)
         random, flags = torch.get_rng_state(), [m.training for m in state.model.modules()]
         found = algorithm.step(state, batch_of(8)).delta
-        wanted = algorithm.step(state_of(tiny_net(batch_norm=True), algorithm), batch_of(8)).delta
-        assert torch.equal(found, wanted) and torch.equal(torch.get_rng_state(), random)
+        expected = algorithm.step(
+            state_of(tiny_net(batch_norm=True), algorithm), batch_of(8)
+        ).delta
+        assert torch.equal(found, expected) and torch.equal(torch.get_rng_state(), random)
         assert [m.training for m in state.model.modules()] == flags
 
     def test_a_rate_of_zero_leaves_every_weight_where_it_was(self, outer: AbstractOuter) -> None:

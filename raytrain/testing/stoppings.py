@@ -1,4 +1,4 @@
-"""What every stopping rule must do: the conformance suite of stopping rules."""
+"""Conformance tests of stopping rules."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StoppingConformance:
 def attacked(
     stopping: AbstractStopping, compact: bool, share: float
 ) -> tuple[AttackResult, Meter]:
-    """An attack on sixteen images at a share of training, and what it cost."""
+    """Return the result of an attack on sixteen images at a share of training, and its cost."""
     batch, ball, meter = batch_of(16), ball_of("linf"), Meter()
     attack = ProjectedAscent(
         steps=STEPS, step_size="eps/4", stop=stopping, bn="eval", compact=compact

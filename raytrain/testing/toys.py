@@ -25,13 +25,13 @@ EPS = {"linf": 0.1, "l2": 0.7, "l1": 3.0}
 
 
 def ball_of(norm: str, eps: float | None = None) -> Linf | L2 | L1:
-    """The ball of this norm, with the radius of `EPS` unless another is given."""
+    """Return the threat model of this norm, with the radius of `EPS` unless another is given."""
     kinds: dict[str, type[Linf | L2 | L1]] = {"linf": Linf, "l2": L2, "l1": L1}
     return kinds[norm](eps=EPS[norm] if eps is None else eps)
 
 
 def rng_of(num: int, seed: int = 0) -> BatchRandom:
-    """The randomness of a whole batch on one worker."""
+    """Return the random numbers of a whole batch on one worker."""
     return BatchRandom(seed, num, slice(None), CPU)
 
 
@@ -60,7 +60,7 @@ def batch_of(
 
 
 class TinyNet(nn.Module):
-    """Two convolutions and a linear layer for 8x8 images; BatchNorm and dropout if wanted."""
+    """Two convolutions and a linear layer for 8x8 images; optionally BatchNorm and dropout."""
 
     def __init__(
         self, classes: int = 4, channels: int = 1, batch_norm: bool = False, dropout: float = 0.0
@@ -92,7 +92,7 @@ def tiny_net(
     channels: int = 1,
     seed: int = 0,
 ) -> TinyNet:
-    """The same network for the same arguments; weights large enough that attacks matter."""
+    """Return a network that is a function of the arguments; its weights are large enough for attacks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyNet(channels=channels, batch_norm=batch_norm, dropout=dropout).to(dtype)
@@ -113,7 +113,7 @@ def state_of(
     batch_size: int = 8,
     shape: tuple[int, int, int] = (1, 8, 8),
 ) -> TrainState:
-    """A fresh state on one worker, with plain momentum SGD and the memory that `algorithm` asks for."""
+    """A fresh state on one worker, with plain momentum SGD and the parts of `algorithm`."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
@@ -138,7 +138,7 @@ def probe_of(
     steps: int = 1,
     progress: Progress = BEGINNING,
 ) -> Probe:
-    """What a stopping rule sees of a whole batch; where nothing is given, what does not matter."""
+    """Return the probe of a stopping rule for a whole batch; the defaults are arbitrary."""
     return Probe(
         threat=ball,
         images=batch.images,
@@ -180,7 +180,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def resumed(state: TrainState, algorithm: AbstractAlgorithm) -> TrainState:
-    """A fresh process that goes on from a copy of all that a checkpoint holds."""
+    """Return a new state that is loaded from a copy of the content of a checkpoint."""
     fresh = state_of(copy.deepcopy(state.model), algorithm)
     fresh.optimizer.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
     for name, part in state.parts.items():

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.files import replaced
+from raytrain.core.files import atomic_writer
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 
@@ -83,10 +83,10 @@ class Saved:
         numbers = tuple(str(number) for number in range(len(trained)))
         if numbers in (trained, classes) and set(trained) != set(classes):
             return
-        for k, (wanted, found) in enumerate(zip(trained, classes, strict=True)):
-            if wanted != found:
+        for k, (name, found) in enumerate(zip(trained, classes, strict=True)):
+            if name != found:
                 raise RequestError(
-                    f"{expected}, in the same order; found '{found}' in place of '{wanted}' as "
+                    f"{expected}, in the same order; found '{found}' in place of '{name}' as "
                     f"class {k}"
                 )
 
@@ -145,15 +145,15 @@ def _content(
 def _write(path: Path, content: dict[str, Any]) -> str | None:
     """What went wrong, if anything."""
     try:
-        write_whole(path, content)
+        save_atomically(path, content)
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """torch.save that replaces `path` as a whole, see `replaced`."""
-    with replaced(path) as file:
+def save_atomically(path: Path, content: dict[str, Any]) -> None:
+    """torch.save that replaces `path` as a whole, see `atomic_writer`."""
+    with atomic_writer(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch wraps a failed write of its zip file

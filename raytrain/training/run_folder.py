@@ -17,7 +17,7 @@ RUN_FILE = "run.yaml"
 RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
 
 
-def leave_run_file(run: RunConfig, folder: Path) -> None:
+def write_run_file(run: RunConfig, folder: Path) -> None:
     """`run.yaml` in the folder where the checkpoints are going to be.
 
     Raises:

@@ -25,7 +25,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import Batch, BatchRandom, Diverged, RequestError, mix
-from raytrain.core.user_code import guarded
+from raytrain.core.user_code import user_code_errors
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import (
     Splits,
@@ -40,7 +40,7 @@ from raytrain.data.spec import DataSpec
 from raytrain.evaluation.checks import of_answers
 from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
-from raytrain.models import Classifier, try_alone, try_out
+from raytrain.models import Classifier, check_network, check_single_images
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
 
@@ -153,7 +153,7 @@ def preflight(run: RunConfig) -> Splits:
         model = build_model(run, splits.source)
         if run.model.users:
             build_model(run, splits.source)  # raises if it shares weights with the first
-    _try_out(run, model, splits, DistributedContext())
+    _check_network(run, model, splits, DistributedContext())
     if run.model.users:
         _warn(run, model, splits.train)
     run.algorithm.build(run.threat, run.outer).memory(
@@ -162,23 +162,23 @@ def preflight(run: RunConfig) -> Splits:
     return splits
 
 
-def _try_out(
+def _check_network(
     run: RunConfig, model: Classifier, splits: Splits, context: DistributedContext
 ) -> None:
     """Try the network on the device and in the precision of training, unless `build` has done so."""
     shape, classes = splits.train.shape, len(splits.source.classes)
     as_built = context.device.type == "cpu" and run.precision == "fp32"
     if run.model.foreign(splits.source.size) and not as_built:
-        try_out(model, shape, classes, context.device, run.precision)
+        check_network(model, shape, classes, context.device, run.precision)
     if run.batch_size == run.workers:
-        try_alone(model, shape, classes, run.workers)
+        check_single_images(model, shape, classes, run.workers)
 
 
 def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
     """Log a line for every check of the evaluation that the outputs of the network fail."""
     rows = torch.arange(min(_NUM_CHECKED, part.num_images))
     batch = part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
-    with guarded(model.name, "cannot be tried on training images"):
+    with user_code_errors(model.name, "cannot be tried on training images"):
         findings = of_answers(model, batch.images, run.seed)
     for finding in findings:
         if not finding.passed:
@@ -198,7 +198,7 @@ def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainS
     """Return the initial state: network, optimiser and parts, the same on every worker."""
     torch.manual_seed(mix(run.seed, "weights"))
     model = build_model(run, splits.source)
-    _try_out(run, model, splits, context)
+    _check_network(run, model, splits, context)
     model = model.to(context.device, splits.train.dtype)
     wrapper = context.wrap(model, fixed=not run.model.users)
     torch.manual_seed(mix(run.seed, "dropout", context.rank))
@@ -255,7 +255,7 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
         model = build_model(saved.run, source)
     if saved.run.precision == "fp64":
         model = model.double()
-    with guarded(model.name, "is not the network of the checkpoint"):
+    with user_code_errors(model.name, "is not the network of the checkpoint"):
         model.load_state_dict(saved.weights)
     return model.eval()
 

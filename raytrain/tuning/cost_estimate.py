@@ -1,4 +1,4 @@
-"""The cost of a configuration before it is trained, from the costs of its parts."""
+"""Predicted cost of a configuration, from the costs of its parts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from raytrain.core.network import stem_share
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.models import ModelSpec
 
-_POINTS = 20  # of a whole training, at least, where numbers change over it
+_POINTS = 20  # evaluations per training at least, if numbers change during it
 _UNKNOWN = Source("an unknown data set", 3, 32, tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
 
 
 def estimate_cost(run: RunConfig) -> float:
-    """Forward-equivalents per training image of the whole run: its `fe_per_image`, or the sum over its
-    epochs; at most that where `is_bound(run)`.
+    """Return forward-equivalents per training image of the whole run: `fe_per_image`, or the sum over its
+    epochs; an upper bound where `is_bound(run)`.
 
-    An epoch leaves out images that fill no whole batch: the run's own count is smaller by their share.
+    An epoch drops images that fill no whole batch: the run's own count is smaller by their share.
     """
     if run.fe_per_image is not None:
         return run.fe_per_image
@@ -41,15 +41,15 @@ def estimate_cost(run: RunConfig) -> float:
 
 
 def is_bound(run: RunConfig) -> bool:
-    """Whether a run may cost less than its estimate: attacks stop on their own, or the run does."""
+    """Whether a run may cost less than its estimate, because attacks or the run may stop early."""
     if run.early_stop is not None or (run.sentinels and run.sentinels.stop.limits()):
         return True
     return run.fe_per_image is None and run.algorithm_with({}).cost_varies
 
 
 def _stem_share(run: RunConfig) -> float:
-    """The first layer's part of a forward of the run's network, which is laid out and not built."""
-    own = ":" not in run.model.name  # others would have to be built
+    """Return the first layer's share of a forward of the run's network, without its weights."""
+    own = ":" not in run.model.name  # others are not built
     return _share_of(run.data.name, run.model.name if own else "auto")
 
 

@@ -21,7 +21,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.distributed.jobs import Job
 from raytrain.tracking import Tracker
-from raytrain.training.run_folder import leave_run_file
+from raytrain.training.run_folder import write_run_file
 from raytrain.tuning.budget import ENDED, BudgetState, Running, SweepProgress, TrialRow
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.history import History, Proposes, queued_params
@@ -222,7 +222,7 @@ class TrialManager:
     def _start(self, tune_id: str, live: Live) -> dict[str, Any]:
         self._live[tune_id] = live
         self._aside.pop(live.origin, None)
-        leave_run_file(live.run, self._folder_of(live.origin))
+        write_run_file(live.run, self._folder_of(live.origin))
         self._tell_watch()
         return {"job": self._job(live)}
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain.core.epoch_metrics import METRICS
-from raytrain.core.files import replaced
+from raytrain.core.files import atomic_writer
 
 CHUNK = 20_000  # rows of the journal held in memory at once
 
@@ -81,7 +81,7 @@ class RowLog:
         """All rows as `SCHEMA`, each trial's epochs once; returns how many."""
         seen: set[tuple[int, int]] = set()
         count = 0
-        with replaced(target) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+        with atomic_writer(target) as file, pq.ParquetWriter(file, SCHEMA) as writer:
             chunk: list[dict[str, Any]] = []
             for row in self.rows():
                 key = (row["trial"], row["epoch"])

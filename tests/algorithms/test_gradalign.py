@@ -122,7 +122,7 @@ def test_the_penalty_is_differentiated_through_the_second_gradient() -> None:
     zero = torch.zeros_like(batch.images)
     oracle = oracle_of(model, batch, objective)
     fixed = slope(model, batch.images, batch.labels)
-    oracle.refer(fixed, eta_of(batch))
+    oracle.set_reference(fixed, eta_of(batch))
     oracle.theta_grad(zero)
     h = 1e-6
     for weight in (model.first.weight, model.first.bias, model.last.weight):
@@ -152,7 +152,7 @@ def test_the_penalty_is_not_differentiated_through_the_first_gradient() -> None:
         grads.append(torch.autograd.grad(natural + penalty, model.first.weight)[0])
     model = Smooth()
     oracle = oracle_of(model, batch, Aligned(lam=1.0))
-    oracle.refer(slope(model, batch.images, batch.labels), eta_of(batch))
+    oracle.set_reference(slope(model, batch.images, batch.labels), eta_of(batch))
     oracle.theta_grad(torch.zeros_like(batch.images))
     assert model.first.weight.grad is not None
     assert_near(model.first.weight.grad, grads[0], 1e-13)
@@ -224,7 +224,7 @@ def test_samples_without_a_gradient_have_no_penalty_and_do_not_spoil_the_others(
     assert dark.tolist() == [False, True, False, True, True, False]
     assert torch.equal(dark, there.flatten(1).abs().sum(1) == 0)
     oracle, zero = oracle_of(model, batch, objective), torch.zeros_like(images)
-    oracle.refer(fixed, eta_of(batch))
+    oracle.set_reference(fixed, eta_of(batch))
     losses = oracle.theta_grad(zero)
     plain = F.cross_entropy(model(images), batch.labels, reduction="none").detach()
     penalty = 4 * (1 - cosines(fixed[~dark], there[~dark]))
@@ -267,7 +267,7 @@ def test_one_of_both_gradients_being_zero_is_enough_to_have_no_penalty(which: in
     else:
         fixed = torch.zeros_like(fixed)
     oracle, zero = oracle_of(model, batch, Aligned(lam=4.0)), torch.zeros_like(fixed)
-    oracle.refer(fixed, eta_of(batch))
+    oracle.set_reference(fixed, eta_of(batch))
     losses = oracle.theta_grad(zero)
     plain = F.cross_entropy(model(batch.images), batch.labels, reduction="none")
     assert torch.equal(losses, plain.detach())

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.core.files import replaced, write_atomically
+from raytrain.core.files import atomic_writer, write_atomically
 
 
 def test_an_error_keeps_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "file"
     write_atomically(file, "old")
-    with pytest.raises(OSError, match="No space"), replaced(file) as new:
+    with pytest.raises(OSError, match="No space"), atomic_writer(file) as new:
         new.write(b"torn")
         new.flush()
         assert file.read_text() == "old"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.core.types import ModelFailed, RequestError
-from raytrain.core.user_code import guarded
+from raytrain.core.user_code import user_code_errors
 from raytrain.models import Classifier
 from raytrain.models.classifier import Normalise
 
@@ -53,7 +53,7 @@ def test_any_error_is_one_sentence_with_the_line_of_the_user(
         pytest.raises(
             RequestError, match=rf"^model.name: it cannot be: {sentence} at {__file__}:\d+$"
         ) as caught,
-        guarded("it", "cannot be"),
+        user_code_errors("it", "cannot be"),
     ):
         nn.Sequential(Raises(error))(torch.zeros(1))
     assert caught.value.__cause__ is error
@@ -61,7 +61,7 @@ def test_any_error_is_one_sentence_with_the_line_of_the_user(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RequestError("data: no")])
 def test_an_interruption_and_a_finished_sentence_pass(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, guarded("it", "cannot be"):
+    with pytest.raises(type(error)) as caught, user_code_errors("it", "cannot be"):
         raise error
     assert caught.value is error
 
@@ -70,7 +70,7 @@ def test_generators_of_python_and_numpy_are_not_those_of_the_user() -> None:
     np.random.seed(5)
     wanted = np.random.rand()
     np.random.seed(5)
-    with pytest.raises(RequestError), guarded("it", "cannot be"):
+    with pytest.raises(RequestError), user_code_errors("it", "cannot be"):
         random.seed(1)
         np.random.seed(1)
         raise ValueError

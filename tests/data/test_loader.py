@@ -14,13 +14,13 @@ from raytrain.core.types import Batch, BatchRandom, RequestError
 from raytrain.data.augment import random_view
 from raytrain.data.loader import (
     SplitShard,
-    carve,
     epoch_order,
     iter_eval,
     iter_train,
     num_steps,
     open_splits,
     open_test,
+    split_validation,
 )
 from raytrain.data.spec import DataSpec
 
@@ -200,7 +200,7 @@ def test_validation_split_is_disjoint_stratified_and_of_the_size_asked_for(
     validation: float, size: int
 ) -> None:
     labels = labels_of()
-    held, kept = carve(labels, DataSpec(validation=validation))
+    held, kept = split_validation(labels, DataSpec(validation=validation))
     assert len(held) == size and sorted([*held, *kept]) == list(range(400))
     share = labels.bincount() * size / 400
     assert float((labels[torch.from_numpy(held)].bincount() - share).abs().max()) < 1
@@ -208,23 +208,23 @@ def test_validation_split_is_disjoint_stratified_and_of_the_size_asked_for(
 
 def test_validation_split_depends_on_the_split_seed_and_on_nothing_else() -> None:
     labels = labels_of()
-    plain, _ = carve(labels, DataSpec(validation=50))
+    plain, _ = split_validation(labels, DataSpec(validation=50))
     for spec in (
         DataSpec(validation=50, train_size=100),
         DataSpec(validation=50, pad=0, flip=True),
     ):
-        assert (carve(labels, spec)[0] == plain).all()
-    assert set(carve(labels, DataSpec(validation=50, split_seed=1))[0]) != set(plain)
+        assert (split_validation(labels, spec)[0] == plain).all()
+    assert set(split_validation(labels, DataSpec(validation=50, split_seed=1))[0]) != set(plain)
 
 
 def test_train_size_takes_a_stratified_part_of_the_training_images() -> None:
     labels = labels_of()
-    held, everyone = carve(labels, DataSpec(validation=50))
-    small_held, small = carve(labels, DataSpec(validation=50, train_size=120))
+    held, everyone = split_validation(labels, DataSpec(validation=50))
+    small_held, small = split_validation(labels, DataSpec(validation=50, train_size=120))
     assert len(small) == 120 and set(small) < set(everyone) and not set(small) & set(small_held)
     share = labels[torch.from_numpy(everyone)].bincount() * 120 / 350
     assert float((labels[torch.from_numpy(small)].bincount() - share).abs().max()) < 1
-    assert (carve(labels, DataSpec(validation=50, train_size=350))[1] == everyone).all()
+    assert (split_validation(labels, DataSpec(validation=50, train_size=350))[1] == everyone).all()
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -264,12 +264,12 @@ def test_a_split_that_cannot_be_made_is_refused_with_its_field(
     spec: DataSpec, sentence: str
 ) -> None:
     with pytest.raises(RequestError, match=sentence):
-        carve(labels_of(), spec)
+        split_validation(labels_of(), spec)
 
 
 def test_a_class_of_one_image_cannot_be_split() -> None:
     with pytest.raises(RequestError, match=r"data\.validation: .* every class"):
-        carve(torch.tensor([0] * 50 + [1]), DataSpec(validation=10))
+        split_validation(torch.tensor([0] * 50 + [1]), DataSpec(validation=10))
 
 
 def test_a_batch_larger_than_the_training_set_is_refused() -> None:

@@ -48,7 +48,7 @@ from raytrain.models.resnet import ResNet18
 from raytrain.models.wide_resnet import WideResNet
 from raytrain.tracking.lookup import Seen, look_up
 from raytrain.training.checkpoint import load, save
-from raytrain.training.run_folder import leave_run_file
+from raytrain.training.run_folder import write_run_file
 from raytrain.training.trainer import fit_and_checkpoint, network, start
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
@@ -89,7 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "storage": str(folder.parent.parent),
         }
     )
-    leave_run_file(run, folder)
+    write_run_file(run, folder)
     assert len(list(fit_and_checkpoint(run, DistributedContext(), folder))) == 2
     return folder
 
@@ -893,7 +893,7 @@ def test_mlflow_tells_numbers_commit_and_hardware(
     (tmp_path / "copies").mkdir()
     folder = tmp_path / "copies" / run_id
     with_numbers(trained / "best.pt", folder, evaluation(99, aa=1))
-    leave_run_file(as_run(trained / "run.yaml"), folder)
+    write_run_file(as_run(trained / "run.yaml"), folder)
     result = export(folder, "out", formats=["safetensors"], tracking_uri=uri)
     text = Path("out/README.md").read_text()
     assert result.evaluated and "190 of 397" in text

@@ -116,7 +116,7 @@ def update(
     latest: Tensor | None = None,
 ) -> Tensor:
     oracle = state.oracle(batch, objective, "eval")
-    oracle.refer(*reference)
+    oracle.set_reference(*reference)
     oracle.latest = latest
     return outer.update(state, oracle, delta, given)
 
@@ -167,7 +167,7 @@ def test_own_gradients_are_those_of_each_sample_alone(
     model(moved(batch) + batch.images)  # running statistics that are not those of a fresh layer
     delta, reference = moved(batch), reference_of(objective, model, batch)
     oracle = Oracle(model, objective, batch, Meter(), attack_bn="eval")
-    oracle.refer(*reference)
+    oracle.set_reference(*reference)
     chunks = list(oracle.sample_grads(delta, "eval", chunk))
     assert all(len(grad) <= chunk for grads in chunks for grad in grads)
     found = torch.cat([torch.cat([g.flatten(1) for g in grads], 1) for grads in chunks])
@@ -183,7 +183,7 @@ def test_in_train_mode_own_gradients_go_through_the_statistics_of_the_batch(
     objective, model, batch = OBJECTIVES[name], tiny_net(batch_norm=batch_norm), batch_of(5)
     delta, reference = moved(batch), reference_of(objective, model, batch)
     oracle = Oracle(model, objective, batch, Meter(), attack_bn="eval")
-    oracle.refer(*reference)
+    oracle.set_reference(*reference)
     chunks = oracle.sample_grads(delta, "batch_nostat", 3)
     found = torch.cat([torch.cat([g.flatten(1) for g in grads], 1) for grads in chunks])
     wanted = through_the_batch(model, objective, batch, delta, reference)

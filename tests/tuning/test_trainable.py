@@ -114,6 +114,6 @@ def test_a_process_whose_device_is_broken_is_given_up(
     def broken(_: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr("raytrain.training.trainer._wait", broken)
+    monkeypatch.setattr("raytrain.training.trainer._synchronise", broken)
     with pytest.raises(RuntimeError, match="CUDA error"):
         slot.step()

@@ -11,9 +11,9 @@ from torch import Tensor
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.types import RequestError
-from raytrain.data.carve import carve
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
+from raytrain.data.validation_split import split_validation
 
 
 def _labels(*counts: int) -> Tensor:
@@ -30,7 +30,7 @@ def test_where_no_class_is_rare_the_split_is_that_of_scikit_learn(
     validation: float, train_size: int | None
 ) -> None:
     labels = _labels(90, 60, 50)
-    held, kept = carve(labels, DataSpec(validation=validation, train_size=train_size))
+    held, kept = split_validation(labels, DataSpec(validation=validation, train_size=train_size))
     rest, wanted = train_test_split(
         np.arange(200), test_size=validation, stratify=labels.numpy(), random_state=0
     )
@@ -46,7 +46,7 @@ def test_where_no_class_is_rare_the_split_is_that_of_scikit_learn(
 @pytest.mark.parametrize("seed", range(5))
 def test_a_rare_class_is_in_both_parts(counts: tuple[int, ...], seed: int) -> None:
     labels, size = _labels(*counts), sum(counts) // 4
-    held, kept = carve(labels, DataSpec(validation=size, split_seed=seed))
+    held, kept = split_validation(labels, DataSpec(validation=size, split_seed=seed))
     assert len(held) == size and sorted([*held, *kept]) == list(range(len(labels)))
     assert min(_counts(labels, held)) >= 1 and min(_counts(labels, kept)) >= 1
     found, share = np.array(_counts(labels, held)), np.array(counts) / sum(counts) * size
@@ -58,7 +58,7 @@ def test_train_size_may_be_anything_from_an_image_of_each_class_to_all_images(
     train_size: int,
 ) -> None:
     labels = _labels(60, 38, 2)  # the last class is left with one image to train on
-    held, kept = carve(labels, DataSpec(validation=10, train_size=train_size))
+    held, kept = split_validation(labels, DataSpec(validation=10, train_size=train_size))
     assert len(kept) == len(set(kept)) == train_size and not set(kept) & set(held)
     assert min(_counts(labels, kept)) == 1
 
@@ -73,7 +73,7 @@ def test_a_validation_split_without_some_class_is_refused(validation: float, fou
         "expected 3 to 97 images, or a share that comes to as many"
     )
     with pytest.raises(RequestError) as caught:
-        carve(_labels(60, 20, 20), DataSpec(validation=validation))
+        split_validation(_labels(60, 20, 20), DataSpec(validation=validation))
     assert str(caught.value) == sentence
 
 
@@ -86,12 +86,12 @@ def test_a_validation_split_without_some_class_is_refused(validation: float, fou
 )
 def test_a_train_size_out_of_range_is_refused(train_size: int, sentence: str) -> None:
     with pytest.raises(RequestError, match=rf"^data\.train_size: {sentence}"):
-        carve(_labels(60, 20, 20), DataSpec(validation=10, train_size=train_size))
+        split_validation(_labels(60, 20, 20), DataSpec(validation=10, train_size=train_size))
 
 
 def test_a_class_of_one_image_is_named() -> None:
     with pytest.raises(RequestError) as caught:
-        carve(_labels(50, 50, 1), DataSpec(validation=10))
+        split_validation(_labels(50, 50, 1), DataSpec(validation=10))
     assert str(caught.value) == (
         "data.validation: expected two images or more of every class, to train and to validate "
         "on, found one of class 2"

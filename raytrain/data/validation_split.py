@@ -1,4 +1,4 @@
-"""Which training images are held back for validation, and which of the others are trained on."""
+"""Split of the training images into validation and training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raytrain.core.types import RequestError
 from raytrain.data.spec import DataSpec
 
 
-def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the validation and of the training images, with the classes in proportion.
+def split_validation(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of the validation and of the training images, with the classes in proportion.
 
-    Both have images of every class, be it one where its share would round to none.
+    Both have at least one image of every class, even if its share rounds to none.
 
     Raises:
         RequestError: naming the field, where no such split exists.
@@ -35,37 +35,39 @@ def carve(labels: Tensor, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
             f"class represented; expected {num_classes} to {num_images - num_classes} images, "
             "or a share that comes to as many"
         )
-    kept, held = _divide(np.arange(num_images), every, held_back, spec.split_seed)
-    _exchange(held, kept, every)
+    training, validation = _divide(np.arange(num_images), every, held_back, spec.split_seed)
+    _exchange(validation, training, every)
     if spec.train_size is not None:
-        kept = _part(kept, every, spec.train_size, spec.split_seed)
-    return np.sort(held), np.sort(kept)
+        training = _part(training, every, spec.train_size, spec.split_seed)
+    return np.sort(validation), np.sort(training)
 
 
-def _part(kept: np.ndarray, labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """So many of the training images, in proportion, with every class."""
-    num_classes = len(np.unique(labels[kept]))
-    if size > len(kept):
+def _part(training: np.ndarray, labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Select `size` of the training images, in proportion, with every class."""
+    num_classes = len(np.unique(labels[training]))
+    if size > len(training):
         raise RequestError(
-            f"data.train_size: {size} images were asked for and {len(kept)} are left "
+            f"data.train_size: {size} images were asked for and {len(training)} are left "
             "after the validation split"
         )
     if size < num_classes:
         raise RequestError(
-            f"data.train_size: {size} of {len(kept)} images cannot be taken with every class "
-            f"represented; expected {num_classes} to {len(kept)} images"
+            f"data.train_size: {size} of {len(training)} images cannot be taken with every class "
+            f"represented; expected {num_classes} to {len(training)} images"
         )
-    return kept if size == len(kept) else _divide(kept, labels, size, seed)[1]
+    return training if size == len(training) else _divide(training, labels, size, seed)[1]
 
 
 def _divide(
     indices: np.ndarray, labels: np.ndarray, take: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rest and so many taken at random, in proportion; every class is among those taken."""
+    """Return the rest and `take` random indices, in proportion, with every class among the latter."""
     from sklearn.model_selection import train_test_split
 
     strata, counts = labels[indices], np.bincount(labels[indices])
-    strata = np.where(counts[strata] == 1, counts.argmax(), strata)  # a class of one has no share
+    strata = np.where(
+        counts[strata] == 1, counts.argmax(), strata
+    )  # a class of one cannot be divided
     is_stratified = len(indices) - take >= len(np.unique(strata))
     parts = train_test_split(
         indices, test_size=take, stratify=strata if is_stratified else None, random_state=seed
