@@ -21,8 +21,25 @@ from raytrain.core.distributed_context import keep_freed_memory
 
 torch.set_num_threads(1)
 keep_freed_memory()
-for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # no store and no cluster from outside
-    os.environ.pop(_name, None)
+
+
+def _forget_outside() -> None:
+    """No store and no cluster but a test's own; MLflow leaves the store it used last in a variable."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+
+
+_forget_outside()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_from_another_file() -> None:
+    _forget_outside()
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_another_test() -> None:
+    _forget_outside()
 
 
 @pytest.fixture
