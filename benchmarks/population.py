@@ -117,7 +117,7 @@ def by_ray(
     """The best member's result under Ray Tune, with its scheduler or without an exchange."""
     random.seed(space.search.seed)
     np.random.seed(space.search.seed)
-    changed = {
+    changed: dict[str, Any] = {
         "optimizer.lr": ray_tune.loguniform(*LR),
         "algorithm.step_size": ray_tune.uniform(*STEP),
     }
@@ -147,7 +147,7 @@ def by_ray(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--concurrent", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None, help="for runs; default: temporary")
