@@ -130,7 +130,7 @@ class AlgorithmConformance:
         state, share = state_of(model, algorithm), _share(model)
         state.epoch = epoch
         setting = CostSetting(epoch, batch_size=8, stem_share=lambda: share)
-        announced, steps = algorithm.fe_per_image(setting), 6
+        announced, steps = algorithm.fe_per_image(setting), 3
         for seed in range(steps):
             algorithm.step(state, batch_of(8, seed=seed))
             state.step += 1

@@ -286,6 +286,7 @@ def errors(mode: str, steps: int) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_the_table_removes_the_noise_of_sampling() -> None:
     assert pytest.approx(-0.00217933, rel=1e-5) == REST
     found = errors("T", 1000)

@@ -160,6 +160,7 @@ def epigraph(
 SADDLE = torch.tensor((0.7, 0.3, 0.4), dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_the_full_form_settles_in_w_delta_and_v_while_lambda_and_t_cycle_for_ever() -> None:
     algorithm, now, found, history = epigraph("plain", 1450)
     assert_near(found, SADDLE, 1e-9)
@@ -177,6 +178,7 @@ def test_the_full_form_settles_in_w_delta_and_v_while_lambda_and_t_cycle_for_eve
     assert max(lams[late]) == pytest.approx(1.989, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_extrapolated_pair_settles_too() -> None:
     algorithm, now, found, _ = epigraph("extrapolated", 1200, "delta_first")
     assert_near(found, SADDLE, 1e-9)
