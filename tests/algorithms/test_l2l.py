@@ -548,6 +548,7 @@ def test_the_attackers_first_step_is_that_of_adam_uphill() -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.slow
 def test_on_a_frozen_network_the_attacker_learns_to_attack_images_it_has_not_seen(
     norm: str,
 ) -> None:

@@ -190,6 +190,7 @@ def unskipped(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fewer")
 @pytest.mark.parametrize("without", [unsieved, unfolded, unstopped, unskipped])
+@pytest.mark.slow
 def test_no_saving_changes_a_verdict(
     digits: Digits, without: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1063,6 +1063,7 @@ def plainly(name: str, steps: int = 2) -> nn.Module:
 
 @pytest.mark.parametrize("found", ["exact", "affine_reuse", "loss"])
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.slow
 def test_every_algorithm_runs_with_it_and_an_infinite_alpha_is_no_change(
     name: str, found: str
 ) -> None:

@@ -57,6 +57,7 @@ def test_the_cost_of_so_many_epochs_is_so_many_epochs() -> None:
     "algorithm",
     ["natural", "pgd", "free", "dynamic", "trades", "si_hg"],
 )
+@pytest.mark.slow
 def test_every_algorithm_spends_the_same_to_half_a_step(algorithm: str) -> None:
     budget = 41.0
     (rows, _) = trained(run_of(algorithm=algorithm, fe_per_image=budget))

@@ -94,6 +94,7 @@ OUTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("outer", sorted(OUTERS))
 @pytest.mark.parametrize("name", ["natural", "trades"])
+@pytest.mark.slow
 def test_the_outer_update_is_priced_with_the_algorithm(name: str, outer: str) -> None:
     run = run_of(
         {"name": name, **({} if name == "natural" else {"steps": 1})}, outer=OUTERS[outer]

@@ -255,6 +255,7 @@ def test_a_driver_may_die_before_any_call(tmp_path: Path, name: str, part: int) 
 
 
 @pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.slow
 def test_drivers_may_die_again_while_they_recover(tmp_path: Path, name: str) -> None:
     calls = calls_of(tmp_path, name)
     assert calls > 60

@@ -144,6 +144,7 @@ def field_at(run: RunConfig, path: str) -> Any:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.slow
 def test_every_point_is_a_run_whose_algorithm_builds(name: str) -> None:
     for _, run in drawn_from(name):
         run.algorithm.build(run.threat, run.outer)

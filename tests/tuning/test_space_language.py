@@ -133,6 +133,7 @@ def label(source: Path | str) -> str:
 
 
 @pytest.mark.parametrize("source", SPACES, ids=label)
+@pytest.mark.slow
 def test_the_parameters_of_a_trial_give_its_values_again(source: Path | str) -> None:
     space = any_space(source)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -145,6 +146,7 @@ def test_the_parameters_of_a_trial_give_its_values_again(source: Path | str) -> 
 
 
 @pytest.mark.parametrize("source", SPACES, ids=label)
+@pytest.mark.slow
 def test_a_run_leads_back_to_the_parameters_it_was_made_of(source: Path | str) -> None:
     space = any_space(source)
     encoded = 0

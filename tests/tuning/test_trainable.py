@@ -70,6 +70,7 @@ def slot(tmp_path: Path) -> Iterator[SingleTrainable]:
     ],
     ids=["raises", "diverges", "float64"],
 )
+@pytest.mark.slow
 def test_a_trial_is_the_same_whatever_its_process_did_before(
     slot: SingleTrainable, bad: dict[str, Any], outcome: str | None, tmp_path: Path
 ) -> None:
