@@ -149,6 +149,7 @@ def test_the_ensemble_has_the_verdicts_of_the_library(
 @pytest.mark.usefixtures("fewer")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("norm", RADII)
+@pytest.mark.slow
 def test_every_stage_alone_has_the_verdicts_of_the_library(
     digits: Digits, norm: str, stage: standard.Stage
 ) -> None:
@@ -360,6 +361,7 @@ class Some(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "classes"), [("linf", 2), ("linf", 3), ("linf", 4), ("linf", 5), ("l1", 3)]
 )
+@pytest.mark.slow
 def test_few_classes_run_every_stage_with_as_many_targets_as_there_are(
     digits: Digits, norm: str, classes: int
 ) -> None:

@@ -126,6 +126,7 @@ def greys(model: Linear, norm: str, count: int) -> Greys:
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.slow
 def test_autoattack_finds_exactly_what_an_affine_network_loses(
     norm: str, classes: int, tmp_path: Path
 ) -> None:

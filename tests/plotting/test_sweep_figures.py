@@ -236,6 +236,7 @@ def test_of_several_objectives_the_first_counts() -> None:
 
 @pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objectives", [1, 2, 3])
+@pytest.mark.slow
 def test_a_sweep_has_the_pictures_that_show_something(
     tmp_path: Path, count: int, objectives: int
 ) -> None:

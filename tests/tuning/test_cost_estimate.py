@@ -44,6 +44,7 @@ ROUNDING = 0.5 / IMAGES  # the meter's sum is a whole number
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.slow
 def test_the_price_of_every_algorithm_is_what_it_spends_or_bounds_it(name: str) -> None:
     run = run_of({"name": name, **OWN.get(name, {})})
     assert spent(run) <= estimate_cost(run) + ROUNDING

@@ -82,6 +82,7 @@ def test_there_are_search_spaces() -> None:
 
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
+@pytest.mark.slow
 def test_every_search_space_validates_and_samples_valid_runs(file: Path) -> None:
     space = bundled(file)
     assert space.name == file.stem
