@@ -3,8 +3,7 @@
 Every seed draws four members of the same space (learning rate, step size of the attack), on the digits. The
 three methods train them from the same configurations for the same epochs, `--concurrent` at once; none is
 drawn beyond these, so that a random search is the same members without an exchange. A row is the best
-member's `valid/robust` at the end, in per cent. Ray's scheduler is asynchronous, its default: with `synch` it
-did not end within five minutes where not all members fit at once.
+member's `valid/robust` at the end, in per cent. Ray's scheduler is asynchronous, its default.
 
     python benchmarks/population.py --seeds 3 --concurrent 4
 """

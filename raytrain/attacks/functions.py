@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from raytrain.attacks.ascent import ProjectedAscent
 from raytrain.attacks.autoattack import STAGES, Stage, adversarial
 from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
-from raytrain.core.losses import LOSSES, AbstractLoss
+from raytrain.core.losses import AbstractLoss, Loss
 from raytrain.core.oracle import Oracle
-from raytrain.core.registry import Registry
-from raytrain.core.threat_models import THREAT_MODELS, AbstractThreatModel
-from raytrain.core.types import Batch, BatchRandom, Progress, RequestError, Spec, mix
+from raytrain.core.threat_models import AbstractThreatModel, ThreatModel
+from raytrain.core.types import Batch, BatchRandom, Progress, RequestError, mix
 
-Part = TypeVar("Part", bound=Spec)
+_THREAT: TypeAdapter[AbstractThreatModel] = TypeAdapter(ThreatModel)
+_LOSS: TypeAdapter[AbstractLoss] = TypeAdapter(Loss)
+_ASCENT = TypeAdapter(ProjectedAscent)
 _END = Progress(1.0, 1.0)
 
 
@@ -27,13 +29,13 @@ def attack(
     images: Tensor,
     labels: Tensor,
     *,
-    threat: str | AbstractThreatModel = "linf",
+    threat: Any = "linf",
     eps: float = 8 / 255,
     steps: int = 10,
     step_size: float | str = "eps/4",
     start: Any = "uniform",
     stop: Any = "never",
-    loss: str | AbstractLoss = "cross_entropy",
+    loss: Any = "cross_entropy",
     restarts: int = 1,
     bn: str = "eval",
     batch_size: int = 256,
@@ -41,8 +43,9 @@ def attack(
 ) -> Tensor:
     """Adversarial images by projected ascent (PGD, Madry et al. 2018, arXiv 1706.06083).
 
-    `model` maps images (n, c, h, w) in [0, 1] to logits; it is neither changed nor trained. `threat` is
-    `linf`, `l2`, `l1` or a threat model, whose own radius then replaces `eps` (in pixels of [0, 1]).
+    `model` maps images (n, c, h, w) in [0, 1] to logits; it is neither changed nor trained (with
+    bn=train the running statistics of BatchNorm move). `threat` is
+    `linf`, `l2` or `l1` with the radius `eps` in pixels of [0, 1], or a threat model with its own radius.
     `start`, `stop` and `loss` are names, records or parts, as in a run file. Each image has the first
     perturbation of `restarts` attempts that changes its class, or else the one of highest loss. The
     result depends on `seed` and not on `batch_size`; it is on the device of `images`.
@@ -57,13 +60,12 @@ def attack(
     Raises:
         RequestError: naming the argument that is wrong.
     """
-    ball, objective = _threat(threat, eps), _part("loss", LOSSES, loss)
-    try:
-        ascent = ProjectedAscent.model_validate(
-            {"start": start, "steps": steps, "step_size": step_size, "stop": stop, "bn": bn}
-        )
-    except ValueError as error:
-        raise RequestError(f"attack: {str(error).splitlines()[-2].strip()}") from None
+    ball = _threat(threat, eps)
+    objective = _validated("loss", _LOSS, loss)
+    fields = {"start": start, "steps": steps, "step_size": step_size, "stop": stop, "bn": bn}
+    ascent = _validated("", _ASCENT, fields)
+    if restarts < 1:
+        raise RequestError(f"restarts: expected 1 or more, found {restarts}")
     _check(images, labels, batch_size)
     found = []
     for rows in torch.arange(len(images)).split(batch_size):
@@ -92,7 +94,7 @@ def autoattack(
     images: Tensor,
     labels: Tensor,
     *,
-    threat: str | AbstractThreatModel = "linf",
+    threat: Any = "linf",
     eps: float = 8 / 255,
     stages: Iterable[Stage] = STAGES,
     batch_size: int = 256,
@@ -109,6 +111,7 @@ def autoattack(
     """
     ball = _threat(threat, eps)
     _check(images, labels, batch_size)
+    stages = tuple(stages)
     counted, found = CountedModel(model, Meter()), images.clone()
     for rows in torch.arange(len(images), device=images.device).split(batch_size):
         standing = rows[counted.classes(images[rows].float()) == labels[rows]]
@@ -123,21 +126,20 @@ def autoattack(
     return found
 
 
-def _threat(threat: str | AbstractThreatModel, eps: float) -> AbstractThreatModel:
-    if isinstance(threat, AbstractThreatModel):
-        return threat
-    return _part("threat", THREAT_MODELS, threat).model_copy(update={"eps": eps})
+def _threat(threat: Any, eps: float) -> AbstractThreatModel:
+    """Return the threat model; `eps` is the radius of one that is given by its name."""
+    named = {"norm": threat, "eps": eps} if isinstance(threat, str) else threat
+    return _validated("threat", _THREAT, named)
 
 
-def _part(name: str, registry: Registry[Part], value: str | Part) -> Part:
-    if not isinstance(value, str):
-        return value
+def _validated(name: str, adapter: Any, value: Any) -> Any:
     try:
-        part = registry[value]
-    except KeyError:
-        expected = ", ".join(registry)
-        raise RequestError(f"{name}: expected one of {expected}, found {value!r}") from None
-    return part.model_validate({"eps": 0.0} if "eps" in part.model_fields else {})
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([*([name] if name else []), *map(str, first["loc"])])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{where}: {message}, found {first['input']!r}") from None
 
 
 def _check(images: Tensor, labels: Tensor, batch_size: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from raytrain.core.registry import OneOf
+from raytrain.core.registry import OneOf, num_known
 from raytrain.core.types import Spec
 
 Keys = tuple[str, ...]
@@ -21,6 +22,12 @@ def types_at(model: type[BaseModel], path: Keys) -> tuple[Any, ...]:
 
     The type of a part of a registry is its `OneOf`. Its fields are those of any of the parts.
     """
+    return _types_at(model, path, num_known())
+
+
+@lru_cache(maxsize=4096)
+def _types_at(model: type[BaseModel], path: Keys, known: int) -> tuple[Any, ...]:
+    del known  # other packages' parts have fields of their own
     found: tuple[Any, ...] = (model,)
     for key in path:
         found = tuple(inner for one in found for inner in _inside(one, key))

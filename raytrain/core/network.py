@@ -101,7 +101,7 @@ def stem_share(model: nn.Module, image: Tensor) -> float:
 
     if not (hasattr(model, "stem") and hasattr(model, "rest")):
         raise RequestError(
-            "model.name: this algorithm needs a network that tells its first layer (stem) from the rest, "
+            "model.name: this algorithm needs a network with its first layer (stem) apart from the rest, "
             f"and {type(model).__name__} does not"
         )
     with torch.no_grad(), mode(model, "eval"):

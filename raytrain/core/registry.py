@@ -115,6 +115,11 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
         return type(found)(found.__name__, (found,), body)
 
 
+def num_known() -> int:
+    """Count the classes of all registries; it grows when one of another package is imported."""
+    return sum(len(one.known) for one in _REGISTRIES.values())
+
+
 def _restored(base: type[Any], name: str, values: dict[str, Any]) -> Any:
     """Rebuild a part of another package from its pickle."""
     return _REGISTRIES[base][name].model_validate(values)

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card, Options, Range
 from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss
@@ -16,12 +15,11 @@ from raytrain.core.network import shifted
 from raytrain.core.oracle import Oracle
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import Delta, PerSample
-from raytrain.outer.base import AbstractOuter, InnerOuter
-from raytrain.outer.plain import Plain
+from raytrain.outer.displaced import DisplacedOuter
 
 
 @final
-class Awp(AbstractOuter):
+class Awp(DisplacedOuter):
     """v_l = gamma |w_l| d_l / |d_l|, d = grad_w mean_i f_i(w, delta_i);
     w <- w + [optimizer(w + v) - (w + v)].
 
@@ -62,18 +60,6 @@ class Awp(AbstractOuter):
     ] = 0.005
     warmup: Annotated[NonNegativeInt, Field(description="epochs before it begins")] = 0
     steps: Annotated[PositiveInt, Field(description="ascent steps on the weights")] = 1
-    then: Annotated[InnerOuter, Field(description="the update at w + v")] = Plain()
-
-    @property
-    def weighs_samples(self) -> bool:
-        return self.then.weighs_samples
-
-    @property
-    def displaces_weights(self) -> bool:
-        return True
-
-    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
-        return self.then.memory(setup)
 
     def update(
         self,
@@ -103,9 +89,6 @@ class Awp(AbstractOuter):
         moves = self.gamma > 0 and setting.epoch >= self.warmup
         ascent = self.steps * loss.update_fe if moves else 0.0
         return ascent + self.then.update_fe(loss, setting, has_gradient=has_gradient)
-
-    def measures(self, state: TrainState) -> dict[str, float]:
-        return self.then.measures(state)
 
     def offsets(self, state: TrainState, oracle: Oracle, delta: Delta) -> dict[str, Tensor]:
         """v, by the names of the tensors that move: a collective."""

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card, Range
 from raytrain.core.cost import CostSetting
 from raytrain.core.losses import AbstractLoss
@@ -16,12 +15,11 @@ from raytrain.core.network import shifted
 from raytrain.core.oracle import Oracle
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import Delta, PerSample
-from raytrain.outer.base import AbstractOuter, InnerOuter
-from raytrain.outer.plain import Plain
+from raytrain.outer.displaced import DisplacedOuter
 
 
 @final
-class Sam(AbstractOuter):
+class Sam(DisplacedOuter):
     """e = rho d / |d|, d = grad_w mean_i f_i(w, delta_i);
     w <- optimizer(w, grad_w mean_i f_i(w + e, delta_i)).
 
@@ -49,20 +47,6 @@ class Sam(AbstractOuter):
     rho: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="l2 length of the step to w + e")
     ] = 0.05
-    then: Annotated[
-        InnerOuter, Field(description="the update made with the gradient at w + e")
-    ] = Plain()
-
-    @property
-    def weighs_samples(self) -> bool:
-        return self.then.weighs_samples
-
-    @property
-    def displaces_weights(self) -> bool:
-        return True
-
-    def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
-        return self.then.memory(setup)
 
     def update(
         self,
@@ -84,9 +68,6 @@ class Sam(AbstractOuter):
     def update_fe(self, loss: AbstractLoss, setting: CostSetting, *, has_gradient: bool) -> float:
         ascent = loss.update_fe if self.rho > 0 else 0.0
         return ascent + self.then.update_fe(loss, setting, has_gradient=has_gradient)
-
-    def measures(self, state: TrainState) -> dict[str, float]:
-        return self.then.measures(state)
 
     def offsets(self, state: TrainState, oracle: Oracle, delta: Delta) -> dict[str, Tensor]:
         """e, by the names of the trained weights: a collective."""

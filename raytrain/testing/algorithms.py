@@ -33,11 +33,6 @@ EPOCHS = [0, 3]
 class AlgorithmConformance:
     """Subclass it in a test module and define the fixture `recipe`."""
 
-    @pytest.fixture
-    def recipe(self) -> AbstractRecipe:
-        """The recipe under test, with any hyperparameters."""
-        raise NotImplementedError
-
     def largest_norm(self, recipe: AbstractRecipe) -> float:
         """Largest norm of the training perturbations in multiples of eps: 1 inside the threat model."""
         del recipe

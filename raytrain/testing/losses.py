@@ -15,11 +15,6 @@ from raytrain.testing.toys import batch_of, moved, tiny_net
 class LossConformance:
     """Subclass it in a test module and define the fixture `loss`."""
 
-    @pytest.fixture
-    def loss(self) -> AbstractLoss:
-        """The loss under test."""
-        raise NotImplementedError
-
     @pytest.mark.parametrize("side", ["inner", "outer"])
     def test_is_one_finite_number_per_sample_whatever_its_neighbours(
         self, loss: AbstractLoss, side: str

@@ -20,12 +20,10 @@ STEPS = 12
 
 
 class OuterConformance:
-    """Subclass it in a test module and define the fixture `outer`."""
+    """Subclass it in a test module and define the fixture `outer`.
 
-    @pytest.fixture
-    def outer(self) -> AbstractOuter:
-        """The update under test; the period of its measurements must divide 12."""
-        raise NotImplementedError
+    What the update measures rarely must have a period that divides 12.
+    """
 
     def test_moves_the_weights_by_finite_steps_and_the_same_ones_again(
         self, outer: AbstractOuter

@@ -20,11 +20,6 @@ SHARES = [0.0, 0.5, 1.0]
 class StoppingConformance:
     """Subclass it in a test module and define the fixture `stopping`."""
 
-    @pytest.fixture
-    def stopping(self) -> AbstractStopping:
-        """The rule under test."""
-        raise NotImplementedError
-
     @pytest.mark.parametrize("share", SHARES)
     def test_leaving_the_batch_changes_the_cost_and_nothing_else(
         self, stopping: AbstractStopping, share: float

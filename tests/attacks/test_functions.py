@@ -11,8 +11,9 @@ from helpers import ball_of, batch_of, same, tiny_net
 
 import raytrain
 from raytrain.attacks import Gap, ProjectedAscent
+from raytrain.attacks.autoattack import STAGES
 from raytrain.core.cost import Meter
-from raytrain.core.losses import CrossEntropy
+from raytrain.core.losses import CrossEntropy, Trades
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import Linf
 from raytrain.core.types import Progress, RequestError
@@ -76,6 +77,11 @@ def test_parts_may_be_names_records_or_parts() -> None:
         raytrain.attack(model, batch.images, batch.labels, eps=0.1, stop=stop) for stop in stops
     )
     assert torch.equal(one, other)
+    losses: list[Any] = [{"name": "trades", "beta": 2.0}, Trades(beta=2.0)]
+    one, other = (
+        raytrain.attack(model, batch.images, batch.labels, eps=0.1, loss=loss) for loss in losses
+    )
+    assert torch.equal(one, other)
 
 
 def test_autoattack_returns_what_fooled_the_network_and_leaves_the_rest() -> None:
@@ -83,7 +89,7 @@ def test_autoattack_returns_what_fooled_the_network_and_leaves_the_rest() -> Non
     labels = model(batch.images).argmax(1)
     labels[0] = (labels[0] + 1) % 4
     found = raytrain.autoattack(
-        model, batch.images, labels, eps=0.05, stages=("apgd-ce",), batch_size=4
+        model, batch.images, labels, eps=0.05, stages=iter(STAGES[:1]), batch_size=4
     )
     moved = (found != batch.images).flatten(1).any(1)
     fooled = model(found).argmax(1) != labels
@@ -98,9 +104,11 @@ def test_autoattack_returns_what_fooled_the_network_and_leaves_the_rest() -> Non
         ({"images": torch.rand(2, 8, 8)}, "images: expected floating-point pixels"),
         ({"images": 2 * torch.ones(2, 1, 8, 8)}, "images: expected pixels in"),
         ({"labels": torch.zeros(3).long()}, "labels: expected 2 class numbers"),
-        ({"threat": "l3"}, "threat: expected one of linf, l2, l1, found 'l3'"),
-        ({"loss": "hinge"}, "loss: expected one of cross_entropy, trades, mart"),
-        ({"steps": -1}, "attack: "),
+        ({"threat": "l3"}, "threat: .* expected tags: 'linf', 'l2', 'l1'"),
+        ({"eps": -1.0}, "threat.eps: .* greater than or equal to 0, found -1.0"),
+        ({"loss": "hinge"}, "loss: .* expected tags: 'cross_entropy', 'trades', 'mart'"),
+        ({"steps": -1}, "steps: .* greater than or equal to 0, found -1"),
+        ({"restarts": 0}, "restarts: expected 1 or more"),
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

@@ -64,7 +64,7 @@ class CountedModel:
         return fast(images.clone(memory_format=self._layout))
 
     def _attacked_copy(self, images: Images) -> nn.Module:
-        """The copy that is attacked; `_layout` is what it wants images to be in."""
+        """Return the copy that is attacked, after choosing it and the memory format `_layout`."""
         if self._fast is None:
             self._fast, self._layout = fast_copy(self._own, self._folded, images.detach())
         return self._fast
