@@ -1,4 +1,4 @@
-"""A job, one training as plain values, and its rows, wherever it is trained: knows no Ray."""
+"""A job: one training as plain values, and its rows, here or on a worker; does not import Ray."""
 
 from __future__ import annotations
 
