@@ -19,16 +19,7 @@ from raytrain.attacks import (
     ProjectedAscent,
     Uniform,
 )
-from raytrain.attacks.learned import (
-    Attacker,
-    AttackerInit,
-    CellKind,
-    Features,
-    Hidden,
-    ReadoutScale,
-    Scale,
-    Squash,
-)
+from raytrain.attacks.learned import Attacker
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card, Options, Range
 from raytrain.core.cost import CostSetting, Meter
@@ -49,13 +40,12 @@ class Learned(AbstractAlgorithm):
     outer: AbstractOuter
     objective: AbstractLoss
     start: Init
-    attacker: AttackerSpec
     ascent: LearnedAscent
     warm_ascent: ProjectedAscent
     recipe: L2l
 
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
-        attacker = self.attacker.build(mix(setup.seed, "attacker"))
+        attacker = Attacker.seeded(self.recipe, mix(setup.seed, "attacker"))
         attacker = attacker.to(setup.context.device, setup.dtype)
         optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr)
         parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
@@ -120,7 +110,7 @@ class Learned(AbstractAlgorithm):
 
 
 @final
-class L2l(Smoothed):
+class L2l(Smoothed, AttackerSpec):
     """delta <- P(delta + scale tanh m_phi(grad_delta f, memory)), `steps` times;
     phi <- phi + Adam grad_phi sum_t w_t f(delta_t);  theta <- theta - lr grad_theta f(delta).
 
@@ -173,14 +163,6 @@ class L2l(Smoothed):
         NonNegativeFloat, SCHEDULABLE, Field(description="weight of the KL (loss=trades)")
     ] = 6.0
     steps: Annotated[PositiveInt, SCHEDULABLE, Field(description="T, inner steps")] = 10
-    cell: CellKind = "lstm"
-    hidden: Hidden = 10
-    layers: PositiveInt = 1
-    features: Features = "rms"
-    squash: Squash = "tanh"
-    scale: Scale = "eps/4"
-    init: AttackerInit = "random"
-    readout_scale: ReadoutScale = 0.1
     step_weights: Annotated[
         Literal["t", "uniform", "last"], Field(description="w_t in what the attacker climbs")
     ] = "t"
@@ -216,7 +198,6 @@ class L2l(Smoothed):
             if trades
             else self.cross_entropy(),
             self.start or (Gaussian() if trades else Uniform()),
-            AttackerSpec.model_validate(self.model_dump(include=set(AttackerSpec.model_fields))),
             LearnedAscent(
                 steps=self.steps,
                 bn=self.attack_bn,

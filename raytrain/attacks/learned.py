@@ -31,23 +31,6 @@ _TINY_LOG = 10.0  # p of the `logsign` features: gradients below e^-p are given 
 
 Memory = list[Any]  # of one attack: each layer's hidden state
 
-# Fields that an attacker shares with the recipe that trains one.
-CellKind = Literal["lstm", "gru", "rnn", "linear"]
-Hidden = Annotated[PositiveInt, Field(description="units per layer and pixel")]
-Features = Annotated[
-    Literal["rms", "linf", "sign", "logsign", "raw"],
-    Field(description="how a gradient is presented: by its rms, its largest, its sign, ..."),
-]
-Squash = Annotated[
-    Literal["tanh", "hardtanh", "linear"],
-    Field(description="what bounds a step; linear: nothing does"),
-]
-Scale = Annotated[StepSize, Field(description="largest move of a pixel in one step")]
-AttackerInit = Annotated[
-    Literal["random", "pgd"], Field(description="pgd: begins as PGD; needs features=sign")
-]
-ReadoutScale = Annotated[PositiveFloat, Field(description="factor on the first readout")]
-
 
 class AttackerSpec(Spec):
     """o = readout(cell(features(g))) + direct * features(g);  step = scale * squash(o).
@@ -57,26 +40,28 @@ class AttackerSpec(Spec):
     makes the step scale * sign(g) exactly, whatever the cell.
     """
 
-    cell: CellKind = "lstm"
-    hidden: Hidden = 10
+    cell: Literal["lstm", "gru", "rnn", "linear"] = "lstm"
+    hidden: Annotated[PositiveInt, Field(description="units per layer and pixel")] = 10
     layers: PositiveInt = 1
-    features: Features = "rms"
-    squash: Squash = "tanh"
-    scale: Scale = "eps/4"
-    init: AttackerInit = "random"
-    readout_scale: ReadoutScale = 0.1
+    features: Annotated[
+        Literal["rms", "linf", "sign", "logsign", "raw"],
+        Field(description="how a gradient is presented: by its rms, its largest, its sign, ..."),
+    ] = "rms"
+    squash: Annotated[
+        Literal["tanh", "hardtanh", "linear"],
+        Field(description="what bounds a step; linear: nothing does"),
+    ] = "tanh"
+    scale: Annotated[StepSize, Field(description="largest move of a pixel in one step")] = "eps/4"
+    init: Annotated[
+        Literal["random", "pgd"], Field(description="pgd: begins as PGD; needs features=sign")
+    ] = "random"
+    readout_scale: Annotated[PositiveFloat, Field(description="factor on the first readout")] = 0.1
 
     @model_validator(mode="after")
     def _pgd_needs_signs(self) -> AttackerSpec:
         if self.init == "pgd" and self.features != "sign":
             raise ValueError("init=pgd needs features=sign")
         return self
-
-    def build(self, seed: int) -> Attacker:
-        """Return a new attacker, a function of the seed alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return Attacker(self)
 
 
 class Attacker(nn.Module):
@@ -100,6 +85,13 @@ class Attacker(nn.Module):
                 # tanh(20) is 1 to the last bit with a slope of 0: such an attacker does not learn.
                 self.readout.weight.zero_()
                 self.direct.fill_(20.0 if spec.squash == "tanh" else 1.0)
+
+    @classmethod
+    def seeded(cls, spec: AttackerSpec, seed: int) -> Attacker:
+        """A new attacker, a function of spec and seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(spec)
 
     def forward(self, grad: Delta, memory: Memory) -> tuple[Delta, Memory]:
         """Steps in [-1, 1] (unbounded if linear) for input gradients, and the memory after them."""

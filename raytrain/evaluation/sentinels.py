@@ -34,7 +34,7 @@ from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.types import Batch, BatchRandom, Number, Progress, Spec, mix
 from raytrain.data.loader import SplitShard
-from raytrain.evaluation.validation import Flags
+from raytrain.evaluation.validation import SampleFlags
 
 VANISHED = 2.0**-24
 """Nats that all of the ball could gain to first order, at most: from here on the probability of the
@@ -86,8 +86,8 @@ class Sentinels(Spec):
 
 
 def probe(
-    part: SplitShard, flags: Flags, images: int, batch_size: int, seed: int
-) -> Iterator[tuple[Batch, Flags]]:
+    part: SplitShard, flags: SampleFlags, images: int, batch_size: int, seed: int
+) -> Iterator[tuple[Batch, SampleFlags]]:
     """This worker's share of the first `images` images, as far as they were evaluated, with
     their flags.
     """
@@ -95,12 +95,12 @@ def probe(
     for rows in (flags.index < width).nonzero().flatten().split(batch_size):
         index = flags.index[rows]
         rng = BatchRandom(mix(seed, "probe"), width, index, index.device)
-        yield part.batch(index, rng), Flags(index, flags.clean[rows], flags.robust[rows])
+        yield part.batch(index, rng), SampleFlags(index, flags.clean[rows], flags.robust[rows])
 
 
 def readings(
     model: nn.Module,
-    probed: Iterable[tuple[Batch, Flags]],
+    probed: Iterable[tuple[Batch, SampleFlags]],
     ball: AbstractThreatModel,
     corners: int,
     context: DistributedContext,

@@ -65,7 +65,7 @@ class Evaluation(PgdSettings):
 
 
 @dataclass(frozen=True)
-class Flags:
+class SampleFlags:
     """Per-sample results, by index in the evaluated part of the data set."""
 
     index: Int[Tensor, " n"]
@@ -80,7 +80,7 @@ def validate(
     evaluation: Evaluation,
     context: DistributedContext,
     precision: Precision = "fp32",
-) -> tuple[EvalReport, Flags]:
+) -> tuple[EvalReport, SampleFlags]:
     """Attack every sample of `batches` in eval mode; returns a report over all workers and the flags
     of this one.
 
@@ -101,7 +101,7 @@ def validate(
             attack, restarts = evaluation.ascent, evaluation.restarts
             rows = right.nonzero().flatten()
             robust.append(survived(model, batch, ball, attack, restarts, meter, wide, rows=rows))
-    flags = Flags(torch.cat(index), torch.cat(clean), torch.cat(robust))
+    flags = SampleFlags(torch.cat(index), torch.cat(clean), torch.cat(robust))
     counts = torch.tensor(
         [len(flags.index), int(flags.clean.sum()), int(flags.robust.sum()), meter.fe],
         device=context.device,

@@ -1,9 +1,9 @@
 """Networks from images in [0, 1] to logits, selected by name, with RobustBench's parameter names."""
 
+from raytrain.models.checks import check_network, check_single_images
 from raytrain.models.classifier import Classifier
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
 from raytrain.models.spec import MODELS, ModelSpec
-from raytrain.models.trial import check_network, check_single_images
 
 __all__ = [
     "MODELS",

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from raytrain.core.types import RequestError, Spec
+from raytrain.models.checks import check_network, initialised
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.models.foreign import imported_model, torchvision_model, torchvision_names
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
 from raytrain.models.small_cnn import SmallCNN
-from raytrain.models.trial import check_network, ready
 from raytrain.models.wide_resnet import WideResNet
 
 MODELS: dict[str, str] = {
@@ -92,7 +92,7 @@ class ModelSpec(Spec):
         if own is None:
             shape = channels, size, size
             foreign = Classifier(normalise, self._foreign(name, channels, classes), name)
-            model = ready(foreign, shape)
+            model = initialised(foreign, shape)
             check_network(model, shape, classes)
             return model
         if self.kwargs:

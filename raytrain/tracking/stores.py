@@ -42,7 +42,7 @@ LATE = 1.0  # seconds that an answer may take
 _BUSY = 60.0  # seconds beyond MLflow's own 20, for a database that other processes write to
 _METRICS, _PARAMS, _TAGS = 800, 100, 100  # in one call; MLflow takes 1000 things at most
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class Store:
@@ -196,7 +196,7 @@ def code_of(error: Exception) -> str:
     return str(getattr(error, "error_code", ""))
 
 
-def patiently(call: Callable[[], Answer]) -> Answer:
+def patiently(call: Callable[[], T]) -> T:
     """What `call` returns, which is repeated as long as other processes are in the way of it.
 
     Raises:

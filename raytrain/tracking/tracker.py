@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raytrain.config.names import RUN_NAME
 from raytrain.core.console import log_line
@@ -20,11 +20,13 @@ from raytrain.tracking.network import log_network, tracking_at
 from raytrain.tracking.outbox import Outbox, OutboxBusy
 from raytrain.tracking.outbox_state import Status
 from raytrain.tracking.registry import Entry, is_registered, register
-from raytrain.tracking.stores import Answer, Store, first_line, patiently
+from raytrain.tracking.stores import Store, first_line, patiently
 from raytrain.tracking.views import TAG, View, key_of
 from raytrain.tracking.writer import Writer
 
 PATIENCE = 20.0  # at the end, for a store that takes nothing
+T = TypeVar("T")
+
 _MANY = 2000  # records whose delivery takes long enough for a line
 
 
@@ -198,7 +200,7 @@ class Tracker:
             lambda: is_registered(self._store.client, entry, run_id),
         )
 
-    def _tried(self, otherwise: str, call: Callable[[], Answer]) -> Answer | None:
+    def _tried(self, otherwise: str, call: Callable[[], T]) -> T | None:
         """What `call` returns; None, with a line on stderr, if it fails: training is complete."""
         try:
             return call()

@@ -72,7 +72,9 @@ class PopulationManager(TrialManager):
         if self._budget_state.spent(self._live_fe()):
             while self._paused:
                 self._cut(self._paused.popleft())
-        if not self._paused:
+        # Members not begun come first: with fewer slots than members each would else train to its end
+        # without another at the same cost to compare with.
+        if not self._paused or self._budget_state.room(len(self._under_way())):
             return super().begin(tune_id)
         live = self._paused.popleft()
         live.resumes = True

@@ -67,7 +67,8 @@ def attacker_of(state: TrainState) -> Attacker:
 
 def built(seed: int = 3, **fields: Any) -> Attacker:
     """A float64 attacker whose steps are neither tiny nor saturated."""
-    return AttackerSpec(**{"hidden": 3, "readout_scale": 1.0, **fields}).build(seed).double()
+    spec = AttackerSpec(**{"hidden": 3, "readout_scale": 1.0, **fields})
+    return Attacker.seeded(spec, seed).double()
 
 
 def ascent_of(**fields: Any) -> LearnedAscent:
@@ -168,25 +169,6 @@ def test_only_signs_may_begin_as_pgd() -> None:
         else:
             with pytest.raises(ValidationError, match="init=pgd needs features=sign"):
                 L2l(**fields).build(ball_of("linf"), Plain())
-
-
-def test_the_recipe_hands_every_field_of_the_attacker_on() -> None:
-    fields: dict[str, Any] = {
-        "cell": "gru",
-        "hidden": 3,
-        "layers": 2,
-        "features": "sign",
-        "squash": "hardtanh",
-        "scale": 0.01,
-        "init": "pgd",
-        "readout_scale": 0.5,
-    }
-    defaults = AttackerSpec().model_dump()
-    assert fields.keys() == defaults.keys()
-    assert all(fields[name] != default for name, default in defaults.items())
-    for given, wanted in ((fields, fields), ({}, defaults)):
-        algorithm: Any = L2l(**given).build(ball_of("linf"), Plain())
-        assert algorithm.attacker.model_dump() == wanted
 
 
 # --- invariants 2 to 4: steps -----------------------------------------------------------------
@@ -467,7 +449,7 @@ def test_the_size_of_the_loss_matters_only_to_raw_and_logarithmic_features(featu
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_tiny_and_zero_gradients_are_features_without_nan(features: str) -> None:
-    attacker = AttackerSpec(features=features).build(0)  # pyright: ignore[reportArgumentType]
+    attacker = Attacker.seeded(AttackerSpec(features=features), 0)  # pyright: ignore[reportArgumentType]
     raw = torch.randn(3, 1, 8, 8, generator=generator(0))
     sizes = torch.tensor([0.0, 1e-38, 1e30]).view(-1, 1, 1, 1)
     move, _ = attacker(raw * sizes, [])
@@ -635,7 +617,7 @@ def test_a_remembered_start_is_refused() -> None:
 
 def test_the_default_attacker_has_531_weights_and_the_direct_one() -> None:
     def count(**fields: Any) -> int:
-        return sum(p.numel() for p in AttackerSpec(**fields).build(0).parameters())
+        return sum(p.numel() for p in Attacker.seeded(AttackerSpec(**fields), 0).parameters())
 
     assert count() == 531 + 1
     assert count(layers=2, hidden=20, features="logsign") == 5301 + 2
@@ -658,7 +640,7 @@ def test_the_first_attacker_depends_on_the_seed_of_the_run_and_on_nothing_else()
     assert not same(attacker(0, junk=1), attacker(1, junk=1))
     with torch.random.fork_rng(devices=[]):  # the readout is scaled, and nothing else
         torch.manual_seed(0)
-        plain, small = (AttackerSpec(readout_scale=s).build(0) for s in (1.0, 0.1))
+        plain, small = (Attacker.seeded(AttackerSpec(readout_scale=s), 0) for s in (1.0, 0.1))
     assert_near(small.readout.weight.detach(), 0.1 * plain.readout.weight.detach(), 1e-7)
     assert float(small.readout.bias.detach().abs().max()) == 0
 

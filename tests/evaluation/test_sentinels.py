@@ -21,7 +21,7 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import Batch, RequestError
 from raytrain.data.loader import iter_eval, open_splits
 from raytrain.evaluation.sentinels import Sentinels, probe, readings
-from raytrain.evaluation.validation import Evaluation, Flags, validate
+from raytrain.evaluation.validation import Evaluation, SampleFlags, validate
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.trainer import check_resumable, fit, fit_and_checkpoint, preflight
 
@@ -206,9 +206,9 @@ def part_of(batch: Batch, rank: int) -> Batch:
     return Batch(one.images, one.labels, one.index, rng)
 
 
-def flags_of(flags: Flags, rank: int) -> Flags:
+def flags_of(flags: SampleFlags, rank: int) -> SampleFlags:
     rows = (flags.index % 2 == rank).nonzero().flatten()
-    return Flags(flags.index[rows], flags.clean[rows], flags.robust[rows])
+    return SampleFlags(flags.index[rows], flags.clean[rows], flags.robust[rows])
 
 
 def test_looking_changes_nothing_and_is_not_part_of_the_cost() -> None:

@@ -92,6 +92,21 @@ def test_a_population_is_as_many_trials_as_it_has_members(tmp_path: Path) -> Non
     assert set(launch.store.status.values()) == {"FINISHED"}
 
 
+def test_all_members_begin_before_one_goes_on_whatever_the_number_of_slots(tmp_path: Path) -> None:
+    launch, slots = launch_of(tmp_path), 2
+    jobs: list[Job] = []
+    for number in range(4):
+        jobs.append(launch.begin(f"a{number}"))
+        leave(jobs[-1], f"member {number}")
+        if number >= slots - 1:
+            done = number - slots + 1
+            launch.manager.end(f"a{done}", told(2, 0.1 * (done + 1)), lost=False)
+    assert len({job.folder for job in jobs}) == 4 and not any(job.resume for job in jobs)
+    launch.manager.end("a3", told(2, 0.4), lost=False)
+    # The first to pause is the first to go on, and is compared with three others.
+    assert content(launch.begin("b0")) == "member 3"
+
+
 def test_scores_are_compared_among_those_that_cost_as_much(tmp_path: Path) -> None:
     launch = launch_of(tmp_path, size=2)
     jobs = [launch.begin("a"), launch.begin("b")]

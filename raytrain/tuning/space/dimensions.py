@@ -194,7 +194,7 @@ class Choice(AbstractSearched):
 class Branch(AbstractSearched):
     """`{branch: {pgd: {...}, trades: {...}}}`: a choice of names, each with a sub-space of its own."""
 
-    options: Annotated[dict[str, dict[str, Entry]], Field(alias="branch", min_length=1)]
+    options: Annotated[dict[str, dict[str, SpaceEntry]], Field(alias="branch", min_length=1)]
 
     def ends(self) -> Sequence[str]:
         return list(self.options)
@@ -255,7 +255,7 @@ _One = (
 _BY_KIND = Discriminator(_kind, custom_error_type="dimension", custom_error_message=_EXPECTED)
 Dimension = Annotated[_One, _BY_KIND]
 Several = Annotated[list[Dimension], Field(min_length=1), Tag("{list}")]
-Entry = Annotated[_One | Several, _BY_KIND]
+SpaceEntry = Annotated[_One | Several, _BY_KIND]
 """One dimension, or several with conditions that exclude one another."""
 Branch.model_rebuild()
 

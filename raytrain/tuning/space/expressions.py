@@ -20,7 +20,7 @@ from typing import Any
 Values = Callable[[str], Any]
 """What a name stands for; raises `Absent` where there is no such field."""
 
-Number = float | int
+Numeric = float | int
 _Code = Callable[[Values], Any]
 
 _LONGEST, _DEEPEST = 1000, 40  # characters, nested operations
@@ -105,7 +105,7 @@ def parse(text: str) -> Expression:
     return Expression(text, frozenset(reader.names), code, margin)
 
 
-def _power(base: Number, exponent: Number) -> Number:
+def _power(base: Numeric, exponent: Numeric) -> Numeric:
     """base ** exponent, but never an integer of more than 1024 bits, nor a complex number."""
     if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
         if abs(base) > 1 and exponent * (abs(base).bit_length() - 1) >= _BITS:
@@ -115,7 +115,7 @@ def _power(base: Number, exponent: Number) -> Number:
     return base**exponent
 
 
-def _round(value: Number, digits: Any = 0) -> Number:
+def _round(value: Numeric, digits: Any = 0) -> Numeric:
     if not isinstance(digits, int) or abs(digits) > 30:
         raise ValueError("round takes at most 30 digits")
     return round(value, digits) if digits else round(value)
@@ -310,7 +310,7 @@ def _compare(kind: type[ast.AST], left: Any, right: Any) -> bool:
     return bool(_LIKENESS[kind](left, right))
 
 
-def _excess(kind: type[ast.AST], left: Number, right: Number) -> Number:
+def _excess(kind: type[ast.AST], left: Numeric, right: Numeric) -> Numeric:
     amount = right - left if kind in (ast.Gt, ast.GtE) else left - right
     if amount == 0 and kind in (ast.Gt, ast.Lt):
         return sys.float_info.min  # equality breaks a strict condition, by as little as there is

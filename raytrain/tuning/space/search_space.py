@@ -16,7 +16,7 @@ from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.types import RequestError, Spec
 from raytrain.evaluation.sentinels import Sentinels
 from raytrain.tuning.space.base import AbstractSearched, Suggests
-from raytrain.tuning.space.dimensions import Derived, Entry, Real
+from raytrain.tuning.space.dimensions import Derived, Real, SpaceEntry
 from raytrain.tuning.space.draws import Replay, Walk
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.lookup import Lookup
@@ -32,7 +32,7 @@ from raytrain.tuning.space.settings import (
 )
 from raytrain.tuning.space.variables import Variable, lay_out
 
-Answer = Callable[[Variable, AbstractSearched, float], Any]
+Choose = Callable[[Variable, AbstractSearched, float], Any]
 """Who decides the value of a dimension, given how many pixels its unit is."""
 
 _PASSWORD = re.compile(r"^[^:/]*://[^:/]*:[^@]*@|[?&](password|passwd|passphrase)=", re.IGNORECASE)
@@ -58,7 +58,7 @@ class SearchSpace(Spec):
     name: str
     description: str = ""
     base: dict[str, Any] = {}
-    space: dict[str, Entry] = {}
+    space: dict[str, SpaceEntry] = {}
     constraints: Annotated[
         list[str], Field(description="conditions; what breaks one is never trained")
     ] = []
@@ -208,19 +208,19 @@ class SearchSpace(Spec):
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
 
     def walk(
-        self, trial: Suggests | Answer, chosen: dict[str, Any] | None = None
+        self, trial: Suggests | Choose, chosen: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The values of all dimensions that apply, `$names` included, filled into `chosen`."""
 
-        def asked(variable: Variable, entry: AbstractSearched, scale: float) -> Any:
+        def suggested(variable: Variable, entry: AbstractSearched, scale: float) -> Any:
             return entry.suggest(trial, variable.key, scale)  # pyright: ignore[reportArgumentType]
 
-        answer = asked if isinstance(trial, Suggests) else trial
+        choose = suggested if isinstance(trial, Suggests) else trial
         chosen = {} if chosen is None else chosen
         variables, lookup = self._plan()
         for variable in variables:
             try:
-                self._decide(variable, chosen, lookup, answer)
+                self._decide(variable, chosen, lookup, choose)
             except RequestError:
                 raise
             except (ValueError, Absent) as error:
@@ -247,7 +247,7 @@ class SearchSpace(Spec):
         return known[2], known[3]
 
     def _decide(
-        self, variable: Variable, chosen: dict[str, Any], lookup: Lookup, answer: Answer
+        self, variable: Variable, chosen: dict[str, Any], lookup: Lookup, choose: Choose
     ) -> None:
         values = functools.partial(lookup.value, chosen)
         entry, path = variable.entry, variable.path
@@ -259,7 +259,7 @@ class SearchSpace(Spec):
             chosen[path] = entry.formula.value(values)
         elif isinstance(entry, AbstractSearched):
             scale = lookup.eps(chosen) if entry.in_eps else 1.0
-            chosen[path] = answer(variable, entry, scale)
+            chosen[path] = choose(variable, entry, scale)
 
     def _excess(self, text: str, values: Mapping[str, Any]) -> float:
         try:

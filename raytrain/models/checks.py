@@ -1,4 +1,4 @@
-"""Trial of a network on a few random images before training, on a copy and without side effects."""
+"""Checks of a network on a few random images before training, on a copy and without side effects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytrain.core.user_code import seeded_generator, user_code_errors
 from raytrain.models.classifier import Classifier
 
 
-def ready(model: Classifier, shape: tuple[int, int, int]) -> Classifier:
+def initialised(model: Classifier, shape: tuple[int, int, int]) -> Classifier:
     """Move the network to torch's default device, in float32, and initialise lazy layers.
 
     Lazy layers (nn.LazyLinear) take their sizes from a forward pass in eval mode.
