@@ -64,6 +64,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trial manager reports failures
     try:
         with deferred(), _without_handler():
+            _reread_settings()
             if address is not None:
                 _join(address)
             else:
@@ -72,6 +73,13 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reread_settings() -> None:
+    """Make Ray read `_DEFAULTS` again: it has kept what it found if it was imported before raytrain."""
+    from ray._raylet import Config
+
+    Config.initialize("")
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,23 @@ def test_trials_are_as_many_as_fit_the_cluster_and_none_is_refused(
         return
     with pytest.raises(RequestError, match=rf"^workers: {run.workers} workers of .* room for"):
         concurrent_trials(run, wanted)
+
+
+@pytest.mark.ray
+def test_ray_starts_with_its_token_also_where_it_was_imported_first(ray_folder: str) -> None:
+    code = """
+import ray
+from raytrain.config.request import as_run
+from raytrain.distributed.ray_session import session
+with session(as_run(None)):
+    print(ray.is_initialized())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "RAY_TMPDIR": ray_folder},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
