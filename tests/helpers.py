@@ -22,6 +22,9 @@ from raytrain.core.types import (
     PerSample,
     Predict,
 )
+from raytrain.testing.algorithms import (
+    equal as equal,
+)
 from raytrain.testing.toys import (
     CPU as CPU,
 )
@@ -256,3 +259,59 @@ def momenta(state: TrainState) -> Tensor:
     """The momentum buffers of all trained weights, as one row of numbers."""
     buffers = [state.optimizer.state[p]["momentum_buffer"] for p in trainable(state.model)]
     return torch.cat([buffer.flatten() for buffer in buffers])
+
+
+def visited(
+    algorithm: AbstractAlgorithm,
+    steps: int = 3,
+    *,
+    batch_norm: bool = False,
+    epoch: int = 0,
+    lr: float = 0.1,
+    weight_decay: float = 1e-3,
+) -> TrainState:
+    """The state after visits, with momentum and weight decay, of the same images with other pixels."""
+    model = tiny_net(batch_norm=batch_norm)
+    state = state_of(model, algorithm, lr=lr, weight_decay=weight_decay)
+    state.epoch = epoch
+    for seed in range(steps):
+        losses = algorithm.step(state, batch_of(8, seed=seed)).losses
+        assert losses.shape == (8,) and bool(losses.isfinite().all())
+    return state
+
+
+def bank(state: TrainState, name: str = "delta") -> Tensor:
+    """What a memory of the algorithm holds of every image, in the order of their indices."""
+    return state.part(name, SampleStore).state_dict()["values"]
+
+
+def whole_and_resumed(algorithm: AbstractAlgorithm) -> tuple[TrainState, TrainState]:
+    """The state after four visits, and that of a run which was resumed after two of them."""
+    state = visited(algorithm, 2)
+    other = resumed(state, algorithm)
+    for seed in (5, 6):
+        for each in (state, other):
+            algorithm.step(each, batch_of(8, seed=seed))
+    return state, other
+
+
+def assert_three_visits(once: AbstractAlgorithm, often: AbstractAlgorithm) -> None:
+    """A step of `often` is three of `once` on the same batch, bit for bit."""
+    one, other = (state_of(tiny_net(), each) for each in (once, often))
+    for seed in range(2):
+        batch = batch_of(8, seed=seed)
+        outcomes = [once.step(one, batch) for _ in range(3)]
+        outcome = often.step(other, batch)
+        assert torch.equal(outcome.losses, outcomes[0].losses)
+        assert torch.equal(outcome.delta, outcomes[2].delta)
+        assert outcome.steps.tolist() == [3] * 8
+    assert equal(one, other) and torch.equal(bank(one), bank(other))
+
+
+def pixels_seen(state: TrainState) -> list[Tensor]:
+    """A list that every later pass of the network adds its images to."""
+    seen: list[Tensor] = []
+    state.model.register_forward_pre_hook(
+        lambda module, images: seen.append(images[0].detach().clone())
+    )
+    return seen

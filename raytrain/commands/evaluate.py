@@ -37,7 +37,7 @@ from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
-from raytrain.tracking import tracking_uri
+from raytrain.tracking import Tracker, tracking_uri
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.data_sets import Input, as_input, digest
 from raytrain.tracking.provenance import contract_of, hardware
@@ -142,7 +142,8 @@ def evaluate(
         _write(result, flags, examples)
         if result.run_id is not None:
             seen = as_input(config.data, "test", pixels, labels)
-            _log(result, config, result.run_id, storage, seen)
+            with own_tracker(config, storage) as tracker:
+                leave_evaluation(tracker, result, result.run_id, seen)
     return result
 
 
@@ -198,20 +199,19 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
         ) from error
 
 
-def _log(result: EvalResult, config: RunConfig, run_id: str, storage: Path, seen: Input) -> None:
-    """Log an evaluation to its run in MLflow, if there is one."""
+def leave_evaluation(tracker: Tracker, result: EvalResult, run_id: str, seen: Input) -> None:
+    """Log an evaluation, of the images `seen`, to its run in MLflow, if there is one."""
     failed = [finding.check for finding in result.failed] + Earlier.failed_beside(result.folder)
-    with own_tracker(config, storage) as tracker:
-        if not tracker.knows(run_id):
-            log_line(
-                f"raytrain: MLflow at {tracker.uri} has no run {run_id}: the numbers are only in "
-                f"{result.folder}"
-            )
-            return
-        tracker.adopt(run_id, run_id)
-        tracker.inputs(run_id, [seen])
-        tracker.log(run_id, result.metrics())
-        if result.findings or failed:
-            tracker.tag(run_id, {"checks": checks_tag(failed)})
-        for name in (FLAGS, RECORD, EXAMPLES):
-            tracker.artifact(run_id, result.folder / name, f"{FOLDER}/{result.scope}")
+    if not tracker.knows(run_id):
+        log_line(
+            f"raytrain: MLflow at {tracker.uri} has no run {run_id}: the numbers are only in "
+            f"{result.folder}"
+        )
+        return
+    tracker.adopt(run_id, run_id)
+    tracker.inputs(run_id, [seen])
+    tracker.log(run_id, result.metrics())
+    if result.findings or failed:
+        tracker.tag(run_id, {"checks": checks_tag(failed)})
+    for name in (FLAGS, RECORD, EXAMPLES):
+        tracker.artifact(run_id, result.folder / name, f"{FOLDER}/{result.scope}")

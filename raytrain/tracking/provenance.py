@@ -40,7 +40,7 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
         "signature": run.signature(),
         "seed": str(run.seed),
         "workers": str(run.workers),
-        **_machine(),
+        **_machine(Path.cwd()),
     }
 
 
@@ -112,19 +112,22 @@ def _processor() -> str:
 
 
 @lru_cache(maxsize=1)
-def _machine() -> dict[str, str]:
-    commit = _git("rev-parse", "HEAD")
+def _machine(folder: Path) -> dict[str, str]:
+    """Hardware, versions, and the commit of the working directory, which is `folder`."""
+    commit = _git(folder, "rev-parse", "HEAD")
     clean = {} if not commit else {"mlflow.source.git.commit": commit, "git_commit": commit}
-    if commit and _git("status", "--porcelain", "--untracked-files=no"):
+    if commit and _git(folder, "status", "--porcelain", "--untracked-files=no"):
         clean["git_dirty"] = "true"
     versions = {f"{name}_version": version(name) for name in ("raytrain", "torch", "ray")}
     return {"hardware": hardware(), "python": platform.python_version(), **versions, **clean}
 
 
-def _git(*words: str) -> str:
-    """The state of the working directory in git; empty outside a repository."""
+def _git(folder: Path, *words: str) -> str:
+    """The state of a folder in git; empty outside a repository."""
     try:
-        found = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5)
+        found = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""

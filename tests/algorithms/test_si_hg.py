@@ -17,24 +17,29 @@ from helpers import (
     SaddleObjective,
     applied,
     assert_near,
+    assert_three_visits,
     ball_of,
+    bank,
     batch_of,
+    equal,
     generator,
     grey,
     momenta,
-    resumed,
+    pixels_seen,
     same,
     state_of,
     tiny_net,
     trajectory,
     unchecked,
     views_of,
+    visited,
     weights_of,
+    whole_and_resumed,
 )
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from raytrain.algorithms import AbstractAlgorithm, FgsmRs, Free, Natural, Pgd, SiHg, Ssds
+from raytrain.algorithms import FgsmRs, Free, Natural, Pgd, SiHg, Ssds
 from raytrain.algorithms.si_hg import SemiImplicit
 from raytrain.core.algorithm_state import TrainingSetup, Weights
 from raytrain.core.distributed_context import DistributedContext
@@ -73,35 +78,6 @@ def toy(
         **fields,
     )
     return dataclasses.replace(algorithm, objective=objective or SaddleObjective())
-
-
-def trained(
-    algorithm: AbstractAlgorithm, steps: int = 3, *, batch_norm: bool = False, epoch: int = 0
-) -> TrainState:
-    """The state after visits with momentum and weight decay, of the same images with other pixels."""
-    state = state_of(tiny_net(batch_norm=batch_norm), algorithm, weight_decay=1e-3)
-    state.epoch = epoch
-    for seed in range(steps):
-        algorithm.step(state, batch_of(8, seed=seed))
-    return state
-
-
-def equal(one: TrainState, other: TrainState) -> bool:
-    """Bit-equal networks and momenta."""
-    return same(one.model, other.model) and torch.equal(momenta(one), momenta(other))
-
-
-def bank(state: TrainState, name: str = "delta") -> Tensor:
-    return state.part(name, SampleStore).state_dict()["values"]
-
-
-def pixels_seen(state: TrainState) -> list[Tensor]:
-    """A list that every later pass of the network adds its images to."""
-    seen: list[Tensor] = []
-    state.model.register_forward_pre_hook(
-        lambda module, images: seen.append(images[0].detach().clone())
-    )
-    return seen
 
 
 def weights_seen(state: TrainState) -> list[Tensor]:
@@ -314,7 +290,7 @@ def test_without_theta_and_memory_it_is_pgd(mode: str, norm: str, bn: str) -> No
     )
     theirs = Pgd.model_validate({"steps": 4, "step_size": "eps/3", "attack_bn": bn})
     other = theirs.build(ball_of(norm), Plain())
-    assert equal(trained(ours, batch_norm=True), trained(other, batch_norm=True))
+    assert equal(visited(ours, batch_norm=True), visited(other, batch_norm=True))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -322,13 +298,13 @@ def test_with_one_default_step_it_is_fgsm_rs(norm: str) -> None:
     ours = si_hg("A", norm, theta=0, store="none", attack_bn="train")
     other = FgsmRs().build(ball_of(norm), Plain())
     assert ours.recipe.step_size == "1.25*eps"
-    assert equal(trained(ours, batch_norm=True), trained(other, batch_norm=True))
+    assert equal(visited(ours, batch_norm=True), visited(other, batch_norm=True))
 
 
 def test_simultaneous_on_slots_it_is_free_training() -> None:
     ours = si_hg("J", store="batch_slot", sigma="eps", replays=3)
     other = Free(m=3).build(ball_of("linf"), Plain())
-    one, two = trained(ours, batch_norm=True), trained(other, batch_norm=True)
+    one, two = visited(ours, batch_norm=True), visited(other, batch_norm=True)
     assert equal(one, two)
     slots = [state.part("slots", SlotStore).values for state in (one, two)]
     assert torch.equal(*slots) and slots[0].any()
@@ -338,7 +314,7 @@ def test_simultaneous_on_slots_it_is_free_training() -> None:
 def test_free_training_in_other_norms_but_for_projecting_twice(norm: str) -> None:
     ours = si_hg("J", norm, store="batch_slot", sigma="eps", replays=3)
     other = Free(m=3).build(ball_of(norm), Plain())
-    assert_near(weights_of(trained(ours).model), weights_of(trained(other).model), 1e-12)
+    assert_near(weights_of(visited(ours).model), weights_of(visited(other).model), 1e-12)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -351,7 +327,7 @@ def test_simultaneous_with_a_memory_it_is_projected_ssds(
     shared = {"ascent": ascent, "sigma": sigma, "bank_dtype": "fp32"}
     ours = si_hg("J", norm, **shared)
     other = Ssds.model_validate({"order": "jacobi", **shared}).build(ball_of(norm), Plain())
-    one, two = trained(ours, batch_norm=True), trained(other, batch_norm=True)
+    one, two = visited(ours, batch_norm=True), visited(other, batch_norm=True)
     assert equal(one, two) and torch.equal(bank(one), bank(two)) and bank(one).any()
 
 
@@ -363,7 +339,7 @@ def test_alternation_with_a_memory_is_projected_ssds_in_both_orders(
     shared = {"sigma": "eps/3", "bank_dtype": "fp32", "replays": 2}
     ours = si_hg(mode, norm, theta=0, **shared)
     other = Ssds.model_validate({"order": order, **shared}).build(ball_of(norm), Plain())
-    one, two = trained(ours, batch_norm=True), trained(other, batch_norm=True)
+    one, two = visited(ours, batch_norm=True), visited(other, batch_norm=True)
     assert equal(one, two) and torch.equal(bank(one), bank(two))
 
 
@@ -372,26 +348,26 @@ def test_alternation_with_a_memory_is_projected_ssds_in_both_orders(
 @pytest.mark.parametrize("m", [1, 3])
 def test_theta_zero_is_plain_alternation_bit_for_bit(mode: str, store: str, m: int) -> None:
     states = [
-        trained(si_hg(one, theta=theta, store=store, m=m), batch_norm=True)
+        visited(si_hg(one, theta=theta, store=store, m=m), batch_norm=True)
         for one, theta in ((mode, 0.0), ("N", 1.0))
     ]
     assert equal(*states)
-    assert not equal(states[0], trained(si_hg(mode, store=store, m=m), batch_norm=True))
+    assert not equal(states[0], visited(si_hg(mode, store=store, m=m), batch_norm=True))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("mode", ["A", "B", "N", "J"])
 @pytest.mark.parametrize("kept", ["fp16", "int8"])
 def test_radius_zero_is_natural_training_bit_for_bit(mode: str, norm: str, kept: str) -> None:
-    robust = trained(si_hg(mode, norm, eps=0.0, m=1, bank_dtype=kept), batch_norm=True)
-    natural = trained(Natural().build(ball_of(norm, 0.0), Plain()), batch_norm=True)
+    robust = visited(si_hg(mode, norm, eps=0.0, m=1, bank_dtype=kept), batch_norm=True)
+    natural = visited(Natural().build(ball_of(norm, 0.0), Plain()), batch_norm=True)
     assert equal(robust, natural) and not bank(robust).any()
 
 
 @pytest.mark.parametrize("theta", [0.7, 1.0, 1.5])
 def test_radius_zero_cancels_in_mode_c(theta: float) -> None:
-    robust = trained(si_hg("C", eps=0.0, theta=theta), batch_norm=True)
-    natural = trained(Natural().build(ball_of("linf", 0.0), Plain()), batch_norm=True)
+    robust = visited(si_hg("C", eps=0.0, theta=theta), batch_norm=True)
+    natural = visited(Natural().build(ball_of("linf", 0.0), Plain()), batch_norm=True)
     assert_near(weights_of(robust.model), weights_of(natural.model), 1e-13)
     buffers = [dict(state.model.named_buffers()) for state in (robust, natural)]
     for name, values in buffers[0].items():
@@ -665,61 +641,61 @@ def test_what_the_network_sees_is_feasible_whatever_the_bank_and_the_crop(
 ) -> None:
     ball, algorithm = ball_of(norm), si_hg(mode, norm, bank_dtype=kept, sigma="eps/2")
     state = state_of(tiny_net(), algorithm)
+    seen = pixels_seen(state)
     for seed in range(4):
         batch = dataclasses.replace(batch_of(8, seed=seed), view=views_of(8, pad=2, seed=seed))
-        seen = pixels_seen(state)
+        seen.clear()
         outcome = algorithm.step(state, batch)
         for images in [*seen, batch.images + outcome.delta]:
             # 1 ulp of a pixel for l-inf; the others sum or divide.
             far = ball.norm_of(images - batch.images)
             assert float(far.max()) <= ball.eps + 1e-13
             assert float(images.min()) >= 0 and float(images.max()) <= 1
-        state.model._forward_pre_hooks.clear()
 
 
 @pytest.mark.parametrize("mode", ["A", "B", "N"])
 def test_a_canonical_bank_follows_crop_and_flip(mode: str) -> None:
     algorithm = si_hg(mode, bank_dtype="fp32", theta=0, sigma="eps/3")
     state, canonical = state_of(tiny_net(), algorithm), torch.zeros(8, 1, 8, 8).double()
+    seen = pixels_seen(state)
     for seed in range(4):
         view = views_of(8, pad=2, seed=seed)
         batch = dataclasses.replace(batch_of(8, seed=seed), view=view)
         start = algorithm.ball.feasible(cut(canonical, view), batch.images)
-        seen = pixels_seen(state)
+        seen.clear()
         outcome = algorithm.step(state, batch)
         assert torch.equal(seen[0], batch.images + start)
         canonical = paste(outcome.delta, view, canonical)
         assert torch.equal(bank(state), canonical)
-        state.model._forward_pre_hooks.clear()
 
 
 def test_both_banks_of_b_are_in_one_frame() -> None:
     algorithm = si_hg("B", bank_dtype="fp32", project_bar=False, sigma="eps/3")
     state = state_of(tiny_net(), algorithm)
     now = before = torch.zeros(8, 1, 8, 8).double()
+    seen = pixels_seen(state)
     for seed in range(4):
         view = views_of(8, pad=2, seed=seed)
         batch = dataclasses.replace(batch_of(8, seed=seed), view=view)
         start = algorithm.ball.feasible(cut(now, view), batch.images)
         ahead = start + (start - cut(before, view))
-        seen = pixels_seen(state)
+        seen.clear()
         outcome = algorithm.step(state, batch)
         assert_near(seen[0], batch.images + ahead, 1e-15)
         before, now = paste(start, view, before), paste(outcome.delta, view, now)
-        state.model._forward_pre_hooks.clear()
 
 
 def test_a_bank_that_is_not_aligned_stays_where_it_was() -> None:
     algorithm = si_hg("A", bank_dtype="fp32", bank_align="none", sigma="eps/3")
     state, stored = state_of(tiny_net(), algorithm), torch.zeros(8, 1, 8, 8).double()
+    seen = pixels_seen(state)
     for seed in range(3):
         batch = dataclasses.replace(batch_of(8, seed=seed), view=views_of(8, 2, seed))
-        seen = pixels_seen(state)
+        seen.clear()
         outcome = algorithm.step(state, batch)
         assert torch.equal(seen[0], batch.images + algorithm.ball.feasible(stored, batch.images))
         assert torch.equal(bank(state), outcome.delta)
         stored = outcome.delta
-        state.model._forward_pre_hooks.clear()
 
 
 def pooled_net() -> nn.Module:
@@ -807,11 +783,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(mode: str, store: str) -> None:
     if mode == "B" and store != "per_sample":
         pytest.skip("refused, see below")
     algorithm = si_hg(mode, store=store)
-    state = trained(algorithm, 2)
-    other = resumed(state, algorithm)
-    for seed in (5, 6):
-        for each in (state, other):
-            algorithm.step(each, batch_of(8, seed=seed))
+    state, other = whole_and_resumed(algorithm)
     assert equal(state, other)
 
 
@@ -821,7 +793,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(mode: str, store: str) -> None:
 @pytest.mark.parametrize("mode", ["A", "B", "C", "T"])
 def test_theta_grows_over_the_epochs_of_its_warmup(mode: str) -> None:
     def at(epoch: int, theta: float, warmup: int) -> TrainState:
-        return trained(si_hg(mode, theta=theta, theta_warmup=warmup), epoch=epoch)
+        return visited(si_hg(mode, theta=theta, theta_warmup=warmup), epoch=epoch)
 
     for epoch, share in ((0, 0.25), (2, 0.75), (7, 1.0)):
         assert equal(at(epoch, 1.0, 4), at(epoch, share, 0))
@@ -832,15 +804,7 @@ def test_theta_grows_over_the_epochs_of_its_warmup(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_replays_with_a_memory_are_as_many_visits_of_the_batch(mode: str) -> None:
     once, often = si_hg(mode), si_hg(mode, replays=3)
-    one, other = (state_of(tiny_net(), each) for each in (once, often))
-    for seed in range(2):
-        batch = batch_of(8, seed=seed)
-        outcomes = [once.step(one, batch) for _ in range(3)]
-        outcome = often.step(other, batch)
-        assert torch.equal(outcome.losses, outcomes[0].losses)
-        assert torch.equal(outcome.delta, outcomes[2].delta)
-        assert outcome.steps.tolist() == [3] * 8
-    assert equal(one, other) and torch.equal(bank(one), bank(other))
+    assert_three_visits(once, often)
 
 
 def test_replays_without_a_memory_draw_a_new_start_each() -> None:
@@ -866,14 +830,14 @@ def test_cost_is_what_the_card_says(mode: str, theta: float, m: int) -> None:
     wanted = {"A": 2 * m + 3, "B": 2 * m + 3, "N": 2 * m + 3, "J": 3, "T": 2 * m + 4}
     # Without theta the first pass of C needs no weight gradient: it is N.
     wanted["C"] = 2 * m + (4 if theta else 3)
-    state = trained(si_hg(mode, theta=theta, m=m, replays=2), steps=1)
+    state = visited(si_hg(mode, theta=theta, m=m, replays=2), steps=1)
     assert state.meter.fe == 8 * 2 * wanted[mode]
 
 
 @pytest.mark.parametrize("mode", ["A", "B", "C", "N", "J"])
 def test_running_statistics_move_once_per_update(mode: str) -> None:
     algorithm = si_hg(mode, m=1 if mode == "J" else 2, replays=2)
-    state = trained(algorithm, 3, batch_norm=True)
+    state = visited(algorithm, 3, batch_norm=True)
     norm = state.model.get_submodule("norm")
     assert int(norm.num_batches_tracked) == 6  # pyright: ignore[reportArgumentType]
 
@@ -898,7 +862,7 @@ def test_every_mode_trains_in_every_norm(mode: str, norm: str, ascent: str) -> N
 @pytest.mark.parametrize("mode", ["A", "C", "N"])
 def test_the_losses_are_those_of_the_perturbation_before_the_update(mode: str) -> None:
     algorithm = si_hg(mode)
-    state = trained(algorithm, 2)
+    state = visited(algorithm, 2)
     twin, batch = copy.deepcopy(state.model), batch_of(8, seed=4)
     outcome = algorithm.step(state, batch)
     logits = twin(batch.images + outcome.delta)
@@ -913,7 +877,7 @@ def test_clipping_and_weighting_reach_the_modes_that_take_one_pass() -> None:
     clipped.step(state, batch_of(8))
     assert float((weights_of(state.model) - before).norm()) == pytest.approx(1e-3, rel=1e-6)
     weighed = recipe_of("J").build(ball_of("linf"), Engm(alpha=math.inf))
-    assert_near(weights_of(trained(weighed).model), weights_of(trained(si_hg("J")).model), 1e-13)
+    assert_near(weights_of(visited(weighed).model), weights_of(visited(si_hg("J")).model), 1e-13)
 
 
 # --- refusals and defaults ---------------------------------------------------------------------
@@ -967,7 +931,7 @@ def test_outer_updates_that_cannot_be_had_are_refused(mode: str, outer: Any, wor
 @pytest.mark.parametrize("mode", ["A", "B", "N"])
 def test_the_weights_ahead_of_awp_and_of_a_do_not_mix(mode: str) -> None:
     algorithm = recipe_of(mode).build(ball_of("linf"), Awp(gamma=0.01))
-    state = trained(algorithm, 2)
+    state = visited(algorithm, 2)
     now = weights_of(state.model)
     seen = weights_seen(state)
     outcome = algorithm.step(state, batch_of(8, seed=4))

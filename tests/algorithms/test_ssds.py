@@ -17,24 +17,28 @@ from helpers import (
     SaddleObjective,
     applied,
     assert_near,
+    assert_three_visits,
     ball_of,
+    bank,
     batch_of,
+    equal,
     generator,
     grey,
     momenta,
-    resumed,
-    same,
+    pixels_seen,
     state_of,
     tiny_net,
     trajectory,
     unchecked,
     views_of,
+    visited,
     weights_of,
+    whole_and_resumed,
 )
 from pydantic import ValidationError
 from torch import Tensor
 
-from raytrain.algorithms import AbstractAlgorithm, Natural, SiHg, Ssds
+from raytrain.algorithms import Natural, SiHg, Ssds
 from raytrain.algorithms.ssds import SaddlePoint
 from raytrain.core.algorithm_state import Numbers
 from raytrain.core.losses import AbstractLoss
@@ -52,26 +56,6 @@ def ssds(norm: str = "linf", eps: float | None = None, **fields: Any) -> SaddleP
     algorithm = Ssds.model_validate(fields).build(ball_of(norm, eps), Plain())
     assert isinstance(algorithm, SaddlePoint)
     return algorithm
-
-
-def trained(
-    algorithm: AbstractAlgorithm, steps: int = 3, *, batch_norm: bool = False, epoch: int = 0
-) -> TrainState:
-    """The state after visits with momentum and weight decay, of the same images with other pixels."""
-    state = state_of(tiny_net(batch_norm=batch_norm), algorithm, weight_decay=1e-3)
-    state.epoch = epoch
-    for seed in range(steps):
-        algorithm.step(state, batch_of(8, seed=seed))
-    return state
-
-
-def equal(one: TrainState, other: TrainState) -> bool:
-    """Bit-equal networks and momenta."""
-    return same(one.model, other.model) and torch.equal(momenta(one), momenta(other))
-
-
-def bank(state: TrainState, name: str = "delta") -> Tensor:
-    return state.part(name, SampleStore).state_dict()["values"]
 
 
 def slopes(state: TrainState, batch: Batch, delta: Tensor) -> Tensor:
@@ -305,8 +289,8 @@ def test_the_ascent_does_not_depend_on_the_batch_size(order: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("noise", [False, True])
 def test_radius_zero_is_natural_training_bit_for_bit(order: str, norm: str, noise: bool) -> None:
-    robust = trained(ssds(norm, 0.0, order=order, noise=noise), batch_norm=True)
-    natural = trained(Natural().build(ball_of(norm, 0.0), Plain()), batch_norm=True)
+    robust = visited(ssds(norm, 0.0, order=order, noise=noise), batch_norm=True)
+    natural = visited(Natural().build(ball_of(norm, 0.0), Plain()), batch_norm=True)
     assert equal(robust, natural) and not bank(robust).any()
 
 
@@ -314,8 +298,8 @@ def test_radius_zero_is_natural_training_bit_for_bit(order: str, norm: str, nois
 @pytest.mark.parametrize("ascent", ["steepest", "raw"])
 def test_a_vanishing_step_is_natural_training_too(order: str, ascent: str) -> None:
     # sigma = 0 is refused; what is far below the last bit of any pixel comes to the same.
-    robust = trained(ssds(order=order, ascent=ascent, sigma=1e-300), batch_norm=True)
-    natural = trained(Natural().build(ball_of("linf"), Plain()), batch_norm=True)
+    robust = visited(ssds(order=order, ascent=ascent, sigma=1e-300), batch_norm=True)
+    natural = visited(Natural().build(ball_of("linf"), Plain()), batch_norm=True)
     assert equal(robust, natural)
 
 
@@ -362,8 +346,8 @@ def test_the_orders_have_their_own_characteristic_polynomials(p: float) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_multipliers_of_zero_leave_only_the_projection(order: str) -> None:
-    dragged = trained(ssds(order=order, budget="multiplier", v0=0.0), batch_norm=True)
-    projected = trained(ssds(order=order, budget="project"), batch_norm=True)
+    dragged = visited(ssds(order=order, budget="multiplier", v0=0.0), batch_norm=True)
+    projected = visited(ssds(order=order, budget="project"), batch_norm=True)
     assert equal(dragged, projected) and torch.equal(bank(dragged), bank(projected))
 
 
@@ -371,22 +355,22 @@ def test_multipliers_of_zero_leave_only_the_projection(order: str) -> None:
 def test_lambda_of_one_that_cannot_move_leaves_the_multipliers(order: str) -> None:
     # c2 = inf and t moving with lambda - 1 = 0.
     still: dict[str, Any] = {"budget": "full", "lam0": 1.0, "c2": 1e300, "lam_mode": "plain"}
-    full = trained(ssds(order=order, **still))
-    multiplier = trained(ssds(order=order, budget="multiplier"))
+    full = visited(ssds(order=order, **still))
+    multiplier = visited(ssds(order=order, budget="multiplier"))
     assert equal(full, multiplier) and torch.equal(bank(full, "v"), bank(multiplier, "v"))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_delta_first_is_the_plain_alternation_of_si_hg(norm: str) -> None:
     shared: dict[str, Any] = {"sigma": "eps/3", "bank_dtype": "fp16"}
-    ours = trained(ssds(norm, **shared), batch_norm=True)
+    ours = visited(ssds(norm, **shared), batch_norm=True)
     recipe = SiHg.model_validate({"mode": "N", "m": 1, **shared})
-    theirs = trained(recipe.build(ball_of(norm), Plain()), batch_norm=True)
+    theirs = visited(recipe.build(ball_of(norm), Plain()), batch_norm=True)
     assert equal(ours, theirs) and torch.equal(bank(ours), bank(theirs))
 
 
 def test_the_orders_differ() -> None:
-    states = [trained(ssds(order=order)) for order in ORDERS]
+    states = [visited(ssds(order=order)) for order in ORDERS]
     for i, one in enumerate(states):
         assert not any(equal(one, other) for other in states[:i])
 
@@ -454,7 +438,7 @@ def test_an_unclamped_perturbation_is_remembered_beyond_the_ball(kept: str) -> N
 
 def test_at_zero_the_drag_of_l2_is_zero_and_finite() -> None:
     algorithm = ssds("l2", budget="multiplier", ascent="raw", sigma=1e-300, v0=1e6)
-    state = trained(algorithm, 2)
+    state = visited(algorithm, 2)
     assert bank(state).isfinite().all() and weights_of(state.model).isfinite().all()
     assert float(bank(state).abs().max()) < 1e-200
 
@@ -632,8 +616,8 @@ def test_a_number_for_the_decay_is_the_factor_per_hundred_epochs() -> None:
 
 def test_the_decay_reaches_sigma_and_alpha() -> None:
     fields: dict[str, Any] = {"ascent": "raw", "budget": "multiplier", "c1": 10.0}
-    late = trained(ssds(sigma=0.4, alpha=2.0, sigma_decay=0.25, **fields), epoch=100)
-    early = trained(ssds(sigma=0.1, alpha=0.5, **fields))
+    late = visited(ssds(sigma=0.4, alpha=2.0, sigma_decay=0.25, **fields), epoch=100)
+    early = visited(ssds(sigma=0.1, alpha=0.5, **fields))
     assert_near(bank(late), bank(early), 1e-14)
     assert_near(bank(late, "v"), bank(early, "v"), 1e-14)
     assert_near(weights_of(late.model), weights_of(early.model), 1e-14)
@@ -681,8 +665,8 @@ def test_only_the_simultaneous_order_refuses_awp() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_weighting_by_nothing_changes_nothing_and_clipping_clips(order: str) -> None:
     recipe = Ssds.model_validate({"order": order})
-    plain = trained(recipe.build(ball_of("linf"), Plain()))
-    weighed = trained(recipe.build(ball_of("linf"), Engm(alpha=math.inf)))
+    plain = visited(recipe.build(ball_of("linf"), Plain()))
+    weighed = visited(recipe.build(ball_of("linf"), Engm(alpha=math.inf)))
     assert_near(weights_of(weighed.model), weights_of(plain.model), 1e-13)
     assert_near(bank(weighed), bank(plain), 1e-12)
     # One norm for all of them, small enough that every sample is weighed down.
@@ -756,11 +740,7 @@ def test_a_bank_that_is_not_aligned_ignores_the_view() -> None:
 @pytest.mark.parametrize("budget", ["project", "multiplier", "full"])
 def test_a_resumed_run_goes_on_bit_for_bit(order: str, budget: str) -> None:
     algorithm = ssds(order=order, budget=budget, bank_dtype="fp16", alpha=0.5, noise=True)
-    state = trained(algorithm, 2)
-    other = resumed(state, algorithm)
-    for seed in (5, 6):
-        for each in (state, other):
-            algorithm.step(each, batch_of(8, seed=seed))
+    state, other = whole_and_resumed(algorithm)
     assert equal(state, other)
     assert algorithm.measures(state, batch_of(8)) == algorithm.measures(other, batch_of(8))
 
@@ -780,10 +760,7 @@ def test_memory_is_what_the_budget_needs() -> None:
 def test_noise_is_fresh_at_each_visit_feasible_and_not_remembered(norm: str, order: str) -> None:
     algorithm = ssds(norm, order=order, noise=True, sigma=1e-300, replays=2)
     state, ball = state_of(tiny_net(), algorithm), algorithm.ball
-    seen: list[Tensor] = []
-    state.model.register_forward_pre_hook(
-        lambda module, images: seen.append(images[0].detach().clone())
-    )
+    seen = pixels_seen(state)
     for seed in range(3):
         batch = batch_of(8, seed=seed)
         seen.clear()
@@ -819,21 +796,13 @@ def test_the_noise_moves_the_point_of_the_gradient_and_nothing_else() -> None:
 def test_replays_are_as_many_visits_of_the_batch(order: str, budget: str) -> None:
     fields: dict[str, Any] = {"order": order, "budget": budget, "alpha": 0.3}
     once, often = ssds(**fields), ssds(replays=3, **fields)
-    one, other = (state_of(tiny_net(), each) for each in (once, often))
-    for seed in range(2):
-        batch = batch_of(8, seed=seed)
-        outcomes = [once.step(one, batch) for _ in range(3)]
-        outcome = often.step(other, batch)
-        assert torch.equal(outcome.losses, outcomes[0].losses)
-        assert torch.equal(outcome.delta, outcomes[2].delta)
-        assert outcome.steps.tolist() == [3] * 8
-    assert equal(one, other) and torch.equal(bank(one), bank(other))
+    assert_three_visits(once, often)
 
 
 @pytest.mark.parametrize(("order", "fe"), [("delta_first", 5), ("w_first", 5), ("jacobi", 3)])
 @pytest.mark.parametrize("budget", ["project", "full"])
 def test_cost_is_what_the_card_says(order: str, budget: str, fe: int) -> None:
-    state = trained(ssds(order=order, budget=budget, replays=2, noise=True), 2)
+    state = visited(ssds(order=order, budget=budget, replays=2, noise=True), 2)
     assert state.meter.fe == 2 * 2 * 8 * fe
 
 
@@ -842,7 +811,7 @@ def test_cost_is_what_the_card_says(order: str, budget: str, fe: int) -> None:
 def test_running_statistics_move_once_per_update_unless_the_attack_trains_too(
     order: str, bn: BatchNorm
 ) -> None:
-    state = trained(ssds(order=order, attack_bn=bn), 3, batch_norm=True)
+    state = visited(ssds(order=order, attack_bn=bn), 3, batch_norm=True)
     norm = state.model.get_submodule("norm")
     passes = 6 if bn == "train" and order != "jacobi" else 3
     assert int(norm.num_batches_tracked) == passes  # pyright: ignore[reportArgumentType]
@@ -856,10 +825,7 @@ def test_what_the_network_sees_is_feasible_whatever_the_bank_and_the_crop(
 ) -> None:
     algorithm, ball = ssds(norm, order=order, bank_dtype=kept, sigma="eps/2"), ball_of(norm)
     state = state_of(tiny_net(), algorithm)
-    seen: list[Tensor] = []
-    state.model.register_forward_pre_hook(
-        lambda module, images: seen.append(images[0].detach().clone())
-    )
+    seen = pixels_seen(state)
     for seed in range(3):
         batch = dataclasses.replace(batch_of(8, seed=seed), view=views_of(8, 2, seed))
         seen.clear()

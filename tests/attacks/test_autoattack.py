@@ -18,7 +18,13 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from raytrain.attacks import autoattack as standard
-from raytrain.attacks.autoattack import STAGES, Standard, exact_float32, survivors
+from raytrain.attacks.autoattack import (
+    STAGES,
+    Standard,
+    exact_float32,
+    misclassified,
+    survivors,
+)
 from raytrain.attacks.autoattack import counted_model as answers_module
 from raytrain.attacks.autoattack.counted_model import CountedModel, fast_copy, folded
 from raytrain.attacks.autoattack.fab import project_linf
@@ -719,25 +725,6 @@ def test_every_answer_is_float32(digits: Digits) -> None:
 # --- legality ---------------------------------------------------------------------------------
 
 
-class Handed:
-    """An attack that hands over what it was given."""
-
-    def __init__(self, found: Tensor) -> None:
-        self.found = found
-
-    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
-        del images, labels
-        return self.found
-
-
-def handed(found: Tensor, norm: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Which of 0.2-grey images survive `found`, on a network that no change of theirs leaves right."""
-    monkeypatch.setattr(standard, "_attack", lambda *_: Handed(found))
-    images, labels = torch.full_like(found, 0.2), torch.zeros(len(found), dtype=torch.long)
-    answers = CountedModel(Moved(), Meter())
-    return survivors("apgd-ce", answers, images, labels, ball_of(norm, 0.1), SEED).tolist()
-
-
 class Moved(nn.Module):
     """Class 0 for 0.2-grey images, class 1 for all else, NaN included."""
 
@@ -747,9 +734,7 @@ class Moved(nn.Module):
 
 
 @pytest.mark.parametrize("norm", RADII)
-def test_an_image_outside_the_ball_or_the_box_is_no_success(
-    norm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_outside_the_ball_or_the_box_is_no_success(norm: str) -> None:
     found = torch.full((7, 1, 2, 2), 0.2)
     inside, outside, edge, low, high, nan, far = found.flatten(1)
     inside[0] += 0.05
@@ -758,15 +743,16 @@ def test_an_image_outside_the_ball_or_the_box_is_no_success(
     low[0], high[0] = -0.01, 1.01
     nan[0] = torch.nan
     far[:] = torch.inf
-    wanted = [False, True, False, True, True, True, True]
-    assert handed(found, norm, monkeypatch) == wanted
+    images, labels = torch.full_like(found, 0.2), torch.zeros(len(found), dtype=torch.long)
+    answers = CountedModel(Moved(), Meter())
+    success = misclassified(found, answers, images, labels, ball_of(norm, 0.1))
+    assert success.tolist() == [True, False, True, False, False, False, False]
 
 
-def test_the_box_counts_where_the_ball_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_box_counts_where_the_ball_is_wide() -> None:
     images, labels = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)
     found = images.clone()
     found[0, 0, 0, 0], found[1, 0, 0, 0] = -0.05, 0.05
-    monkeypatch.setattr(standard, "_attack", lambda *_: Handed(found))
 
     class AnyChange(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -774,5 +760,5 @@ def test_the_box_counts_where_the_ball_is_wide(monkeypatch: pytest.MonkeyPatch) 
             return torch.stack([torch.zeros_like(off), off - 1e-3], 1)
 
     answers = CountedModel(AnyChange(), Meter())
-    left = survivors("apgd-ce", answers, images, labels, ball_of("linf", 0.1), SEED)
-    assert left.tolist() == [True, False]
+    success = misclassified(found, answers, images, labels, ball_of("linf", 0.1))
+    assert success.tolist() == [False, True]

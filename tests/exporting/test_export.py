@@ -115,6 +115,15 @@ def _png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+def hide(patch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make packages count as not installed."""
+    for package in packages:
+        patch.setitem(sys.modules, package, None)
+
+
 def untrained(folder: Path, **config: Any) -> Path:
     """A checkpoint of a network that has only seen its images: BatchNorm's statistics are real."""
     run = as_run({"batch_size": 8, **config})
@@ -386,7 +395,7 @@ class TestRobustBench:
             export(file, "out", formats=["safetensors", "robustbench"])
         assert not Path("out").exists()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(onnx_format, "find_spec", lambda name: None)
+            hide(patch, *ONNX)
             result = export(file, "out")
         assert result.skipped["robustbench"].startswith(message)
         assert list(result.checked) == ["safetensors"]
@@ -492,12 +501,13 @@ class TestOnnx:
     def test_missing_packages_are_one_sentence_or_left_out(
         self, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(onnx_format, "find_spec", lambda name: None if "x" in name else name)
-        with pytest.raises(RequestError, match=r"onnx needs onnx, onnxscript, .*raytrain\[onnx\]"):
-            export(trained, "out", formats=["onnx"])
-        monkeypatch.setattr(
-            onnx_format, "find_spec", lambda name: None if name == "onnxruntime" else name
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            hide(patch, *ONNX)
+            with pytest.raises(
+                RequestError, match=r"onnx needs onnx, onnxscript, .*raytrain\[onnx\]"
+            ):
+                export(trained, "out", formats=["onnx"])
+        hide(monkeypatch, "onnxruntime")
         result = export(trained, "out")
         assert list(result.checked) == ["safetensors"]
         assert result.skipped["onnx"].startswith("onnx needs onnxruntime;")
@@ -825,7 +835,7 @@ class TestCommand:
     def test_it_says_what_was_checked_and_what_was_left_out(
         self, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(onnx_format, "find_spec", lambda name: None)
+        hide(monkeypatch, *ONNX)
         result = CliRunner().invoke(app, ["export", str(trained), "--to", "out"])
         assert result.exit_code == 0, result.output
         assert "the same logits bit for bit on test images" in result.stdout

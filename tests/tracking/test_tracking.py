@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from git_helpers import repository
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
@@ -996,13 +997,17 @@ def test_tags_say_what_runs_are_searched_by() -> None:
 def test_the_commit_is_a_tag_inside_a_repository_and_absent_outside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provenance._machine.cache_clear()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    try:
-        assert "git_commit" not in provenance.tags(as_run(None))
-    finally:
-        provenance._machine.cache_clear()
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    commit = repository(inside)
+    found = {}
+    for folder in (outside, inside):
+        monkeypatch.chdir(folder)
+        found[folder] = provenance.tags(as_run(None))
+    assert "git_commit" not in found[outside]
+    assert found[inside]["git_commit"] == found[inside]["mlflow.source.git.commit"] == commit
+    assert "git_dirty" not in found[inside]
 
 
 def test_the_name_of_a_run_tells_algorithm_data_and_configuration() -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from git_helpers import repository
+from sweep_helpers import METRIC, Launch, diverged, failed, row, space_of
 
-from raytrain.commands import evaluate as evaluating
 from raytrain.commands import sweep_results
+from raytrain.commands.evaluate import EvalResult, leave_evaluation
 from raytrain.commands.final import FinalRow, leave_finals
 from raytrain.config.request import as_run
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.epoch_metrics import METRICS
+from raytrain.data.loader import open_splits
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import Share
 from raytrain.tracking import provenance
 from raytrain.tracking.vocabulary import README, SWEEP_METRICS, TAGS, TEST_METRICS, with_tables
-from raytrain.tuning.budget import ENDED, SweepProgress, TrialRow
+from raytrain.training.checkpoint import LAST, save
+from raytrain.training.trainer import start
+from raytrain.tuning.budget import ENDED
 from raytrain.tuning.descriptions import sweep_tags
 from raytrain.tuning.mlflow_runs import MlflowRuns
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.space.settings import Budget
 
 
 class Recorder:
@@ -50,44 +55,57 @@ class Recorder:
 
 
 @pytest.fixture
-def in_a_changed_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_machine", provenance._machine.__wrapped__)
-    monkeypatch.setattr(provenance, "_git", lambda *words: "abc")
+def in_a_changed_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository(tmp_path / "changed", changed=True)
+    monkeypatch.chdir(tmp_path / "changed")
 
 
-def record_sweep(recorder: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep of one trial and its final."""
-    trial = TrialRow(0, "complete", (0.5,), {}, {"valid/robust": 0.5}, 1, "t0000")
-    outcomes: dict[str, int] = dict.fromkeys(ENDED, 1)
-    progress = SweepProgress(1, Budget(), outcomes, 0, 1.0, 1.0, None, trial, ())
-    manager: Any = SimpleNamespace(
-        folder=folder,
-        journal=SimpleNamespace(write_parquet=lambda table: 0),
-        progress=lambda: progress,
-        best=lambda: trial,
-        space=SimpleNamespace(run=lambda values: as_run(None)),
-    )
-    splits: Any = SimpleNamespace(valid=None)
-    monkeypatch.setattr(sweep_results, "_drawn", lambda *args: [])
-    monkeypatch.setattr(sweep_results, "leave_network", lambda *args: None)
-    sweep_results.leave(recorder, manager, splits, [])
-    leave_finals(recorder, folder, [FinalRow(1, 0, 3, 0.9, 0.01, 0.5, 0.01, "aa", 23.0)])
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """A sweep with one trial of each outcome; the complete one has a checkpoint."""
+    launch = Launch(tmp_path_factory.mktemp("sweep"), space=space_of(budget={"trials": 9}))
+    launch.complete("complete", 0.5)
+    broken = {"cost/fe": 10.0, METRIC: 0.3, "valid/robust_drop": 0.9}
+    rows = {
+        "stopped": row(1, 0.4),
+        "infeasible": {**row(1, 0.3, final=True), "metrics": json.dumps(broken)},
+        "diverged": diverged("the mean loss is nan"),
+        "failed": failed("no network for 10 classes"),
+    }
+    for outcome, last in rows.items():
+        launch.begin(outcome)
+        launch.manager.end(outcome, last, lost=False)
+    best = launch.manager.best()
+    assert best is not None
+    run, alone = launch.space.run(best.params), DistributedContext()
+    state = start(run, open_splits(run.data, alone), alone)
+    save(state, run, launch.folder / "trials" / best.handle / LAST, alone)
+    return launch
 
 
-def record_evaluation(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def of_the_sweep(sweep: Launch) -> Recorder:
+    """What is recorded of the sweep on its own run, and of its final."""
+    recorder: Any = Recorder()
+    splits = open_splits(sweep.space.base_run.data, DistributedContext())
+    sweep_results.leave(recorder, sweep.manager, splits, [])
+    final = FinalRow(1, 0, 3, 0.9, 0.01, 0.5, 0.01, "aa", 23.0)
+    leave_finals(recorder, sweep.folder, [final])
+    return recorder
+
+
+def record_evaluation(recorder: Any, folder: Path) -> None:
     share = Share(0.5, 0.4, 0.6, 1, 2)
-    result = evaluating.EvalResult(
+    result = EvalResult(
         scope="test",
         accuracies={"clean": share, "ATTACK": share},
         findings=(Finding("range", True, "", 0.0),),
         images=2,
-        file=Path(),
-        folder=Path(),
+        file=folder / LAST,
+        folder=folder / "evaluation" / "test",
         run_id="id",
     )
-    monkeypatch.setattr(evaluating, "own_tracker", lambda *args: nullcontext(recorder))
-    anything: Any = None
-    evaluating._log(result, as_run(None), "id", Path(), anything)
+    leave_evaluation(recorder, result, "id", {})
 
 
 def test_the_tables_in_the_readme_are_those_of_the_code() -> None:
@@ -98,31 +116,29 @@ def test_the_tables_in_the_readme_are_those_of_the_code() -> None:
 
 
 def test_every_tag_that_is_written_is_documented_and_the_other_way_round(
-    in_a_changed_repository: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_a_changed_repository: None, of_the_sweep: Recorder, tmp_path: Path
 ) -> None:
     recorder: Any = Recorder()
     runs = MlflowRuns(recorder, "s", tmp_path)
     runs.begin("t0000", as_run(None), {})
     runs.stopped("t0000", "early_stop: 3 validations without a gain")
     runs.end("t0000", "failed", "why")
-    record_sweep(recorder, tmp_path, monkeypatch)
-    record_evaluation(recorder, monkeypatch)
+    record_evaluation(recorder, tmp_path)
     recorder.tag("sweep", sweep_tags(SearchSpace(name="s"), "s"))
     others = {"mlflow.source.git.commit", "torch_version", "ray_version"}
-    assert recorder.tags - others == TAGS.keys()
+    assert (recorder.tags | of_the_sweep.tags) - others == TAGS.keys()
 
 
 def test_the_metrics_of_sweeps_and_evaluations_are_the_documented_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_the_sweep: Recorder, tmp_path: Path
 ) -> None:
-    recorder: Any = Recorder()
-    record_sweep(recorder, tmp_path, monkeypatch)
     by_outcome = {f"sweep/{outcome}" for outcome in ENDED}
-    assert by_outcome < recorder.metrics
-    own = recorder.metrics - by_outcome - {"valid/robust"}
+    assert by_outcome < of_the_sweep.metrics
+    own = of_the_sweep.metrics - by_outcome - METRICS.keys()
     assert own == SWEEP_METRICS.keys() - {"sweep/OUTCOME"}
-    recorder.metrics.clear()
-    record_evaluation(recorder, monkeypatch)
+    assert METRIC in of_the_sweep.metrics
+    recorder: Any = Recorder()
+    record_evaluation(recorder, tmp_path)
     assert recorder.metrics == TEST_METRICS.keys()
 
 

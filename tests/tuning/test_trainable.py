@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain.config.request import as_run
 from raytrain.distributed.jobs import Job
@@ -23,6 +23,19 @@ def breaking_net(num_classes: int) -> nn.Module:
     torch.set_grad_enabled(False)
     torch.manual_seed(99)
     raise RuntimeError(f"no network for {num_classes} classes")
+
+
+class OnABrokenDevice(nn.Module):
+    """Fails as CUDA does in the steps of training, but not in checks on three images at most."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return self.layers(x)
 
 
 RUN: dict[str, Any] = {
@@ -108,13 +121,8 @@ def test_a_trial_resumed_after_its_end_tells_its_rows_again(
 
 
 def test_a_process_whose_device_is_broken_is_given_up(
-    slot: SingleTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slot: SingleTrainable, tmp_path: Path
 ) -> None:
-    assert slot.reset_config(job_of(tmp_path / "a"))
-
-    def broken(_: object) -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    monkeypatch.setattr("raytrain.training.trainer._synchronise", broken)
+    assert slot.reset_config(job_of(tmp_path / "a", model=f"{__name__}:OnABrokenDevice"))
     with pytest.raises(RuntimeError, match="CUDA error"):
         slot.step()

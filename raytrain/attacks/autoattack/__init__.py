@@ -79,16 +79,28 @@ def adversarial(
 ) -> tuple[Images, Tensor]:
     """Run a stage on correctly classified `images`; return its images and which are misclassified.
 
-    A row counts as misclassified by the network's own output on the returned image, if that is legal:
-    inside the ball and [0, 1]. The global random state is restored afterwards.
+    The global random state is restored afterwards.
     """
     # The library seeds every device.
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), exact_float32():
         attack = _attack(stage, model, images, ball, seed)
         found = attack.perturb(images.float(), labels.long()).detach()
-        wrong = model.classes(found) != labels
-    return found, wrong & _legal(found, images.float(), ball)
+        return found, misclassified(found, model, images.float(), labels, ball)
+
+
+def misclassified(
+    found: Images,
+    model: CountedModel,
+    images: Images,
+    labels: Labels,
+    ball: AbstractThreatModel,
+) -> Tensor:
+    """Which rows of `found`, an attack's result on `images`, are adversarial examples: (n,) bool.
+
+    A row is one if the network's own output on it is wrong and it is legal: inside the ball and [0, 1].
+    """
+    return (model.classes(found) != labels) & _legal(found, images, ball)
 
 
 def _legal(found: Images, images: Images, ball: AbstractThreatModel) -> Tensor:
