@@ -187,10 +187,10 @@ def export(
     """Weights for others, with a model card: `raytrain export RUN --to FOLDER`."""
     with outcome(debug):
         from raytrain.cli.export import export_summary
-        from raytrain.commands import export as leave
+        from raytrain.commands import export as exporting
 
         wanted = None if formats is None else _listed(formats)
-        result = leave.export(
+        result = exporting.export(
             run, to, which=which, formats=wanted, storage=storage, licence=licence
         )
         say(export_summary(result), result.json(), as_json)

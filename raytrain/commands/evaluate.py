@@ -143,7 +143,7 @@ def evaluate(
         if result.run_id is not None:
             seen = as_input(config.data, "test", pixels, labels)
             with own_tracker(config, storage) as tracker:
-                leave_evaluation(tracker, result, result.run_id, seen)
+                log_evaluation(tracker, result, result.run_id, seen)
     return result
 
 
@@ -199,7 +199,7 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
         ) from error
 
 
-def leave_evaluation(tracker: Tracker, result: EvalResult, run_id: str, seen: Input) -> None:
+def log_evaluation(tracker: Tracker, result: EvalResult, run_id: str, seen: Input) -> None:
     """Log an evaluation, of the images `seen`, to its run in MLflow, if there is one."""
     failed = [finding.check for finding in result.failed] + Earlier.failed_beside(result.folder)
     if not tracker.knows(run_id):

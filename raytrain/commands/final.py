@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from raytrain.commands.evaluate import evaluate
-from raytrain.commands.sweep_results import leave_run_ids
+from raytrain.commands.sweep_results import write_run_ids
 from raytrain.config.run import RunConfig
 from raytrain.core.files import write_atomically
 from raytrain.tracking import Tracker
@@ -128,13 +128,13 @@ def train_finals(
             second.enqueue({"run": number})
         study.set_user_attr("planned", True)
     execute(second, trainable_for(space.base_run), concurrent)
-    leave_run_ids(tracker, second)
+    write_run_ids(tracker, second)
     done = [row for row in second.history.rows() if row.state == "complete"]
     storage = space.base_run.storage
     return summarised([(row, test_once(folder / "trials" / row.handle, storage)) for row in done])
 
 
-def leave_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
+def log_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
     """The table of the finals, and the first of them on the sweep's own run."""
     if not finals:
         return

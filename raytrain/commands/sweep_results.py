@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytrain.commands.train import leave_network
+from raytrain.commands.train import log_model
 from raytrain.core.console import log_line
 from raytrain.core.files import write_atomically
 from raytrain.data.loader import Splits
@@ -18,7 +18,7 @@ from raytrain.tuning.trial_manager import TrialManager
 TABLE = "trials.parquet"
 
 
-def leave(
+def log_sweep(
     tracker: Tracker, manager: TrialManager, splits: Splits, weights: list[Importance]
 ) -> Path | None:
     """Rows, figures, totals, and of the best trial its run file (which is returned) and network."""
@@ -43,13 +43,11 @@ def leave(
     best_file = folder / "best.yaml"
     write_atomically(best_file, to_yaml(manager.space.run(best.params)))
     tracker.artifact(PARENT, best_file)
-    leave_network(
-        tracker, best.handle, folder / "trials" / best.handle, splits.valid, best.metrics
-    )
+    log_model(tracker, best.handle, folder / "trials" / best.handle, splits.valid, best.metrics)
     return best_file
 
 
-def leave_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
+def write_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
     """The ids of the runs in MLflow, as far as they are assigned; also written to the trials' folders,
     for commands that take either.
     """

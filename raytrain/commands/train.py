@@ -110,12 +110,12 @@ def train(
             if watch is not None:
                 watch(run, report)
         cluster.close()
-        leave_network(tracker, handle, folder, splits.valid, metrics)
+        log_model(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
 
 
-def leave_network(
+def log_model(
     tracker: Tracker, handle: str, folder: Path, part: SplitShard, metrics: Mapping[str, float]
 ) -> None:
     """The artifacts of a finished training: its checkpoints, and the network in MLflow's format.

@@ -11,8 +11,8 @@ from typing import Any
 import optuna
 import yaml
 
-from raytrain.commands.final import FinalRow, leave_finals, train_finals
-from raytrain.commands.sweep_results import TABLE, leave, leave_run_ids
+from raytrain.commands.final import FinalRow, log_finals, train_finals
+from raytrain.commands.sweep_results import TABLE, log_sweep, write_run_ids
 from raytrain.config.names import RUN_NAME, check_folder_name
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import interruptible
@@ -154,9 +154,9 @@ def _tune(
         finals = train_finals(manager, space, tracker, final, seeds, concurrent, watch)
         cluster.close()
         weights = importances(study, importance)
-        best_file = leave(tracker, manager, splits, weights)
-        leave_finals(tracker, folder, finals)
-        run_ids = leave_run_ids(tracker, manager)
+        best_file = log_sweep(tracker, manager, splits, weights)
+        log_finals(tracker, folder, finals)
+        run_ids = write_run_ids(tracker, manager)
         best, progress = manager.best(), manager.progress()
         note = sweep_note(space, name, tracker.experiment_id, progress, best, run_ids)
         tracker.note(PARENT, note)

@@ -77,7 +77,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
 
 def _reread_settings() -> None:
     """Make Ray read `_DEFAULTS` again: it has kept what it found if it was imported before raytrain."""
-    from ray._raylet import Config
+    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
     Config.initialize("")
 

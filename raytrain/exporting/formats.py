@@ -8,15 +8,15 @@ from pathlib import Path
 
 from raytrain.core.types import RequestError
 from raytrain.exporting.check import Checked
-from raytrain.exporting.onnx import check_packages, leave_onnx
-from raytrain.exporting.robustbench import leave_robustbench, namesake
-from raytrain.exporting.safetensors import leave_tensors
+from raytrain.exporting.onnx import check_packages, write_onnx
+from raytrain.exporting.robustbench import namesake, write_robustbench
+from raytrain.exporting.safetensors import write_tensors
 from raytrain.exporting.subject import Subject
 
 FORMATS: dict[str, Callable[[Subject, Path], Checked]] = {
-    "safetensors": leave_tensors,
-    "robustbench": leave_robustbench,
-    "onnx": leave_onnx,
+    "safetensors": write_tensors,
+    "robustbench": write_robustbench,
+    "onnx": write_onnx,
 }
 
 

@@ -35,7 +35,7 @@ def check_packages() -> None:
         )
 
 
-def leave_onnx(subject: Subject, folder: Path) -> Checked:
+def write_onnx(subject: Subject, folder: Path) -> Checked:
     """`model.onnx`, run by onnxruntime and compared to `TOLERANCE`.
 
     Any batch size; the normaliser is inside; the facts are in the metadata.

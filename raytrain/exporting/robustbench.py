@@ -98,7 +98,7 @@ def namesake(subject: Subject) -> Namesake:
     )
 
 
-def leave_robustbench(subject: Subject, folder: Path) -> Checked:
+def write_robustbench(subject: Subject, folder: Path) -> Checked:
     """State dict, claim, and how they load there; read back and compared bit for bit.
 
     Compared through RobustBench's names with raytrain's network: the package itself is not needed.

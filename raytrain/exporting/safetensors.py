@@ -15,7 +15,7 @@ FILE = "model.safetensors"
 _KEY = "raytrain"  # of the metadata that holds the facts as JSON
 
 
-def leave_tensors(subject: Subject, folder: Path) -> Checked:
+def write_tensors(subject: Subject, folder: Path) -> Checked:
     """`model.safetensors`, read back and compared bit for bit."""
     from safetensors.torch import save
 

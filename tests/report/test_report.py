@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedConte
     made = DistributedContext(tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
-        patch.setattr(api, "leave_network", lambda *_: None)  # the slowest part of a short run
+        patch.setattr(api, "log_network", lambda *_: None)  # the slowest part of a short run
         for kind in KINDS:
             for seed in (0, 1):
                 _train(made, kind, seed)
@@ -239,7 +239,7 @@ def test_failed_checks_and_foreign_contracts_are_marked_everywhere(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.folder)
-        patch.setattr(api, "leave_network", lambda *_: None)
+        patch.setattr(api, "log_network", lambda *_: None)
         runs = {
             kind: raytrain.train(None, {**SMALL, "algorithm": kind, "experiment": "marks"}).run_id
             for kind in ("natural", "n_fgsm")

@@ -13,8 +13,8 @@ from git_helpers import repository
 from sweep_helpers import METRIC, Launch, diverged, failed, row, space_of
 
 from raytrain.commands import sweep_results
-from raytrain.commands.evaluate import EvalResult, leave_evaluation
-from raytrain.commands.final import FinalRow, leave_finals
+from raytrain.commands.evaluate import EvalResult, log_evaluation
+from raytrain.commands.final import FinalRow, log_finals
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import METRICS
@@ -88,9 +88,9 @@ def of_the_sweep(sweep: Launch) -> Recorder:
     """What is recorded of the sweep on its own run, and of its final."""
     recorder: Any = Recorder()
     splits = open_splits(sweep.space.base_run.data, DistributedContext())
-    sweep_results.leave(recorder, sweep.manager, splits, [])
+    sweep_results.log_sweep(recorder, sweep.manager, splits, [])
     final = FinalRow(1, 0, 3, 0.9, 0.01, 0.5, 0.01, "aa", 23.0)
-    leave_finals(recorder, sweep.folder, [final])
+    log_finals(recorder, sweep.folder, [final])
     return recorder
 
 
@@ -105,7 +105,7 @@ def record_evaluation(recorder: Any, folder: Path) -> None:
         folder=folder / "evaluation" / "test",
         run_id="id",
     )
-    leave_evaluation(recorder, result, "id", {})
+    log_evaluation(recorder, result, "id", {})
 
 
 def test_the_tables_in_the_readme_are_those_of_the_code() -> None:
