@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedConte
     made = DistributedContext(tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
-        patch.setattr(api, "log_network", lambda *_: None)  # the slowest part of a short run
+        patch.setattr(api, "log_model", lambda *_: None)  # the slowest part of a short run
         for kind in KINDS:
             for seed in (0, 1):
                 _train(made, kind, seed)
