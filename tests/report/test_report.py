@@ -41,7 +41,7 @@ COUNT = 60  # test images of the evaluations
 SURVIVE = {"natural": 0.05, "fgsm_rs": 0.5, "pgd": 0.8}
 
 
-class DistributedContext:
+class StoredRuns:
     """A folder with a store in it."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,9 +58,9 @@ class DistributedContext:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedContext]:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoredRuns]:
     """Three algorithms on the digits with two seeds each, evaluated; and one that was not."""
-    made = DistributedContext(tmp_path_factory.mktemp("study"))
+    made = StoredRuns(tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
         patch.setattr(api, "log_model", lambda *_: None)  # the slowest part of a short run
@@ -78,10 +78,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistributedConte
         yield made
 
 
-def _train(place: DistributedContext, kind: str, seed: int, **changes: Any) -> None:
+def _train(stored: StoredRuns, kind: str, seed: int, **changes: Any) -> None:
     values = {**SMALL, "algorithm": kind, "seed": seed, "experiment": "study", **changes}
     result = raytrain.train(None, values)
-    place.ids[kind, seed if "run_name" not in changes else 9] = result.run_id
+    stored.ids[kind, seed if "run_name" not in changes else 9] = result.run_id
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(place: DistributedContext) -> Comparison:
-    return place.compare("experiment:study", to="study-report")
+def study(stored: StoredRuns) -> Comparison:
+    return stored.compare("experiment:study", to="study-report")
 
 
 class Page(HTMLParser):
@@ -130,7 +130,7 @@ class Page(HTMLParser):
 
 
 def test_three_configurations_with_means_over_their_seeds(
-    place: DistributedContext, study: Comparison
+    stored: StoredRuns, study: Comparison
 ) -> None:
     (comparable,) = study.comparables
     assert study.runs == 6 and comparable.images == COUNT and comparable.attack == "pgd20"
@@ -138,7 +138,7 @@ def test_three_configurations_with_means_over_their_seeds(
     assert rows.keys() == set(KINDS)
     for kind, row in rows.items():
         told = [
-            place.client.get_run(place.ids[kind, seed]).data.metrics["test/pgd20"]
+            stored.client.get_run(stored.ids[kind, seed]).data.metrics["test/pgd20"]
             for seed in (0, 1)
         ]
         cell = row.score("pgd20")
@@ -189,17 +189,17 @@ def test_figures_are_there_as_pixels_and_lines(study: Comparison) -> None:
     assert names == {f"{kind}.{suffix}" for kind in kinds for suffix in ("png", "svg")}
 
 
-def test_the_data_are_those_of_the_store(place: DistributedContext, study: Comparison) -> None:
+def test_the_data_are_those_of_the_store(stored: StoredRuns, study: Comparison) -> None:
     data = study.folder / "data"
     runs = pq.read_table(data / "runs.parquet").to_pylist()
-    assert {run["run_id"] for run in runs} == {place.ids[k, s] for k in KINDS for s in (0, 1)}
+    assert {run["run_id"] for run in runs} == {stored.ids[k, s] for k in KINDS for s in (0, 1)}
     curves = pq.read_table(data / "curves.parquet").to_pylist()
     for point in curves[:20]:
-        history = place.client.get_metric_history(point["run_id"], point["metric"])
+        history = stored.client.get_metric_history(point["run_id"], point["metric"])
         assert {m.step: m.value for m in history}[point["epoch"]] == point["value"]
     for kind in KINDS:
-        kept = pq.read_table(data / "flags" / f"{place.ids[kind, 0]}-test.parquet")
-        assert kept.equals(place.flags[kind, 0])
+        kept = pq.read_table(data / "flags" / f"{stored.ids[kind, 0]}-test.parquet")
+        assert kept.equals(stored.flags[kind, 0])
     pairs = pq.read_table(data / "pairs.parquet").to_pylist()
     assert [one["pairs_of_seeds"] for one in pairs] == [2, 2]
     scores = pq.read_table(data / "scores.parquet").to_pylist()
@@ -212,22 +212,22 @@ def test_runs_of_no_sweep_are_written_nowhere_in_the_store(study: Comparison) ->
 
 @pytest.mark.slow
 def test_a_second_comparison_replaces_the_first_and_leaves_other_files(
-    place: DistributedContext,
+    stored: StoredRuns,
 ) -> None:
-    first = place.compare("experiment:study", to="again")
+    first = stored.compare("experiment:study", to="again")
     (first.folder / "notes.txt").write_text("mine")
-    second = place.compare("lonely", to="again")
+    second = stored.compare("lonely", to="again")
     assert second.folder == first.folder and (first.folder / "notes.txt").read_text() == "mine"
     assert not (second.folder / "figures" / "pairs.png").exists()
     assert not (second.folder / "data" / "flags").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_that_was_not_evaluated_says_what_to_run(place: DistributedContext) -> None:
-    result = place.compare("lonely")
+def test_a_run_that_was_not_evaluated_says_what_to_run(stored: StoredRuns) -> None:
+    result = stored.compare("lonely")
     (comparable,) = result.comparables
     assert [row.rank for row in comparable.rows] == [1] and comparable.images == 0
-    assert f"raytrain evaluate {place.ids['pgd', 9]}" in Page(result.report.read_text()).text
+    assert f"raytrain evaluate {stored.ids['pgd', 9]}" in Page(result.report.read_text()).text
 
 
 # --- marks --------------------------------------------------------------------------------------
@@ -235,18 +235,18 @@ def test_a_run_that_was_not_evaluated_says_what_to_run(place: DistributedContext
 
 @pytest.mark.usefixtures("undrawn")
 def test_failed_checks_and_foreign_contracts_are_marked_everywhere(
-    place: DistributedContext, tmp_path: Path
+    stored: StoredRuns, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place.folder)
-        patch.setattr(api, "log_network", lambda *_: None)
+        patch.chdir(stored.folder)
+        patch.setattr(api, "log_model", lambda *_: None)
         runs = {
             kind: raytrain.train(None, {**SMALL, "algorithm": kind, "experiment": "marks"}).run_id
             for kind in ("natural", "n_fgsm")
         }
     flags = flags_of({"clean": [True] * COUNT, "pgd20": [True] * COUNT})
     worse = flags_of({"clean": [True] * COUNT, "pgd20": [k % 2 == 0 for k in range(COUNT)]})
-    client = place.client
+    client = stored.client
     write_evaluation(client, runs["natural"], tmp_path, flags, failed="zero_gradients")
     write_evaluation(client, runs["n_fgsm"], tmp_path, worse)
     write_evaluation(
@@ -258,14 +258,14 @@ def test_failed_checks_and_foreign_contracts_are_marked_everywhere(
         contract=("c2", "linf eps 0.2"),
         same=False,
     )
-    result = place.compare("experiment:marks", to="marks")
+    result = stored.compare("experiment:marks", to="marks")
     home, away = result.comparables
     assert home.leader is not None and home.leader.label.startswith("n_fgsm")
     page = Page(result.report.read_text()).text
     assert re.search(r"100\.0\s+\[[^]]*\]\s*⚠", page)
     assert "zero_gradients: why" in page
     assert re.search(r"50\.0\s+\[[^]]*\]\s*†", page)
-    told = CliRunner().invoke(app, ["compare", "experiment:marks", "--uri", place.uri, "--to",
+    told = CliRunner().invoke(app, ["compare", "experiment:marks", "--uri", stored.uri, "--to",
                                     str(tmp_path / "cli")])  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "⚠" in told.stdout and "†" in told.stdout and "failed a check" in told.stdout
@@ -277,12 +277,12 @@ def test_failed_checks_and_foreign_contracts_are_marked_everywhere(
 # --- sweeps -------------------------------------------------------------------------------------
 
 
-def sweep(place: DistributedContext, name: str) -> tuple[str, dict[str, str]]:
+def sweep(stored: StoredRuns, name: str) -> tuple[str, dict[str, str]]:
     """A sweep whose driver died: a finished trial, one under way, one that never had a row."""
-    client = place.client
+    client = stored.client
     found = client.get_experiment_by_name("sweeps")
     where = found.experiment_id if found else client.create_experiment(
-        "sweeps", (place.folder / "mlruns").as_uri()
+        "sweeps", (stored.folder / "mlruns").as_uri()
     )  # fmt: skip
     parent = client.create_run(where, run_name=name, tags={"sweep": name}).info.run_id
     trials = {}
@@ -307,39 +307,39 @@ def sweep(place: DistributedContext, name: str) -> tuple[str, dict[str, str]]:
 
 
 def test_a_dead_sweep_is_compared_and_the_report_lies_on_its_own_run(
-    place: DistributedContext,
+    stored: StoredRuns,
 ) -> None:
-    parent, trials = sweep(place, "dead")
-    result = place.compare("dead", to="dead")
+    parent, trials = sweep(stored, "dead")
+    result = stored.compare("dead", to="dead")
     (comparable,) = result.comparables
     assert result.parent == parent and len(comparable.rows) == 3
     states = {row.setting.first.id: row.setting.first.state for row in comparable.rows}
     assert states[trials["t0000"]] == "finished"
     assert states[trials["t0001"]] == states[trials["t0002"]] == "running, or its driver died"
     assert any("driver died" in note for note in result.notes)
-    listed = {one.path for one in place.client.list_artifacts(parent, "comparison")}
+    listed = {one.path for one in stored.client.list_artifacts(parent, "comparison")}
     assert listed == {f"comparison/{name}" for name in ("report.html", "figures", "data")}
-    kept = Path(place.client.download_artifacts(parent, "comparison/report.html"))
+    kept = Path(stored.client.download_artifacts(parent, "comparison/report.html"))
     assert kept.read_text() == result.report.read_text()
-    assert place.client.get_run(parent).info.status == "RUNNING"  # not ours to end
+    assert stored.client.get_run(parent).info.status == "RUNNING"  # not ours to end
     # One trial is not the sweep: what it is compared with says nothing of the others.
-    assert place.compare(trials["t0000"], to="one").parent is None
+    assert stored.compare(trials["t0000"], to="one").parent is None
     assert not (result.folder / ".mlflow").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_id_of_a_sweep_stands_for_its_trials_and_a_word_twice_counts_once(
-    place: DistributedContext,
+    stored: StoredRuns,
 ) -> None:
-    parent, trials = sweep(place, "twice")
-    result = place.compare(parent, "sweep:twice", trials["t0000"], to="twice")
+    parent, trials = sweep(stored, "twice")
+    result = stored.compare(parent, "sweep:twice", trials["t0000"], to="twice")
     assert result.runs == 3 and result.parent == parent
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_runs_of_several_sweeps_have_no_parent_of_their_own(place: DistributedContext) -> None:
-    (_, one), (_, other) = sweep(place, "one"), sweep(place, "other")
-    result = place.compare(one["t0000"], other["t0000"], to="mixed")
+def test_runs_of_several_sweeps_have_no_parent_of_their_own(stored: StoredRuns) -> None:
+    (_, one), (_, other) = sweep(stored, "one"), sweep(stored, "other")
+    result = stored.compare(one["t0000"], other["t0000"], to="mixed")
     assert result.parent is None
 
 
@@ -376,43 +376,43 @@ def test_two_hundred_configurations_make_a_report_that_can_be_read(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_is_found_by_its_id_and_by_its_name(place: DistributedContext) -> None:
-    run_id = place.ids["pgd", 9]
+def test_a_run_is_found_by_its_id_and_by_its_name(stored: StoredRuns) -> None:
+    run_id = stored.ids["pgd", 9]
     for word in (run_id, "lonely", "run:lonely", "alone"):
-        (comparable,) = place.compare(word).comparables
+        (comparable,) = stored.compare(word).comparables
         assert [row.setting.first.id for row in comparable.rows] == [run_id]
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_unknown_word_is_refused_with_the_nearest_names(place: DistributedContext) -> None:
+def test_an_unknown_word_is_refused_with_the_nearest_names(stored: StoredRuns) -> None:
     with pytest.raises(RequestError, match="no experiment and no sweep and no run .* are lonely"):
-        place.compare("lonly")
+        stored.compare("lonly")
     with pytest.raises(RequestError, match="MLflow has no experiment of this name$"):
-        place.compare("experiment:qqqq")
+        stored.compare("experiment:qqqq")
     with pytest.raises(RequestError, match="^" + "0" * 32):
-        place.compare("0" * 32)
+        stored.compare("0" * 32)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_name_of_several_things_is_refused_with_what_to_say(place: DistributedContext) -> None:
-    client = place.client
+def test_a_name_of_several_things_is_refused_with_what_to_say(stored: StoredRuns) -> None:
+    client = stored.client
     alone = client.get_experiment_by_name("alone")
     assert alone is not None
     for name in ("study", "double", "double"):
         where = alone.experiment_id
         client.set_terminated(client.create_run(where, run_name=name).info.run_id)
     with pytest.raises(RequestError, match="expected experiment:study or run:study"):
-        place.compare("study")
+        stored.compare("study")
     with pytest.raises(RequestError, match=r"double: 2 runs have this name .* or run:double"):
-        place.compare("double")
-    assert place.compare("run:double").runs == 2
+        stored.compare("double")
+    assert stored.compare("run:double").runs == 2
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_empty_experiment_is_refused(place: DistributedContext) -> None:
-    place.client.create_experiment("empty")
+def test_an_empty_experiment_is_refused(stored: StoredRuns) -> None:
+    stored.client.create_experiment("empty")
     with pytest.raises(RequestError, match="empty: there is no run"):
-        place.compare("experiment:empty")
+        stored.compare("experiment:empty")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -424,29 +424,29 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_folder_with_something_else_is_refused_and_left_alone(
-    place: DistributedContext, tmp_path: Path
+    stored: StoredRuns, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("x")
     (tmp_path / "report.html").write_text("<html>of another program</html>")
     with pytest.raises(RequestError, match="holds something else"):
-        compare(["lonely"], uri=place.uri, to=tmp_path)
+        compare(["lonely"], uri=stored.uri, to=tmp_path)
     assert (tmp_path / "data" / "precious").read_text() == "x"
     with pytest.raises(RequestError, match="is a file"):
-        compare(["lonely"], uri=place.uri, to=tmp_path / "report.html")
+        compare(["lonely"], uri=stored.uri, to=tmp_path / "report.html")
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_damaged_files_are_left_out_and_named(place: DistributedContext, tmp_path: Path) -> None:
-    client = place.client
-    where = client.create_experiment("damaged", (place.folder / "mlruns").as_uri())
+def test_damaged_files_are_left_out_and_named(stored: StoredRuns, tmp_path: Path) -> None:
+    client = stored.client
+    where = client.create_experiment("damaged", (stored.folder / "mlruns").as_uri())
     run_id = client.create_run(where, run_name="broken").info.run_id
     client.log_metric(run_id, "test/pgd20", 0.5)
     client.log_metric(run_id, "test/images", 60.0)
     for name in ("flags.parquet", "evaluation.json"):
         (tmp_path / name).write_text("{")
         client.log_artifact(run_id, str(tmp_path / name), "evaluation/test")
-    result = place.compare("experiment:damaged")
+    result = stored.compare("experiment:damaged")
     assert [note.split(":")[0] for note in result.notes[:2]] == ["broken", "broken"]
     cell = result.comparables[0].rows[0].score("pgd20")
     assert cell is not None and cell.value == 0.5  # MLflow's own number is there
@@ -456,28 +456,26 @@ def test_damaged_files_are_left_out_and_named(place: DistributedContext, tmp_pat
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_command_prints_one_object_or_a_table(
-    place: DistributedContext, tmp_path: Path
-) -> None:
-    words = ["compare", "experiment:study", "--uri", place.uri, "--to", str(tmp_path / "x")]
+def test_the_command_prints_one_object_or_a_table(stored: StoredRuns, tmp_path: Path) -> None:
+    words = ["compare", "experiment:study", "--uri", stored.uri, "--to", str(tmp_path / "x")]
     told = CliRunner().invoke(app, [*words, "--json"])
     assert told.exit_code == 0, told.output
     values = json.loads(told.stdout.splitlines()[-1])
     (comparable,) = values["arenas"]
     assert comparable["ranked_by"] == "pgd20" and comparable["leader"] == "A"
     assert {tuple(sorted(row["run_ids"])) for row in comparable["rows"]} == {
-        tuple(sorted(place.ids[kind, seed] for seed in (0, 1))) for kind in KINDS
+        tuple(sorted(stored.ids[kind, seed] for seed in (0, 1))) for kind in KINDS
     }
     table = CliRunner().invoke(app, words).stdout
     assert "PGD-20" in table and str(tmp_path / "x" / "report.html") in table
-    wrong = CliRunner().invoke(app, ["compare", "nothing-of-this-name", "--uri", place.uri])
+    wrong = CliRunner().invoke(app, ["compare", "nothing-of-this-name", "--uri", stored.uri])
     assert wrong.exit_code == 2 and len(wrong.stderr.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_folder_is_named_after_the_words(
-    place: DistributedContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stored: StoredRuns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = raytrain.compare(["lonely", place.ids["natural", 0]], uri=place.uri)
-    assert result.folder == tmp_path / "comparisons" / f"lonely-{place.ids['natural', 0]}"
+    result = raytrain.compare(["lonely", stored.ids["natural", 0]], uri=stored.uri)
+    assert result.folder == tmp_path / "comparisons" / f"lonely-{stored.ids['natural', 0]}"
