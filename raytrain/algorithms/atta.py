@@ -40,15 +40,16 @@ class Accumulated(AbstractInit):
         store: SampleStore | None = None,
         progress: Progress = BEGINNING,
     ) -> Delta:
-        begins = (
-            progress.epochs % self.reset_every == 0 if self.reset_every else not progress.epochs
-        )
-        start = Gaussian(std=self.std) if begins else Remembered()
+        start = Gaussian(std=self.std) if self.replay_key(progress) else Remembered()
         return start.delta(threat, batch, store, progress)
 
     @property
     def remembers(self) -> bool:
         return True
+
+    def replay_key(self, progress: Progress) -> bool:
+        """Whether perturbations begin anew in this epoch."""
+        return progress.epochs % self.reset_every == 0 if self.reset_every else not progress.epochs
 
 
 @final

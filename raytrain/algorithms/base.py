@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, NonNegativeInt, model_validator
@@ -16,7 +16,14 @@ from raytrain.core.losses import CrossEntropy, Smoothing
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import SCHEDULABLE, Batch, BatchNorm, Spec, StepSize
+from raytrain.core.types import (
+    SCHEDULABLE,
+    Batch,
+    BatchNorm,
+    NotReplayable,
+    Spec,
+    StepSize,
+)
 from raytrain.outer.base import AbstractOuter, names_of
 
 
@@ -37,6 +44,18 @@ class AbstractAlgorithm(ABC):
     @abstractmethod
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         """Run one mini-batch: find a perturbation, update the weights."""
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        """All that the next `step` decides on the host, beside this object itself.
+
+        Steps with equal keys run the same operations on the same tensors, so that one of them can be
+        recorded, as a CUDA graph, and replayed for the others. Such a step reads no tensor on the host,
+        changes tensors of the state in place, and counts in the meter or in `counts` of a part.
+
+        Raises:
+            NotReplayable: with the reason, if its steps are not of this kind.
+        """
+        raise NotReplayable(f"{type(self).__name__} does not define replay_key")
 
     @abstractmethod
     def fe_per_image(self, setting: CostSetting) -> float:

@@ -13,7 +13,7 @@ from raytrain.attacks import AbstractStopping, Probe, StoppingState
 from raytrain.core.card import Card, Range
 from raytrain.core.schedules import PositiveShare
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import SCHEDULABLE, Batch, Mask, StepSize
+from raytrain.core.types import SCHEDULABLE, Batch, Mask, Progress, StepSize
 from raytrain.outer import AbstractOuter
 
 
@@ -35,8 +35,11 @@ class Misclassified(AbstractStopping):
     def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, Mask]:
         (count,) = state
         wrong = ~probe.correct
-        grown = sum(probe.progress.epoch >= share for share in self.grow_at)
-        return (count + wrong,), wrong & (count >= min(self.tau, grown))
+        return (count + wrong,), wrong & (count >= self.replay_key(probe.progress))
+
+    def replay_key(self, progress: Progress) -> int:
+        """tau_t, steps after the first misclassified iterate."""
+        return min(self.tau, sum(progress.epoch >= share for share in self.grow_at))
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
@@ -39,6 +40,9 @@ class FreeTraining(AbstractAlgorithm):
         weights = self.outer.weights_fe(self.objective, setting, has_gradient=False)
         return self.m * (weights + self.objective.update_fe)
 
+    def replay_key(self, state: TrainState) -> Hashable:
+        return self.outer.replay_key(state, self.m)
+
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         slots, size = state.part("slots", SlotStore), in_pixels(self.step_size, self.ball.eps)
         delta = self.ball.feasible(slots.values, batch.images)
@@ -51,7 +55,7 @@ class FreeTraining(AbstractAlgorithm):
             first = losses if first is None else first
             moved = ascend(self.ball, delta, grad, batch.images, size, "steepest")
             delta = self.ball.feasible(moved, batch.images)
-        slots.values = delta
+        slots.values.copy_(delta)
         assert first is not None
         steps = torch.full_like(batch.labels, self.m)
         return StepResult(first, delta, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
@@ -78,6 +79,9 @@ class GradAlignTraining(AbstractAlgorithm):
     def fe_per_image(self, setting: CostSetting) -> float:
         loss = self.objective
         return 2.0 * loss.inner_forwards + self.outer.update_fe(loss, setting, has_gradient=True)
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        return self.outer.replay_key(state)
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.bn)

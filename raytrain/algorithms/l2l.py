@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
@@ -47,7 +48,7 @@ class Learned(AbstractAlgorithm):
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         attacker = Attacker.seeded(self.recipe, mix(setup.seed, "attacker"))
         attacker = attacker.to(setup.context.device, setup.dtype)
-        optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr)
+        optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr, fused=True)
         parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
         return {**self.outer.memory(setup), **parts}
 
@@ -60,6 +61,10 @@ class Learned(AbstractAlgorithm):
             gradients = recipe.steps + 1 / recipe.phi_every
             attack = loss.reference_forwards + 2 * loss.inner_forwards * gradients
         return attack + self.outer.update_fe(loss, setting, has_gradient=True)
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        learns = state.step % self.recipe.phi_every == 0
+        return state.epoch < self.recipe.warm, learns, self.outer.replay_key(state)
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.ascent.bn)

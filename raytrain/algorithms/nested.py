@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -49,6 +50,10 @@ class Nested(AbstractAlgorithm):
     @property
     def cost_varies(self) -> bool:
         return self.attack.stop.may_stop and self.attack.compact
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        weighted = self.own_loss and state.epoch > 0
+        return weighted, self.attack.replay_key(state.progress), self.outer.replay_key(state)
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.attack.bn)

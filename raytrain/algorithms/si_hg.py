@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
@@ -24,6 +25,7 @@ from raytrain.core.types import (
     Batch,
     BatchNorm,
     Delta,
+    NotReplayable,
     PerSample,
     RequestError,
     StepSize,
@@ -76,8 +78,7 @@ class SemiImplicit(AbstractAlgorithm):
         return recipe.replays * visit
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
-        recipe = self.recipe
-        theta = recipe.theta * min(1.0, (state.epoch + 1) / max(1, recipe.theta_warmup))
+        recipe, theta = self.recipe, self._theta(state)
         move = {
             "A": self._look_ahead,
             "B": self._extrapolate_delta,
@@ -96,6 +97,15 @@ class SemiImplicit(AbstractAlgorithm):
         steps = torch.full_like(batch.labels, recipe.m * recipe.replays)
         return StepResult(first, delta, steps)
 
+    def replay_key(self, state: TrainState) -> Hashable:
+        if self.recipe.mode == "T":
+            raise NotReplayable("mode T measures every sample's gradient")
+        return self._theta(state), self.outer.replay_key(state, self.recipe.replays)
+
+    def _theta(self, state: TrainState) -> float:
+        recipe = self.recipe
+        return recipe.theta * min(1.0, (state.epoch + 1) / max(1, recipe.theta_warmup))
+
     # ---------------------------------------------------------------- the modes
 
     def _look_ahead(
@@ -108,7 +118,8 @@ class SemiImplicit(AbstractAlgorithm):
         ahead = {n: theta * (now[n] - old) for n, old in before.values.items()} if theta else {}
         with shifted(state.model, ahead):
             delta = self._ascent(oracle, batch, delta, self.recipe.m)
-        before.values = {name: now[name].clone() for name in before.values}
+        for name, value in before.values.items():
+            value.copy_(now[name])
         return self.outer.update(state, oracle, delta), delta
 
     def _alternate(
@@ -209,7 +220,7 @@ class SemiImplicit(AbstractAlgorithm):
         if self.recipe.store == "per_sample":
             state.part("delta", SampleStore).write(batch, delta)
         elif self.recipe.store == "batch_slot":
-            state.part("slots", SlotStore).values = delta
+            state.part("slots", SlotStore).values.copy_(delta)
 
     def _bank(self, setup: TrainingSetup) -> SampleStore:
         recipe = self.recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
@@ -25,6 +25,7 @@ from raytrain.core.types import (
     Batch,
     BatchNorm,
     Delta,
+    NotReplayable,
     PerSample,
     StepSize,
     in_pixels,
@@ -76,6 +77,12 @@ class SaddlePoint(AbstractAlgorithm):
             first = losses if first is None else first
         assert first is not None and delta is not None
         return StepResult(first, delta, torch.full_like(batch.labels, self.recipe.replays))
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        if self.recipe.budget == "full":
+            raise NotReplayable("budget=full moves lambda and t on the host")
+        recipe = self.recipe
+        return recipe.decay(state.epoch), self.outer.replay_key(state, recipe.replays)
 
     def measures(self, state: TrainState, batch: Batch) -> dict[str, float]:
         found = super().measures(state, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
@@ -42,6 +43,9 @@ class YopoTraining(AbstractAlgorithm):
         )
         stem = 2 * (recipe.n + 1) * setting.stem_share()
         return recipe.m * (loss.update_fe + stem + weights)
+
+    def replay_key(self, state: TrainState) -> Hashable:
+        return self.outer.replay_key(state, self.recipe.m)
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         recipe, ball = self.recipe, self.ball

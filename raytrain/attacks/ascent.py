@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +17,16 @@ from raytrain.attacks.stopping import NEVER, Probe, Stopping
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import Batch, BatchNorm, Delta, Progress, Spec, StepSize, in_pixels
+from raytrain.core.types import (
+    Batch,
+    BatchNorm,
+    Delta,
+    NotReplayable,
+    Progress,
+    Spec,
+    StepSize,
+    in_pixels,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,16 @@ class ProjectedAscent(Spec):
             return 0.0
         return loss.reference_forwards + 2.0 * loss.inner_forwards * self.steps
 
+    def replay_key(self, progress: Progress) -> Hashable:
+        """All that an attack decides on the host; see `AbstractAlgorithm.replay_key`.
+
+        Raises:
+            NotReplayable: if samples that stop are removed from the batch.
+        """
+        if self.stop.may_stop and self.compact:
+            raise NotReplayable("samples that stop are removed from the batch")
+        return self.start.replay_key(progress), self.stop.replay_key(progress)
+
     def maximise(
         self, oracle: Oracle, threat: AbstractThreatModel, delta: Delta, progress: Progress
     ) -> AttackResult:
@@ -90,7 +110,9 @@ class ProjectedAscent(Spec):
                 )
                 state, stopped = self.stop.update(state, probe)
                 moved = self._moved(threat, here, grad, active, step_size)
-                if stopped is None:
+                if stopped is None and everything:
+                    delta, taken = moved, taken + 1
+                elif stopped is None:
                     delta[rows], taken[rows] = moved, taken[rows] + 1
                 elif self.compact:
                     going = ~stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Annotated, Any, Literal, final
 
 import torch
@@ -33,6 +34,11 @@ class AbstractInit(Spec):
     def remembers(self) -> bool:
         """Whether this start needs a `SampleStore` in the state of the algorithm."""
         return False
+
+    def replay_key(self, progress: Progress) -> Hashable:
+        """All that `delta` takes from `progress`; see `AbstractAlgorithm.replay_key`."""
+        del progress
+        return ()
 
 
 @final

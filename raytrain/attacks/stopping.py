@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
@@ -67,6 +68,10 @@ class AbstractStopping(Spec):
         """Whether an attack may take fewer than its largest number of steps."""
         return True
 
+    def replay_key(self, progress: Progress) -> Hashable:
+        """All that `update` takes from the progress of training; see `AbstractAlgorithm.replay_key`."""
+        return progress
+
     def init(self, batch: Batch) -> StoppingState:
         """The state before the first step, a row for each sample of the batch."""
         del batch
@@ -91,6 +96,9 @@ class Never(AbstractStopping):
     @property
     def may_stop(self) -> bool:
         return False
+
+    def replay_key(self, progress: Progress) -> Hashable:
+        return ()
 
     def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, None]:
         del probe
@@ -145,9 +153,11 @@ class Gap(AbstractStopping):
         gap = threat.gap(delta, grad) if whole else threat.box_gap(delta, grad, probe.images)
         if self.anchor == "start":
             gap = gap + per_sample_dot(probe.start, grad)
-        progress = probe.progress
-        share = progress.epoch if self.per == "epoch" else progress.step
-        return state, gap <= self.threshold(share)
+        return state, gap <= self.replay_key(probe.progress)
+
+    def replay_key(self, progress: Progress) -> float:
+        """The threshold c_t, in nats."""
+        return self.threshold(progress.epoch if self.per == "epoch" else progress.step)
 
 
 NEVER = Never()

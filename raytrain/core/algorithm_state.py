@@ -53,7 +53,7 @@ class Weights:
         self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.values
+        return {name: value.clone() for name, value in self.values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in self.values.items():

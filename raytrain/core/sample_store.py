@@ -127,7 +127,7 @@ class SlotStore:
     def state_dict(self) -> dict[str, Any]:
         """All slots in the order of the global batch: a collective."""
         ranks = self._context.gather(self.values).unflatten(0, (self._context.world, -1))
-        return {"values": ranks.transpose(0, 1).flatten(0, 1).cpu()}
+        return {"values": ranks.transpose(0, 1).flatten(0, 1).clone().cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this worker's slots of `state`, which any number of workers may have written."""

@@ -56,6 +56,10 @@ class WorkersLost(TrainingFailed):
     """A training process has died, which the configuration did not cause: a retry may succeed."""
 
 
+class NotReplayable(RuntimeError):
+    """A training step cannot be recorded once and replayed: the reason, as a clause."""
+
+
 class ModelFailed(RuntimeError):
     """Error raised by the code of a network, possibly on one of several workers only."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -60,6 +61,9 @@ class Awp(DisplacedOuter):
     ] = 0.005
     warmup: Annotated[NonNegativeInt, Field(description="epochs before it begins")] = 0
     steps: Annotated[PositiveInt, Field(description="ascent steps on the weights")] = 1
+
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        return state.epoch < self.warmup, super().replay_key(state, updates)
 
     def update(
         self,

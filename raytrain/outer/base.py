@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
@@ -14,7 +14,7 @@ from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle, Weigh
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Delta, PerSample, Spec
+from raytrain.core.types import Delta, NotReplayable, PerSample, Spec
 
 
 class AbstractOuter(Spec):
@@ -51,12 +51,20 @@ class AbstractOuter(Spec):
         del state, oracle, delta
         return given
 
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        """All that the next so many updates decide on the host; see `AbstractAlgorithm.replay_key`.
+
+        Raises:
+            NotReplayable: with the reason, if its steps cannot be recorded and replayed.
+        """
+        raise NotReplayable(f"outer {self.name} does not define replay_key")
+
     def step(self, state: TrainState, rate: float = 1.0) -> None:
         """Move the weights along the gradients that are in p.grad, with `rate` times the learning rate."""
         groups = state.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
-            group["lr"] *= rate
+            group["lr"] = group["lr"] * rate  # not in place: it may be a tensor
         state.optimizer.step()
         for group, lr in zip(groups, rates, strict=True):
             group["lr"] = lr

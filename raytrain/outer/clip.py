@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -35,6 +36,9 @@ class Clip(AbstractOuter):
     max_norm: Annotated[
         PositiveFloat, Field(description="largest l2 norm of the mean gradient")
     ] = 1.0
+
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        return ()
 
     def step(self, state: TrainState, rate: float = 1.0) -> None:
         torch.nn.utils.clip_grad_norm_(trainable(state.model), self.max_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated
 
 from pydantic import Field
@@ -24,6 +25,9 @@ class DisplacedOuter(AbstractOuter):
     @property
     def displaces_weights(self) -> bool:
         return True
+
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        return self.then.replay_key(state, updates)
 
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         return self.then.memory(setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -30,23 +31,27 @@ class EngmMemory:
     """Fit of weight-gradient norms and running threshold: the same on every worker."""
 
     def __init__(self, device: torch.device) -> None:
-        self.updates = 0
+        self.counts = {"updates": 0, "samples": 0}  # the latter of this epoch
         self.values: dict[str, Scalar] = {}  # gamma1, gamma0, alpha, once they are known
         self.clipped = torch.zeros((), dtype=torch.float64, device=device)  # samples, this epoch
-        self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, **self.values}
+        values = {name: value.clone() for name, value in self.values.items()}
+        return {"updates": self.counts["updates"], **values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
+        self.counts["updates"] = state["updates"]
         device = self.clipped.device
-        self.values = {k: v.to(device) for k, v in state.items() if k != "updates"}
+        self.values = {k: v.to(device).clone() for k, v in state.items() if k != "updates"}
 
     def blend(self, name: str, new: Scalar, keep: float) -> Scalar:
         """Move a running average towards `new`; the first value is `new` itself."""
         old = self.values.get(name)
-        self.values[name] = new if old is None else keep * old + (1 - keep) * new
+        return self.put(name, new if old is None else keep * old + (1 - keep) * new)
+
+    def put(self, name: str, value: Scalar) -> Scalar:
+        """Set a value, in place if there is one."""
+        self.values.setdefault(name, torch.empty_like(value)).copy_(value)
         return self.values[name]
 
 
@@ -164,6 +169,11 @@ class Engm(AbstractOuter):
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         return {"engm": EngmMemory(setup.context.device)}
 
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        memory = state.part("engm", EngmMemory)
+        wait = -memory.counts["updates"] % self.tau  # updates before the next exact measurement
+        return wait if wait < updates else None, tuple(memory.values)
+
     def weights(
         self, state: TrainState, oracle: Oracle, delta: Delta, given: PerSample | None = None
     ) -> PerSample | Weigh | None:
@@ -218,10 +228,10 @@ class Engm(AbstractOuter):
 
     def measures(self, state: TrainState) -> dict[str, float]:
         memory = state.part("engm", EngmMemory)
-        count = torch.tensor(memory.count, dtype=torch.float64, device=memory.clipped.device)
+        count = memory.clipped.new_full((), memory.counts["samples"])
         clipped, count = state.context.total(torch.stack([memory.clipped, count])).tolist()
         memory.clipped.zero_()
-        memory.count = 0
+        memory.counts["samples"] = 0
         found = {f"engm/{name}": float(value) for name, value in memory.values.items()}
         found.pop("engm/floor", None)
         return {"engm/clipped": clipped / max(1.0, count), **found}
@@ -230,7 +240,7 @@ class Engm(AbstractOuter):
         """The weights for these norms of the unweighted losses."""
         memory, context = state.part("engm", EngmMemory), state.context
         norms = norms if given is None else norms * given
-        alpha: Tensor = norms.new_tensor(self.alpha)
+        alpha = norms.new_full((), self.alpha)
         if self.quantile is not None:
             now = context.gather(norms).double().quantile(self.quantile)
             alpha = memory.blend("alpha", now, _KEEP).to(norms.dtype)
@@ -240,9 +250,10 @@ class Engm(AbstractOuter):
             memory.clipped += (weights < 1).sum()
         else:
             weights = alpha / (norms + 1e-12)
-        memory.count += len(norms)
+        memory.counts["samples"] += len(norms)
         if self.renorm:
-            sums = context.total(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
+            count = weights.new_full((), len(weights))
+            sums = context.total(torch.stack([weights.sum(), count]))
             weights = weights * sums[1] / sums[0]
         return weights if given is None else weights * given
 
@@ -253,9 +264,9 @@ class Engm(AbstractOuter):
         if self.estimator == "input":
             return self.kappa * predictor
         memory = state.part("engm", EngmMemory)
-        if memory.updates % self.tau == 0:
+        if memory.counts["updates"] % self.tau == 0:
             self._refit(memory, state, oracle, delta, predictor)
-        memory.updates += 1
+        memory.counts["updates"] += 1
         slope, intercept = memory.values["gamma1"], memory.values["gamma0"]
         predicted = slope * self._scale(predictor) + intercept
         norms = predicted.exp() if self.fit == "loglog" else predicted
@@ -273,7 +284,7 @@ class Engm(AbstractOuter):
     ) -> None:
         """Least squares of exact norms on the predictor, over all workers' probes: a collective."""
         norms = self._exact(oracle, delta, self._probes(len(delta), state.context.world))
-        memory.values["floor"] = state.context.gather(norms).double().min()
+        memory.put("floor", state.context.gather(norms).double().min())
         s = self._scale(norms)
         r = self._scale(predictor[: len(s)])
         ones = torch.ones_like(r)

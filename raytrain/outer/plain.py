@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import ClassVar, Literal, final
 
 from raytrain.core.card import Card
+from raytrain.core.train_state import TrainState
 from raytrain.outer.base import AbstractOuter
 
 
@@ -19,3 +21,6 @@ class Plain(AbstractOuter):
     )
 
     name: Literal["sgd"] = "sgd"
+
+    def replay_key(self, state: TrainState, updates: int = 1) -> Hashable:
+        return ()

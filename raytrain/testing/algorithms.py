@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from raytrain.algorithms import AbstractAlgorithm, AbstractRecipe
 from raytrain.core.cost import CostSetting
 from raytrain.core.network import stem_share
 from raytrain.core.threat_models import THREAT_MODELS, in_box
 from raytrain.core.train_state import TrainState
+from raytrain.core.types import NotReplayable
 from raytrain.outer import OUTERS, AbstractOuter, Awp, Engm, Plain
+from raytrain.testing.recorded import RecordedOperations
 from raytrain.testing.toys import (
     TinyNet,
     ball_of,
@@ -24,6 +29,7 @@ from raytrain.testing.toys import (
     tensors,
     tiny_net,
 )
+from raytrain.training.replay import ReplayedSteps, eager_steps
 
 NORMS = list(THREAT_MODELS)
 EPOCHS = [0, 3]
@@ -136,6 +142,23 @@ class AlgorithmConformance:
         else:
             assert abs(spent - announced) <= 0.5 / (8 * steps) + 1e-9  # fe is rounded
 
+    @pytest.mark.parametrize("outer", OUTERS.own)
+    def test_a_recorded_step_is_the_step_with_every_outer_update(
+        self, recipe: AbstractRecipe, outer: str
+    ) -> None:
+        try:
+            algorithm = recipe.build(ball_of("linf"), outer_of(outer))
+        except ValueError:
+            pytest.skip("they do not go together")
+        schedule = [{}] * (
+            14 if outer == "engm" else 6
+        )  # its rare measurements are recorded apart
+        try:
+            recorded = stepwise(algorithm, recorded=True, scheduled=schedule)
+        except NotReplayable as reason:
+            pytest.skip(str(reason))
+        assert_same_steps(recorded, stepwise(algorithm, recorded=False, scheduled=schedule))
+
     def test_its_card_names_its_source_and_its_own_fields(self, recipe: AbstractRecipe) -> None:
         card = recipe.card
         assert card.paper and card.rule and card.cost and set(card.norms or ()) <= set(NORMS)
@@ -176,6 +199,53 @@ def equal(one: TrainState, other: TrainState) -> bool:
         for state in (one, other)
     ]
     return same(one.model, other.model) and all(map(torch.equal, *momenta))
+
+
+@dataclass
+class Stepwise:
+    """A state after several steps, and the tensors that each of them returned."""
+
+    state: TrainState
+    results: list[list[Tensor]]
+    replayed: int
+
+
+def stepwise(
+    algorithm: AbstractAlgorithm,
+    *,
+    recorded: bool,
+    batch_norm: bool = True,
+    scheduled: Sequence[Mapping[str, float]] = ({},) * 8,
+) -> Stepwise:
+    """Train on other images and at another learning rate in every step, one for each of `scheduled`."""
+    state = state_of(tiny_net(batch_norm=batch_norm), algorithm, num_images=64)
+    (group,) = state.optimizer.param_groups
+    group |= {"lr": torch.tensor(0.1, dtype=torch.float64), "fused": True, "foreach": False}
+    replayed = ReplayedSteps(state, RecordedOperations())
+    steps = replayed if recorded else eager_steps(state)
+    results: list[list[Tensor]] = []
+    for seed, numbers in enumerate(scheduled):
+        group["lr"].fill_(0.1 / (seed + 1))
+        batch = replace(batch_of(8, seed=seed), index=torch.arange(8) + 8 * (seed % 8))
+        result = steps(algorithm, batch, numbers)
+        results.append([result.losses.clone(), result.delta.clone(), result.steps.clone()])
+        state.step += 1
+    return Stepwise(state, results, replayed.replayed)
+
+
+def assert_same_steps(recorded: Stepwise, plain: Stepwise) -> None:
+    """Assert that the recorded steps were replayed, and computed the same bits at the same cost."""
+    assert recorded.replayed > 0 and equal(recorded.state, plain.state)
+    for ours, theirs in zip(recorded.results, plain.results, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    ours, theirs = (
+        dict(tensors({name: part.state_dict() for name, part in one.state.parts.items()}))
+        for one in (recorded, plain)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[path]) for path, value in ours.items())
+    costs = asdict(recorded.state.meter), asdict(plain.state.meter)
+    assert costs[0] == pytest.approx(costs[1], rel=1e-12)
 
 
 def outer_of(name: str) -> AbstractOuter:

@@ -435,7 +435,7 @@ def test_its_memory_and_its_measures_are_those_of_what_follows() -> None:
     state = ready(outer, tiny_net())
     for seed in range(3):
         update(outer, state, batch_of(8, seed=seed))
-    assert state.part("engm", EngmMemory).updates == 3
+    assert state.part("engm", EngmMemory).counts["updates"] == 3
     assert outer.measures(state).keys() == {"engm/clipped", "engm/gamma1", "engm/gamma0"}
     assert awp().measures(ready(awp(), tiny_net())) == {}
 

@@ -470,7 +470,7 @@ def test_a_line_is_fitted_by_least_squares_at_every_tau_th_update_and_blended(
         assert float(memory.values["gamma0"]) == pytest.approx(line[1], rel=1e-9, abs=1e-9)
         assert memory.values["gamma1"].dtype == torch.float64
         assert_near(applied(state.model), mean_of((3.0 / told).clamp(max=1), grads), 1e-9)
-    assert memory.updates == 5
+    assert memory.counts["updates"] == 5
 
 
 def test_exact_norms_are_measured_at_every_tau_th_update_and_at_no_other() -> None:
@@ -857,7 +857,7 @@ def test_measuring_norms_changes_only_the_meter_and_its_own_memory(
     outer = Engm(alpha=1.0, **FOUND[found])
     state = ready(outer, tiny_net(batch_norm=True), lr=0.1)
     update(outer, state, batch_of(8, seed=3), delta=moved(batch_of(8)))
-    memory_of(state).updates = 0
+    memory_of(state).counts["updates"] = 0
     state.model.train(training)
     state.model.norm.eval()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     batch, delta = batch_of(8), moved(batch_of(8))
@@ -1009,7 +1009,7 @@ def test_every_algorithm_runs_with_it_and_an_infinite_alpha_is_no_change(
     told = algorithm_of(EVERY[name], bounded).measures(state, batch_of(8))
     assert 0 < told["engm/clipped"] <= 1
     if FOUND[found]["estimator"] in ("affine", "loss"):
-        assert memory_of(state).updates == UPDATES.get(name, 1)
+        assert memory_of(state).counts["updates"] == UPDATES.get(name, 1)
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("C", "extrapolated"), ("T", "table")])

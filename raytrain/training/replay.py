@@ -1,0 +1,230 @@
+"""Training steps that are recorded once and replayed on new data: each kind of step as one CUDA graph.
+
+A recording fixes addresses of tensors and values of numbers. So batches are copied into static tensors,
+random numbers are drawn beforehand into static tensors, the learning rate is a tensor, and steps whose
+numbers differ (`AbstractAlgorithm.replay_key`) are recorded apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from raytrain.algorithms import AbstractAlgorithm
+from raytrain.core.console import log_line
+from raytrain.core.train_state import StepResult, TrainState
+from raytrain.core.types import AugmentedView, Batch, BatchRandom, NotReplayable
+
+_NUM_EAGER = 2  # steps of a kind before one is recorded: momentum and libraries are set up in them
+_MAX_KINDS = 8  # each holds random numbers and, once recorded, the memory of a step
+
+Step = Callable[[], StepResult]
+Replay = Callable[[], object]
+
+Steps = Callable[[AbstractAlgorithm, Batch, Mapping[str, float | str]], StepResult]
+"""Runs one step: of an algorithm, on a batch, with these numbers of a curriculum."""
+
+
+class Recorder(Protocol):
+    """Runs steps, and records what they do to tensors."""
+
+    def run(self, step: Step) -> StepResult:
+        """Run a step as it will be recorded."""
+        ...
+
+    def record(self, step: Step) -> tuple[Replay, StepResult]:
+        """Run a step and record it. A replay leaves its result in the returned tensors."""
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A part of the state that counts on the host, by as much in every step with the same key."""
+
+    counts: dict[str, int]
+
+
+def eager_steps(state: TrainState) -> Steps:
+    """Return steps that launch their operations one by one."""
+    return lambda algorithm, batch, scheduled: algorithm.step(state, batch)
+
+
+class StaticRandom(BatchRandom):
+    """The random numbers of `BatchRandom`, in tensors that stay where they are.
+
+    What has been drawn for one batch is drawn for the next one by `refill`.
+    """
+
+    def __init__(self, source: BatchRandom) -> None:
+        super().__init__(source.seed, source.width, source.slots, source.device)
+        self._values: dict[tuple[Any, ...], Tensor] = {}
+        self._source = [source]  # none while a step is recorded
+
+    def refill(self, source: BatchRandom) -> None:
+        """Draw for another batch what has been drawn so far."""
+        self._source[:] = [source]
+        for (method, *arguments), values in self._values.items():
+            values.copy_(getattr(source, method)(*arguments))
+
+    def close(self) -> None:
+        """Refuse to draw what has not been drawn before: a recording would fix its values."""
+        self._source.clear()
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        return self._drawn("uniform", purpose, *shape)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return self._drawn("normal", purpose, *shape)
+
+    def integers(self, purpose: str, high: int) -> Tensor:
+        return self._drawn("integers", purpose, high)
+
+    def _drawn(self, method: str, *arguments: Any) -> Tensor:
+        key = (method, *arguments)
+        if key not in self._values:
+            if not self._source:
+                raise NotReplayable(f"a later step draws other random numbers ({arguments[0]})")
+            self._values[key] = getattr(self._source[0], method)(*arguments).clone()
+        return self._values[key]
+
+
+@dataclass
+class _Kind:
+    """Steps with the same key."""
+
+    rng: StaticRandom
+    seen: int = 0
+    recorded: tuple[Replay, StepResult] | None = None
+    counts: list[dict[str, float]] = field(default_factory=list)  # of a step, for each counter
+
+
+class ReplayedSteps:
+    """Run the first steps of every kind, then record one, and replay it from there on."""
+
+    def __init__(self, state: TrainState, recorder: Recorder) -> None:
+        self._state, self._recorder = state, recorder
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._batch: Batch | None = None  # static
+        self.replayed = 0  # steps so far
+
+    def __call__(
+        self, algorithm: AbstractAlgorithm, batch: Batch, scheduled: Mapping[str, float | str]
+    ) -> StepResult:
+        key = algorithm.replay_key(self._state), tuple(scheduled.items())
+        static = self._filled(batch)
+        kind = self._kind(key, batch.rng)
+        kind.rng.refill(batch.rng)
+        kind.seen += 1
+        if kind.recorded is None:
+
+            def step() -> StepResult:
+                return algorithm.step(self._state, replace(static, rng=kind.rng))
+
+            if kind.seen <= _NUM_EAGER:
+                return self._recorder.run(step)
+            return self._record(kind, step)
+        replay, result = kind.recorded
+        for counter, more in zip(_counters(self._state), kind.counts, strict=True):
+            for name, count in more.items():
+                counter[name] += count
+        replay()
+        self.replayed += 1
+        return result
+
+    def _record(self, kind: _Kind, step: Step) -> StepResult:
+        before = [dict(counter) for counter in _counters(self._state)]
+        kind.rng.close()
+        try:
+            kind.recorded = self._recorder.record(step)
+        except RuntimeError as error:
+            for counter, values in zip(_counters(self._state), before, strict=True):
+                counter.update(values)
+            raise NotReplayable(str(error).splitlines()[0]) from error
+        kind.counts = [
+            {name: value - old[name] for name, value in new.items()}
+            for new, old in zip(_counters(self._state), before, strict=True)
+        ]
+        return kind.recorded[1]
+
+    def _kind(self, key: Hashable, rng: BatchRandom) -> _Kind:
+        """The kind of this key; the one that has not been seen for longest makes room for a new one."""
+        kind = self._kinds.pop(key, None)
+        if kind is None:
+            kind = _Kind(StaticRandom(rng))
+            if len(self._kinds) >= _MAX_KINDS:
+                del self._kinds[next(iter(self._kinds))]
+        self._kinds[key] = kind
+        return kind
+
+    def _filled(self, batch: Batch) -> Batch:
+        """The static batch, with the images of this one."""
+        if self._batch is None:
+            self._batch = _copy(batch)
+        static, given = _tensors(self._batch), _tensors(batch)
+        if [one.shape for one in static] != [one.shape for one in given]:
+            raise NotReplayable("batches differ in size")
+        for ours, values in zip(static, given, strict=True):
+            ours.copy_(values)
+        return self._batch
+
+
+class ReplayedWherePossible:
+    """Replayed steps, and eager ones from the first on that cannot be replayed."""
+
+    def __init__(self, state: TrainState, recorder: Recorder) -> None:
+        self._state = state
+        self._steps: Steps = ReplayedSteps(state, recorder)
+
+    def __call__(
+        self, algorithm: AbstractAlgorithm, batch: Batch, scheduled: Mapping[str, float | str]
+    ) -> StepResult:
+        try:
+            return self._steps(algorithm, batch, scheduled)
+        except NotReplayable as reason:
+            log_line(f"raytrain: performance: steps run one by one from here on: {reason}")
+            self._steps = eager_steps(self._state)
+        return self._steps(algorithm, batch, scheduled)
+
+
+def _counters(state: TrainState) -> list[dict[str, Any]]:
+    """What steps count on the host."""
+    parts = [part.counts for part in state.parts.values() if isinstance(part, Counted)]
+    return [vars(state.meter), *parts]
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    view = [] if batch.view is None else [batch.view.top, batch.view.left, batch.view.mirrored]
+    return [batch.images, batch.labels, batch.index, *view]
+
+
+def _copy(batch: Batch) -> Batch:
+    images, labels, index, *view = (one.clone() for one in _tensors(batch))
+    kept = None if batch.view is None else AugmentedView(batch.view.pad, *view)
+    return replace(batch, images=images, labels=labels, index=index, view=kept)
+
+
+class CudaGraphs:
+    """Records steps as CUDA graphs that share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, step: Step) -> StepResult:
+        present = torch.cuda.current_stream()
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            result = step()
+        present.wait_stream(self._stream)
+        return result
+
+    def record(self, step: Step) -> tuple[Replay, StepResult]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = step()
+        graph.replay()
+        return graph.replay, result

@@ -1,0 +1,140 @@
+"""Recorded steps: which are recorded together, what is drawn anew, and what happens where none can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import ball_of, batch_of, rng_of, same, state_of, tiny_net
+from torch import Tensor
+
+from raytrain.algorithms import Dynamic, L2l, Pgd, SiHg, Ssds
+from raytrain.algorithms.base import AbstractAlgorithm
+from raytrain.core.cost import CostSetting
+from raytrain.core.train_state import StepResult, TrainState
+from raytrain.core.types import Batch, NotReplayable
+from raytrain.outer import Engm, Plain
+from raytrain.testing.algorithms import assert_same_steps, built, stepwise
+from raytrain.testing.recorded import RecordedOperations
+from raytrain.training.replay import ReplayedSteps, ReplayedWherePossible, StaticRandom
+
+
+def test_static_random_numbers_are_those_of_each_batch_in_the_same_place() -> None:
+    random = StaticRandom(rng_of(4, seed=0))
+    draws: list[Callable[[Any], Tensor]] = [
+        lambda rng: rng.uniform("start", 1, 2, 2),
+        lambda rng: rng.normal("start", 3),
+        lambda rng: rng.integers("top", 5),
+    ]
+    places = [draw(random).data_ptr() for draw in draws]
+    for seed in range(3):
+        random.refill(rng_of(4, seed=seed))
+        assert all(torch.equal(draw(random), draw(rng_of(4, seed=seed))) for draw in draws)
+        assert [draw(random).data_ptr() for draw in draws] == places
+
+
+def test_numbers_that_were_never_drawn_are_refused_while_a_step_is_recorded() -> None:
+    random = StaticRandom(rng_of(4))
+    random.uniform("start", 2)
+    random.close()
+    random.uniform("start", 2)
+    with pytest.raises(NotReplayable, match="other random numbers"):
+        random.uniform("align", 2)
+
+
+def test_numbers_of_a_curriculum_are_recorded_apart() -> None:
+    # Eight steps: three of each kind until one is recorded.
+    schedule = [{"eps": 0.1}] * 4 + [{"eps": 0.05}] * 4
+    found = stepwise(built(Pgd(steps=1)), recorded=True, scheduled=schedule)
+    assert found.replayed == 2
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        built(L2l(steps=2, hidden=3, phi_every=2)),
+        built(SiHg(mode="B", replays=2)),
+        built(Ssds(order="jacobi", budget="multiplier", replays=2)),
+        built(Dynamic(steps=3, compact=False, c_max=0.05, per="epoch")),
+        Pgd(steps=1).build(ball_of("linf"), Engm(tau=2, chunk=1, quantile=0.5, renorm=True)),
+    ],
+    ids=["l2l-every-2", "si_hg-B", "ssds-multiplier", "dynamic-official", "engm-quantile"],
+)
+def test_steps_that_alternate_are_recorded_one_by_one(algorithm: AbstractAlgorithm) -> None:
+    schedule = [{}] * 10
+    recorded, plain = (
+        stepwise(algorithm, recorded=recorded, scheduled=schedule) for recorded in (True, False)
+    )
+    assert_same_steps(recorded, plain)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reason"),
+    [
+        (built(Dynamic(steps=2)), "removed from the batch"),
+        (built(SiHg(mode="T")), "every sample's gradient"),
+        (built(Ssds(budget="full")), "on the host"),
+    ],
+    ids=["dynamic", "si_hg-T", "ssds-full"],
+)
+def test_what_cannot_be_recorded_says_why_and_is_run_step_by_step(
+    algorithm: AbstractAlgorithm, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NotReplayable, match=reason):
+        stepwise(algorithm, recorded=True)
+    one, other = (state_of(tiny_net(), algorithm) for _ in range(2))
+    steps = ReplayedWherePossible(one, RecordedOperations())
+    for seed in range(3):
+        steps(algorithm, batch_of(8, seed=seed), {})
+        algorithm.step(other, batch_of(8, seed=seed))
+    assert same(one.model, other.model) and one.meter == other.meter
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("raytrain: performance: ") and reason in line
+
+
+class ReadsOnTheHost(AbstractAlgorithm):
+    """Claims that its steps can be recorded, and reads a loss on the host from the third on."""
+
+    def __init__(self) -> None:
+        self.ball, self.outer = ball_of("linf"), Plain()
+
+    def fe_per_image(self, setting: CostSetting) -> float:
+        return 3.0
+
+    def replay_key(self, state: TrainState) -> tuple[()]:
+        return ()
+
+    def step(self, state: TrainState, batch: Batch) -> StepResult:
+        delta = torch.zeros_like(batch.images)
+        oracle = state.oracle(batch, Pgd().cross_entropy(), "eval")
+        if state.step >= 2:
+            float(oracle.losses(delta).sum())
+        losses = self.outer.update(state, oracle, delta)
+        return StepResult(losses, delta, torch.zeros_like(batch.labels))
+
+
+def test_a_step_that_reads_on_the_host_is_run_again_and_counted_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    algorithm = ReadsOnTheHost()
+    one, other = (state_of(tiny_net(), algorithm) for _ in range(2))
+    steps = ReplayedWherePossible(one, RecordedOperations())
+    for seed in range(4):
+        steps(algorithm, batch_of(8, seed=seed), {})
+        algorithm.step(other, batch_of(8, seed=seed))
+        one.step, other.step = seed + 1, seed + 1
+    assert same(one.model, other.model) and one.meter == other.meter
+    assert "one by one from here on" in capsys.readouterr().err
+
+
+def test_kinds_of_steps_do_not_pile_up() -> None:
+    algorithm = built(Pgd(steps=0))
+    state = state_of(tiny_net(), algorithm)
+    steps = ReplayedSteps(state, RecordedOperations())
+    held: list[int] = []
+    for number in range(20):
+        steps(algorithm, batch_of(8), {"eps": 0.01 * number})
+        held.append(len(steps._kinds))
+    assert max(held) == held[-1] == 8
