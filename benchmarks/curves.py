@@ -88,11 +88,11 @@ def measured(params: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     """The rows of one run."""
     import torch
 
+    from raytrain.config.cost_estimate import estimate_cost, is_bound
     from raytrain.config.request import as_run
     from raytrain.core.distributed_context import DistributedContext
     from raytrain.core.types import TrainingFailed
     from raytrain.training.trainer import fit
-    from raytrain.tuning.cost_estimate import estimate_cost, is_bound
 
     torch.set_num_threads(1)
     epoch = as_run({**BASE, "epochs": 1}, params)
