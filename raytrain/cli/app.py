@@ -59,7 +59,7 @@ def train(
 
         file, overrides = split(words)
         with Epochs() as epochs:
-            result = api.train(file, overrides, resume=resume, watch=epochs)
+            result = api.train(file, overrides, resume=resume, watch=epochs, on_step=epochs.step)
         say(train_summary(result), result.json(), as_json)
 
 

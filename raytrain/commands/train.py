@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_ya
 from raytrain.training.trainer import check_resumable, network, preflight
 
 Overrides = Iterable[str] | Mapping[str, Any]
+
+
 Watch = Callable[[RunConfig, EpochMetrics], None]
+
 
 _GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
 
@@ -62,13 +66,15 @@ def train(
     *,
     resume: str | Path | None = None,
     watch: Watch | None = None,
+    on_step: Callable[[RunConfig, float], None] | None = None,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
     mapping of dotted paths. `resume` is the id or the checkpoint folder of a run to continue in the
     same MLflow run, with its own configuration unless another is given. `watch` is called after
-    every epoch.
+    every epoch, `on_step` after every step with the share of training that is done (a training in
+    this process only, not on workers of Ray).
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
@@ -98,15 +104,15 @@ def train(
         write_run_file(run, folder)
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
-        for report in _rows(run, job, on_cluster):
+        for report in _rows(run, job, on_cluster, on_step):
             raise_if_interrupted()
             metrics = report.metrics()
             if report.epoch <= done:
                 continue  # repeated after a restart of the workers
             done = report.epoch
             tracker.log(handle, metrics, done)
-            if report.stopped_by is not None:
-                tracker.tag(handle, {"stopped_by": report.stopped_by})
+            if tags := report.tags():
+                tracker.tag(handle, tags)
             if watch is not None:
                 watch(run, report)
         cluster.close()
@@ -142,12 +148,21 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
         yield True
 
 
-def _rows(run: RunConfig, job: Job, on_cluster: bool) -> Iterator[EpochMetrics]:
+def _rows(
+    run: RunConfig,
+    job: Job,
+    on_cluster: bool,
+    on_step: Callable[[RunConfig, float], None] | None,
+) -> Iterator[EpochMetrics]:
     """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
     if job.resume:
         yield from RecentRows(Path(job.folder)).rows
     if not on_cluster:
-        yield from local_rows(job, local_context(run.device))
+        context = local_context(run.device)
+        if on_step is None:
+            yield from local_rows(job, context)
+        else:
+            yield from local_rows(job, context, partial(on_step, run))
         return
     resources = worker_resources(run)
     group = WorkerGroup(run.workers, resources, "train", run.storage, run.max_failures)

@@ -29,6 +29,7 @@ from raytrain.config.names import (
     check_name,
     check_text,
 )
+from raytrain.config.performance import Performance
 from raytrain.core.network import Precision
 from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
@@ -54,9 +55,10 @@ RUNTIME = frozenset(
         "tracking_uri",
         "registry",
         "checkpoint_every",
+        "performance",
     }
 )
-"""Fields that do not change what a run computes and are not part of its signature."""
+"""Fields that change what a run computes by rounding at most, and are not part of its signature."""
 
 
 class EarlyStop(Spec):
@@ -150,6 +152,9 @@ class RunConfig(Spec):
         bool, Field(description="make the network a version of a registered model in MLflow")
     ] = True
     checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
+    performance: Annotated[
+        Performance, Field(description="how steps are executed: auto, eager, graph or compile")
+    ] = Performance()
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +180,10 @@ class RunConfig(Spec):
             raise ValueError(
                 f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
                 "equally; expected a divisor of it"
+            )
+        if self.performance.mode == "graph" and (self.device == "cpu" or self.workers > 1):
+            raise ValueError(
+                "performance.mode: graph needs a GPU and workers=1; expected auto, eager or compile"
             )
         try:
             self.algorithm.build(self.threat, self.outer)

@@ -43,6 +43,9 @@ class EpochMetrics:
     sentinels: Mapping[str, float] = field(
         default_factory=dict
     )  # readings, where there was a validation
+    images_per_second: float | None = None  # of this epoch, over all workers
+    step_ms: float | None = None  # mean time of a step, milliseconds
+    execution: str = ""  # how steps are executed, and why
 
     def metrics(self) -> dict[str, float]:
         """Return the measured values by flat names for MLflow and Tune."""
@@ -63,12 +66,19 @@ class EpochMetrics:
             "cost/fe_per_sample": self.fe / max(1, self.samples),
             "cost/samples": float(self.samples),
             "cost/seconds": self.seconds,
+            "cost/images_per_second": self.images_per_second,
+            "cost/step_ms": self.step_ms,
         }
         measured = {name: value for name, value in named.items() if value is not None}
         shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
         below = {_below(edge): share for edge, share in shares}
         sentinels = {f"sentinel/{name}": value for name, value in self.sentinels.items()}
         return {**measured, **below, **sentinels, **self.own}
+
+    def tags(self) -> dict[str, str]:
+        """Return what this epoch says about the run: how it is executed, why it ended early."""
+        execution = {"execution": self.execution} if self.epoch == 1 and self.execution else {}
+        return execution | ({} if self.stopped_by is None else {"stopped_by": self.stopped_by})
 
 
 def robust_drop(best: float, robust: float) -> float:
@@ -79,6 +89,9 @@ def robust_drop(best: float, robust: float) -> float:
     """
     return 0.0 if best == 0 else 1 - robust / best
 
+
+TIMED = ("cost/seconds", "cost/images_per_second", "cost/step_ms")
+"""Metrics in which equal runs differ."""
 
 OWN_METRICS = {
     "engm/clipped": "share of samples whose weight is below one (outer engm)",
@@ -113,6 +126,8 @@ METRICS = {
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",
     "cost/seconds": "seconds spent training",
+    "cost/images_per_second": "images trained on per second of the epoch, over all workers",
+    "cost/step_ms": "mean time of a step of the epoch, milliseconds",
     **{
         _below(edge): f"share of training perturbations with FOSC at most {edge:g} nats"
         for edge in FOSC_EDGES

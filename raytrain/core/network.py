@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from raytrain.core.types import BatchNorm, RequestError
+from raytrain.core.types import BatchNorm, Predict, RequestError
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Network = TypeVar("Network", bound=nn.Module)
@@ -31,6 +32,28 @@ def _graph_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _graph_tensors(inner)
+
+
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """A network for gradients of the input alone; the weights and buffers are those of another one.
+
+    A compiled backward pass computes all gradients that its network requires, so that attacks on the
+    trained network would compute those of the weights too.
+    """
+
+    module: nn.Module  # its mode is that of the passes
+    predict: Predict  # `module`, or a compiled form of it
+
+    @classmethod
+    def of(cls, model: nn.Module, compiled: Callable[[nn.Module], Predict]) -> FrozenNetwork:
+        """A frozen copy of `model` that shares its storage, for passes through `compiled(copy)`."""
+        module = copy_of(model)
+        ours = [*model.parameters(), *model.buffers()]
+        for own, shared in zip([*module.parameters(), *module.buffers()], ours, strict=True):
+            own.data = shared.data
+            own.requires_grad_(False)
+        return cls(module, compiled(module))
 
 
 @contextmanager
@@ -53,8 +76,12 @@ def mode(model: nn.Module, bn: BatchNorm) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return bfloat16 autocast for `bf16`, which needs no loss scaling: its range is that of float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Return bfloat16 autocast for `bf16`, which needs no loss scaling: its range is that of float32.
+
+    Converted weights are not cached: every pass uses each once, and a replayed pass must convert anew.
+    """
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -104,9 +131,15 @@ def stem_share(model: nn.Module, image: Tensor) -> float:
             "model.name: this algorithm needs a network with its first layer (stem) apart from the rest, "
             f"and {type(model).__name__} does not"
         )
-    with torch.no_grad(), mode(model, "eval"):
-        with FlopCounterMode(display=False) as stem:
-            model.stem(image)  # pyright: ignore[reportCallIssue]
-        with FlopCounterMode(display=False) as whole:
-            model(image)
-    return stem.get_total_flops() / max(1, whole.get_total_flops())
+    with torch.no_grad(), mode(model, "eval"), FlopCounterMode(display=False) as stem:
+        model.stem(image)  # pyright: ignore[reportCallIssue]
+    return stem.get_total_flops() / max(1, forward_flops(model, image))
+
+
+def forward_flops(model: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of a forward pass of one `image` in eval mode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), mode(model, "eval"), FlopCounterMode(display=False) as whole:
+        model(image)
+    return whole.get_total_flops()

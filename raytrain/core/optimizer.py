@@ -6,7 +6,7 @@ from typing import Annotated, Literal, final
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain.core.registry import OneOf
 from raytrain.core.schedules import SHAPES, AbstractShape, OneCycle
@@ -37,18 +37,24 @@ class Sgd(Spec):
         return self
 
     def build(self, model: nn.Module) -> torch.optim.SGD:
-        """The optimiser over all parameters of `model`."""
+        """The optimiser over all parameters of `model`; on a GPU fused, with a tensor as learning rate."""
+        device = next(model.parameters()).device
+        on_gpu = device.type == "cuda"
         return torch.optim.SGD(
             model.parameters(),
-            lr=self.lr,
+            lr=torch.tensor(self.lr, device=device) if on_gpu else self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
+            fused=True if on_gpu else None,
         )
 
     def set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> float:
         """Set the learning rate of the optimiser at `progress` and return it."""
         rate = self.lr * self.schedule.at(progress)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return rate

@@ -16,7 +16,14 @@ from torch import Tensor, func, nn
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.losses import AbstractLoss, Reference
-from raytrain.core.network import Precision, autocast, mode, trainable, weight_grads
+from raytrain.core.network import (
+    FrozenNetwork,
+    Precision,
+    autocast,
+    mode,
+    trainable,
+    weight_grads,
+)
 from raytrain.core.types import (
     Batch,
     BatchNorm,
@@ -37,6 +44,8 @@ class Oracle:
 
     `wrapper` is the module for weight gradients (the DDP wrapper, or the model itself, whose gradients
     are averaged over the workers of `context` after the pass);
+    `compiled` is a compiled form of it, for passes that are differentiated once;
+    `frozen` is the network for passes without weight gradients (default: the model);
     `attack_bn` is the BatchNorm mode of all passes but those of the weight update, which are in train
     mode.
     """
@@ -49,7 +58,9 @@ class Oracle:
         meter: Meter,
         *,
         attack_bn: BatchNorm,
-        wrapper: nn.Module | None = None,
+        wrapper: Predict | None = None,
+        compiled: Predict | None = None,
+        frozen: FrozenNetwork | None = None,
         context: DistributedContext | None = None,
         precision: Precision = "fp32",
     ) -> None:
@@ -59,6 +70,8 @@ class Oracle:
             0
         )  # of the last inner loss: the network's last output
         self._model, self._wrapper = model, model if wrapper is None else wrapper
+        self._compiled = compiled
+        self._frozen = FrozenNetwork(model, model) if frozen is None else frozen
         self._objective, self._meter = objective, meter
         self._context = DistributedContext() if context is None else context
         self._attack_bn: BatchNorm = attack_bn
@@ -75,7 +88,7 @@ class Oracle:
         if self._held:
             yield
             return
-        with mode(self._model, self._attack_bn):
+        with mode(self._frozen.module, self._attack_bn):
             self._held = True
             try:
                 yield
@@ -87,7 +100,7 @@ class Oracle:
         """The objective's `reference` of the batch, computed in the attack's mode at the first access."""
         if self._reference is None:
             with torch.no_grad(), self.attacking():
-                found = self._objective.reference(self._predictor(self._model), self.batch)
+                found = self._objective.reference(self._attacked, self.batch)
             self._reference = tuple(part.detach() for part in found)
         return self._reference
 
@@ -103,7 +116,7 @@ class Oracle:
     def correct(self, delta: Delta) -> Mask:
         """Whether each sample is still classified as its label at delta."""
         with torch.no_grad(), self.attacking():
-            logits = self._predictor(self._model)(self.batch.images + delta)
+            logits = self._attacked(self.batch.images + delta)
         return logits.argmax(1) == self.batch.labels
 
     def delta_grad(self, delta: Delta, rows: Rows | None = None) -> tuple[PerSample, Delta]:
@@ -128,9 +141,10 @@ class Oracle:
 
     def outer_grad(self, delta: Delta, bn: BatchNorm) -> tuple[PerSample, Delta]:
         """Outer losses and their input gradients, on the bare module in the mode `bn`."""
-        delta = delta.detach().requires_grad_(True)
-        with torch.enable_grad():
-            losses = self._outer(self._model, delta, bn)
+        delta, frozen = delta.detach().requires_grad_(True), self._frozen
+        network = frozen.module if self._objective.nested_gradients else frozen.predict
+        with torch.enable_grad(), mode(frozen.module, bn):
+            losses = self._outer(network, delta)
             (grad,) = torch.autograd.grad(losses.sum(), delta)
         self._meter.input_backwards += len(delta)
         return losses.detach(), grad
@@ -142,7 +156,7 @@ class Oracle:
         delta = delta.detach()
         if callable(weights):
             delta.requires_grad_(True)
-        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        losses, walked = self._trained(self._for_update(weights), delta), self._walked
         weighted, _ = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
         self._backward(weighted.mean())
         self._meter.full_backwards += walked + self._nested
@@ -153,7 +167,7 @@ class Oracle:
     ) -> tuple[PerSample, Delta]:
         """`theta_grad` and d loss_i / d delta_i from one pass, of the outer losses in train mode."""
         delta = delta.detach().requires_grad_(True)
-        losses, walked = self._outer(self._wrapper, delta, "train"), self._walked
+        losses, walked = self._trained(self._for_update(weights), delta), self._walked
         weighted, used = self._weighted(losses, weights, lambda: self._input_grads(losses, delta))
         self._backward(weighted.mean())
         self._meter.full_backwards += walked + self._nested
@@ -167,7 +181,7 @@ class Oracle:
         d delta_i. A later pass through the wrapper averages what was added over the workers.
         """
         delta = delta.detach().requires_grad_(True)
-        losses = self._outer(self._model, delta, "batch_nostat")
+        losses = self._trained(self._model, delta, "batch_nostat")
         (factor * losses.mean()).backward()
         self._meter.full_backwards += self._walked + self._nested
         return _per_sample(delta, None) / factor
@@ -178,7 +192,7 @@ class Oracle:
         The bare module with batch statistics, whose running ones are left alone.
         """
         with torch.enable_grad():
-            losses = self._outer(self._model, delta.detach(), "batch_nostat")
+            losses = self._trained(self._model, delta.detach(), "batch_nostat")
             grads = weight_grads(losses.mean(), self._model)
         self._meter.full_backwards += self._walked + self._nested
         return grads
@@ -222,7 +236,7 @@ class Oracle:
             seams.append((after, after.detach().requires_grad_(True)))
             return self._model.rest(seams[0][1])  # pyright: ignore[reportCallIssue]
 
-        losses, walked = self._outer(staged, delta.detach(), "train"), self._walked
+        losses, walked = self._trained(staged, delta.detach()), self._walked
         ((after, seam),) = seams
         # This pass does not reach the pixels: their gradients cost another one.
         weighted, used = self._weighted(
@@ -276,21 +290,33 @@ class Oracle:
 
     def _inner(self, batch: Batch, delta: Delta, reference: Reference) -> PerSample:
         self._walked = 0
-        predict = self._predictor(self._model)
 
         def recorded(images: Tensor) -> Tensor:
-            logits = predict(images)
+            logits = self._attacked(images)
             self.logits = logits.detach()
             return logits
 
         with self.attacking():
             return self._objective.inner(recorded, batch, delta, reference)
 
-    def _outer(self, module: Predict, delta: Delta, bn: BatchNorm) -> PerSample:
-        reference = self._outer_reference
-        self._walked = 0
+    def _for_update(self, weights: PerSample | Weigh | None) -> Predict:
+        """The network for weight gradients: compiled, unless its pass is differentiated twice.
+
+        torch.compile refuses gradients of gradients, and a second gradient of one pass was found to be
+        wrong with channels last (torch 2.15, CPU).
+        """
+        twice = callable(weights) or self._objective.nested_gradients
+        return self._wrapper if twice or self._compiled is None else self._compiled
+
+    def _trained(self, module: Predict, delta: Delta, bn: BatchNorm = "train") -> PerSample:
+        """The outer losses by `module`, which evaluates the trained network, in the mode `bn`."""
         with mode(self._model, bn):
-            losses = self._objective.outer(self._predictor(module), self.batch, delta, reference)
+            return self._outer(module, delta)
+
+    def _outer(self, module: Predict, delta: Delta) -> PerSample:
+        reference = self._outer_reference  # in its own mode
+        self._walked = 0
+        losses = self._objective.outer(self._predictor(module), self.batch, delta, reference)
         self._meter.input_backwards += self._nested
         return losses
 
@@ -362,12 +388,16 @@ class Oracle:
         self, delta: Delta, bn: BatchNorm, count: int | None
     ) -> Iterator[list[Tensor]]:
         with torch.enable_grad():
-            losses = self._outer(self._model, delta.detach(), bn)
+            losses = self._trained(self._model, delta.detach(), bn)
             walked = self._walked
             for loss in losses[:count]:
                 grads = weight_grads(loss, self._model, retain_graph=True)
                 self._meter.full_backwards += walked + self._nested
                 yield [one[None] for one in grads]
+
+    def _attacked(self, images: Tensor) -> Tensor:
+        """Logits in the mode of the attack."""
+        return self._predictor(self._frozen.predict)(images)
 
     def _predictor(self, module: Predict, precision: Precision | None = None) -> Predict:
         def predict(images: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from raytrain.core.algorithm_state import Stateful
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.losses import AbstractLoss
-from raytrain.core.network import Precision
+from raytrain.core.network import FrozenNetwork, Precision
 from raytrain.core.oracle import Oracle
-from raytrain.core.types import BEGINNING, Batch, BatchNorm, Progress
+from raytrain.core.types import BEGINNING, Batch, BatchNorm, Predict, Progress
 
 P = TypeVar("P")
 
@@ -29,8 +29,10 @@ class TrainState:
     """
 
     model: nn.Module
-    wrapper: nn.Module  # the DDP wrapper, or the model itself
+    wrapper: Predict  # the DDP wrapper, or the model itself
     optimizer: Optimizer
+    compiled: Predict | None = None  # a compiled form of `wrapper`
+    frozen: FrozenNetwork | None = None  # for attacks; None: the model itself
     precision: Precision = "fp32"
     context: DistributedContext = DistributedContext()
     parts: dict[str, Stateful] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class TrainState:
     patience_count: int = 0  # validations since the last one that counted as better
     sentinel_values: dict[str, float] = field(default_factory=dict)  # of the last validation
     stopped_by: str | None = None  # why training ends early
+    execution: str = "eager"  # how steps are executed, and why
     classes: tuple[str, ...] = ()  # names, in the order of the network's outputs
 
     @property
@@ -59,6 +62,8 @@ class TrainState:
             batch,
             self.meter,
             wrapper=self.wrapper,
+            compiled=self.compiled,
+            frozen=self.frozen,
             context=self.context,
             attack_bn=attack_bn,
             precision=self.precision,

@@ -8,7 +8,7 @@ epoch, and a batch holds the same images for any number of workers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +34,7 @@ class SplitShard:
     num_images: int  # over all workers
     context: DistributedContext
     dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,7 +48,8 @@ class SplitShard:
         pixels = self.pixels[rows]
         if view is not None:
             pixels = cut(pixels, view)
-        return Batch(pixels.to(self.dtype) / 255, self.labels[rows], index, rng, view)
+        images = (pixels.to(self.dtype) / 255).contiguous(memory_format=self.memory_format)
+        return Batch(images, self.labels[rows], index, rng, view)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Splits:
 
 
 def open_splits(
-    spec: DataSpec, context: DistributedContext, dtype: torch.dtype = torch.float32
+    spec: DataSpec,
+    context: DistributedContext,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Splits:
     """Read the training set and split it into training and validation, stratified by label.
 
@@ -73,9 +78,11 @@ def open_splits(
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
     validation, training = split_validation(images.labels, spec)
-    return Splits(
-        _part(images, training, context, dtype), _part(images, validation, context, dtype), source
+    train, valid = (
+        replace(_part(images, chosen, context, dtype), memory_format=memory_format)
+        for chosen in (training, validation)
     )
+    return Splits(train, valid, source)
 
 
 def open_source(spec: DataSpec) -> Source:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
@@ -15,6 +15,9 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
 from raytrain.core.files import write_atomically
 from raytrain.training.checkpoint import LAST, ROWS, load
+
+if TYPE_CHECKING:
+    from raytrain.training.trainer import OnStep
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Job:
         return cls(located.model_dump_json(), str(folder.resolve()), resume, until)
 
 
-def local_rows(job: Job, context: DistributedContext) -> Iterator[EpochMetrics]:
+def local_rows(
+    job: Job, context: DistributedContext, on_step: OnStep = lambda share: None
+) -> Iterator[EpochMetrics]:
     """The rows of a job that this process trains alone.
 
     Raises:
@@ -41,14 +46,19 @@ def local_rows(job: Job, context: DistributedContext) -> Iterator[EpochMetrics]:
             process itself is no longer fit for work.
     """
     try:
-        yield from job_rows(job, context, job.resume)
+        yield from job_rows(job, context, job.resume, on_step)
     except Exception as error:
         if is_lost(error):
             raise
         raise as_failure(error) from error
 
 
-def job_rows(job: Job, context: DistributedContext, resume: bool) -> Iterator[EpochMetrics]:
+def job_rows(
+    job: Job,
+    context: DistributedContext,
+    resume: bool,
+    on_step: OnStep = lambda share: None,
+) -> Iterator[EpochMetrics]:
     """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
     from raytrain.training.trainer import fit_and_checkpoint
 
@@ -58,9 +68,8 @@ def job_rows(job: Job, context: DistributedContext, resume: bool) -> Iterator[Ep
     if saved is not None and recent.reached(saved.epoch, job.until):
         return
     note = recent.add if context.leads else None
-    for report in fit_and_checkpoint(
-        RunConfig.model_validate_json(job.run), context, folder, saved, note
-    ):
+    run = RunConfig.model_validate_json(job.run)
+    for report in fit_and_checkpoint(run, context, folder, saved, note, on_step):
         yield report
         if report.progress >= job.until:
             return  # not one epoch further: a paused trial keeps its checkpoint as it is

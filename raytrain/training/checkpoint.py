@@ -125,7 +125,7 @@ def _content(
         "format": _FORMAT,
         "run": run.model_dump_json(),
         "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": _plain(state.optimizer.state_dict()),
         "ema": None if state.ema is None else state.ema.state_dict(),
         "parts": parts,
         "random": randomness,
@@ -207,7 +207,7 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
     saved.check_classes(state.classes)
     try:
         state.model.load_state_dict(content["model"])
-        state.optimizer.load_state_dict(content["optimizer"])
+        _load_optimizer(state.optimizer, content["optimizer"])
         if state.ema is not None:
             state.ema.load_state_dict(content["ema"])
         for name, part in state.parts.items():
@@ -228,6 +228,22 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
         dict(counters.get("seen", {})),
     )
     _set_random_states(content["random"], context)
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's content without tensors among its settings, so that it fits any device."""
+    groups = [{**group, "lr": float(group["lr"])} for group in content["param_groups"]]
+    return {**content, "param_groups": groups}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Load an optimiser's state; how it is executed (`fused`, a tensor as `lr`) stays as it is here."""
+    kept = [
+        {name: group.get(name) for name in ("lr", "fused")} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(content)
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
 
 
 def _kind_of(run: RunConfig) -> str:

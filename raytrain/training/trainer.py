@@ -41,8 +41,10 @@ from raytrain.evaluation.checks import of_answers
 from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
 from raytrain.models import Classifier, check_network, check_single_images
+from raytrain.training.acceleration import accelerate, memory_format, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
+from raytrain.training.replay import Steps
 
 DIVERGED = 1e4
 """A mean loss above this many nats is divergence; uniform guessing among ten classes costs 2.3."""
@@ -71,8 +73,26 @@ class _Sums:
         return loss / samples, steps / samples
 
 
+OnStep = Callable[[float], None]
+"""Called after every step with the share of training that is done."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What stays the same from epoch to epoch."""
+
+    run: RunConfig
+    splits: Splits
+    progress: AbstractProgress
+    steps: Steps
+    on_step: OnStep
+
+
 def fit(
-    run: RunConfig, context: DistributedContext, resume: Saved | None = None
+    run: RunConfig,
+    context: DistributedContext,
+    resume: Saved | None = None,
+    on_step: OnStep = lambda share: None,
 ) -> Iterator[tuple[EpochMetrics, TrainState]]:
     """Train to the end of `run`, yielding once per epoch; iterate on all workers alike.
 
@@ -83,15 +103,17 @@ def fit(
         Diverged: if the loss is not finite or above `DIVERGED`.
     """
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
-    splits = open_splits(run.data, context, dtype)
+    splits = open_splits(run.data, context, dtype, memory_format(run))
     run.check_radius(splits.train.shape)
+    set_up_device(run, context.device)
     state = start(run, splits, context)
     if resume is not None:
         restore(state, resume, context)
         state.stopped_by = run.reason_to_stop(state.patience_count, state.sentinel_values)
     progress = build_progress(run, splits, context)
+    training = _Training(run, splits, progress, accelerate(run, state, splits), on_step)
     while not (progress.is_complete(state) or state.stopped_by):
-        yield _epoch(run, state, progress, splits, context), state
+        yield _epoch(training, state), state
 
 
 def fit_and_checkpoint(
@@ -100,6 +122,7 @@ def fit_and_checkpoint(
     folder: Path,
     resume: Saved | None = None,
     note: Callable[[EpochMetrics], None] | None = None,
+    on_step: OnStep = lambda share: None,
 ) -> Iterator[EpochMetrics]:
     """Run `fit` and write `last.pt` and `best.pt` to `folder`, each before its epoch is yielded.
 
@@ -108,7 +131,7 @@ def fit_and_checkpoint(
     Raises:
         TrainingFailed: on every worker, also if the folder cannot be written.
     """
-    for report, state in fit(run, context, resume):
+    for report, state in fit(run, context, resume, on_step):
         if note is not None:
             note(report)
         if report.improved:
@@ -199,7 +222,7 @@ def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainS
     torch.manual_seed(mix(run.seed, "weights"))
     model = build_model(run, splits.source)
     _check_network(run, model, splits, context)
-    model = model.to(context.device, splits.train.dtype)
+    model = model.to(context.device, splits.train.dtype).to(memory_format=memory_format(run))
     wrapper = context.wrap(model, fixed=not run.model.users)
     torch.manual_seed(mix(run.seed, "dropout", context.rank))
     ema = None
@@ -260,17 +283,13 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
     return model.eval()
 
 
-def _epoch(
-    run: RunConfig,
-    state: TrainState,
-    progress: AbstractProgress,
-    splits: Splits,
-    context: DistributedContext,
-) -> EpochMetrics:
-    began = time.perf_counter()
-    trained = _train(run, state, progress, splits, context)
+def _epoch(training: _Training, state: TrainState) -> EpochMetrics:
+    run, progress, context = training.run, training.progress, state.context
+    began, first = time.perf_counter(), state.step
+    trained = _train(training, state)
     _synchronise(context)
-    state.seconds += time.perf_counter() - began
+    seconds, steps = time.perf_counter() - began, state.step - first
+    state.seconds += seconds
     state.epoch += 1
     context.average_buffers(state.model)
     if state.ema is not None:
@@ -279,7 +298,7 @@ def _epoch(
     own = trained.algorithm.measures(state, trained.batch)
     over = progress.is_complete(state)
     due = state.epoch % run.evaluation.every == 0 or over
-    valid = _validate(run, state, splits.valid, context) if due else _ValidationResult()
+    valid = _validate(run, state, training.splits.valid, context) if due else _ValidationResult()
     meter = state.meter.total(context)
     return EpochMetrics(
         epoch=state.epoch,
@@ -293,6 +312,9 @@ def _epoch(
         fe=meter.fe,
         samples=meter.samples,
         seconds=state.seconds,
+        images_per_second=steps * run.batch_size / seconds,
+        step_ms=1e3 * seconds / steps,
+        execution=state.execution,
         clean=valid.clean,
         robust=valid.robust,
         best=state.best if due else None,
@@ -354,15 +376,10 @@ class _EpochResult:
     rate: float  # of the last step
 
 
-def _train(
-    run: RunConfig,
-    state: TrainState,
-    progress: AbstractProgress,
-    splits: Splits,
-    context: DistributedContext,
-) -> _EpochResult:
+def _train(training: _Training, state: TrainState) -> _EpochResult:
     """Run the steps of one epoch, or fewer if training is complete within it."""
-    source, spec, epoch = splits.source, run.data, state.epoch
+    run, progress, context = training.run, training.progress, state.context
+    source, spec, epoch = training.splits.source, run.data, state.epoch
     pad = source.pad if spec.pad is None else spec.pad
     flip = source.flip if spec.flip is None else spec.flip
     state.model.train()
@@ -372,18 +389,19 @@ def _train(
     algorithm, batch, result, rate = run.algorithm_with({}), None, None, 0.0
     progress.start_epoch(state)
     for done, batch in enumerate(
-        iter_train(splits.train, run.batch_size, run.seed, epoch, pad, flip)
+        iter_train(training.splits.train, run.batch_size, run.seed, epoch, pad, flip)
     ):
         rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
         state.progress = progress.before_step(state, done)
         if (now := run.scheduled(state.progress.step)) != scheduled:
             scheduled, algorithm = now, run.algorithm_with(now)
-        result = algorithm.step(state, batch)
+        result = training.steps(algorithm, batch, scheduled)
         state.step += 1
         state.meter.samples += len(batch)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
         sums.add(result)
+        training.on_step(progress.mid_step_share(state, done))
         if (done + 1) % _CHECK_EVERY == 0:
             _check_finite(sums.means(context)[0], epoch)
         if progress.is_complete(state):

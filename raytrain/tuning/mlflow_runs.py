@@ -57,9 +57,9 @@ class MlflowRuns:
         """More about an epoch that is there."""
         self._tracker.log(handle, metrics, epoch)
 
-    def stopped(self, handle: str, why: str) -> None:
-        """Log that a rule of the run itself ended it, from the trial's last row."""
-        self._tracker.tag(handle, {"stopped_by": why})
+    def tag(self, handle: str, tags: dict[str, str]) -> None:
+        """Log what an epoch says about its run."""
+        self._tracker.tag(handle, tags)
 
     def pause(self, handle: str) -> None:
         """A trial stops for now; `begin` goes on with it."""

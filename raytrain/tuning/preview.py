@@ -8,10 +8,10 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raytrain.config.cost_estimate import estimate_cost, is_bound
 from raytrain.config.run import RunConfig
 from raytrain.training.trainer import preflight
 from raytrain.tuning.choices import check_choices
-from raytrain.tuning.cost_estimate import estimate_cost, is_bound
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.pruners import first_rung
 from raytrain.tuning.space.draws import Draw

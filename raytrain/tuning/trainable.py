@@ -93,7 +93,8 @@ def _row(metrics: dict[str, float], epoch: int, progress: float, final: bool) ->
 
 def _row_of(report: EpochMetrics) -> dict[str, Any]:
     row = _row(report.metrics(), report.epoch, report.progress, final=report.final)
-    return row if report.stopped_by is None else {**row, "stopped_by": report.stopped_by}
+    tags = report.tags()
+    return {**row, "tags": json.dumps(tags)} if tags else row
 
 
 def _as_new() -> None:

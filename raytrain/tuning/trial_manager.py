@@ -267,8 +267,8 @@ class TrialManager:
             live.origin, live.trial.number, epoch, live.progress, live.values, metrics
         )
         self._mlflow_runs.row(self._handle(live), metrics, epoch)
-        if why := result.get("stopped_by"):
-            self._mlflow_runs.stopped(self._handle(live), why)
+        if tags := result.get("tags"):
+            self._mlflow_runs.tag(self._handle(live), json.loads(tags))
         last = {"epoch": epoch, "progress": live.progress, "metrics": metrics}
         live.trial.set_user_attr("last", last)
         self._report(live)

@@ -758,6 +758,7 @@ def test_a_signature_does_not_change_with_where_a_run_happens() -> None:
         "tracking_uri": "u",
         "registry": False,
         "checkpoint_every": 3,
+        "performance": {"mode": "eager", "channels_last": False},
     }
     assert set(elsewhere) == RUNTIME
     assert as_run(elsewhere).signature() == run_of().signature()

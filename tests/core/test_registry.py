@@ -13,13 +13,13 @@ import pytest
 from helpers import ball_of, batch_of, state_of, tiny_net
 
 from raytrain.algorithms import RECIPES, AbstractRecipe, Pgd
+from raytrain.config.cost_estimate import estimate_cost
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.registry import Registry
 from raytrain.core.types import RequestError
 from raytrain.testing import AlgorithmConformance
 from raytrain.training.checkpoint import load
-from raytrain.tuning.cost_estimate import estimate_cost
 from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.search_space import SearchSpace

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.epoch_metrics import TIMED, EpochMetrics
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import TrainingFailed
 from raytrain.data.loader import open_splits
@@ -140,7 +140,7 @@ def run_of(name: str, **changes: Any) -> RunConfig:
 def outcome(reports: list[EpochMetrics], state: TrainState) -> dict[str, Any]:
     """What two ways of computing the same run must agree on, and what each worker did."""
     return {
-        "metrics": [{k: v for k, v in r.metrics().items() if "second" not in k} for r in reports],
+        "metrics": [{k: v for k, v in r.metrics().items() if k not in TIMED} for r in reports],
         "model": {name: value.clone() for name, value in state.model.state_dict().items()},
         "parts": dict(tensors({n: part.state_dict() for n, part in state.parts.items()})),
         "own_gradients": state.meter.input_backwards,

@@ -16,9 +16,9 @@ from test_sentinels import DROP, GAP, Ending, ended, run_of
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
+from raytrain.config.cost_estimate import is_bound
 from raytrain.config.request import as_run
 from raytrain.distributed.jobs import Job
-from raytrain.tuning.cost_estimate import is_bound
 from raytrain.tuning.space.reading import read_space
 from raytrain.tuning.space.settings import CATASTROPHIC, Limit
 from raytrain.tuning.trainable import SingleTrainable
@@ -57,7 +57,11 @@ def stopped_row(epoch: int, value: float, gap: float) -> dict[str, Any]:
     """What a slot hands over when a sentinel ends a trial."""
     result = told(epoch, value, final=True)
     metrics = {**json.loads(result["metrics"]), GAP: gap}
-    return {**result, "metrics": json.dumps(metrics), "stopped_by": "sentinels.stop.fgsm_gap: x"}
+    return {
+        **result,
+        "metrics": json.dumps(metrics),
+        "tags": json.dumps({"stopped_by": "sentinels.stop.fgsm_gap: x"}),
+    }
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
@@ -104,13 +108,13 @@ def test_a_slot_hands_over_why_a_trial_ended(ending: Ending, tmp_path: Path) -> 
     slot = SingleTrainable({"job": job})
     rows = [slot.step() for _ in ending[0]]
     assert [row["final"] for row in rows] == [False] * (len(rows) - 1) + [True]
-    assert rows[-1]["stopped_by"].startswith("sentinels.stop.fgsm_gap: ")
+    assert json.loads(rows[-1]["tags"])["stopped_by"].startswith("sentinels.stop.fgsm_gap: ")
     # Told once more to a driver that died before it learned of it.
     slot.reset_config({"job": Job.of(run_of(sentinels=ending[1]), tmp_path / "trial", True)})
     again = slot.step()
     while not again["done"]:
         again = slot.step()
-    assert again["final"] and again["stopped_by"] == rows[-1]["stopped_by"]
+    assert again["final"] and again["tags"] == rows[-1]["tags"]
     slot.cleanup()
 
 

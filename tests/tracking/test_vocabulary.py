@@ -17,7 +17,7 @@ from raytrain.commands.evaluate import EvalResult, log_evaluation
 from raytrain.commands.final import FinalRow, log_finals
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import METRICS
+from raytrain.core.epoch_metrics import METRICS, EpochMetrics
 from raytrain.data.loader import open_splits
 from raytrain.evaluation.checks import Finding
 from raytrain.evaluation.confidence import Share
@@ -94,6 +94,11 @@ def of_the_sweep(sweep: Launch) -> Recorder:
     return recorder
 
 
+ROW = EpochMetrics(
+    1, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 23, 1, 1.0, stopped_by="early_stop: ...", execution="eager"
+)
+
+
 def record_evaluation(recorder: Any, folder: Path) -> None:
     share = Share(0.5, 0.4, 0.6, 1, 2)
     result = EvalResult(
@@ -121,7 +126,7 @@ def test_every_tag_that_is_written_is_documented_and_the_other_way_round(
     recorder: Any = Recorder()
     runs = MlflowRuns(recorder, "s", tmp_path)
     runs.begin("t0000", as_run(None), {})
-    runs.stopped("t0000", "early_stop: 3 validations without a gain")
+    runs.tag("t0000", ROW.tags())
     runs.end("t0000", "failed", "why")
     record_evaluation(recorder, tmp_path)
     recorder.tag("sweep", sweep_tags(SearchSpace(name="s"), "s"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raytrain.algorithms import RECIPES
+from raytrain.config.performance import Performance
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
@@ -41,6 +42,24 @@ def test_a_gpu_trains_what_a_cpu_trains() -> None:
     # 1e-9: sums over a batch run in another order.
     assert found.loss == pytest.approx(wanted.loss, rel=1e-9)
     assert found.fe == wanted.fe
+
+
+@pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_a_recorded_step_is_the_step(algorithm: str, mode: str) -> None:
+    run = as_run({**SMALL, "precision": "fp64", "algorithm": algorithm, "performance": mode})
+    plain = run.model_copy(update={"performance": Performance(mode="eager")})
+    found, wanted = last(run, "cuda"), last(plain, "cuda")
+    # 1e-6: a GPU adds up in no fixed order.
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert (found.fe, found.samples) == (wanted.fe, wanted.samples)
+
+
+@pytest.mark.parametrize("outer", OUTERS)
+def test_a_recorded_outer_update_is_the_update(outer: str) -> None:
+    run = as_run({**SMALL, "precision": "fp64", "outer": outer, "performance": "graph"})
+    plain = run.model_copy(update={"performance": Performance(mode="eager")})
+    assert last(run, "cuda").loss == pytest.approx(last(plain, "cuda").loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])

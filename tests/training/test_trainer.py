@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import FOSC_EDGES, METRICS, OWN_METRICS, EpochMetrics
+from raytrain.core.epoch_metrics import FOSC_EDGES, METRICS, OWN_METRICS, TIMED, EpochMetrics
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_splits
@@ -57,7 +57,7 @@ def to_the_end(
 
 def numbers(report: EpochMetrics) -> dict[str, float]:
     """The metrics that the clock does not enter."""
-    return {name: v for name, v in report.metrics().items() if name != "cost/seconds"}
+    return {name: v for name, v in report.metrics().items() if name not in TIMED}
 
 
 def content(state: TrainState) -> dict[str, Tensor]:

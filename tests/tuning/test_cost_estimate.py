@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raytrain.algorithms import RECIPES
+from raytrain.config.cost_estimate import estimate_cost, is_bound
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.training.trainer import fit
-from raytrain.tuning.cost_estimate import estimate_cost, is_bound
 
 IMAGES, BATCH = 64, 32
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.config.request import as_run
+from raytrain.core.epoch_metrics import TIMED
 from raytrain.distributed.jobs import Job
 from raytrain.tuning.trainable import SingleTrainable
 
@@ -62,7 +63,8 @@ def rows(slot: SingleTrainable, config: dict[str, Any]) -> list[dict[str, Any]]:
     while not told or not told[-1]["done"]:
         told.append(slot.step())
         metrics = json.loads(told[-1]["metrics"])
-        metrics.pop("cost/seconds", None)
+        for name in TIMED:
+            metrics.pop(name, None)
         told[-1]["metrics"] = metrics
     return told
 

@@ -1,0 +1,217 @@
+"""How a run is executed on its device: memory format, compiled passes, replayed steps.
+
+Results differ from those of plain execution by rounding only.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from raytrain.config.cost_estimate import estimate_cost
+from raytrain.config.performance import Mode
+from raytrain.config.run import RunConfig
+from raytrain.core.console import log_line
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_flops, mode
+from raytrain.core.train_state import TrainState
+from raytrain.core.types import RequestError
+from raytrain.data.catalogue import Source
+from raytrain.data.loader import Splits
+from raytrain.models import ModelSpec
+from raytrain.training.replay import CudaGraphs, ReplayedWherePossible, Steps, eager_steps
+
+_WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
+"""Floating-point operations of a run from which compiling saves more time than it takes: about half an
+hour on one core, about a minute on an H100."""
+
+_WORTH_RECORDING = 100
+"""Steps from which a CUDA graph saves more time than its recording takes."""
+
+_TOLERANCE: dict[Precision, float] = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 0.1}
+"""Relative difference of logits and input gradients of a compiled network that counts as rounding."""
+
+_MAX_COMPILED = 64
+"""Forms of one function: modes of BatchNorm, shapes of batches, trials of a process."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A mode, and why it was chosen."""
+
+    mode: Mode
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.mode} ({self.reason})"
+
+
+def execution(run: RunConfig, splits: Splits, device: torch.device) -> Execution:
+    """Choose how the steps of a run are executed, from its configuration and the kind of device.
+
+    Raises:
+        RequestError: if the mode that is asked for is not possible here.
+    """
+    wanted = run.performance.mode
+    if wanted == "auto":
+        return _chosen(run, splits, device)
+    reasons = {
+        "eager": None,
+        "graph": _why_no_graph(run, device),
+        "compile": _why_not_compiled(device),
+    }
+    if reason := reasons[wanted]:
+        others = [mode for mode, why in reasons.items() if why is None]
+        raise RequestError(
+            f"performance.mode: {wanted} {reason}; expected {', '.join(others)} or auto"
+        )
+    return Execution(wanted, "as configured")
+
+
+def _chosen(run: RunConfig, splits: Splits, device: torch.device) -> Execution:
+    """The mode that is `auto` for a run."""
+    num_images, theirs = splits.train.num_images, run.model.users
+    forward = 0.0 if theirs else _flops_of(run.model.name, splits.source)
+    flops = estimate_cost(run) * num_images * forward
+    length = f"a run of {flops:.0e} floating-point operations"
+    if theirs:
+        reason = "a network of the user's own is not compiled unless asked for"
+    elif flops < _WORTH_COMPILING[device.type]:
+        reason = f"{length} is too short to compile"
+    elif why := _why_not_compiled(device):
+        reason = f"compiling {why}"
+    else:
+        return Execution("compile", length)
+    long = run.epochs * (num_images // run.batch_size) >= _WORTH_RECORDING
+    recorded = long and _why_no_graph(run, device) is None
+    return Execution("graph" if recorded else "eager", reason)
+
+
+def _why_no_graph(run: RunConfig, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    if run.workers > 1:
+        return "needs workers=1, because collectives are not recorded"
+    return None
+
+
+@cache
+def _why_not_compiled(device: torch.device) -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # a kind of torch's own that is not public
+        return "needs a C++ compiler such as g++"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "needs the package triton"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _flops_of(model: str, source: Source) -> int:
+    """Floating-point operations of the forward pass of one image."""
+    with torch.device("meta"):
+        network = ModelSpec(name=model).build(
+            source.channels, source.size, len(source.classes), source.mean, source.std
+        )
+        return forward_flops(network, torch.zeros(1, source.channels, source.size, source.size))
+
+
+def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:
+    """Prepare device, network and optimiser of a run for its mode; return what executes its steps.
+
+    Raises:
+        RequestError: if the mode that is asked for is not possible here.
+    """
+    context = state.context
+    chosen = execution(run, splits, context.device)
+    if context.leads and (chosen.mode != "eager" or run.performance.mode != "auto"):
+        log_line(f"raytrain: performance: {chosen}")
+    steps = steps_in(chosen.mode, state)
+    if state.frozen is not None:
+        images = _probe_images(run, splits, context)
+        if reason := _why_not_the_same(state.frozen, images, state.precision):
+            chosen = Execution("eager", f"the compiled network is not used: {reason}")
+            log_line(f"raytrain: performance: {chosen}")
+            state.frozen = state.compiled = None
+            steps = steps_in("eager", state)
+    state.execution = str(chosen)
+    return steps
+
+
+def _probe_images(run: RunConfig, splits: Splits, context: DistributedContext) -> Tensor:
+    """Random images in the form of a training batch of this worker."""
+    count, train = run.batch_size // run.workers, splits.train
+    images = torch.rand(count, *train.shape, generator=torch.Generator().manual_seed(0))
+    return images.to(context.device, train.dtype).contiguous(memory_format=train.memory_format)
+
+
+def _why_not_the_same(network: FrozenNetwork, images: Tensor, precision: Precision) -> str | None:
+    """Compare logits and input gradients of the compiled network with those of the plain one.
+
+    Both run in eval mode, which is that of most attacks: what is compiled here serves training too.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    try:
+        with mode(network.module, "eval"):
+            for predict in (network.module, network.predict):
+                point = images.clone().requires_grad_(True)
+                with autocast(images.device, precision):
+                    logits = predict(point)
+                (grad,) = torch.autograd.grad(logits.float().square().sum(), point)
+                found.append((logits.detach().float(), grad.float()))
+    except Exception as error:  # of compilers, many kinds
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    for plain, compiled in zip(*found, strict=True):
+        if not (plain - compiled).norm() <= _TOLERANCE[precision] * plain.norm():
+            return "it computes something else"
+    return None
+
+
+def steps_in(how: Mode, state: TrainState) -> Steps:
+    """Prepare a training state for a mode of execution; return what executes its steps.
+
+    Steps are recorded on a GPU with one worker; elsewhere `compile` runs them one by one.
+    """
+    device = state.context.device
+    if how == "compile":
+        if device.type == "cpu":  # a warning that there is no CUDA is none
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        torch._dynamo.config.recompile_limit = _MAX_COMPILED
+        state.frozen = FrozenNetwork.of(state.model, torch.compile)
+        state.compiled = torch.compile(state.wrapper)
+    if how == "eager" or device.type != "cuda" or state.context.world > 1:
+        return eager_steps(state)
+    return ReplayedWherePossible(state, CudaGraphs(device))
+
+
+def set_up_device(run: RunConfig, device: torch.device) -> None:
+    """Set what torch keeps per process: TF32, the choice of convolution algorithms by measurement."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = run.performance.tf32
+        torch.backends.cudnn.allow_tf32 = run.performance.tf32
+    elif run.precision == "bf16" and not _has_bf16_units():
+        log_line(
+            "raytrain: precision: this CPU has no bf16 units and emulates them, many times slower than "
+            "fp32"
+        )
+
+
+def _has_bf16_units() -> bool:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # not known
+    kinds = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, kind, lambda: True)() for kind in kinds)
+
+
+def memory_format(run: RunConfig) -> torch.memory_format:
+    """The order in memory of images and weights."""
+    return torch.channels_last if run.performance.channels_last else torch.contiguous_format
