@@ -49,6 +49,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="id or checkpoint folder of a run to continue")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="show where the time of ten steps goes")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -59,7 +62,14 @@ def train(
 
         file, overrides = split(words)
         with Epochs() as epochs:
-            result = api.train(file, overrides, resume=resume, watch=epochs, on_step=epochs.step)
+            result = api.train(
+                file,
+                overrides,
+                resume=resume,
+                watch=epochs,
+                on_step=epochs.step,
+                profile=profile,
+            )
         say(train_summary(result), result.json(), as_json)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.training.profiling import TABLE, TRACE
 
 if TYPE_CHECKING:
     from raytrain.commands.train import TrainResult
@@ -86,6 +88,9 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
                 table.add_row(name, number(value))
         console = Console()
         console.print(table)
+        if result.profile is not None:
+            console.print(Markdown((result.profile / TABLE).read_text(encoding="utf-8")))
+            line(console, "trace", str(result.profile / TRACE))
         line(console, "checkpoints", str(result.checkpoints))
         line(console, "test set", f"raytrain evaluate {result.run_id}")
         line(console, "MLflow UI", open_ui(result.tracking_uri))

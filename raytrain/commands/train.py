@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
 from raytrain.training.checkpoint import BEST, LAST, load
+from raytrain.training.profiling import StepProfile
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
-from raytrain.training.trainer import check_resumable, network, preflight
+from raytrain.training.trainer import OnStep, check_resumable, network, preflight
 
 Overrides = Iterable[str] | Mapping[str, Any]
 
@@ -54,10 +54,15 @@ class TrainResult:
     metrics: dict[str, float]  # of the last epoch
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
+    profile: Path | None = None  # the folder of the trace and the table of `profile`
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        return {**asdict(self), "checkpoints": str(self.checkpoints), "status": "FINISHED"}
+        paths = {"checkpoints": str(self.checkpoints)}
+        if self.profile is not None:
+            paths["profile"] = str(self.profile)
+        rest = {name: value for name, value in asdict(self).items() if name != "profile"}
+        return {**rest, **paths, "status": "FINISHED"}
 
 
 def train(
@@ -67,6 +72,7 @@ def train(
     resume: str | Path | None = None,
     watch: Watch | None = None,
     on_step: Callable[[RunConfig, float], None] | None = None,
+    profile: bool = False,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
@@ -74,7 +80,8 @@ def train(
     mapping of dotted paths. `resume` is the id or the checkpoint folder of a run to continue in the
     same MLflow run, with its own configuration unless another is given. `watch` is called after
     every epoch, `on_step` after every step with the share of training that is done (a training in
-    this process only, not on workers of Ray).
+    this process only, not on workers of Ray). `profile` leaves a trace and a table of where the
+    time of ten steps goes in the run's folder.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
@@ -93,6 +100,11 @@ def train(
     splits = preflight(run)
     if run.workers == 1 and wanted_cluster() is None:
         local_context(run.device)
+    elif profile:
+        raise RequestError(
+            "--profile: only a training in this process is profiled; expected workers=1 and no "
+            "RAY_ADDRESS"
+        )
     if folder is not None and (folder / LAST).is_file():
         check_resumable(run, load(folder / LAST), splits)
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
@@ -104,7 +116,8 @@ def train(
         write_run_file(run, folder)
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
-        for report in _rows(run, job, on_cluster, on_step):
+        profiled = cluster.enter_context(StepProfile(folder / "profile")) if profile else None
+        for report in _rows(run, job, on_cluster, _followed(run, on_step, profiled)):
             raise_if_interrupted()
             metrics = report.metrics()
             if report.epoch <= done:
@@ -118,7 +131,8 @@ def train(
         cluster.close()
         log_model(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
-    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri)
+    profiles = folder / "profile" if profile else None
+    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
 
 
 def log_model(
@@ -148,21 +162,33 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
         yield True
 
 
+def _followed(
+    run: RunConfig,
+    on_step: Callable[[RunConfig, float], None] | None,
+    profiled: StepProfile | None,
+) -> OnStep:
+    """What is called after every step."""
+
+    def call(share: float) -> None:
+        if on_step is not None:
+            on_step(run, share)
+        if profiled is not None:
+            profiled.step()
+
+    return call
+
+
 def _rows(
     run: RunConfig,
     job: Job,
     on_cluster: bool,
-    on_step: Callable[[RunConfig, float], None] | None,
+    on_step: OnStep,
 ) -> Iterator[EpochMetrics]:
     """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
     if job.resume:
         yield from RecentRows(Path(job.folder)).rows
     if not on_cluster:
-        context = local_context(run.device)
-        if on_step is None:
-            yield from local_rows(job, context)
-        else:
-            yield from local_rows(job, context, partial(on_step, run))
+        yield from local_rows(job, local_context(run.device), on_step)
         return
     resources = worker_resources(run)
     group = WorkerGroup(run.workers, resources, "train", run.storage, run.max_failures)

@@ -24,6 +24,7 @@ from raytrain.core.network import (
     trainable,
     weight_grads,
 )
+from raytrain.core.regions import NETWORK, region
 from raytrain.core.types import (
     Batch,
     BatchNorm,
@@ -127,8 +128,7 @@ class Oracle:
         delta = delta.detach().requires_grad_(True)
         with torch.enable_grad():
             losses = self._inner(batch, delta, reference)
-            # The gradient of the SUM is the per-sample gradient, whatever the batch size.
-            (grad,) = torch.autograd.grad(losses.sum(), delta)
+            grad = _input_grad(losses, delta)
         self._meter.input_backwards += self._walked
         if rows is None:
             self.latest = grad
@@ -145,7 +145,7 @@ class Oracle:
         network = frozen.module if self._objective.nested_gradients else frozen.predict
         with torch.enable_grad(), mode(frozen.module, bn):
             losses = self._outer(network, delta)
-            (grad,) = torch.autograd.grad(losses.sum(), delta)
+            grad = _input_grad(losses, delta)
         self._meter.input_backwards += len(delta)
         return losses.detach(), grad
 
@@ -279,7 +279,8 @@ class Oracle:
 
     def _backward(self, loss: Tensor) -> None:
         """Add the gradient to every p.grad; the sum is averaged over the workers."""
-        loss.backward()
+        with region(NETWORK):
+            loss.backward()
         if self._wrapper is self._model:
             self._context.average_grads(self._model)
 
@@ -335,7 +336,7 @@ class Oracle:
     def _input_grads(self, losses: PerSample, delta: Delta) -> Delta:
         """d loss_i / d delta_i, retaining the graph: delta enters one branch of any objective."""
         self._meter.input_backwards += len(delta)
-        return torch.autograd.grad(losses.sum(), delta, retain_graph=True)[0]
+        return _input_grad(losses, delta, retain_graph=True)
 
     def _grads_of_one(self, delta: Delta, row: Rows) -> list[Tensor]:
         part = tuple(one[row] for one in self._outer_reference)
@@ -403,10 +404,16 @@ class Oracle:
         def predict(images: Tensor) -> Tensor:
             self._meter.forwards += len(images)
             self._walked += len(images)
-            with autocast(images.device, precision or self._precision):
+            with region(NETWORK), autocast(images.device, precision or self._precision):
                 return module(images)
 
         return predict
+
+
+def _input_grad(losses: PerSample, delta: Delta, retain_graph: bool = False) -> Delta:
+    """d loss_i / d delta_i: the gradient of the SUM, whatever the batch size."""
+    with region(NETWORK):
+        return torch.autograd.grad(losses.sum(), delta, retain_graph=retain_graph)[0]
 
 
 def _per_sample(leaf: Tensor, weights: PerSample | None) -> Tensor:

@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.regions import DATA, region
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, RequestError, mix
 from raytrain.data.augment import random_view
@@ -121,7 +122,9 @@ def iter_train(
     slots = slice(context.rank, None, context.world)
     for step, index in enumerate(order[:, slots].to(device)):
         rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, device)
-        yield part.batch(index, rng, random_view(rng, pad, flip))
+        with region(DATA):
+            batch = part.batch(index, rng, random_view(rng, pad, flip))
+        yield batch
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:

@@ -22,6 +22,7 @@ from raytrain.core.epoch_metrics import FOSC_EDGES, EpochMetrics, robust_drop
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import copy_of
 from raytrain.core.oracle import Oracle
+from raytrain.core.regions import STEP, region
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import Batch, BatchRandom, Diverged, RequestError, mix
@@ -395,7 +396,8 @@ def _train(training: _Training, state: TrainState) -> _EpochResult:
         state.progress = progress.before_step(state, done)
         if (now := run.scheduled(state.progress.step)) != scheduled:
             scheduled, algorithm = now, run.algorithm_with(now)
-        result = training.steps(algorithm, batch, scheduled)
+        with region(STEP):
+            result = training.steps(algorithm, batch, scheduled)
         state.step += 1
         state.meter.samples += len(batch)
         if state.ema is not None:
