@@ -6,9 +6,16 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
+
+# MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+]
 
 STEPS = 2  # of PGD: each a pass of the network, as is the update
 
