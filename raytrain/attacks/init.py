@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -17,6 +17,9 @@ from raytrain.core.types import BEGINNING, Batch, Delta, Number, Progress, Spec
 
 class AbstractInit(Spec):
     """The first perturbation of an attack. Always inside the pixel box."""
+
+    uses_progress: ClassVar[bool] = True
+    """Whether `delta` depends on the progress of training."""
 
     kind: Any = None
 
@@ -37,13 +40,14 @@ class AbstractInit(Spec):
 
     def replay_key(self, progress: Progress) -> Hashable:
         """All that `delta` takes from `progress`; see `AbstractAlgorithm.replay_key`."""
-        del progress
-        return ()
+        return progress if self.uses_progress else ()
 
 
 @final
 class Zero(AbstractInit):
     """delta = 0."""
+
+    uses_progress: ClassVar[bool] = False
 
     kind: Literal["zero"] = "zero"
 
@@ -64,6 +68,8 @@ class Uniform(AbstractInit):
 
     l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
     """
+
+    uses_progress: ClassVar[bool] = False
 
     kind: Literal["uniform"] = "uniform"
     radius: Annotated[
@@ -89,6 +95,8 @@ class Gaussian(AbstractInit):
     gradient. The KL that TRADES maximises has no gradient at delta = 0.
     """
 
+    uses_progress: ClassVar[bool] = False
+
     kind: Literal["gaussian"] = "gaussian"
     std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
 
@@ -111,6 +119,8 @@ class Remembered(AbstractInit):
 
     Stored in the run's precision: 4 bytes per pixel and channel of every training image.
     """
+
+    uses_progress: ClassVar[bool] = False
 
     kind: Literal["remembered"] = "remembered"
 
