@@ -213,5 +213,11 @@ def _has_bf16_units() -> bool:
 
 
 def memory_format(run: RunConfig) -> torch.memory_format:
-    """The order in memory of images and weights."""
-    return torch.channels_last if run.performance.channels_last else torch.contiguous_format
+    """The order in memory of images and weights.
+
+    Networks of the user's own may need contiguous features, for `x.view(len(x), -1)`, or have weights
+    of five dimensions, which have no order with channels last.
+    """
+    wanted = run.performance.channels_last
+    last = not run.model.users if wanted is None else wanted
+    return torch.channels_last if last else torch.contiguous_format

@@ -191,6 +191,37 @@ def test_a_compiled_run_trains_what_a_plain_one_trains(precision: str) -> None:
     assert losses["compile"] == pytest.approx(losses["eager"], rel=tolerance)
 
 
+class Viewing(nn.Module):
+    """Takes its features for rows, which channels that lie innermost do not allow."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(144, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().view(len(x), -1))
+
+
+class Volume(Viewing):
+    """Has weights of five dimensions."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.conv = nn.Conv3d(1, 4, (1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])
+
+
+@pytest.mark.parametrize("network", [Viewing, Volume])
+def test_networks_of_the_users_own_get_contiguous_images(network: type[nn.Module]) -> None:
+    given = {"data": {"name": "digits", "train_size": 128}, "epochs": 1, "batch_size": 64}
+    given |= {"evaluation": {"steps": 1}, "algorithm": "fgsm_rs", "device": "cpu"}
+    run = as_run({**given, "model": f"{__name__}:{network.__name__}"})
+    *_, (report, _) = fit(run, DistributedContext())
+    assert math.isfinite(report.loss)
+
+
 @pytest.mark.parametrize("kind", ["raises", "differs"])
 def test_a_network_that_does_not_compile_is_trained_as_it_is(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
