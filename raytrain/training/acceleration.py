@@ -182,9 +182,13 @@ def steps_in(how: Mode, state: TrainState) -> Steps:
     """
     device = state.context.device
     if how == "compile":
+        from torch._inductor import config as inductor
+
         if device.type == "cpu":  # a warning that there is no CUDA is none
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch._dynamo.config.recompile_limit = _MAX_COMPILED
+        # Else compiled dropout has generators of its own, and other masks than plain dropout.
+        inductor.fallback_random = True
         state.frozen = FrozenNetwork.of(state.model, torch.compile)
         state.compiled = torch.compile(state.wrapper)
     if how == "eager" or device.type != "cuda" or state.context.world > 1:

@@ -167,6 +167,30 @@ def test_attacks_on_the_frozen_network_leave_flags_and_gradients_of_the_trained_
         assert value.data_ptr() == theirs[name].data_ptr() and torch.equal(value, theirs[name])
 
 
+def dropout_net(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+
+
+@pytest.mark.slow
+def test_compiled_dropout_drops_what_plain_dropout_drops() -> None:
+    given = {
+        "data": {"name": "digits", "train_size": 128},
+        "model": f"{__name__}:dropout_net",
+        "batch_size": 64,
+        "epochs": 1,
+        "algorithm": "natural",
+        "evaluation": {"steps": 1},
+        "precision": "fp64",
+        "device": "cpu",
+    }
+    found: list[float] = []
+    for mode in ("eager", "compile"):
+        run = as_run({**given, "performance": mode})
+        *_, (report, _) = fit(run, DistributedContext())
+        found.append(report.loss)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_a_compiled_run_trains_what_a_plain_one_trains(precision: str) -> None:
