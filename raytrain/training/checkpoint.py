@@ -237,13 +237,20 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-    """Load an optimiser's state; how it is executed (`fused`, a tensor as `lr`) stays as it is here."""
+    """Load an optimiser's state; how it is executed (`fused`, a tensor as `lr`) stays as it is here.
+
+    So does the order of numbers in memory: a fused update needs that of the weights.
+    """
     kept = [
         {name: group.get(name) for name in ("lr", "fused")} for group in optimizer.param_groups
     ]
     optimizer.load_state_dict(content)
     for group, own in zip(optimizer.param_groups, kept, strict=True):
         group.update(own)
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _kind_of(run: RunConfig) -> str:

@@ -266,6 +266,17 @@ def test_a_run_at_its_end_is_not_resumable(tmp_path: Path) -> None:
             check_resumable(run, load(tmp_path / LAST), preflight(run))
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_momenta_lie_in_memory_as_the_weights_do(last: bool, tmp_path: Path) -> None:
+    run = run_of(model="small_cnn", algorithm="natural", performance={"channels_last": not last})
+    halfway(run, tmp_path / LAST)
+    again = run_of(model="small_cnn", algorithm="natural", performance={"channels_last": last})
+    rows = fit(again, DistributedContext(), load(tmp_path / LAST))
+    _, state = next(rows)
+    for weight, values in state.optimizer.state.items():
+        assert values["momentum_buffer"].stride() == weight.stride()
+
+
 def test_a_resumed_run_goes_on_counting_its_seconds(tmp_path: Path) -> None:
     run = run_of(epochs=3)
     first = halfway(run, tmp_path / LAST)
