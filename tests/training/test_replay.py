@@ -58,9 +58,17 @@ def test_numbers_of_a_curriculum_are_recorded_apart() -> None:
         built(SiHg(mode="B", replays=2)),
         built(Ssds(order="jacobi", budget="multiplier", replays=2)),
         built(Dynamic(steps=3, compact=False, c_max=0.05, per="epoch")),
+        built(Dynamic(steps=3, c_max=-1)),
         Pgd(steps=1).build(ball_of("linf"), Engm(tau=2, chunk=1, quantile=0.5, renorm=True)),
     ],
-    ids=["l2l-every-2", "si_hg-B", "ssds-multiplier", "dynamic-official", "engm-quantile"],
+    ids=[
+        "l2l-every-2",
+        "si_hg-B",
+        "ssds-multiplier",
+        "dynamic-official",
+        "dynamic-never",
+        "engm-quantile",
+    ],
 )
 def test_steps_that_alternate_are_recorded_one_by_one(algorithm: AbstractAlgorithm) -> None:
     schedule = [{}] * 10
