@@ -18,12 +18,13 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.network import FrozenNetwork
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
-from raytrain.data.loader import Splits, open_splits
+from raytrain.data.loader import Splits, SplitShard, open_splits
+from raytrain.data.sources import Source
 from raytrain.models import Classifier, ModelSpec
 from raytrain.outer import Engm
 from raytrain.testing.algorithms import built
 from raytrain.training.acceleration import execution
-from raytrain.training.trainer import fit
+from raytrain.training.trainer import build_model, fit
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
@@ -57,22 +58,44 @@ def large(splits: Splits) -> Splits:
         ({"performance": "graph"}, CUDA, "graph", "as configured"),
         ({"performance": {"mode": "compile"}}, CPU, "compile", "as configured"),
         ({"epochs": 3000, "workers": 2, "batch_size": 64}, CUDA, "eager", "too short"),
-        ({"epochs": 9000, "model": "helpers:net"}, CUDA, "graph", "unless asked for"),
-        ({"epochs": 9000, "model": "helpers:net"}, CPU, "eager", "unless asked for"),
+        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CUDA, "graph", "unless asked for"),
+        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CPU, "eager", "unless asked for"),
     ],
 )
 def test_the_mode_follows_from_device_network_and_length(
     digits: Splits, given: dict[str, Any], device: torch.device, mode: str, reason: str
 ) -> None:
-    chosen = execution(as_run(given), large(digits), device)
+    run = as_run(given)
+    chosen = execution(run, large(digits), device, build_model(run, digits.source))
     assert chosen.mode == mode and reason in chosen.reason
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "torchvision:googlenet", "kwargs": {"aux_logits": False, "init_weights": False}},
+        {"name": "torchvision:regnet_y_400mf"},
+    ],
+    ids=lambda model: model["name"].partition(":")[2],
+)
+def test_the_length_of_a_run_is_that_of_its_own_network(model: dict[str, Any]) -> None:
+    # One needs its arguments, the other cannot be made on torch's device without memory.
+    run, splits = as_run({"model": model}), color_splits()
+    assert execution(run, splits, CPU, build_model(run, splits.source)).mode == "eager"
+
+
+def color_splits() -> Splits:
+    """Two images of 3x32x32."""
+    pixels, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
+    part = SplitShard(pixels, labels, len(labels), DistributedContext())
+    return Splits(part, part, Source("colors", 3, 32, ("a", "b"), (0.5,) * 3, (0.25,) * 3))
 
 
 def test_what_is_asked_for_and_impossible_is_refused(digits: Splits) -> None:
     with pytest.raises(
         RequestError, match="performance.mode: graph needs a CUDA device; expected"
     ):
-        execution(as_run({"performance": "graph"}), digits, CPU)
+        execution(as_run({"performance": "graph"}), digits, CPU, nn.Linear(1, 1))
     for given in ({"device": "cpu"}, {"workers": 2}):
         with pytest.raises(
             RequestError, match="performance.mode: graph needs a GPU and workers=1"
