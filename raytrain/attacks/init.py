@@ -37,12 +37,18 @@ class AbstractInit(Spec):
 
     def replay_key(self, progress: Progress) -> Hashable:
         """All that `delta` takes from `progress`; see `AbstractAlgorithm.replay_key`."""
-        del progress
+        return progress
+
+
+class _Timeless(AbstractInit):
+    """A start that takes nothing from the progress of training."""
+
+    def replay_key(self, progress: Progress) -> Hashable:
         return ()
 
 
 @final
-class Zero(AbstractInit):
+class Zero(_Timeless):
     """delta = 0."""
 
     kind: Literal["zero"] = "zero"
@@ -59,7 +65,7 @@ class Zero(AbstractInit):
 
 
 @final
-class Uniform(AbstractInit):
+class Uniform(_Timeless):
     """delta = random point of the ball scaled by `radius`, clipped to the pixel box.
 
     l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
@@ -82,7 +88,7 @@ class Uniform(AbstractInit):
 
 
 @final
-class Gaussian(AbstractInit):
+class Gaussian(_Timeless):
     """delta = std * N(0, 1), clipped to ball and pixel box.
 
     The start of TRADES and MART (std 0.001), whose public codes do not clip it before the first
@@ -105,7 +111,7 @@ class Gaussian(AbstractInit):
 
 
 @final
-class Remembered(AbstractInit):
+class Remembered(_Timeless):
     """delta = final perturbation of the last attack on the same image (ATTA, Zheng et al. 2020),
     transformed with its crop and flip.
 
