@@ -79,7 +79,8 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Modu
     flops = estimate_cost(run) * num_images * forward
     length = f"a run of {flops:.0e} floating-point operations"
     if theirs:
-        reason = "a network of the user's own is not compiled unless asked for"
+        # A recording would fix what its code decides on the host: a counter, random.random().
+        reason = "a network of the user's own is not compiled or recorded unless asked for"
     elif flops < _WORTH_COMPILING[device.type]:
         reason = f"{length} is too short to compile"
     elif why := _why_not_compiled(device):
@@ -87,7 +88,7 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Modu
     else:
         return Execution("compile", length)
     long = run.epochs * (num_images // run.batch_size) >= _WORTH_RECORDING
-    recorded = long and _why_no_graph(run, device) is None
+    recorded = long and not theirs and _why_no_graph(run, device) is None
     return Execution("graph" if recorded else "eager", reason)
 
 
