@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
@@ -48,7 +49,8 @@ class Learned(AbstractAlgorithm):
     def memory(self, setup: TrainingSetup) -> dict[str, Stateful]:
         attacker = Attacker.seeded(self.recipe, mix(setup.seed, "attacker"))
         attacker = attacker.to(setup.context.device, setup.dtype)
-        optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr, fused=True)
+        # Adam refuses to be recorded unless it is capturable.
+        optimizer = Adam(attacker.parameters(), lr=self.recipe.phi_lr, fused=True, capturable=True)
         parts: dict[str, Stateful] = {"attacker": attacker, "attacker_optimizer": optimizer}
         return {**self.outer.memory(setup), **parts}
 
@@ -110,7 +112,10 @@ class Learned(AbstractAlgorithm):
             state.context.average_grads(attacker)
             if self.recipe.phi_clip > 0:
                 torch.nn.utils.clip_grad_value_(attacker.parameters(), self.recipe.phi_clip)
-            optimizer.step()
+            with warnings.catch_warnings():
+                # Steps that are not recorded take as long.
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+                optimizer.step()
         return found
 
 

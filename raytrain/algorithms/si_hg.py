@@ -178,7 +178,7 @@ class SemiImplicit(AbstractAlgorithm):
         table, oracle = state.part("table", GradientTable), self._oracle(state, batch)
         losses = oracle.losses(delta)
         for parameter, grad in zip(trainable(state.model), table.direction(), strict=True):
-            parameter.grad = grad.to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter).copy_(grad)  # in its order in memory
         self.outer.step(state)
         delta = self._ascent(oracle, batch, delta, self.recipe.m)
         grads = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -17,9 +17,6 @@ from raytrain.core.types import BEGINNING, Batch, Delta, Number, Progress, Spec
 
 class AbstractInit(Spec):
     """The first perturbation of an attack. Always inside the pixel box."""
-
-    uses_progress: ClassVar[bool] = True
-    """Whether `delta` depends on the progress of training."""
 
     kind: Any = None
 
@@ -40,14 +37,19 @@ class AbstractInit(Spec):
 
     def replay_key(self, progress: Progress) -> Hashable:
         """All that `delta` takes from `progress`; see `AbstractAlgorithm.replay_key`."""
-        return progress if self.uses_progress else ()
+        return progress
+
+
+class _Timeless(AbstractInit):
+    """A start that takes nothing from the progress of training."""
+
+    def replay_key(self, progress: Progress) -> Hashable:
+        return ()
 
 
 @final
-class Zero(AbstractInit):
+class Zero(_Timeless):
     """delta = 0."""
-
-    uses_progress: ClassVar[bool] = False
 
     kind: Literal["zero"] = "zero"
 
@@ -63,13 +65,11 @@ class Zero(AbstractInit):
 
 
 @final
-class Uniform(AbstractInit):
+class Uniform(_Timeless):
     """delta = random point of the ball scaled by `radius`, clipped to the pixel box.
 
     l-inf: every pixel U(-eps, eps). l2 and l1: uniform direction, uniform length.
     """
-
-    uses_progress: ClassVar[bool] = False
 
     kind: Literal["uniform"] = "uniform"
     radius: Annotated[
@@ -88,14 +88,12 @@ class Uniform(AbstractInit):
 
 
 @final
-class Gaussian(AbstractInit):
+class Gaussian(_Timeless):
     """delta = std * N(0, 1), clipped to ball and pixel box.
 
     The start of TRADES and MART (std 0.001), whose public codes do not clip it before the first
     gradient. The KL that TRADES maximises has no gradient at delta = 0.
     """
-
-    uses_progress: ClassVar[bool] = False
 
     kind: Literal["gaussian"] = "gaussian"
     std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
@@ -113,14 +111,12 @@ class Gaussian(AbstractInit):
 
 
 @final
-class Remembered(AbstractInit):
+class Remembered(_Timeless):
     """delta = final perturbation of the last attack on the same image (ATTA, Zheng et al. 2020),
     transformed with its crop and flip.
 
     Stored in the run's precision: 4 bytes per pixel and channel of every training image.
     """
-
-    uses_progress: ClassVar[bool] = False
 
     kind: Literal["remembered"] = "remembered"
 

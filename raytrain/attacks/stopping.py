@@ -146,7 +146,7 @@ class Gap(AbstractStopping):
         return self.c_max * left if left else 0.0  # inf * 0 is not a number
 
     def update(self, state: StoppingState, probe: Probe) -> tuple[StoppingState, Mask | None]:
-        if probe.steps == 0:
+        if probe.steps == 0 or not self.may_stop:
             return state, None
         threat, delta, grad = probe.threat, probe.delta, probe.grad
         whole = self.over == "ball"

@@ -27,8 +27,12 @@ class Performance(Spec):
         Field(description="how steps are executed; graph needs a GPU"),
     ] = "auto"
     channels_last: Annotated[
-        bool, Field(description="images and weights in memory with their channels last")
-    ] = True
+        bool | None,
+        Field(
+            description="images and weights in memory with their channels last; default: unless the "
+            "network is your own"
+        ),
+    ] = None
     tf32: Annotated[
         bool, Field(description="float32 products on a GPU with 10 bits of mantissa (TF32)")
     ] = True

@@ -74,13 +74,16 @@ class DistributedContext:
         return values
 
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each tensor over the workers, in one collective."""
+        """The mean of each tensor over the workers, in one collective and in the tensor's order in memory."""
         if self.world == 1:
             return list(values)
         flat = torch.cat([value.flatten() for value in values])
         dist.all_reduce(flat)
         parts = (flat / self.world).split([value.numel() for value in values])
-        return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+        return [
+            torch.empty_like(value).copy_(part.view_as(value))
+            for part, value in zip(parts, values, strict=True)
+        ]
 
     def average_grads(self, model: nn.Module) -> None:
         """Replace every p.grad that was computed without the wrapper by its mean over the workers.

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytrain.config.cost_estimate import estimate_cost
 from raytrain.config.performance import Mode
@@ -22,9 +22,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_flops, mode
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
-from raytrain.data.catalogue import Source
 from raytrain.data.loader import Splits
-from raytrain.models import ModelSpec
 from raytrain.training.replay import CudaGraphs, ReplayedWherePossible, Steps, eager_steps
 
 _WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
@@ -52,15 +50,15 @@ class Execution:
         return f"{self.mode} ({self.reason})"
 
 
-def execution(run: RunConfig, splits: Splits, device: torch.device) -> Execution:
-    """Choose how the steps of a run are executed, from its configuration and the kind of device.
+def execution(run: RunConfig, splits: Splits, device: torch.device, model: nn.Module) -> Execution:
+    """Choose how the steps of a run are executed, from its configuration, network and kind of device.
 
     Raises:
         RequestError: if the mode that is asked for is not possible here.
     """
     wanted = run.performance.mode
     if wanted == "auto":
-        return _chosen(run, splits, device)
+        return _chosen(run, splits, device, model)
     reasons = {
         "eager": None,
         "graph": _why_no_graph(run, device),
@@ -74,14 +72,15 @@ def execution(run: RunConfig, splits: Splits, device: torch.device) -> Execution
     return Execution(wanted, "as configured")
 
 
-def _chosen(run: RunConfig, splits: Splits, device: torch.device) -> Execution:
+def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Module) -> Execution:
     """The mode that is `auto` for a run."""
     num_images, theirs = splits.train.num_images, run.model.users
-    forward = 0.0 if theirs else _flops_of(run.model.name, splits.source)
+    forward = 0.0 if theirs else _flops_of(model, splits)
     flops = estimate_cost(run) * num_images * forward
     length = f"a run of {flops:.0e} floating-point operations"
     if theirs:
-        reason = "a network of the user's own is not compiled unless asked for"
+        # A recording would fix what its code decides on the host: a counter, random.random().
+        reason = "a network of the user's own is not compiled or recorded unless asked for"
     elif flops < _WORTH_COMPILING[device.type]:
         reason = f"{length} is too short to compile"
     elif why := _why_not_compiled(device):
@@ -89,7 +88,7 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device) -> Execution:
     else:
         return Execution("compile", length)
     long = run.epochs * (num_images // run.batch_size) >= _WORTH_RECORDING
-    recorded = long and _why_no_graph(run, device) is None
+    recorded = long and not theirs and _why_no_graph(run, device) is None
     return Execution("graph" if recorded else "eager", reason)
 
 
@@ -114,14 +113,10 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
-def _flops_of(model: str, source: Source) -> int:
+def _flops_of(model: nn.Module, splits: Splits) -> int:
     """Floating-point operations of the forward pass of one image."""
-    with torch.device("meta"):
-        network = ModelSpec(name=model).build(
-            source.channels, source.size, len(source.classes), source.mean, source.std
-        )
-        return forward_flops(network, torch.zeros(1, source.channels, source.size, source.size))
+    weight = next(model.parameters())
+    return forward_flops(model, weight.new_zeros(1, *splits.train.shape))
 
 
 def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:
@@ -131,7 +126,7 @@ def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:
         RequestError: if the mode that is asked for is not possible here.
     """
     context = state.context
-    chosen = execution(run, splits, context.device)
+    chosen = execution(run, splits, context.device, state.model)
     if context.leads and (chosen.mode != "eager" or run.performance.mode != "auto"):
         log_line(f"raytrain: performance: {chosen}")
     steps = steps_in(chosen.mode, state)
@@ -182,9 +177,13 @@ def steps_in(how: Mode, state: TrainState) -> Steps:
     """
     device = state.context.device
     if how == "compile":
+        from torch._inductor import config as inductor
+
         if device.type == "cpu":  # a warning that there is no CUDA is none
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch._dynamo.config.recompile_limit = _MAX_COMPILED
+        # Else compiled dropout has generators of its own, and other masks than plain dropout.
+        inductor.fallback_random = True
         state.frozen = FrozenNetwork.of(state.model, torch.compile)
         state.compiled = torch.compile(state.wrapper)
     if how == "eager" or device.type != "cuda" or state.context.world > 1:
@@ -213,5 +212,11 @@ def _has_bf16_units() -> bool:
 
 
 def memory_format(run: RunConfig) -> torch.memory_format:
-    """The order in memory of images and weights."""
-    return torch.channels_last if run.performance.channels_last else torch.contiguous_format
+    """The order in memory of images and weights.
+
+    Networks of the user's own may need contiguous features, for `x.view(len(x), -1)`, or have weights
+    of five dimensions, which have no order with channels last.
+    """
+    wanted = run.performance.channels_last
+    last = not run.model.users if wanted is None else wanted
+    return torch.channels_last if last else torch.contiguous_format

@@ -20,6 +20,7 @@ from raytrain.core.types import RequestError, TrainingFailed
 LAST, BEST = "last.pt", "best.pt"
 ROWS = "rows.json"  # the last rows, up to the last checkpoint
 _FORMAT = 2
+_EXECUTED = ("lr", "fused", "foreach", "capturable")  # settings that are not those of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,10 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
         if state.ema is not None:
             state.ema.load_state_dict(content["ema"])
         for name, part in state.parts.items():
-            part.load_state_dict(content["parts"][name])
+            if isinstance(part, torch.optim.Optimizer):
+                _load_optimizer(part, content["parts"][name])
+            else:
+                part.load_state_dict(content["parts"][name])
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         # Each holder complains in its own way of a state that is not its own.
         raise RequestError(
@@ -237,13 +241,19 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-    """Load an optimiser's state; how it is executed (`fused`, a tensor as `lr`) stays as it is here."""
-    kept = [
-        {name: group.get(name) for name in ("lr", "fused")} for group in optimizer.param_groups
+    """Load an optimiser's state; its rate and how it is executed stay as they are here.
+
+    So does the order of numbers in memory: a fused update needs that of the weights.
+    """
+    groups = [
+        {**given, **{name: own[name] for name in _EXECUTED if name in own}}
+        for given, own in zip(content["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict(content)
-    for group, own in zip(optimizer.param_groups, kept, strict=True):
-        group.update(own)
+    optimizer.load_state_dict({**content, "param_groups": groups})
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _kind_of(run: RunConfig) -> str:

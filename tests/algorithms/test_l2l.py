@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -746,3 +748,19 @@ def test_the_start_is_uniform_or_with_trades_a_little_noise_unless_one_is_given(
     assert 0 < sizes["trades", True] < 0.01
     assert sizes["adv", False] == sizes["trades", False] == 0
     assert rng_of(8).seed == batch.rng.seed
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_attackers_optimiser_may_be_recorded_on_a_gpu(
+    recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = L2l(steps=2, hidden=3).build(ball_of("linf"), Plain())
+    state = state_of(tiny_net(), algorithm)
+    stream = SimpleNamespace(is_capturing=lambda: recorded)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        algorithm.step(state, batch_of(8))

@@ -7,6 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+from helpers import batch_of, state_of, tiny_net
+
+from raytrain.algorithms import SiHg
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.testing.algorithms import built
 
 FAULTS = """
 import resource, sys
@@ -36,3 +43,24 @@ def test_memory_that_was_freed_is_used_again_without_asking_the_system() -> None
 
     left_alone, kept = faults("alone"), faults("kept")
     assert kept < left_alone / 4
+
+
+def test_averaged_gradients_lie_in_memory_as_the_weights_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    weight = model.weight
+    model(torch.rand(2, 3, 8, 8)).square().sum().backward()
+    assert weight.grad is not None
+    before = weight.grad.clone()
+    DistributedContext(world=2).average_grads(model)
+    assert torch.equal(weight.grad, before) and weight.grad.stride() == weight.stride()
+
+
+def test_gradients_of_a_table_lie_in_memory_as_the_weights_do() -> None:
+    algorithm, model = built(SiHg(mode="T")), tiny_net().to(memory_format=torch.channels_last)
+    state = state_of(model, algorithm)
+    algorithm.step(state, batch_of(8))
+    for weight in model.parameters():
+        assert weight.grad is not None and weight.grad.stride() == weight.stride()

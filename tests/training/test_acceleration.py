@@ -18,12 +18,13 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.network import FrozenNetwork
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
-from raytrain.data.loader import Splits, open_splits
+from raytrain.data.loader import Splits, SplitShard, open_splits
+from raytrain.data.sources import Source
 from raytrain.models import Classifier, ModelSpec
 from raytrain.outer import Engm
 from raytrain.testing.algorithms import built
 from raytrain.training.acceleration import execution
-from raytrain.training.trainer import fit
+from raytrain.training.trainer import build_model, fit
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
@@ -57,22 +58,44 @@ def large(splits: Splits) -> Splits:
         ({"performance": "graph"}, CUDA, "graph", "as configured"),
         ({"performance": {"mode": "compile"}}, CPU, "compile", "as configured"),
         ({"epochs": 3000, "workers": 2, "batch_size": 64}, CUDA, "eager", "too short"),
-        ({"epochs": 9000, "model": "helpers:net"}, CUDA, "graph", "unless asked for"),
-        ({"epochs": 9000, "model": "helpers:net"}, CPU, "eager", "unless asked for"),
+        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CUDA, "eager", "unless asked for"),
+        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CPU, "eager", "unless asked for"),
     ],
 )
 def test_the_mode_follows_from_device_network_and_length(
     digits: Splits, given: dict[str, Any], device: torch.device, mode: str, reason: str
 ) -> None:
-    chosen = execution(as_run(given), large(digits), device)
+    run = as_run(given)
+    chosen = execution(run, large(digits), device, build_model(run, digits.source))
     assert chosen.mode == mode and reason in chosen.reason
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "torchvision:googlenet", "kwargs": {"aux_logits": False, "init_weights": False}},
+        {"name": "torchvision:regnet_y_400mf"},
+    ],
+    ids=lambda model: model["name"].partition(":")[2],
+)
+def test_the_length_of_a_run_is_that_of_its_own_network(model: dict[str, Any]) -> None:
+    # One needs its arguments, the other cannot be made on torch's device without memory.
+    run, splits = as_run({"model": model}), color_splits()
+    assert execution(run, splits, CPU, build_model(run, splits.source)).mode == "eager"
+
+
+def color_splits() -> Splits:
+    """Two images of 3x32x32."""
+    pixels, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
+    part = SplitShard(pixels, labels, len(labels), DistributedContext())
+    return Splits(part, part, Source("colors", 3, 32, ("a", "b"), (0.5,) * 3, (0.25,) * 3))
 
 
 def test_what_is_asked_for_and_impossible_is_refused(digits: Splits) -> None:
     with pytest.raises(
         RequestError, match="performance.mode: graph needs a CUDA device; expected"
     ):
-        execution(as_run({"performance": "graph"}), digits, CPU)
+        execution(as_run({"performance": "graph"}), digits, CPU, nn.Linear(1, 1))
     for given in ({"device": "cpu"}, {"workers": 2}):
         with pytest.raises(
             RequestError, match="performance.mode: graph needs a GPU and workers=1"
@@ -167,6 +190,30 @@ def test_attacks_on_the_frozen_network_leave_flags_and_gradients_of_the_trained_
         assert value.data_ptr() == theirs[name].data_ptr() and torch.equal(value, theirs[name])
 
 
+def dropout_net(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+
+
+@pytest.mark.slow
+def test_compiled_dropout_drops_what_plain_dropout_drops() -> None:
+    given = {
+        "data": {"name": "digits", "train_size": 128},
+        "model": f"{__name__}:dropout_net",
+        "batch_size": 64,
+        "epochs": 1,
+        "algorithm": "natural",
+        "evaluation": {"steps": 1},
+        "precision": "fp64",
+        "device": "cpu",
+    }
+    found: list[float] = []
+    for mode in ("eager", "compile"):
+        run = as_run({**given, "performance": mode})
+        *_, (report, _) = fit(run, DistributedContext())
+        found.append(report.loss)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_a_compiled_run_trains_what_a_plain_one_trains(precision: str) -> None:
@@ -189,6 +236,37 @@ def test_a_compiled_run_trains_what_a_plain_one_trains(precision: str) -> None:
     # fp32: rounding decides the sign of tiny gradients.
     tolerance = {"fp32": 1e-2, "fp64": 1e-9}[precision]
     assert losses["compile"] == pytest.approx(losses["eager"], rel=tolerance)
+
+
+class Viewing(nn.Module):
+    """Takes its features for rows, which channels that lie innermost do not allow."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(144, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().view(len(x), -1))
+
+
+class Volume(Viewing):
+    """Has weights of five dimensions."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.conv = nn.Conv3d(1, 4, (1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])
+
+
+@pytest.mark.parametrize("network", [Viewing, Volume])
+def test_networks_of_the_users_own_get_contiguous_images(network: type[nn.Module]) -> None:
+    given = {"data": {"name": "digits", "train_size": 128}, "epochs": 1, "batch_size": 64}
+    given |= {"evaluation": {"steps": 1}, "algorithm": "fgsm_rs", "device": "cpu"}
+    run = as_run({**given, "model": f"{__name__}:{network.__name__}"})
+    *_, (report, _) = fit(run, DistributedContext())
+    assert math.isfinite(report.loss)
 
 
 @pytest.mark.parametrize("kind", ["raises", "differs"])

@@ -10,11 +10,14 @@ import torch
 from helpers import ball_of, batch_of, rng_of, same, state_of, tiny_net
 from torch import Tensor
 
-from raytrain.algorithms import Dynamic, L2l, Pgd, SiHg, Ssds
+from raytrain.algorithms import Dynamic, L2l, Nested, Pgd, SiHg, Ssds
 from raytrain.algorithms.base import AbstractAlgorithm
+from raytrain.attacks import AbstractInit, ProjectedAscent, Uniform
 from raytrain.core.cost import CostSetting
+from raytrain.core.sample_store import SampleStore
+from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import Batch, NotReplayable
+from raytrain.core.types import BEGINNING, Batch, NotReplayable, Progress
 from raytrain.outer import Engm, Plain
 from raytrain.testing.algorithms import assert_same_steps, built, stepwise
 from raytrain.testing.recorded import RecordedOperations
@@ -58,9 +61,17 @@ def test_numbers_of_a_curriculum_are_recorded_apart() -> None:
         built(SiHg(mode="B", replays=2)),
         built(Ssds(order="jacobi", budget="multiplier", replays=2)),
         built(Dynamic(steps=3, compact=False, c_max=0.05, per="epoch")),
+        built(Dynamic(steps=3, c_max=-1)),
         Pgd(steps=1).build(ball_of("linf"), Engm(tau=2, chunk=1, quantile=0.5, renorm=True)),
     ],
-    ids=["l2l-every-2", "si_hg-B", "ssds-multiplier", "dynamic-official", "engm-quantile"],
+    ids=[
+        "l2l-every-2",
+        "si_hg-B",
+        "ssds-multiplier",
+        "dynamic-official",
+        "dynamic-never",
+        "engm-quantile",
+    ],
 )
 def test_steps_that_alternate_are_recorded_one_by_one(algorithm: AbstractAlgorithm) -> None:
     schedule = [{}] * 10
@@ -127,6 +138,32 @@ def test_a_step_that_reads_on_the_host_is_run_again_and_counted_once(
         one.step, other.step = seed + 1, seed + 1
     assert same(one.model, other.model) and one.meter == other.meter
     assert "one by one from here on" in capsys.readouterr().err
+
+
+class Growing(AbstractInit):
+    """A start whose radius grows with training."""
+
+    kind: str = "growing"
+
+    def delta(
+        self,
+        threat: AbstractThreatModel,
+        batch: Batch,
+        store: SampleStore | None = None,
+        progress: Progress = BEGINNING,
+    ) -> Tensor:
+        return Uniform(radius=0.1 + progress.step).delta(threat, batch, store, progress)
+
+
+def test_a_start_of_ones_own_is_not_replayed_at_another_progress() -> None:
+    attack = ProjectedAscent(start=Growing(), steps=0, step_size="eps", bn="eval")
+    algorithm = Nested(ball_of("linf"), attack, Plain())
+    one, other = (state_of(tiny_net(), algorithm) for _ in range(2))
+    steps = ReplayedSteps(one, RecordedOperations())
+    for seed in range(6):
+        one.progress = other.progress = Progress(step=seed / 6)
+        found = steps(algorithm, batch_of(8, seed=seed), {})
+        assert torch.equal(found.delta, algorithm.step(other, batch_of(8, seed=seed)).delta)
 
 
 def test_kinds_of_steps_do_not_pile_up() -> None:

@@ -266,6 +266,31 @@ def test_a_run_at_its_end_is_not_resumable(tmp_path: Path) -> None:
             check_resumable(run, load(tmp_path / LAST), preflight(run))
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_momenta_lie_in_memory_as_the_weights_do(last: bool, tmp_path: Path) -> None:
+    run = run_of(model="small_cnn", algorithm="natural", performance={"channels_last": not last})
+    halfway(run, tmp_path / LAST)
+    again = run_of(model="small_cnn", algorithm="natural", performance={"channels_last": last})
+    rows = fit(again, DistributedContext(), load(tmp_path / LAST))
+    _, state = next(rows)
+    for weight, values in state.optimizer.state.items():
+        assert values["momentum_buffer"].stride() == weight.stride()
+
+
+def test_an_attacker_of_an_older_version_goes_on_as_it_is_trained_now(tmp_path: Path) -> None:
+    run = run_of(algorithm={"name": "l2l", "steps": 1, "hidden": 2})
+    halfway(run, tmp_path / LAST)
+    saved = load(tmp_path / LAST)
+    optimizer = saved.content["parts"]["attacker_optimizer"]
+    for group in optimizer["param_groups"]:
+        group |= {"fused": None, "capturable": False}
+    found, state = to_the_end(run, saved)
+    part = state.part("attacker_optimizer", torch.optim.Adam)
+    assert all(group["fused"] and group["capturable"] for group in part.param_groups)
+    wanted, _ = to_the_end(run, load(tmp_path / LAST))
+    assert [numbers(report) for report in found] == [numbers(report) for report in wanted]
+
+
 def test_a_resumed_run_goes_on_counting_its_seconds(tmp_path: Path) -> None:
     run = run_of(epochs=3)
     first = halfway(run, tmp_path / LAST)
