@@ -116,6 +116,7 @@ def train(
         write_run_file(run, folder)
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
+        tagged: dict[str, str] = {}
         profiled = cluster.enter_context(StepProfile(folder / "profile")) if profile else None
         for report in _rows(run, job, on_cluster, _followed(run, on_step, profiled)):
             raise_if_interrupted()
@@ -124,8 +125,9 @@ def train(
                 continue  # repeated after a restart of the workers
             done = report.epoch
             tracker.log(handle, metrics, done)
-            if tags := report.tags():
+            if (tags := report.tags()) != tagged:
                 tracker.tag(handle, tags)
+                tagged = tags
             if watch is not None:
                 watch(run, report)
         cluster.close()

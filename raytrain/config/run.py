@@ -210,9 +210,14 @@ class RunConfig(Spec):
 
     def scheduled(self, progress: float) -> dict[str, float | str]:
         """Return the values of the curriculum's numbers at a share of training."""
-        return {
+        values = {
             name: ramp.at(progress, self._configured(name), self.threat.eps)
             for name, ramp in self.curriculum.items()
+        }
+        whole = {name for name in values if isinstance(getattr(self.algorithm, name, None), int)}
+        return {
+            name: round(value) if name in whole and isinstance(value, float) else value
+            for name, value in values.items()
         }
 
     def algorithm_with(self, scheduled: Mapping[str, float | str]) -> AbstractAlgorithm:
@@ -221,9 +226,6 @@ class RunConfig(Spec):
         if "eps" in given:
             threat = type(threat).model_validate({**threat.model_dump(), "eps": given.pop("eps")})
         if given:
-            for name, value in given.items():
-                if isinstance(getattr(recipe, name), int) and isinstance(value, float):
-                    given[name] = round(value)
             recipe = type(recipe).model_validate({**recipe.model_dump(), **given})
         return recipe.build(threat, self.outer)
 

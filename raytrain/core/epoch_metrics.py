@@ -77,7 +77,7 @@ class EpochMetrics:
 
     def tags(self) -> dict[str, str]:
         """Return what this epoch says about the run: how it is executed, why it ended early."""
-        execution = {"execution": self.execution} if self.epoch == 1 and self.execution else {}
+        execution = {"execution": self.execution} if self.execution else {}
         return execution | ({} if self.stopped_by is None else {"stopped_by": self.stopped_by})
 
 

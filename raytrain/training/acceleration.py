@@ -23,6 +23,7 @@ from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_fl
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits
+from raytrain.models import ModelSpec
 from raytrain.training.replay import CudaGraphs, ReplayedWherePossible, Steps, eager_steps
 
 _WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
@@ -75,7 +76,7 @@ def execution(run: RunConfig, splits: Splits, device: torch.device, model: nn.Mo
 def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Module) -> Execution:
     """The mode that is `auto` for a run."""
     num_images, theirs = splits.train.num_images, run.model.users
-    forward = 0.0 if theirs else _flops_of(model, splits)
+    forward = 0.0 if theirs else _flops_of(run.model, model, splits.train.shape)
     flops = estimate_cost(run) * num_images * forward
     length = f"a run of {flops:.0e} floating-point operations"
     if theirs:
@@ -113,10 +114,16 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def _flops_of(model: nn.Module, splits: Splits) -> int:
+_FLOPS: dict[tuple[str, tuple[int, ...]], int] = {}  # counted once per process: trials share them
+
+
+def _flops_of(spec: ModelSpec, model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Floating-point operations of the forward pass of one image."""
-    weight = next(model.parameters())
-    return forward_flops(model, weight.new_zeros(1, *splits.train.shape))
+    key = spec.model_dump_json(), shape
+    if key not in _FLOPS:
+        weight = next(model.parameters())
+        _FLOPS[key] = forward_flops(model, weight.new_zeros(1, *shape))
+    return _FLOPS[key]
 
 
 def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:

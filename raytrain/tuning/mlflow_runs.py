@@ -25,6 +25,7 @@ class MlflowRuns:
         # The last trainings of a sweep lie in a folder of it, in a study that is named after both.
         self._sweep = sweep.removesuffix(f"-{folder.name}")
         self._kind: provenance.Kind = "trial" if self._sweep == sweep else "final"
+        self._tags: dict[str, dict[str, str]] = {}  # the last ones that epochs gave
 
     def begin(self, handle: str, run: RunConfig, values: Mapping[str, Any]) -> None:
         """A trial begins, or goes on: its run is opened once, with what varies in its name."""
@@ -58,8 +59,10 @@ class MlflowRuns:
         self._tracker.log(handle, metrics, epoch)
 
     def tag(self, handle: str, tags: dict[str, str]) -> None:
-        """Log what an epoch says about its run."""
-        self._tracker.tag(handle, tags)
+        """Log what an epoch says about its run, unless the one before said so too."""
+        if self._tags.get(handle) != tags:
+            self._tracker.tag(handle, tags)
+            self._tags[handle] = tags
 
     def pause(self, handle: str) -> None:
         """A trial stops for now; `begin` goes on with it."""
