@@ -143,7 +143,8 @@ class ReplayedSteps:
         except RuntimeError as error:
             for counter, values in zip(_counters(self._state), before, strict=True):
                 counter.update(values)
-            raise NotReplayable(str(error).splitlines()[0]) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NotReplayable(reason) from error
         kind.counts = [
             {name: value - old[name] for name, value in new.items()}
             for new, old in zip(_counters(self._state), before, strict=True)
@@ -186,6 +187,7 @@ class ReplayedWherePossible:
             return self._steps(algorithm, batch, scheduled)
         except NotReplayable as reason:
             log_line(f"raytrain: performance: steps run one by one from here on: {reason}")
+            self._state.execution += f"; steps run one by one: {reason}"
             self._steps = eager_steps(self._state)
         return self._steps(algorithm, batch, scheduled)
 

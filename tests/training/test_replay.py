@@ -138,6 +138,7 @@ def test_a_step_that_reads_on_the_host_is_run_again_and_counted_once(
         one.step, other.step = seed + 1, seed + 1
     assert same(one.model, other.model) and one.meter == other.meter
     assert "one by one from here on" in capsys.readouterr().err
+    assert "one by one: " in one.execution and other.execution == "eager"
 
 
 class Growing(AbstractInit):
