@@ -51,6 +51,10 @@ class TestEveryAlgorithm(AlgorithmConformance):
     def recipe(self, request: pytest.FixtureRequest) -> AbstractRecipe:
         return INSTANCES[request.param]
 
+    test_a_recorded_step_is_the_step_with_every_outer_update = pytest.mark.slow(
+        AlgorithmConformance.test_a_recorded_step_is_the_step_with_every_outer_update
+    )
+
     def largest_norm(self, recipe: AbstractRecipe) -> float:
         return 1 + recipe.k if isinstance(recipe, NFgsm) else 1.0  # it leaves the ball on purpose
 

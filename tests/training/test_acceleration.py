@@ -243,6 +243,7 @@ def test_a_network_that_does_not_compile_is_trained_as_it_is(
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_networks_of_raytrain_compile_without_a_break_in_every_mode() -> None:
     for name in ("small_cnn", "preact_resnet18"):
         model = ModelSpec(name=name).build(3, 32, 10, (0.5,) * 3, (0.25,) * 3)
