@@ -55,7 +55,7 @@ def execution(run: RunConfig, splits: Splits, device: torch.device, model: nn.Mo
     """Choose how the steps of a run are executed, from its configuration, network and kind of device.
 
     Raises:
-        RequestError: if the mode that is asked for is not possible here.
+        RequestError: if the configured mode is not possible here.
     """
     wanted = run.performance.mode
     if wanted == "auto":
@@ -81,7 +81,7 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Modu
     length = f"a run of {flops:.0e} floating-point operations"
     if theirs:
         # A recording would fix what its code decides on the host: a counter, random.random().
-        reason = "a network of the user's own is not compiled or recorded unless asked for"
+        reason = "a network of the user's own is compiled or recorded only where configured"
     elif flops < _WORTH_COMPILING[device.type]:
         reason = f"{length} is too short to compile"
     elif why := _why_not_compiled(device):
@@ -130,7 +130,7 @@ def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:
     """Prepare device, network and optimiser of a run for its mode; return what executes its steps.
 
     Raises:
-        RequestError: if the mode that is asked for is not possible here.
+        RequestError: if the configured mode is not possible here.
     """
     context = state.context
     chosen = execution(run, splits, context.device, state.model)

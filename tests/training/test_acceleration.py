@@ -58,8 +58,18 @@ def large(splits: Splits) -> Splits:
         ({"performance": "graph"}, CUDA, "graph", "as configured"),
         ({"performance": {"mode": "compile"}}, CPU, "compile", "as configured"),
         ({"epochs": 3000, "workers": 2, "batch_size": 64}, CUDA, "eager", "too short"),
-        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CUDA, "eager", "unless asked for"),
-        ({"epochs": 9000, "model": f"{__name__}:dropout_net"}, CPU, "eager", "unless asked for"),
+        (
+            {"epochs": 9000, "model": f"{__name__}:dropout_net"},
+            CUDA,
+            "eager",
+            "only where configured",
+        ),
+        (
+            {"epochs": 9000, "model": f"{__name__}:dropout_net"},
+            CPU,
+            "eager",
+            "only where configured",
+        ),
     ],
 )
 def test_the_mode_follows_from_device_network_and_length(
