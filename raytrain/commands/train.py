@@ -30,6 +30,7 @@ from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
+from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
 from raytrain.training.profiling import StepProfile
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
@@ -58,11 +59,9 @@ class TrainResult:
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        paths = {"checkpoints": str(self.checkpoints)}
-        if self.profile is not None:
-            paths["profile"] = str(self.profile)
-        rest = {name: value for name, value in asdict(self).items() if name != "profile"}
-        return {**rest, **paths, "status": "FINISHED"}
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        paths = {name: str(value) for name, value in values.items() if isinstance(value, Path)}
+        return {**values, **paths, "status": "FINISHED"}
 
 
 def train(
@@ -99,7 +98,7 @@ def train(
     run = as_run(config, overrides)
     splits = preflight(run)
     if run.workers == 1 and wanted_cluster() is None:
-        local_context(run.device)
+        check_mode(run, local_context(run.device).device)
     elif profile:
         raise RequestError(
             "--profile: only a training in this process is profiled; expected workers=1 and no "
@@ -133,7 +132,7 @@ def train(
         cluster.close()
         log_model(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
-    profiles = folder / "profile" if profile else None
+    profiles = folder / "profile" if profiled is not None and profiled.written else None
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
 
 

@@ -170,12 +170,16 @@ def concurrent_trials(run: RunConfig, wanted: int | None) -> int:
     """How many trials of `run.workers` workers fit the cluster at once, at most `wanted`.
 
     Raises:
-        RequestError: if not even one fits.
+        RequestError: if not even one fits, or it needs a GPU and there is none.
     """
     import ray
 
     have = ray.cluster_resources()
     each = worker_resources(run)
+    if run.performance.mode == "graph" and not each["GPU"]:
+        raise RequestError(
+            "performance.mode: graph needs a GPU and the cluster has none; expected auto, eager or compile"
+        )
     fits = int(min(have.get(name, 0) / need for name, need in each.items() if need) + 1e-9)
     trials = fits // run.workers
     if trials == 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from raytrain.core.console import log_line
 from raytrain.core.files import write_atomically
 from raytrain.core.regions import DATA, NETWORK, STEP
 
@@ -33,7 +34,8 @@ class StepProfile:
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines of its own on stderr
-        self._folder, self._seen = folder, 0
+        self._folder, self._seen, self._runs = folder, 0, False
+        self.written = False  # whether there was a step to profile
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -48,14 +50,20 @@ class StepProfile:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if _NUM_SKIPPED < self._seen < _NUM_SKIPPED + _NUM_STEPS:
+        if self._runs:
             self._finish()
+        if not self.written:
+            log_line(
+                f"raytrain: --profile: nothing was profiled: this training had {self._seen} steps, and a "
+                f"profile begins with step {_NUM_SKIPPED + 1}"
+            )
 
     def step(self) -> None:
         """A step has ended."""
         self._seen += 1
         if self._seen == _NUM_SKIPPED:
             self._profiler.start()
+            self._runs = True
         elif self._seen == _NUM_SKIPPED + _NUM_STEPS:
             self._finish()
 
@@ -63,10 +71,14 @@ class StepProfile:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profiler.stop()
+        self._runs = False
+        if self._seen == _NUM_SKIPPED:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self._folder / TRACE))
         text = table(self._profiler.events() or (), self._seen - _NUM_SKIPPED)
         write_atomically(self._folder / TABLE, text)
+        self.written = True
 
 
 def table(events: Iterable[Any], steps: int) -> str:

@@ -547,3 +547,11 @@ def test_the_api_and_the_command_train_the_same(home: Path, here: Path) -> None:
         assert result.metrics[name] == pytest.approx(told["metrics"][name], rel=1e-3)
     with pytest.raises(RequestError, match=r"^epoch: "):
         raytrain.train({"epoch": 3})
+
+
+def test_a_mode_that_needs_a_gpu_is_refused_before_anything_is_recorded(here: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = CliRunner().invoke(app, ["train", "performance=graph"])
+    assert result.exit_code == 2 and "performance.mode: graph needs a CUDA device" in result.stderr
+    assert not (here / "mlflow.db").exists()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from raytrain.cli.app import app
@@ -42,6 +43,16 @@ def test_without_the_option_nothing_is_profiled(here: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--json", *words])
     found = json.loads(result.stdout)
     assert "profile" not in found and not (Path(found["checkpoints"]) / "profile").exists()
+
+
+@pytest.mark.parametrize("images", [64, 160])  # two steps, and exactly as many as are left out
+def test_a_training_too_short_for_a_profile_says_so(here: Path, images: int) -> None:
+    words = (f"data.train_size={images}", "batch_size=32", "algorithm.steps=1", "epochs=1")
+    for more in ((), ("--json",)):
+        result = CliRunner().invoke(app, ["train", "--profile", *words, *more])
+        assert result.exit_code == 0 and "nothing was profiled" in result.stderr, result.output
+    assert "profile" not in json.loads(result.stdout)
+    assert not torch.autograd.profiler._is_profiler_enabled
 
 
 def test_only_a_training_in_this_process_is_profiled(here: Path) -> None:

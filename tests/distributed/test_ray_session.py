@@ -140,6 +140,19 @@ def test_trials_are_as_many_as_fit_the_cluster_and_none_is_refused(
         concurrent_trials(run, wanted)
 
 
+def test_steps_that_need_a_gpu_are_refused_on_a_cluster_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    run = as_run({"performance": "graph"})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4, "GPU": 2})
+    assert concurrent_trials(run, None) == 2
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4})
+    with pytest.raises(RequestError, match="performance.mode: graph needs a GPU"):
+        concurrent_trials(run, None)
+
+
 @pytest.mark.ray
 def test_ray_starts_with_its_token_also_where_it_was_imported_first(ray_folder: str) -> None:
     code = """

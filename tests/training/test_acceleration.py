@@ -103,7 +103,7 @@ def color_splits() -> Splits:
 
 def test_what_is_asked_for_and_impossible_is_refused(digits: Splits) -> None:
     with pytest.raises(
-        RequestError, match="performance.mode: graph needs a CUDA device; expected"
+        RequestError, match="performance.mode: graph needs a CUDA device; expected auto or eager"
     ):
         execution(as_run({"performance": "graph"}), digits, CPU, nn.Linear(1, 1))
     for given in ({"device": "cpu"}, {"workers": 2}):
