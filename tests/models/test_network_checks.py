@@ -188,7 +188,7 @@ def on_meta(num_classes: int) -> nn.Module:
 
 
 REFUSED = {
-    "RaisesInEval": "cannot take 1 image of 1x8x8 in evaluation mode: KeyError .* at .*test_checks.py:",
+    "RaisesInEval": "cannot take 1 image of 1x8x8 in evaluation mode: KeyError .* at .*test_network_checks.py:",
     "Squeezes": r"gives shape \(10,\) for 1 image in evaluation mode, not \(1, 10\)$",
     "PairsOnly": r"gives shape \(2, 5\) for 1 image in evaluation mode, not \(1, 10\)$",
     "InDict": "gives dict for 2 images in training mode, not a tensor of logits",
@@ -202,10 +202,10 @@ REFUSED = {
     "SteepAtZero": "has a gradient for the pixels that is not finite for 2 images in training mode$",
     "OtherWeights": "makes the weight linear.weight in its forward pass; expected",
     "MoreWeights": "makes the weight late.weight in its forward pass; .* nn.LazyLinear$",
-    "Uncopied": r"cannot be copied, .*: TypeError \(only one of these\) at .*test_checks.py:",
-    "BrokenBackward": r"cannot be differentiated .*: OSError \(no way back\) at .*test_checks.py:",
+    "Uncopied": r"cannot be copied, .*: TypeError \(only one of these\) at .*test_network_checks.py:",
+    "BrokenBackward": r"cannot be differentiated .*: OSError \(no way back\) at .*test_network_checks.py:",
     "ExtraState": "keeps _extra_state, which is no tensor; checkpoints hold tensors$",
-    "Unreadable": "cannot be read from a checkpoint .*: LookupError .* at .*test_checks.py:",
+    "Unreadable": "cannot be read from a checkpoint .*: LookupError .* at .*test_network_checks.py:",
     "LazyInTraining": "leaves extra.weight without a size after a pass in evaluation mode$",
     "Sparse": "has a sparse gradient for table.weight; expected a dense one$",
     "frozen": "has nothing to train: none of its 4 weights requires_grad$",
