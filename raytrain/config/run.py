@@ -181,9 +181,9 @@ class RunConfig(Spec):
                 f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
                 "equally; expected a divisor of it"
             )
-        if self.performance.mode == "graph" and (self.device == "cpu" or self.workers > 1):
+        if self.performance.mode == "graph" and self.device == "cpu":
             raise ValueError(
-                "performance.mode: graph needs a GPU and workers=1; expected auto, eager or compile"
+                "performance.mode: graph needs a GPU; expected auto, eager or compile"
             )
         try:
             self.algorithm.build(self.threat, self.outer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
+from raytrain.core.recording import CudaGraphs
 from raytrain.data.loader import open_test
 from raytrain.distributed.ray_session import (
     concurrent_trials,
@@ -120,4 +121,7 @@ def _evaluator(config: RunConfig, saved: Saved, settings: EvaluationSettings) ->
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     part, _ = open_test(config.data, context, dtype)
     model = network(saved, config.data).to(context.device)
-    return Evaluator(model, part, config.threat, settings, config.precision)
+    # A recording would fix what the code of a user's network decides on the host.
+    recorded = context.device.type == "cuda" and not config.model.users
+    recorder = CudaGraphs(context.device) if recorded else None
+    return Evaluator(model, part, config.threat, settings, config.precision, recorder)

@@ -15,6 +15,7 @@ from raytrain.core.cost import Meter
 from raytrain.core.losses import AbstractLoss, CrossEntropy, Margin
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
+from raytrain.core.recording import Recorder
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import BatchRandom, Delta, Images, Labels, Progress, mix
 from raytrain.data.loader import SplitShard
@@ -39,7 +40,10 @@ Attacked = tuple[Images, Delta, Labels]
 
 
 class Evaluator:
-    """Attacks on a network under a threat model; a result depends on its item and the settings alone."""
+    """Attacks on a network under a threat model; a result depends on its item and the settings alone.
+
+    A `recorder` records the passes of AutoAttack.
+    """
 
     def __init__(
         self,
@@ -48,13 +52,14 @@ class Evaluator:
         ball: AbstractThreatModel,
         settings: EvaluationSettings,
         precision: Precision = "fp32",
+        recorder: Recorder | None = None,
     ) -> None:
         self._model, self._part, self._ball, self._settings = model, part, ball, settings
         self._precision: Precision = "fp64" if precision == "fp64" else "fp32"
         self._meter = Meter()
         # Where the network cuts the graph the gradient is zero; the checks report that.
         self._attackable = Connected(model)
-        self._answers = CountedModel(self._attackable, self._meter)
+        self._answers = CountedModel(self._attackable, self._meter, recorder, settings.batch_size)
 
     def run(self, item: WorkItem) -> WorkResult:
         """Run one work item."""

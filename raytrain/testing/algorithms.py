@@ -29,7 +29,7 @@ from raytrain.testing.toys import (
     tensors,
     tiny_net,
 )
-from raytrain.training.replay import ReplayedSteps, eager_steps
+from raytrain.training.replay import ReplayedSteps, eager_steps, record_passes
 
 NORMS = list(THREAT_MODELS)
 EPOCHS = [0, 3]
@@ -158,6 +158,18 @@ class AlgorithmConformance:
         except NotReplayable as reason:
             pytest.skip(str(reason))
         assert_same_steps(recorded, stepwise(algorithm, recorded=False, scheduled=schedule))
+
+    def test_recorded_passes_are_the_passes(self, recipe: AbstractRecipe) -> None:
+        algorithm = built(recipe)
+        one, other = (state_of(tiny_net(batch_norm=True), algorithm) for _ in range(2))
+        record_passes(one, RecordedOperations, batch_size=8)
+        for seed in range(5):
+            for state in (one, other):
+                algorithm.step(state, batch_of(8, seed=seed))
+        assert one.meter == other.meter
+        # 1e-9: samples that leave the batch are replaced by others, and sums run in another order.
+        for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
     def test_its_card_names_its_source_and_its_own_fields(self, recipe: AbstractRecipe) -> None:
         card = recipe.card

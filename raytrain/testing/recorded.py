@@ -1,4 +1,4 @@
-"""A recorder of steps on any device, which refuses what a CUDA graph cannot hold."""
+"""A recorder on any device, which refuses what a CUDA graph cannot hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from raytrain.core.train_state import StepResult
+from raytrain.core.recording import Replay, Result
 from raytrain.core.types import NotReplayable
 
 _HOST_READS = frozenset(
@@ -28,25 +28,25 @@ _HOST_READS = frozenset(
 
 
 class RecordedOperations:
-    """Records the operations of a step on tensors; a replay runs them again on the same memory.
+    """Records operations on tensors; a replay runs them again on the same memory.
 
-    As in a CUDA graph, numbers and addresses are those of the recorded step, and nothing of Python
+    As in a CUDA graph, numbers and addresses are the recorded ones, and nothing of Python
     runs again. Operations that read a tensor on the host, or whose shape depends on values, are refused.
     """
 
-    def run(self, step: Callable[[], StepResult]) -> StepResult:
-        """Run a step."""
-        return step()
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Do work."""
+        return work()
 
-    def record(self, step: Callable[[], StepResult]) -> tuple[Callable[[], object], StepResult]:
-        """Run and record a step.
+    def record(self, work: Callable[[], Result]) -> tuple[Replay, Result]:
+        """Do work and record it.
 
         Raises:
             NotReplayable: naming an operation that a CUDA graph cannot hold.
         """
         recorded = _Recording()
         with recorded:
-            result = step()
+            result = work()
         return recorded.replay, result
 
 

@@ -20,11 +20,12 @@ from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_flops, mode
+from raytrain.core.recording import CudaGraphs
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits
 from raytrain.models import ModelSpec
-from raytrain.training.replay import CudaGraphs, ReplayedWherePossible, Steps, eager_steps
+from raytrain.training.replay import ReplayedWherePossible, Steps, eager_steps
 
 _WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
 """Floating-point operations of a run from which compiling saves more time than it takes: about half an
@@ -73,7 +74,7 @@ def check_mode(run: RunConfig, device: torch.device) -> None:
     reasons = {
         "auto": None,
         "eager": None,
-        "graph": _why_no_graph(run, device),
+        "graph": None if device.type == "cuda" else "needs a CUDA device",
         "compile": _why_not_compiled(device) if run.performance.mode == "compile" else None,
     }
     if reason := reasons[run.performance.mode]:
@@ -98,16 +99,8 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Modu
     else:
         return Execution("compile", length)
     long = run.epochs * (num_images // run.batch_size) >= _WORTH_RECORDING
-    recorded = long and not theirs and _why_no_graph(run, device) is None
+    recorded = long and not theirs and device.type == "cuda"
     return Execution("graph" if recorded else "eager", reason)
-
-
-def _why_no_graph(run: RunConfig, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if run.workers > 1:
-        return "needs workers=1, because collectives are not recorded"
-    return None
 
 
 @cache
@@ -189,7 +182,7 @@ def _why_not_the_same(network: FrozenNetwork, images: Tensor, precision: Precisi
 def steps_in(how: Mode, state: TrainState) -> Steps:
     """Prepare a training state for a mode of execution; return what executes its steps.
 
-    Steps are recorded on a GPU with one worker; elsewhere `compile` runs them one by one.
+    Steps are recorded on a GPU only; elsewhere `compile` runs them one by one.
     """
     device = state.context.device
     if how == "compile":
@@ -202,9 +195,9 @@ def steps_in(how: Mode, state: TrainState) -> Steps:
         inductor.fallback_random = True
         state.frozen = FrozenNetwork.of(state.model, torch.compile)
         state.compiled = torch.compile(state.wrapper)
-    if how == "eager" or device.type != "cuda" or state.context.world > 1:
+    if how == "eager" or device.type != "cuda":
         return eager_steps(state)
-    return ReplayedWherePossible(state, CudaGraphs(device))
+    return ReplayedWherePossible(state, lambda: CudaGraphs(device))
 
 
 def set_up_device(run: RunConfig, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Training steps that are recorded once and replayed on new data: each kind of step as one CUDA graph.
 
-A recording fixes addresses of tensors and values of numbers. So batches are copied into static tensors,
-random numbers are drawn beforehand into static tensors, the learning rate is a tensor, and steps whose
-numbers differ (`AbstractAlgorithm.replay_key`) are recorded apart.
+Batches are copied into static tensors, random numbers are drawn beforehand into static tensors, the
+learning rate is a tensor, and steps whose numbers differ (`AbstractAlgorithm.replay_key`) are recorded
+apart. Of steps that cannot be recorded as a whole the passes of the network are.
 """
 
 from __future__ import annotations
@@ -11,34 +11,19 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from raytrain.algorithms import AbstractAlgorithm
 from raytrain.core.console import log_line
+from raytrain.core.network import FrozenNetwork, trainable
+from raytrain.core.recording import NUM_EAGER, RecordedPasses, Recorder, Replay
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, NotReplayable
 
-_NUM_EAGER = 2  # steps of a kind before one is recorded: momentum and libraries are set up in them
 _MAX_KINDS = 8  # each holds random numbers and, once recorded, the memory of a step
-
-Step = Callable[[], StepResult]
-Replay = Callable[[], object]
 
 Steps = Callable[[AbstractAlgorithm, Batch, Mapping[str, float | str]], StepResult]
 """Runs one step: of an algorithm, on a batch, with these numbers of a curriculum."""
-
-
-class Recorder(Protocol):
-    """Runs steps, and records what they do to tensors."""
-
-    def run(self, step: Step) -> StepResult:
-        """Run a step as it will be recorded."""
-        ...
-
-    def record(self, step: Step) -> tuple[Replay, StepResult]:
-        """Run a step and record it. A replay leaves its result in the returned tensors."""
-        ...
 
 
 @runtime_checkable
@@ -114,6 +99,8 @@ class ReplayedSteps:
     def __call__(
         self, algorithm: AbstractAlgorithm, batch: Batch, scheduled: Mapping[str, float | str]
     ) -> StepResult:
+        if self._state.context.world > 1:
+            raise NotReplayable("collectives are not recorded")
         key = algorithm.replay_key(self._state), tuple(scheduled.items())
         static = self._filled(batch)
         kind = self._kind(key, batch.rng)
@@ -124,7 +111,7 @@ class ReplayedSteps:
             def step() -> StepResult:
                 return algorithm.step(self._state, replace(static, rng=kind.rng))
 
-            if kind.seen <= _NUM_EAGER:
+            if kind.seen <= NUM_EAGER:
                 return self._recorder.run(step)
             return self._record(kind, step)
         replay, result = kind.recorded
@@ -174,11 +161,14 @@ class ReplayedSteps:
 
 
 class ReplayedWherePossible:
-    """Replayed steps, and eager ones from the first on that cannot be replayed."""
+    """Replayed steps; from the first on that cannot be replayed, steps with replayed passes.
 
-    def __init__(self, state: TrainState, recorder: Recorder) -> None:
-        self._state = state
-        self._steps: Steps = ReplayedSteps(state, recorder)
+    `new_recorder` returns a recorder; recordings of one recorder share memory.
+    """
+
+    def __init__(self, state: TrainState, new_recorder: Callable[[], Recorder]) -> None:
+        self._state, self._new_recorder = state, new_recorder
+        self._steps: Steps = ReplayedSteps(state, new_recorder())
 
     def __call__(
         self, algorithm: AbstractAlgorithm, batch: Batch, scheduled: Mapping[str, float | str]
@@ -186,10 +176,29 @@ class ReplayedWherePossible:
         try:
             return self._steps(algorithm, batch, scheduled)
         except NotReplayable as reason:
-            log_line(f"raytrain: performance: steps run one by one from here on: {reason}")
-            self._state.execution += f"; steps run one by one: {reason}"
+            if self._state.context.leads:
+                log_line(f"raytrain: performance: passes are recorded, not whole steps: {reason}")
+            self._state.execution += f"; passes recorded, not steps: {reason}"
+            record_passes(self._state, self._new_recorder, len(batch))
             self._steps = eager_steps(self._state)
         return self._steps(algorithm, batch, scheduled)
+
+
+def record_passes(
+    state: TrainState, new_recorder: Callable[[], Recorder], batch_size: int
+) -> None:
+    """Record the passes of the network: those of attacks, and with one worker those of updates."""
+    frozen = state.frozen or FrozenNetwork.of(state.model, lambda module: module)
+    attacked = RecordedPasses(frozen.predict, frozen.module, new_recorder(), batch_size)
+    state.frozen = FrozenNetwork(frozen.module, attacked)
+    if state.context.world == 1:
+        state.compiled = RecordedPasses(
+            state.compiled or state.wrapper,
+            state.model,
+            new_recorder(),
+            batch_size,
+            trainable(state.model),
+        )
 
 
 def _counters(state: TrainState) -> list[dict[str, Any]]:
@@ -207,26 +216,3 @@ def _copy(batch: Batch) -> Batch:
     images, labels, index, *view = (one.clone() for one in _tensors(batch))
     kept = None if batch.view is None else AugmentedView(batch.view.pad, *view)
     return replace(batch, images=images, labels=labels, index=index, view=kept)
-
-
-class CudaGraphs:
-    """Records steps as CUDA graphs that share one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def run(self, step: Step) -> StepResult:
-        present = torch.cuda.current_stream()
-        self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
-            result = step()
-        present.wait_stream(self._stream)
-        return result
-
-    def record(self, step: Step) -> tuple[Replay, StepResult]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = step()
-        graph.replay()
-        return graph.replay, result

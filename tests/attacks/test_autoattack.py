@@ -31,8 +31,10 @@ from raytrain.attacks.autoattack.fab import project_linf
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.recording import Recorder
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.data.loader import open_test
+from raytrain.testing.recorded import RecordedOperations
 from raytrain.training.trainer import fit
 
 STEPS, QUERIES = 6, 60
@@ -87,10 +89,12 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Standard, "of", staticmethod(shorter))
 
 
-def answers_of(model: nn.Module, meter: Meter | None = None) -> CountedModel:
+def answers_of(
+    model: nn.Module, meter: Meter | None = None, recorder: Recorder | None = None
+) -> CountedModel:
     """As outside tests: a network whose annotations are checked cannot be traced and folded."""
     with unchecked():
-        return CountedModel(model, Meter() if meter is None else meter)
+        return CountedModel(model, Meter() if meter is None else meter, recorder, largest=60)
 
 
 def ours(
@@ -100,9 +104,10 @@ def ours(
     ball: AbstractThreatModel,
     stages: tuple[standard.Stage, ...] = STAGES,
     meter: Meter | None = None,
+    recorder: Recorder | None = None,
 ) -> dict[str, Tensor]:
     """Which images survive up to and with each stage."""
-    answers = answers_of(model, meter)
+    answers = answers_of(model, meter, recorder)
     flags, after = answers.classes(images) == labels, {}
     for stage in stages:
         rows = flags.nonzero().flatten()
@@ -167,6 +172,20 @@ def test_every_stage_alone_has_the_verdicts_of_the_library(
     wanted = theirs(digits.model, images, labels, ball, (stage,))
     assert torch.equal(found, wanted)
     assert 0 < int(wanted.sum()) < int((digits.model(images).argmax(1) == labels).sum())
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("norm", RADII)
+@pytest.mark.slow
+def test_recorded_passes_change_neither_verdict_nor_cost(digits: Digits, norm: str) -> None:
+    images, labels = digits.first(30)
+    ball, meters = ball_of(norm, RADII[norm]), (Meter(), Meter())
+    recorded, plain = (
+        ours(digits.model, images, labels, ball, meter=meter, recorder=recorder)
+        for meter, recorder in zip(meters, (RecordedOperations(), None), strict=True)
+    )
+    assert all(torch.equal(recorded[stage], plain[stage]) for stage in STAGES)
+    assert meters[0] == meters[1]
 
 
 @pytest.mark.slow

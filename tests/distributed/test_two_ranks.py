@@ -16,8 +16,10 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import TIMED, EpochMetrics
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import TrainingFailed
-from raytrain.data.loader import open_splits
+from raytrain.data.loader import iter_train, open_splits
+from raytrain.testing.recorded import RecordedOperations
 from raytrain.training.checkpoint import LAST, load, save
+from raytrain.training.replay import ReplayedWherePossible, eager_steps
 from raytrain.training.trainer import fit, start
 
 pytestmark = pytest.mark.slow  # several processes
@@ -176,10 +178,29 @@ def work(rank: int, folder: Path) -> None:
                 run_of(name), context, unused, folder / f"{name}-2" / LAST
             )
         found["averaged"] = averages(context)
+        found["recorded"] = stepwise(context, recorded=True)
         dropping = run_of("natural", model=f"{__name__}:dropping_net", ema=0.5)
         found["dropping"] = trained(dropping, context, unused)
         found["failed"] = failure(context, folder / "full")
         torch.save(found, folder / f"found-{rank}.pt")
+
+
+def stepwise(context: DistributedContext, *, recorded: bool) -> dict[str, Tensor]:
+    """The weights after six steps of PGD whose attack's passes are recorded, or not."""
+    run = run_of("pgd", model="small_cnn_nobn")
+    splits = open_splits(run.data, context, torch.float64)
+    state = start(run, splits, context)
+    steps = ReplayedWherePossible(state, RecordedOperations) if recorded else eager_steps(state)
+    batches = [
+        batch for epoch in range(2) for batch in iter_train(splits.train, 32, 0, epoch, 0, False)
+    ]
+    for batch in batches:
+        steps(run.algorithm_with({}), batch, {})
+        state.step += 1
+    if recorded:
+        assert state.frozen is not None and state.frozen.predict.replayed > 0  # pyright: ignore
+        assert state.execution.endswith("not steps: collectives are not recorded")
+    return {name: value.clone() for name, value in state.model.state_dict().items()}
 
 
 def averages(context: DistributedContext) -> dict[str, dict[str, Tensor]]:
@@ -297,6 +318,15 @@ def test_two_ranks_go_on_from_their_own_checkpoint(
     for found in together:
         wanted = found[name]
         assert_same_run(found[f"{name} back"], {**wanted, "metrics": wanted["metrics"][1:]})
+
+
+def test_recorded_passes_of_two_ranks_are_the_passes_of_one(
+    together: list[dict[str, Any]],
+) -> None:
+    wanted = stepwise(DistributedContext(), recorded=False)
+    for found in together:
+        for name, value in wanted.items():
+            assert_near(found["recorded"][name], value, 1e-12)
 
 
 def test_layers_that_are_used_now_and_then_stay_the_same_on_all_ranks(

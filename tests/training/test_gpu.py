@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from raytrain.algorithms import RECIPES
+from raytrain.attacks.autoattack import STAGES, survivors
+from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.config.performance import Performance
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
+from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.recording import CudaGraphs
+from raytrain.core.threat_models import Linf
+from raytrain.core.types import BatchRandom
+from raytrain.data.loader import open_splits
 from raytrain.outer import OUTERS
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.trainer import fit
@@ -60,6 +67,21 @@ def test_a_recorded_outer_update_is_the_update(outer: str) -> None:
     run = as_run({**SMALL, "precision": "fp64", "outer": outer, "performance": "graph"})
     plain = run.model_copy(update={"performance": Performance(mode="eager")})
     assert last(run, "cuda").loss == pytest.approx(last(plain, "cuda").loss, rel=1e-6)
+
+
+def test_recorded_passes_leave_the_flags_of_autoattack() -> None:
+    device = torch.device("cuda")
+    splits = open_splits(as_run(SMALL).data, DistributedContext(device))
+    *_, (_, state) = fit(as_run(SMALL), DistributedContext(device))
+    rows = torch.arange(64, device=device)
+    batch = splits.valid.batch(rows, BatchRandom(0, 64, slice(None), device))
+    flags = []
+    for recorder in (None, CudaGraphs(device)):
+        counted = CountedModel(state.model, Meter(), recorder, largest=64)
+        right = counted.classes(batch.images) == batch.labels
+        images, labels = batch.images[right], batch.labels[right]
+        flags.append([survivors(s, counted, images, labels, Linf(eps=0.1), 0) for s in STAGES])
+    assert all(map(torch.equal, *flags))
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])

@@ -10,10 +10,11 @@ import torch
 from helpers import ball_of, batch_of, rng_of, same, state_of, tiny_net
 from torch import Tensor
 
-from raytrain.algorithms import Dynamic, L2l, Nested, Pgd, SiHg, Ssds
+from raytrain.algorithms import Dynamic, Fat, L2l, Nested, Pgd, SiHg, Ssds
 from raytrain.algorithms.base import AbstractAlgorithm
 from raytrain.attacks import AbstractInit, ProjectedAscent, Uniform
 from raytrain.core.cost import CostSetting
+from raytrain.core.recording import RecordedPasses
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
@@ -21,7 +22,12 @@ from raytrain.core.types import BEGINNING, Batch, NotReplayable, Progress
 from raytrain.outer import Engm, Plain
 from raytrain.testing.algorithms import assert_same_steps, built, stepwise
 from raytrain.testing.recorded import RecordedOperations
-from raytrain.training.replay import ReplayedSteps, ReplayedWherePossible, StaticRandom
+from raytrain.training.replay import (
+    ReplayedSteps,
+    ReplayedWherePossible,
+    StaticRandom,
+    record_passes,
+)
 
 
 def test_static_random_numbers_are_those_of_each_batch_in_the_same_place() -> None:
@@ -90,19 +96,47 @@ def test_steps_that_alternate_are_recorded_one_by_one(algorithm: AbstractAlgorit
     ],
     ids=["dynamic", "si_hg-T", "ssds-full"],
 )
-def test_what_cannot_be_recorded_says_why_and_is_run_step_by_step(
+def test_a_step_that_cannot_be_recorded_says_why_and_its_passes_are(
     algorithm: AbstractAlgorithm, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(NotReplayable, match=reason):
         stepwise(algorithm, recorded=True)
     one, other = (state_of(tiny_net(), algorithm) for _ in range(2))
-    steps = ReplayedWherePossible(one, RecordedOperations())
+    steps = ReplayedWherePossible(one, RecordedOperations)
     for seed in range(3):
         steps(algorithm, batch_of(8, seed=seed), {})
         algorithm.step(other, batch_of(8, seed=seed))
     assert same(one.model, other.model) and one.meter == other.meter
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("raytrain: performance: ") and reason in line
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [built(Dynamic(steps=4, c_max=0.03, decay="constant")), built(Fat(steps=4))],
+    ids=["dynamic", "fat"],
+)
+def test_passes_of_samples_that_have_not_stopped_are_replayed(
+    algorithm: AbstractAlgorithm,
+) -> None:
+    one, other = (state_of(tiny_net(batch_norm=True), algorithm) for _ in range(2))
+    record_passes(one, RecordedOperations, batch_size=16)
+    steps = []
+    for seed in range(5):
+        batches = [batch_of(16, seed=seed) for _ in range(2)]
+        found, wanted = (
+            algorithm.step(state, batch)
+            for state, batch in zip((one, other), batches, strict=True)
+        )
+        assert torch.equal(found.steps, wanted.steps)
+        assert torch.allclose(found.delta, wanted.delta, rtol=0, atol=1e-12)
+        steps.append(found.steps)
+    taken = torch.stack(steps)
+    assert int(taken.min()) < int(taken.max())  # samples stop at different times
+    assert one.meter == other.meter
+    assert one.frozen is not None and isinstance(one.frozen.predict, RecordedPasses)
+    assert isinstance(one.compiled, RecordedPasses)
+    assert one.frozen.predict.replayed > 0 and one.compiled.replayed == 5 - 3
 
 
 class ReadsOnTheHost(AbstractAlgorithm):
@@ -131,14 +165,14 @@ def test_a_step_that_reads_on_the_host_is_run_again_and_counted_once(
 ) -> None:
     algorithm = ReadsOnTheHost()
     one, other = (state_of(tiny_net(), algorithm) for _ in range(2))
-    steps = ReplayedWherePossible(one, RecordedOperations())
+    steps = ReplayedWherePossible(one, RecordedOperations)
     for seed in range(4):
         steps(algorithm, batch_of(8, seed=seed), {})
         algorithm.step(other, batch_of(8, seed=seed))
         one.step, other.step = seed + 1, seed + 1
     assert same(one.model, other.model) and one.meter == other.meter
-    assert "one by one from here on" in capsys.readouterr().err
-    assert "one by one: " in one.execution and other.execution == "eager"
+    assert "not whole steps: " in capsys.readouterr().err
+    assert "not steps: " in one.execution and other.execution == "eager"
 
 
 class Growing(AbstractInit):

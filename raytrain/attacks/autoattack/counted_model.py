@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from raytrain.core.cost import Meter
 from raytrain.core.network import copy_of
-from raytrain.core.types import Images, Labels
+from raytrain.core.recording import RecordedPasses, Recorder
+from raytrain.core.types import Images, Labels, Predict
 
 Logits = Float[Tensor, "n classes"]
 Forward = Callable[[Images], Logits]
@@ -26,12 +27,17 @@ class CountedModel:
     Attacks use a copy that is the same function up to rounding: BatchNorm is folded into the
     convolution before it, and on a CPU channels are the last axis. That is checked on the first
     images. Whether an image counts as misclassified is decided by the network itself (`classes`).
+
+    A `recorder` records the passes of the attacked copy, for batches of up to `largest` images.
     """
 
-    def __init__(self, model: nn.Module, meter: Meter) -> None:
+    def __init__(
+        self, model: nn.Module, meter: Meter, recorder: Recorder | None = None, largest: int = 0
+    ) -> None:
         self._own = copy_of(model).float().eval().requires_grad_(False)
         self._folded = folded(self._own)
-        self._fast: nn.Module | None = None  # not known before the first images
+        self._recorder, self._largest = recorder, largest
+        self._fast: Predict | None = None  # not known before the first images
         self._layout = torch.contiguous_format
         self.meter = meter
         self._fallen_rows: FallenRows | None = None
@@ -63,10 +69,13 @@ class CountedModel:
         fast = self._attacked_copy(images)
         return fast(images.clone(memory_format=self._layout))
 
-    def _attacked_copy(self, images: Images) -> nn.Module:
+    def _attacked_copy(self, images: Images) -> Predict:
         """Return the copy that is attacked, after choosing it and the memory format `_layout`."""
         if self._fast is None:
-            self._fast, self._layout = fast_copy(self._own, self._folded, images.detach())
+            fast, self._layout = fast_copy(self._own, self._folded, images.detach())
+            self._fast = fast
+            if self._recorder is not None:
+                self._fast = RecordedPasses(fast, fast, self._recorder, self._largest)
         return self._fast
 
 
