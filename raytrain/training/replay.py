@@ -20,6 +20,8 @@ from raytrain.core.recording import NUM_EAGER, RecordedPasses, Recorder, Replay
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, NotReplayable
 
+Step = Callable[[], StepResult]
+
 _MAX_KINDS = 8  # each holds random numbers and, once recorded, the memory of a step
 
 Steps = Callable[[AbstractAlgorithm, Batch, Mapping[str, float | str]], StepResult]
@@ -144,7 +146,9 @@ class ReplayedSteps:
         if kind is None:
             kind = _Kind(StaticRandom(rng))
             if len(self._kinds) >= _MAX_KINDS:
-                del self._kinds[next(iter(self._kinds))]
+                oldest = self._kinds.pop(next(iter(self._kinds)))
+                if oldest.recorded is None:
+                    raise NotReplayable("the numbers of a step change too often to be recorded")
         self._kinds[key] = kind
         return kind
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raytrain.core.network import FrozenNetwork, mode, trainable
 from raytrain.core.recording import NUM_EAGER, RecordedPasses, batch_sizes
+from raytrain.core.types import Predict
 from raytrain.testing.recorded import RecordedOperations
 
 
@@ -21,9 +22,8 @@ def images_of(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 1, 8, 8, dtype=torch.float64, generator=generator)
 
 
-def with_gradient(predict: object, images: Tensor) -> tuple[Tensor, Tensor]:
+def with_gradient(predict: Predict, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of the sum of their squares."""
-    assert callable(predict)
     point = images.clone().requires_grad_(True)
     logits = predict(point)
     (grad,) = torch.autograd.grad(logits.square().sum(), point)

@@ -60,6 +60,12 @@ def test_numbers_of_a_curriculum_are_recorded_apart() -> None:
     assert found.replayed == 2
 
 
+def test_numbers_that_change_in_every_step_are_not_recorded() -> None:
+    schedule = [{"eps": 0.1 / (1 + step)} for step in range(9)]
+    with pytest.raises(NotReplayable, match="change too often"):
+        stepwise(built(Pgd(steps=1)), recorded=True, scheduled=schedule)
+
+
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -113,7 +119,7 @@ def test_a_step_that_cannot_be_recorded_says_why_and_its_passes_are(
 
 @pytest.mark.parametrize(
     "algorithm",
-    [built(Dynamic(steps=4, c_max=0.03, decay="constant")), built(Fat(steps=4))],
+    [built(Dynamic(steps=4, c_max=0.03)), built(Fat(steps=4))],
     ids=["dynamic", "fat"],
 )
 def test_passes_of_samples_that_have_not_stopped_are_replayed(
@@ -206,7 +212,7 @@ def test_kinds_of_steps_do_not_pile_up() -> None:
     state = state_of(tiny_net(), algorithm)
     steps = ReplayedSteps(state, RecordedOperations())
     held: list[int] = []
-    for number in range(20):
-        steps(algorithm, batch_of(8), {"eps": 0.01 * number})
+    for number in range(60):
+        steps(algorithm, batch_of(8), {"eps": 0.01 * (number // 3)})
         held.append(len(steps._kinds))
     assert max(held) == held[-1] == 8
