@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from raytrain.cli.completion import run_completions
 from raytrain.core.signals import EXIT_STATUS, exit_with, handled, interrupted
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Adversarial training: distributed by Ray Train, tuned by Ray Tune and Optuna, recorded "
@@ -31,7 +31,12 @@ Words = Annotated[
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="id of a run, or a checkpoint")
+    str,
+    typer.Argument(
+        metavar="RUN_OR_CHECKPOINT",
+        help="name of a run or sweep (its best trial), the beginning of an id, last, or a path",
+        autocompletion=run_completions,
+    ),
 ]
 Which = Annotated[str | None, typer.Option(help="best or last: which checkpoint (default: best)")]
 Storage = Annotated[Path, typer.Option(help="where runs keep their checkpoints")]
@@ -47,7 +52,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 def train(
     words: Words = None,
     resume: Annotated[
-        str | None, typer.Option(help="id or checkpoint folder of a run to continue")
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="continue a run: its name, the beginning of its id, last, or its folder",
+            autocompletion=run_completions,
+        ),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of ten steps goes")
@@ -212,7 +222,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[RUN|SWEEP|EXPERIMENT]...",
-            help="ids of runs, or names of experiments, sweeps or runs; default: experiment raytrain",
+            help="names of experiments, sweeps or runs, ids, last; default: experiment raytrain",
+            autocompletion=run_completions,
         ),
     ] = None,
     to: Annotated[

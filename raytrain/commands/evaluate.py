@@ -41,6 +41,7 @@ from raytrain.tracking import Tracker, tracking_uri
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.data_sets import Input, as_input, digest
 from raytrain.tracking.provenance import contract_of, hardware
+from raytrain.tracking.run_names import run_of
 from raytrain.training.checkpoint import load
 from raytrain.training.run_folder import run_id_of
 
@@ -73,7 +74,8 @@ def evaluate(
 ) -> EvalResult:
     """Attack a network on the test set, image by image, and record it on the run it belongs to.
 
-    `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `which`
+    `run_or_checkpoint` is a word as `run_of` takes it (the name of a run, its id or the beginning of one,
+    the name of a sweep for its best trial, `last`), a checkpoint folder or a checkpoint file; `which`
     picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
     `overrides` are fields of `EvaluationSettings` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
     `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
@@ -85,7 +87,9 @@ def evaluate(
         TrainingFailed: if the result cannot be written.
     """
     run_changes, settings = _requested(overrides)
-    file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
+    uri = run_changes.get("tracking_uri")
+    name = run_of(str(run_or_checkpoint), storage, uri)
+    file = checkpoint_file(name, which, storage, uri)
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)

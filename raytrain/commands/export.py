@@ -61,9 +61,9 @@ def export(
 ) -> ExportResult:
     """The network that is evaluated (averaged weights where there are any), as files for others.
 
-    `run_or_checkpoint` is the id of a run, a checkpoint folder or a checkpoint file; `to` is a new
-    or empty folder, `exports/NAME` if not given. `formats` are names of `FORMATS`, all that are
-    possible if not given. Every format is read back and must give the same logits on test images.
+    `run_or_checkpoint` is a word as `run_of` takes it, a checkpoint folder or file; `to` is a new or
+    empty folder, `exports/NAME` if not given. `formats` are names of `FORMATS`, all that are possible if
+    not given. Every format is read back and must give the same logits on test images.
     `licence` is an identifier of the Hugging Face hub, for the card.
 
     Raises:

@@ -30,6 +30,7 @@ from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
+from raytrain.tracking.run_names import run_of
 from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
 from raytrain.training.profiling import StepProfile
@@ -76,8 +77,8 @@ def train(
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
-    mapping of dotted paths. `resume` is the id or the checkpoint folder of a run to continue in the
-    same MLflow run, with its own configuration unless another is given. `watch` is called after
+    mapping of dotted paths. `resume` names a run to continue in the same MLflow run, as
+    `run_of` takes it, with its own configuration unless another is given. `watch` is called after
     every epoch, `on_step` after every step with the share of training that is done (a training in
     this process only, not on workers of Ray). `profile` leaves a trace and a table of where the
     time of ten steps goes in the run's folder.
@@ -92,8 +93,8 @@ def train(
     """
     folder = None
     if resume is not None:
-        storage = as_run(config, overrides).storage
-        folder = folder_of(str(resume), storage)
+        asked = as_run(config, overrides)
+        folder = folder_of(run_of(str(resume), asked.storage, asked.tracking_uri), asked.storage)
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)

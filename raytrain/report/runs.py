@@ -9,7 +9,7 @@ from typing import Any
 
 from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.report.evaluations import EvaluatedRun
-from raytrain.report.selection import parent_of
+from raytrain.tracking.run_search import parent_of
 
 Curve = dict[int, float]  # by epoch
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raytrain.core.types import RequestError
+from raytrain.tracking.run_names import matching
+from raytrain.tracking.run_search import (
+    every_experiment,
+    existing,
+    is_sweep,
+    nearest,
+    parent_of,
+    quoted,
+    search,
+    trials_of,
+)
+from raytrain.training.run_folder import run_id_of
 
 DEFAULT = "raytrain"
 """The experiment that is compared where no word is given: the one that `train` and `tune` record in."""
 
 _KINDS = ("experiment", "sweep", "run")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_PAGE = 1000  # runs in one answer
 _NAMES = 5000  # runs whose names are looked through for a near one
 
 
@@ -31,7 +43,8 @@ class Chosen:
 def choose(client: Any, words: Sequence[str]) -> Chosen:
     """All runs that the words name, each once; a sweep's own run stands for its trials.
 
-    A word is a run's id, or the name of an experiment, a sweep or a run. `experiment:`, `sweep:` or
+    A word is a run's id or its beginning, the folder of a run, `last` (the run or sweep that was begun
+    last), or the name of an experiment, a sweep or a run. `experiment:`, `sweep:` or
     `run:` before it say which, where a name has several.
 
     Raises:
@@ -50,27 +63,22 @@ def _sweep_of(client: Any, runs: Sequence[Any]) -> Any | None:
     """The sweep's own run, if these are all of its trials."""
     parents = {parent_of(run) for run in runs}
     (parent,) = parents if len(parents) == 1 else (None,)
-    sweep = None if parent is None else _existing(client, parent)
+    sweep = None if parent is None else existing(client, parent)
     if sweep is None:
         return None
     trials = {run.info.run_id for run in _unfolded(client, sweep)}
     return sweep if trials == {run.info.run_id for run in runs} else None
 
 
-def parent_of(run: Any) -> str | None:
-    """The id of the sweep's run that a trial belongs to."""
-    return run.data.tags.get("mlflow.parentRunId")
-
-
 def _meant(client: Any, word: str) -> list[Any]:
     kind, colon, rest = word.partition(":")
     kinds, name = ((kind,), rest) if colon and kind in _KINDS else (_KINDS, word)
-    if _RUN_ID.fullmatch(name) and "run" in kinds:
-        run = _existing(client, name)
-        if run is not None:
-            return _unfolded(client, run)
+    if "run" in kinds and (run := _by_id(client, name)) is not None:
+        return _unfolded(client, run)
     by_kind = {kind: _by_name(client, kind, name) for kind in kinds}
     meanings = {kind: found for kind, found in by_kind.items() if found is not None}
+    if not meanings and "run" in kinds and (run := _begun(client, word, name)) is not None:
+        return _unfolded(client, run)
     if not meanings:
         raise RequestError(_unknown(client, word, name, kinds))
     if len(meanings) > 1:
@@ -79,18 +87,35 @@ def _meant(client: Any, word: str) -> list[Any]:
         raise RequestError(f"{word}: this is the name of {said}; expected {wanted}")
     ((kind, runs),) = meanings.items()
     if kind == "run" and len(runs) > 1 and "run" not in word.split(":")[:1]:
-        ids = ", ".join(run.info.run_id for run in runs[:3])
-        more = ", ..." if len(runs) > 3 else ""
         raise RequestError(
-            f"{word}: {len(runs)} runs have this name ({ids}{more}); expected one id, or run:{name} "
+            f"{word}: {len(runs)} runs have this name ({_ids(runs)}); expected one id, or run:{name} "
             "for all of them"
         )
     if kind != "experiment":
         runs = [one for run in runs for one in _unfolded(client, run)]
-    runs = [run for run in runs if not _is_sweep(run)]
+    runs = [run for run in runs if not is_sweep(run)]
     if not runs:
         raise RequestError(f"{word}: there is no run in this {kind} yet; expected at least one")
     return runs
+
+
+def _by_id(client: Any, name: str) -> Any | None:
+    """The run with this id, or whose checkpoints are in this folder."""
+    if os.path.exists(name):
+        name = run_id_of(Path(name).resolve()) or name
+    return existing(client, name) if _RUN_ID.fullmatch(name) else None
+
+
+def _begun(client: Any, word: str, name: str) -> Any | None:
+    """The run that was begun last, if `name` is `last`, or the one whose id begins with it."""
+    runs = matching(client, name)
+    if len(runs) > 1:
+        raise RequestError(f"{word}: {len(runs)} ids begin so ({_ids(runs)}); expected one")
+    return runs[0] if runs else None
+
+
+def _ids(runs: Sequence[Any]) -> str:
+    return ", ".join(run.info.run_id for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
 
 
 def _by_name(client: Any, kind: str, name: str) -> list[Any] | None:
@@ -99,68 +124,31 @@ def _by_name(client: Any, kind: str, name: str) -> list[Any] | None:
         found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage == "deleted":
             return None
-        runs = list(_search(client, [found.experiment_id]))
+        runs = list(search(client, [found.experiment_id]))
         parents = {parent_of(run) for run in runs}
         return [run for run in runs if run.info.run_id not in parents]
-    every = [one.experiment_id for one in client.search_experiments()]
-    if (quoted := _quoted(name)) is None or not every:
+    every = every_experiment(client)
+    if (wanted := quoted(name)) is None or not every:
         return None
     if kind == "sweep":
-        sweeps = _search(client, every, f"tags.sweep = {quoted}")
-        return [run for run in sweeps if _is_sweep(run)] or None
-    named = _search(client, every, f"attributes.run_name = {quoted}")
-    return [run for run in named if not _is_sweep(run)] or None
+        sweeps = search(client, every, f"tags.sweep = {wanted}")
+        return [run for run in sweeps if is_sweep(run)] or None
+    named = search(client, every, f"attributes.run_name = {wanted}")
+    return [run for run in named if not is_sweep(run)] or None
 
 
 def _unfolded(client: Any, run: Any) -> list[Any]:
     """A run, or the trials of the sweep that it stands for."""
-    below = f"tags.mlflow.parentRunId = '{run.info.run_id}'"
-    trials = list(_search(client, [run.info.experiment_id], below))
-    return trials or ([] if _is_sweep(run) else [run])
-
-
-def _is_sweep(run: Any) -> bool:
-    return "sweep" in run.data.tags and "trial" not in run.data.tags
-
-
-def _existing(client: Any, run_id: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException:
-        return None
-    return None if run.info.lifecycle_stage == "deleted" else run
-
-
-def _search(
-    client: Any, experiments: list[str], wanted: str = "", most: int | None = None
-) -> Iterator[Any]:
-    token, seen = None, 0
-    while True:
-        page = client.search_runs(experiments, wanted, max_results=_PAGE, page_token=token)
-        yield from page
-        token, seen = page.token, seen + len(page)
-        if not token or (most is not None and seen >= most):
-            return
+    trials = list(trials_of(client, run))
+    return trials or ([] if is_sweep(run) else [run])
 
 
 def _unknown(client: Any, word: str, name: str, kinds: Sequence[str]) -> str:
     """One sentence, with the nearest of the names that there are."""
     experiments = client.search_experiments()
     known = [one.name for one in experiments] if "experiment" in kinds else []
-    for run in _search(client, [one.experiment_id for one in experiments], most=_NAMES):
-        wanted = "sweep" if _is_sweep(run) else "run"
+    for run in search(client, [one.experiment_id for one in experiments], most=_NAMES):
+        wanted = "sweep" if is_sweep(run) else "run"
         if wanted in kinds:
             known.append(run.data.tags["sweep"] if wanted == "sweep" else run.info.run_name)
-    close = difflib.get_close_matches(name, list(dict.fromkeys(filter(None, known))), 3, 0.4)
-    hint = f"; the nearest names are {', '.join(close)}" if close else ""
-    return f"{word}: MLflow has no {' and no '.join(kinds)} of this name{hint}"
-
-
-def _quoted(name: str) -> str | None:
-    """A name as MLflow's filters take it; None if they cannot."""
-    for quote in "'\"":
-        if quote not in name:
-            return f"{quote}{name}{quote}"
-    return None
+    return f"{word}: MLflow has no {' and no '.join(kinds)} of this name{nearest(name, known)}"

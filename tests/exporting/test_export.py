@@ -871,9 +871,7 @@ class TestCommand:
         assert [path.name for path in Path("full").iterdir()] == ["file"]
 
     def test_a_checkpoint_that_is_not_there_is_refused(self, trained: Path) -> None:
-        with pytest.raises(
-            RequestError, match="nowhere: neither a checkpoint nor the id of a run"
-        ):
+        with pytest.raises(RequestError, match="nowhere: neither a checkpoint nor a run"):
             export("nowhere", "out")
         with pytest.raises(RequestError, match="--which: .* has no last.pt"):
             alone = with_numbers(trained / "best.pt", Path("alone"))

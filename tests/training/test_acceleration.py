@@ -57,7 +57,7 @@ def large(splits: Splits) -> Splits:
         ({"epochs": 3000, "performance": "eager"}, CUDA, "eager", "as configured"),
         ({"performance": "graph"}, CUDA, "graph", "as configured"),
         ({"performance": {"mode": "compile"}}, CPU, "compile", "as configured"),
-        ({"epochs": 3000, "workers": 2, "batch_size": 64}, CUDA, "eager", "too short"),
+        ({"epochs": 3000, "workers": 2, "batch_size": 64}, CUDA, "graph", "too short"),
         (
             {"epochs": 9000, "model": f"{__name__}:dropout_net"},
             CUDA,
