@@ -41,7 +41,6 @@ from raytrain.tracking import Tracker, tracking_uri
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.data_sets import Input, as_input, digest
 from raytrain.tracking.provenance import contract_of, hardware
-from raytrain.tracking.run_names import run_of
 from raytrain.training.checkpoint import load
 from raytrain.training.run_folder import run_id_of
 
@@ -87,9 +86,7 @@ def evaluate(
         TrainingFailed: if the result cannot be written.
     """
     run_changes, settings = _requested(overrides)
-    uri = run_changes.get("tracking_uri")
-    name = run_of(str(run_or_checkpoint), storage, uri)
-    file = checkpoint_file(name, which, storage, uri)
+    file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)

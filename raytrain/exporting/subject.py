@@ -19,9 +19,8 @@ from raytrain.exporting.numbers import Record, record_of
 from raytrain.models import Classifier
 from raytrain.tracking import provenance
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
-from raytrain.tracking.run_names import run_of
 from raytrain.training.checkpoint import LAST, Saved, load
-from raytrain.training.run_folder import is_run_id, run_id_of
+from raytrain.training.run_folder import run_id_of
 from raytrain.training.trainer import network
 
 
@@ -96,13 +95,12 @@ def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> 
     Raises:
         RequestError: if there is no such checkpoint, or its data set is not here.
     """
-    name = run_of(name, storage, uri)
     file = checkpoint_file(name, which, storage, uri)
     saved = load(file)
     test, source = open_test(saved.run.data, DistributedContext())
     model = network(saved).float().eval()
     assert isinstance(model, Classifier)
-    run_id = name if is_run_id(name) else run_id_of(file.parent)
+    run_id = run_id_of(file.parent)
     kind = "last" if file.name == LAST else "best"
     return Subject(
         file=file,

@@ -1,4 +1,4 @@
-"""Which checkpoint a user means: by path, by the id of a run, here or in MLflow."""
+"""The checkpoint of the run that a user means, here or in MLflow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from raytrain.core.types import RequestError
 from raytrain.tracking import fetch
+from raytrain.tracking.run_names import run_of
 from raytrain.training.checkpoint import BEST, find
 from raytrain.training.run_folder import folder_of, is_run_id
 
@@ -15,7 +16,9 @@ Which = Literal["best", "last"]
 
 
 def checkpoint_file(name: str, which: str | None, storage: Path, uri: str | None) -> Path:
-    """The file, found here or in MLflow; where `which` is None, best.pt, or else last.pt.
+    """The file of the run that `name` means (see `run_of`), found here or in MLflow.
+
+    Where `which` is None it is best.pt, or else last.pt.
 
     Raises:
         RequestError: if there is none.
@@ -23,6 +26,7 @@ def checkpoint_file(name: str, which: str | None, storage: Path, uri: str | None
     if which not in (None, *get_args(Which)):
         raise RequestError(f"--which: expected best or last, found {which}")
     wanted = BEST if which is None else f"{which}.pt"
+    name = run_of(name, storage, uri)
     try:
         folder = folder_of(name, storage)
     except RequestError:
