@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
 from typing import Annotated, Literal, final
 
 import torch
@@ -11,6 +12,19 @@ from torch import Tensor, nn
 from raytrain.core.registry import OneOf
 from raytrain.core.schedules import SHAPES, AbstractShape, OneCycle
 from raytrain.core.types import Spec
+
+
+class EagerSGD(torch.optim.SGD):
+    """torch.optim.SGD without the wrappers that keep torch.compile out of its methods.
+
+    They import the compiler, which takes longer than a short training; no optimiser is compiled here.
+    """
+
+    add_param_group = unwrap(torch.optim.SGD.add_param_group)
+    state_dict = unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = unwrap(torch.optim.SGD.load_state_dict)
+    zero_grad = unwrap(torch.optim.SGD.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
 @final
@@ -40,7 +54,7 @@ class Sgd(Spec):
         """The optimiser over all parameters of `model`; on a GPU fused, with a tensor as learning rate."""
         device = next(model.parameters()).device
         on_gpu = device.type == "cuda"
-        return torch.optim.SGD(
+        return EagerSGD(
             model.parameters(),
             lr=torch.tensor(self.lr, device=device) if on_gpu else self.lr,
             momentum=self.momentum,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -15,11 +18,8 @@ LEVELS = 16  # values are counts of dark pixels in 4x4 blocks: 0..16
 
 def read_digits(split: Split) -> ImageSet:
     """8x8 grey images; pixel = round(value * 255 / 16), so pixel / 255 is value / 16."""
-    from sklearn.datasets import load_digits
-
-    scans, digits = load_digits(return_X_y=True)
-    values = np.asarray(scans).reshape(-1, 1, 8, 8)
-    labels = np.asarray(digits).astype(np.int64)
+    table = _table()
+    values, labels = table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
     chosen = np.flatnonzero(is_test(labels) == (split == "test"))
     pixels = np.rint(values[chosen] * 255 / LEVELS).astype(np.uint8)
     return ImageSet(
@@ -27,6 +27,22 @@ def read_digits(split: Split) -> ImageSet:
         labels=torch.from_numpy(labels[chosen]),
         classes=tuple(str(digit) for digit in range(NUM_CLASSES)),
     )
+
+
+def _table() -> np.ndarray:
+    """The scans, 64 numbers and the digit in each row.
+
+    Read from the file that scikit-learn installs: its import takes longer than a short training.
+    """
+    sklearn = find_spec("sklearn")
+    for folder in () if sklearn is None else sklearn.submodule_search_locations or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    scans, digits = load_digits(return_X_y=True)
+    return np.column_stack([np.asarray(scans), np.asarray(digits)])
 
 
 def is_test(labels: Int64[np.ndarray, " n"]) -> np.ndarray:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool
-from scipy.optimize import root_scalar
-from scipy.stats import binomtest, norm, t
 
 from raytrain.core.types import RequestError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Flags = Bool[np.ndarray, "_"]
 """One result per image: classified rightly, or survived an attack."""
@@ -86,6 +86,8 @@ def wilson(count: int, images: int, level: float = 0.95) -> Share:
     """
     if images == 0:
         raise RequestError("images: no accuracy can be told from 0 images; expected at least one")
+    from scipy.stats import binomtest  # imports of scipy take a second: not at start-up
+
     limits = binomtest(count, images).proportion_ci(level, method="wilson")
     return Share(count / images, float(limits.low), float(limits.high), count, images)
 
@@ -128,6 +130,8 @@ def mcnemar(
     >>> mcnemar(only_first=8, only_second=0)
     0.0078125
     """
+    from scipy.stats import binomtest
+
     disagreements = only_first + only_second
     if not disagreements:
         return 1.0
@@ -137,7 +141,7 @@ def mcnemar(
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of a family of tests, adjusted so that all errors together stay below the level.
 
-    Holm 1979 (Scandinavian ResultLog of Statistics 6:65): the smallest of m is multiplied by m, the
+    Holm 1979 (Scandinavian Journal of Statistics 6:65): the smallest of m is multiplied by m, the
     next by m - 1, and so on; no adjusted value is below that of a smaller one, or above 1.
 
     >>> holm([0.01, 0.04, 0.03])
@@ -164,6 +168,8 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     if seeds == 1:
         return Spread(mean, None, None, None, seeds)
     std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (seeds - 1))
+    from scipy.stats import t
+
     reach = float(t.ppf((1 + level) / 2, seeds - 1)) * std / math.sqrt(seeds)
     return Spread(mean, std, mean - reach, mean + reach, seeds)
 
@@ -197,6 +203,9 @@ def _upper(more: int, fewer: int, images: int, level: float) -> float:
 
     The root of z(d) = -quantile, where z falls from 0 at the estimate.
     """
+    from scipy.optimize import root_scalar
+    from scipy.stats import norm
+
     estimate, quantile = (more - fewer) / images, float(norm.ppf((1 + level) / 2))
     if more == images:
         return 1.0

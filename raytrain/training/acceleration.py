@@ -86,13 +86,15 @@ def check_mode(run: RunConfig, device: torch.device) -> None:
 def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Module) -> Execution:
     """The mode that is `auto` for a run."""
     num_images, theirs = splits.train.num_images, run.model.users
-    forward = 0.0 if theirs else _flops_of(run.model, model, splits.train.shape)
-    flops = estimate_cost(run) * num_images * forward
-    length = f"a run of {flops:.0e} floating-point operations"
+    passes, enough = estimate_cost(run) * num_images, _WORTH_COMPILING[device.type]
+    flops, amount = passes * _most_flops(model, splits.train.shape), "at most "
+    if flops >= enough and not theirs:
+        flops, amount = passes * _flops_of(run.model, model, splits.train.shape), ""
+    length = f"a run of {amount}{flops:.0e} floating-point operations"
     if theirs:
         # A recording would fix what its code decides on the host: a counter, random.random().
         reason = "a network of the user's own is compiled or recorded only where configured"
-    elif flops < _WORTH_COMPILING[device.type]:
+    elif flops < enough:
         reason = f"{length} is too short to compile"
     elif why := _why_not_compiled(device):
         reason = f"compiling {why}"
@@ -114,6 +116,14 @@ def _why_not_compiled(device: torch.device) -> str | None:
     if device.type == "cuda" and find_spec("triton") is None:
         return "needs the package triton"
     return None
+
+
+def _most_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """A bound of the floating-point operations of the forward pass of one image, which costs no pass.
+
+    Every weight is multiplied once at most per pixel, in networks that do not enlarge their input.
+    """
+    return 2 * sum(weight.numel() for weight in model.parameters()) * shape[1] * shape[2]
 
 
 _FLOPS: dict[tuple[str, tuple[int, ...]], int] = {}  # counted once per process: trials share them
