@@ -43,6 +43,24 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object last o
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from raytrain.cli.version import versions
+
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="versions, and exit"),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 @app.command()
 def train(
     words: Words = None,
@@ -269,6 +287,44 @@ def algorithms(
             say(catalogue.catalogue(), catalogue.catalogue_json(), as_json)
         else:
             say(catalogue.algorithm(name), catalogue.algorithm_json(name), as_json)
+
+
+@app.command()
+def config(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH] [KEY=VALUE]...",
+            help="a field or group, such as data or optimizer.lr; then fields, which choose the parts",
+        ),
+    ] = None,
+    as_yaml: Annotated[
+        bool,
+        typer.Option(
+            "--yaml", help="print a complete run file; a run file may be given in place of PATH"
+        ),
+    ] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="run|space", help="print the JSON Schema of run files, or of spaces"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The fields of a run, with ranges and defaults: `raytrain config algorithm algorithm=dynamic`."""
+    with outcome(debug):
+        from raytrain.cli import config as shown
+
+        if schema is not None:
+            shown.check_alone("--schema", words=words, yaml=as_yaml)
+            indent = None if as_json else 2
+            shown.write(json.dumps(shown.schema(schema), indent=indent) + "\n")
+        elif as_yaml:
+            shown.check_alone("--yaml", json=as_json)
+            shown.write(shown.run_file(*split(words)))
+        else:
+            listed = shown.fields(words or ())
+            say(shown.listing(listed), shown.fields_json(listed), as_json)
 
 
 def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
