@@ -27,7 +27,8 @@ app = typer.Typer(
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FILE] [KEY=VALUE]...", help="a YAML file, then fields by dotted path"
+        metavar="[FILE] [KEY=VALUE]...",
+        help="a YAML file, then fields by dotted path: see raytrain config",
     ),
 ]
 RunArgument = Annotated[
@@ -70,15 +71,24 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of ten steps goes")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="show the configuration and its cost; train nothing"),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train one network: `raytrain train algorithm=dynamic data=cifar10 workers=2 epochs=30`."""
     with outcome(debug):
-        from raytrain.cli.train import Epochs, train_summary
+        from raytrain.cli.train import Epochs, check_dry, preview, train_summary
         from raytrain.commands import train as api
 
         file, overrides = split(words)
+        if dry_run:
+            check_dry(profile)
+            previewed = api.preview(file, overrides, resume=resume)
+            say(preview(previewed), previewed.json(), as_json)
+            return
         with Epochs() as epochs:
             result = api.train(
                 file,
@@ -97,7 +107,7 @@ def tune(
         list[str] | None,
         typer.Argument(
             metavar="SPACE.yaml [KEY=VALUE]...",
-            help="a search space, then fields of its base run, of search or of budget",
+            help="a search space, then fields of its base run (raytrain config), search or budget",
         ),
     ] = None,
     resume: Annotated[
@@ -159,7 +169,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
+            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000; fields of the run, "
+            "such as workers=4: see raytrain config",
         ),
     ] = None,
     which: Which = None,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.config.field_list import Field, below, fields_with
+from raytrain.config.field_list import RunField, below, fields_with
 from raytrain.config.request import as_run, override, parse_overrides
 from raytrain.config.run_file import complete_run_file
 from raytrain.core.types import RequestError
@@ -20,7 +20,7 @@ from raytrain.core.types import RequestError
 _COLUMNS = "{:<32}  {:<14}  {:<28}  {}"
 
 
-def fields(words: Iterable[str]) -> list[Field]:
+def fields(words: Iterable[str]) -> list[RunField]:
     """The fields at and below the path that is the first word, if it is one; others choose the parts.
 
     Raises:
@@ -41,7 +41,7 @@ def fields(words: Iterable[str]) -> list[Field]:
         raise
 
 
-def listing(listed: list[Field]) -> Callable[[], None]:
+def listing(listed: list[RunField]) -> Callable[[], None]:
     """A line for each field: path, value, what it may be, meaning; wrapped in columns on a terminal."""
     rows = [one for one in listed if not one.selects or len(listed) == 1]
 
@@ -54,7 +54,7 @@ def listing(listed: list[Field]) -> Callable[[], None]:
     return show
 
 
-def fields_json(listed: list[Field]) -> dict[str, Any]:
+def fields_json(listed: list[RunField]) -> dict[str, Any]:
     """The same for scripts: a record per path."""
     return {one.path: one.json() for one in listed}
 
@@ -106,7 +106,7 @@ def write(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left, at exit
 
 
-def _table(rows: list[Field]) -> Table:
+def _table(rows: list[RunField]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for ratio in (2, 4, 6):
@@ -123,7 +123,7 @@ def _table(rows: list[Field]) -> Table:
     return table
 
 
-def _cells(field: Field) -> tuple[str, str, str, str]:
+def _cells(field: RunField) -> tuple[str, str, str, str]:
     value = field.shown(field.value)
     if field.required and field.value is None:
         value = "required"

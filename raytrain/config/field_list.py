@@ -29,7 +29,7 @@ _NOT_JSON = ("path", "values")
 
 
 @dataclass(frozen=True)
-class Field:
+class RunField:
     """A field of a run: a value, or a record, whose fields follow it.
 
     The value and the default of a record that is chosen by name are the name; of any other the record.
@@ -65,12 +65,12 @@ class Field:
         return fraction_text(value) if fractions and isinstance(value, float) else shown(value)
 
 
-def fields_of(run: RunConfig) -> list[Field]:
+def fields_of(run: RunConfig) -> list[RunField]:
     """The fields of a run, with its values."""
     return _listed(run.model_dump(mode="json"), _defaults(run))
 
 
-def fields_with(values: Values) -> list[Field]:
+def fields_with(values: Values) -> list[RunField]:
     """The fields of the run with these values, which may lack fields that are required.
 
     Raises:
@@ -84,7 +84,7 @@ def fields_with(values: Values) -> list[Field]:
     return _listed(values, RunConfig.model_validate({}).model_dump(mode="json"))
 
 
-def below(fields: Iterable[Field], path: str) -> list[Field]:
+def below(fields: Iterable[RunField], path: str) -> list[RunField]:
     """The field at `path` and all below it.
 
     Raises:
@@ -168,13 +168,13 @@ def _dumped(values: Values) -> dict[str, Any] | None:
         return None
 
 
-def _listed(values: Values, defaults: Values) -> list[Field]:
+def _listed(values: Values, defaults: Values) -> list[RunField]:
     return list(_of_record(run_schema(), values, defaults, (), True))
 
 
 def _of_record(
     record: Schema, values: Values, defaults: Values, path: tuple[str, ...], there: bool
-) -> Iterator[Field]:
+) -> Iterator[RunField]:
     for name, schema in record["properties"].items():
         default = defaults.get(name, schema.get("default", _MISSING))
         yield from _of_field(schema, values.get(name, default), default, (*path, name), there)
@@ -182,7 +182,7 @@ def _of_record(
 
 def _of_field(
     schema: Schema, value: Any, default: Any, path: tuple[str, ...], there: bool
-) -> Iterator[Field]:
+) -> Iterator[RunField]:
     """The field with this schema, and the fields below it."""
     variants = _variants(schema)
     part = _first(variants, "discriminator")
@@ -214,7 +214,7 @@ def _of_part(
     default: Any,
     path: tuple[str, ...],
     there: bool,
-) -> Iterator[Field]:
+) -> Iterator[RunField]:
     """A record that is chosen by name, and its fields."""
     key = part["discriminator"]["propertyName"]
     kinds = part["discriminator"]["mapping"]
@@ -236,7 +236,7 @@ def _of_part(
     yield from _named(holder, key, _of_record(record, inner, defaults, path, there))
 
 
-def _named(holder: Field, key: str | None, fields: Iterable[Field]) -> Iterator[Field]:
+def _named(holder: RunField, key: str | None, fields: Iterable[RunField]) -> Iterator[RunField]:
     """The fields of a record, that of its name being what `holder` is."""
     for field in fields:
         if key is not None and field.path == f"{holder.path}.{key}":
@@ -252,7 +252,7 @@ def _field(
     default: Any,
     there: bool,
     record: bool,
-) -> Field:
+) -> RunField:
     variants = _variants(schema)
     choices = list(dict.fromkeys(name for one in variants for name in _names(one)))
     types: dict[
@@ -265,7 +265,7 @@ def _field(
         types.pop("record", None)
     names = [*map(shown, choices), *(f"{name} {types[name]}".strip() for name in types)]
     required = default is _MISSING
-    return Field(
+    return RunField(
         path=".".join(path),
         type=" or ".join(types),
         range=", ".join(filter(None, types.values())),

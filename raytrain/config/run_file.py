@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from raytrain.config.field_list import Field, fields_of
+from raytrain.config.field_list import RunField, fields_of
 from raytrain.config.run import RunConfig
 
 _COMMENT = 34  # column of comments
@@ -30,7 +30,7 @@ def complete_run_file(run: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(field: Field) -> list[str]:
+def _lines(field: RunField) -> list[str]:
     *parents, name = field.path.split(".")
     indent = "  " * len(parents)
     text = f"{name}:" if _is_group(field) else f"{name}: {_value(field)}"
@@ -41,14 +41,14 @@ def _lines(field: Field) -> list[str]:
     return [text[: len(text) - len(text.lstrip())] + comment, text]
 
 
-def _is_group(field: Field) -> bool:
+def _is_group(field: RunField) -> bool:
     """Whether its fields follow, and its own line has no value."""
     if not field.there:
         return field.record
     return field.record and field.value not in (None, {})
 
 
-def _comment(field: Field) -> str:
+def _comment(field: RunField) -> str:
     """The meaning; of a value, what it may be and the default if it is another."""
     if _is_group(field):
         return field.description or "by name"
@@ -59,7 +59,7 @@ def _comment(field: Field) -> str:
     return "; ".join(filter(None, [*said, default]))
 
 
-def _value(field: Field) -> str:
+def _value(field: RunField) -> str:
     value = field.value
     if not field.there and field.required:
         return "..."
@@ -68,7 +68,21 @@ def _value(field: Field) -> str:
     return _plain(value)
 
 
+class _OneLine(yaml.SafeDumper):
+    """YAML without line breaks: text that has some is written with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _text)
+
+
 def _plain(value: Any) -> str:
     """The YAML of a plain value on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, width=math.inf, allow_unicode=True
+    )
     return text.removesuffix("...\n").rstrip("\n")
