@@ -142,7 +142,10 @@ def preview_run(
             measured = None
             if workers is None:
                 step = (flops or 0) * fe_per_epoch * run.batch_size
-                measured = _measured(_smaller(run, step, device), context, how)
+                tried = _smaller(run, step, device)
+                measured, after = _measured(tried, context, how)
+                if tried.batch_size == run.batch_size:  # with what its first steps have made
+                    algorithm_memory = after
     except Exception as error:
         raise as_failure(error) from error
     return RunPreview(
@@ -247,12 +250,17 @@ class _StopWatch:
         return MeasuredSteps(len(laps), images, seconds, fe)
 
 
-def _measured(run: RunConfig, context: DistributedContext, how: Execution) -> MeasuredSteps:
-    """Measure steps of a new state; compiled ones are run one by one, as compiling takes minutes."""
+def _measured(
+    run: RunConfig, context: DistributedContext, how: Execution
+) -> tuple[MeasuredSteps, dict[str, int]]:
+    """Measure steps of a new state, and the memory of its algorithm after them.
+
+    Steps of compiled passes are run one by one: compiling would take longer than they do.
+    """
     splits = splits_of(run, context)
     state = start(run, splits, context)
     mode: Mode = "graph" if how.mode == "graph" else "eager"
     watch = _StopWatch(state, _WARM_UP[mode])
     with suppress(_Enough, Diverged):
         train_epoch(run, splits, state, steps_in(mode, state), watch)
-    return watch.result(run.batch_size)
+    return watch.result(run.batch_size), _sizes(state)
