@@ -261,6 +261,8 @@ def _measured(
     state = start(run, splits, context)
     mode: Mode = "graph" if how.mode == "graph" else "eager"
     watch = _StopWatch(state, _WARM_UP[mode])
+    steps = steps_in(mode, state)
     with suppress(_Enough, Diverged):
-        train_epoch(run, splits, state, steps_in(mode, state), watch)
+        for _ in range(1 + _WARM_UP[mode]):  # an epoch may have a single step
+            train_epoch(run, splits, state, steps, watch)
     return watch.result(run.batch_size), _sizes(state)

@@ -185,10 +185,10 @@ def test_every_field_of_a_run_has_a_description() -> None:
     assert bare == ["curriculum.NAME"]
 
 
-@pytest.mark.parametrize("level", range(256))
-def test_fractions_of_255_are_written_as_such_where_that_is_shorter(level: int) -> None:
-    text = fraction_text(level / 255)
-    numerator, _, denominator = text.partition("/")
-    assert float(numerator) / float(denominator or 1) == level / 255
-    assert ("/" in text) == (level % 51 != 0)
+def test_fractions_of_255_are_written_as_such_where_that_is_shorter() -> None:
+    for level in range(256):
+        text = fraction_text(level / 255)
+        numerator, _, denominator = text.partition("/")
+        assert float(numerator) / float(denominator or 1) == level / 255
+        assert ("/" in text) == (level % 51 != 0)
     assert fraction_text(0.1) == "0.1" and fraction_text(float("inf")) == "inf"

@@ -14,7 +14,8 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.outer import OUTERS
 from raytrain.training.checkpoint import LAST, load, save
-from raytrain.training.trainer import fit
+from raytrain.training.preview import preview_run
+from raytrain.training.trainer import fit, preflight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +61,16 @@ def test_a_recorded_outer_update_is_the_update(outer: str) -> None:
     run = as_run({**SMALL, "precision": "fp64", "outer": outer, "performance": "graph"})
     plain = run.model_copy(update={"performance": Performance(mode="eager")})
     assert last(run, "cuda").loss == pytest.approx(last(plain, "cuda").loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+def test_a_dry_run_measures_steps_on_the_device(mode: str) -> None:
+    run = as_run({**SMALL, "performance": mode})
+    before = torch.cuda.get_rng_state()
+    preview = preview_run(run, preflight(run), None)
+    assert preview.execution.mode == mode and preview.measured is not None
+    assert preview.measured.fe == 64 * 23
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])
