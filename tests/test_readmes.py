@@ -13,6 +13,7 @@ import yaml
 
 from raytrain.algorithms import RECIPES
 from raytrain.cli.app import app, split
+from raytrain.cli.config import fields
 from raytrain.commands.evaluate import _requested as requested
 from raytrain.config.request import as_run
 from raytrain.outer import OUTERS
@@ -54,7 +55,7 @@ def commands() -> list[tuple[str, ...]]:
     for page in PAGES:
         text = "\n".join(blocks(page, "sh")).replace("$name", "pgd")
         for line in re.findall(r"^(?:\s*|.* do )(raytrain .*?)(?:; done)?$", text, re.MULTILINE):
-            found[tuple(shlex.split(line, comments=True))] = None
+            found[tuple(shlex.split(line.partition(" > ")[0], comments=True))] = None
     return list(found)
 
 
@@ -91,6 +92,10 @@ def test_commands_have_the_options_and_fields_that_they_are_given(words: tuple[s
     if name == "tune":
         named = ROOT / (file or "SPACE.yaml")
         read_space(named if named.exists() else QUICKSTART, overrides)
+    if name == "config" and parameters["as_yaml"]:
+        as_run(None, overrides)
+    elif name == "config" and parameters["schema"] is None:
+        fields(parameters["words"] or ())
     if name == "evaluate":
         requested(parameters["overrides"] or ())
 

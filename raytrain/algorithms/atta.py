@@ -15,8 +15,8 @@ from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.types import (
     BEGINNING,
     SCHEDULABLE,
+    AttackBatchNorm,
     Batch,
-    BatchNorm,
     Delta,
     Number,
     Progress,
@@ -92,7 +92,7 @@ class Atta(Smoothed):
     std: Annotated[
         Number, Field(gt=0, description="standard deviation of the first perturbation, in pixels")
     ] = 0.001
-    attack_bn: BatchNorm = "eval"
+    attack_bn: AttackBatchNorm = "eval"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(

@@ -18,8 +18,8 @@ from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
+    AttackBatchNorm,
     Batch,
-    BatchNorm,
     NotReplayable,
     Spec,
     StepSize,
@@ -156,7 +156,7 @@ class Iterated(AbstractRecipe):
     steps: Annotated[NonNegativeInt, SCHEDULABLE, Field(description="K, inner steps")] = 10
     step_size: Annotated[StepSize, SCHEDULABLE] = "eps/4"
     start: Init = Uniform()
-    attack_bn: BatchNorm = "eval"
+    attack_bn: AttackBatchNorm = "eval"
 
     def attack(self, stop: AbstractStopping = NEVER, compact: bool = True) -> ProjectedAscent:
         """Return the attack of these fields with stopping rule `stop`."""

@@ -11,7 +11,7 @@ from raytrain.algorithms.nested import Nested
 from raytrain.attacks import Init, ProjectedAscent, Uniform
 from raytrain.core.card import Card, Range
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import SCHEDULABLE, BatchNorm, StepSize
+from raytrain.core.types import SCHEDULABLE, AttackBatchNorm, StepSize
 from raytrain.outer import AbstractOuter
 
 
@@ -44,7 +44,7 @@ class FgsmRs(Smoothed):
         "1.25*eps"
     )
     start: Init = Uniform()
-    attack_bn: BatchNorm = "train"
+    attack_bn: AttackBatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(

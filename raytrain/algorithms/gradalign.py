@@ -23,6 +23,7 @@ from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
+    AttackBatchNorm,
     Batch,
     BatchNorm,
     Delta,
@@ -145,7 +146,7 @@ class GradAlign(Smoothed):
     ] = 0.2
     step_size: Annotated[StepSize, SCHEDULABLE] = "1.25*eps"
     start: Init = Zero()
-    attack_bn: BatchNorm = "train"
+    attack_bn: AttackBatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> GradAlignTraining:
         if self.start.remembers:

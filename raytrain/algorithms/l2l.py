@@ -29,7 +29,7 @@ from raytrain.core.losses import AbstractLoss, Trades
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import SCHEDULABLE, Batch, BatchNorm, mix
+from raytrain.core.types import SCHEDULABLE, AttackBatchNorm, Batch, BatchNorm, mix
 from raytrain.outer import AbstractOuter
 
 
@@ -193,7 +193,7 @@ class L2l(Smoothed, AttackerSpec):
     start: Annotated[
         Init | None, Field(description="default: uniform, with loss=trades gaussian")
     ] = None
-    attack_bn: BatchNorm = "eval"
+    attack_bn: AttackBatchNorm = "eval"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Learned:
         if self.start is not None and self.start.remembers:

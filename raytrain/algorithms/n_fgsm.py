@@ -11,7 +11,7 @@ from raytrain.algorithms.nested import Nested
 from raytrain.attacks import ProjectedAscent, Uniform
 from raytrain.core.card import Card, Range
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import SCHEDULABLE, BatchNorm, StepSize
+from raytrain.core.types import SCHEDULABLE, AttackBatchNorm, StepSize
 from raytrain.outer import AbstractOuter
 
 
@@ -37,7 +37,7 @@ class NFgsm(Smoothed):
     name: Literal["n_fgsm"] = "n_fgsm"
     k: Annotated[PositiveFloat, Field(description="noise radius in multiples of eps")] = 2.0
     step_size: Annotated[StepSize, SCHEDULABLE] = "eps"
-    attack_bn: BatchNorm = "train"
+    attack_bn: AttackBatchNorm = "train"
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         attack = ProjectedAscent(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field
 
 from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
 from raytrain.attacks import ProjectedAscent
@@ -80,8 +82,10 @@ class NestedRecipe(AbstractRecipe):
     )
 
     name: Literal["nested"] = "nested"
-    attack: ProjectedAscent
-    objective: Loss = CrossEntropy()
+    attack: Annotated[ProjectedAscent, Field(description="how the perturbation is found")]
+    objective: Annotated[Loss, Field(description="what attack and update are about")] = (
+        CrossEntropy()
+    )
 
     def assemble(self, ball: AbstractThreatModel, outer: AbstractOuter) -> Nested:
         return Nested(ball, self.attack, outer, self.objective)

@@ -22,8 +22,8 @@ from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
+    AttackBatchNorm,
     Batch,
-    BatchNorm,
     Delta,
     NotReplayable,
     PerSample,
@@ -334,7 +334,7 @@ class SiHg(Smoothed):
     ] = "canonical"
     project_bar: Annotated[bool, Field(description="project the extrapolated delta (B)")] = True
     replays: Annotated[PositiveInt, Field(description="updates per batch")] = 1
-    attack_bn: BatchNorm = "batch_nostat"
+    attack_bn: AttackBatchNorm = "batch_nostat"
     chunk: Annotated[PositiveInt, Field(description="per-sample gradients at a time (T)")] = 16
 
     @model_validator(mode="after")

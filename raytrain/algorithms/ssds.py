@@ -22,8 +22,8 @@ from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import (
     SCHEDULABLE,
+    AttackBatchNorm,
     Batch,
-    BatchNorm,
     Delta,
     NotReplayable,
     PerSample,
@@ -311,7 +311,7 @@ class Ssds(Smoothed):
         Literal["canonical", "none"],
         Field(description="canonical: perturbations follow crop and flip of their image"),
     ] = "canonical"
-    attack_bn: BatchNorm = "batch_nostat"
+    attack_bn: AttackBatchNorm = "batch_nostat"
 
     @model_validator(mode="after")
     def _consistent(self) -> Ssds:

@@ -18,8 +18,8 @@ from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
 from raytrain.core.types import (
+    AttackBatchNorm,
     Batch,
-    BatchNorm,
     Delta,
     NotReplayable,
     Progress,
@@ -47,14 +47,16 @@ class ProjectedAscent(Spec):
     """
 
     start: Init = Uniform()
-    steps: NonNegativeInt
+    steps: Annotated[NonNegativeInt, Field(description="inner steps")]
     step_size: StepSize
     stop: Stopping = NEVER
-    bn: BatchNorm  # no default: it decides results, and public codes disagree
+    bn: AttackBatchNorm  # no default: it decides results, and public codes disagree
     confined: Annotated[
         bool, Field(description="project on the ball; false clips to the pixel box only (N-FGSM)")
     ] = True
-    compact: bool = True
+    compact: Annotated[
+        bool, Field(description="stopped samples leave the batch; needs bn=eval")
+    ] = True
 
     @model_validator(mode="after")
     def _rows_are_independent(self) -> ProjectedAscent:

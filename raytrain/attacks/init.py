@@ -139,4 +139,6 @@ class Remembered(_Timeless):
 INITS = Registry(AbstractInit, "kind")
 INITS.register(Zero, Uniform, Gaussian, Remembered)
 
-Init = Annotated[AbstractInit, OneOf(INITS, "uniform")]
+Init = Annotated[
+    AbstractInit, OneOf(INITS, "uniform"), Field(description="where the attack begins")
+]

@@ -40,9 +40,11 @@ class AttackerSpec(Spec):
     makes the step scale * sign(g) exactly, whatever the cell.
     """
 
-    cell: Literal["lstm", "gru", "rnn", "linear"] = "lstm"
+    cell: Annotated[
+        Literal["lstm", "gru", "rnn", "linear"], Field(description="linear has no memory")
+    ] = "lstm"
     hidden: Annotated[PositiveInt, Field(description="units per layer and pixel")] = 10
-    layers: PositiveInt = 1
+    layers: Annotated[PositiveInt, Field(description="cells on top of one another")] = 1
     features: Annotated[
         Literal["rms", "linf", "sign", "logsign", "raw"],
         Field(description="how a gradient is presented: by its rms, its largest, its sign, ..."),

@@ -119,7 +119,9 @@ class Gap(AbstractStopping):
     c_max: Annotated[
         Number, Field(description="threshold at the start of training, in nats; negative: never")
     ]
-    decay: Annotated[AbstractShape, OneOf(SHAPES, "power")] = Power()
+    decay: Annotated[
+        AbstractShape, OneOf(SHAPES, "power"), Field(description="how the threshold falls")
+    ] = Power()
     over: Annotated[
         Literal["ball", "ball_box"],
         Field(
@@ -165,4 +167,6 @@ NEVER = Never()
 STOPPINGS = Registry(AbstractStopping, "kind")
 STOPPINGS.register(Never, Gap)
 
-Stopping = Annotated[AbstractStopping, OneOf(STOPPINGS)]
+Stopping = Annotated[
+    AbstractStopping, OneOf(STOPPINGS), Field(description="when a sample's attack ends")
+]

@@ -27,7 +27,8 @@ app = typer.Typer(
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FILE] [KEY=VALUE]...", help="a YAML file, then fields by dotted path"
+        metavar="[FILE] [KEY=VALUE]...",
+        help="a YAML file, then fields by dotted path: see raytrain config",
     ),
 ]
 RunArgument = Annotated[
@@ -48,6 +49,24 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object last o
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from raytrain.cli.version import versions
+
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="versions, and exit"),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 @app.command()
 def train(
     words: Words = None,
@@ -62,15 +81,24 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of ten steps goes")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="show the configuration and its cost; train nothing"),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train one network: `raytrain train algorithm=dynamic data=cifar10 workers=2 epochs=30`."""
     with outcome(debug):
-        from raytrain.cli.train import Epochs, train_summary
+        from raytrain.cli.train import Epochs, check_dry, preview, train_summary
         from raytrain.commands import train as api
 
         file, overrides = split(words)
+        if dry_run:
+            check_dry(profile)
+            previewed = api.preview(file, overrides, resume=resume)
+            say(preview(previewed), previewed.json(), as_json)
+            return
         with Epochs() as epochs:
             result = api.train(
                 file,
@@ -89,7 +117,7 @@ def tune(
         list[str] | None,
         typer.Argument(
             metavar="SPACE.yaml [KEY=VALUE]...",
-            help="a search space, then fields of its base run, of search or of budget",
+            help="a search space, then fields of its base run (raytrain config), search or budget",
         ),
     ] = None,
     resume: Annotated[
@@ -151,7 +179,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000 workers=4",
+            help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000; fields of the run, "
+            "such as workers=4: see raytrain config",
         ),
     ] = None,
     which: Which = None,
@@ -280,6 +309,44 @@ def algorithms(
             say(catalogue.catalogue(), catalogue.catalogue_json(), as_json)
         else:
             say(catalogue.algorithm(name), catalogue.algorithm_json(name), as_json)
+
+
+@app.command()
+def config(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH] [KEY=VALUE]...",
+            help="a field or group, such as data or optimizer.lr; then fields, which choose the parts",
+        ),
+    ] = None,
+    as_yaml: Annotated[
+        bool,
+        typer.Option(
+            "--yaml", help="print a complete run file; a run file may be given in place of PATH"
+        ),
+    ] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="run|space", help="print the JSON Schema of run files, or of spaces"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The fields of a run, with ranges and defaults: `raytrain config algorithm algorithm=dynamic`."""
+    with outcome(debug):
+        from raytrain.cli import config as shown
+
+        if schema is not None:
+            shown.check_alone("--schema", words=words, yaml=as_yaml)
+            indent = None if as_json else 2
+            shown.write(json.dumps(shown.schema(schema), indent=indent) + "\n")
+        elif as_yaml:
+            shown.check_alone("--yaml", json=as_json)
+            shown.write(shown.run_file(*split(words)))
+        else:
+            listed = shown.fields(words or ())
+            say(shown.listing(listed), shown.fields_json(listed), as_json)
 
 
 def split(words: list[str] | None) -> tuple[Path | None, list[str]]:

@@ -30,6 +30,15 @@ def span(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def size(count: float) -> str:
+    """A number of bytes: `614 MB`, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
 def line(console: Console, label: str, text: str) -> None:
     """A labelled line that is never broken, so that it can be copied."""
     console.print(f"{label:<11} {text}", soft_wrap=True, highlight=False, markup=False)

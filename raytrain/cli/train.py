@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
+from rich.text import Text
 
-from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar
+from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar, size, span
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.types import RequestError
 from raytrain.training.profiling import TABLE, TRACE
 
 if TYPE_CHECKING:
     from raytrain.commands.train import TrainResult
+    from raytrain.config.field_list import RunField
+    from raytrain.training.preview import RunPreview
 
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -74,6 +78,89 @@ def _where(run: RunConfig, report: EpochMetrics) -> str:
     if run.fe_per_image is None:
         return f"epoch {report.epoch}/{run.epochs}"
     return f"epoch {report.epoch}, {report.progress:.0%} of {run.fe_per_image:g} FE/image"
+
+
+def check_dry(profile: bool) -> None:
+    """Refuse to profile what is not trained.
+
+    Raises:
+        RequestError: naming the option.
+    """
+    if profile:
+        raise RequestError("--profile: --dry-run trains nothing; expected one of them")
+
+
+def preview(run: RunPreview) -> Callable[[], None]:
+    """`raytrain train --dry-run`: the configuration, what differs from the defaults marked, and its cost."""
+
+    def show() -> None:
+        console = Console()
+        table = Table(title=f"run {run.run.signature()}", title_justify="left")
+        for column in ("", "field", "value", "default"):
+            table.add_column(column, overflow="fold")
+        for field in run.fields:
+            own = field.value != {} and not (field.record and isinstance(field.value, dict))
+            if field.there and not field.selects and own:
+                table.add_row(*map(Text, _cells(field)), style="bold" if field.changed else None)
+        console.print(table)
+        for label, text in _preview_lines(run).items():
+            line(console, label, text)
+
+    return show
+
+
+def _cells(field: RunField) -> tuple[str, str, str, str]:
+    """Mark, path, value, and the default of what is marked."""
+    mark = "*" if field.changed else ""
+    default = field.shown(field.default) if field.changed and not field.required else ""
+    return mark, field.path, field.shown(field.value), default
+
+
+def _preview_lines(run: RunPreview) -> dict[str, str]:
+    config, most, about = run.run, "at most " if run.bound else "", "about " * _by_cost(run.run)
+    steps = run.epochs * run.steps_per_epoch
+    lines = {
+        "data": f"{run.images:,} training images, {run.validation_images:,} for validation",
+        "steps": f"{run.steps_per_epoch:,} of {config.batch_size} images per epoch, "
+        f"{about}{run.epochs} epochs, {about}{steps:,} in all",
+        "cost": f"{most}{run.fe_per_image:,.0f} FE per image, {number(run.fe)} FE in all",
+        "validation": "AutoAttack's, not counted",
+        "memory": _memory(run),
+        "execution": str(run.execution),
+        "time": _time(run),
+    }
+    if run.resumed_after:
+        lines = {"resumes": f"after {run.resumed_after} epochs, of the whole run:", **lines}
+    if run.flops is not None:
+        lines["cost"] += (
+            f", {run.flops:.2g} floating-point operations in matrix products and convolutions"
+        )
+    if run.validation_fe is not None:
+        lines["validation"] = f"at most {number(run.validation_fe)} FE beside these"
+    return lines
+
+
+def _by_cost(run: RunConfig) -> bool:
+    return run.fe_per_image is not None
+
+
+def _memory(run: RunPreview) -> str:
+    named = [f"{name} {size(amount)}" for name, amount in run.memory.items() if amount]
+    kept = [f"{name} {size(amount)}" for name, amount in run.algorithm_memory.items() if amount]
+    each = f" (images and state of the algorithm over {run.run.workers} workers)"
+    return (
+        f"{', '.join(named)}; state of the algorithm: {', '.join(kept) or 'none'}"
+        f"{each if run.run.workers > 1 else ''}; activations and libraries come on top"
+    )
+
+
+def _time(run: RunPreview) -> str:
+    if run.measured is None or run.seconds is None:
+        return "not estimated: steps are measured only where this process trains"
+    said = f"{'at most ' if run.bound else 'about '}{span(run.seconds)} ({run.measured}, "
+    said += "validation at the same rate" if run.validation_fe is not None else "no validation"
+    compiled = ", steps not compiled" if run.execution.mode == "compile" else ""
+    return f"{said}{compiled})"
 
 
 def train_summary(result: TrainResult) -> Callable[[], None]:

@@ -16,11 +16,13 @@ from raytrain.config.request import Configuration, as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.files import check_folder
 from raytrain.core.signals import interruptible, raise_if_interrupted
 from raytrain.core.types import RequestError
-from raytrain.data.loader import SplitShard
+from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_session import (
+    check_fits,
     concurrent_trials,
     session,
     wanted_cluster,
@@ -31,8 +33,10 @@ from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
 from raytrain.tracking.run_names import run_of
+from raytrain.tracking.store_check import check_store
 from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
+from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
 from raytrain.training.trainer import OnStep, check_resumable, network, preflight
@@ -91,22 +95,13 @@ def train(
     Traceback (most recent call last):
     raytrain.core.types.RequestError: epochs: ...
     """
-    folder = None
-    if resume is not None:
-        asked = as_run(config, overrides)
-        folder = folder_of(run_of(str(resume), asked.storage, asked.tracking_uri), asked.storage)
-        config = stored_run(folder) if config is None else config
-    run = as_run(config, overrides)
-    splits = preflight(run)
-    if run.workers == 1 and wanted_cluster() is None:
-        check_mode(run, local_context(run.device).device)
-    elif profile:
+    asked = _checked(config, overrides, resume)
+    run, splits, folder = asked.run, asked.splits, asked.folder
+    if profile and not _is_local(run):
         raise RequestError(
             "--profile: only a training in this process is profiled; expected workers=1 and no "
             "RAY_ADDRESS"
         )
-    if folder is not None and (folder / LAST).is_file():
-        check_resumable(run, load(folder / LAST), splits)
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
     with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
         on_cluster = cluster.enter_context(_cluster(run))
@@ -137,6 +132,73 @@ def train(
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
 
 
+def preview(
+    config: Configuration | None = None,
+    overrides: Overrides = (),
+    *,
+    resume: str | Path | None = None,
+) -> RunPreview:
+    """What `train` would do with the same arguments, and its cost; nothing is trained, recorded, written.
+
+    Raises:
+        RequestError: as `train` does.
+        TrainingFailed: if the few steps that are measured fail.
+    """
+    asked = _checked(config, overrides, resume)
+    run, folder = asked.run, asked.folder
+    run_id = folder.name if folder is not None and is_run_id(folder.name) else None
+    check_store(run.tracking_uri, run.experiment, run_id)
+    try:
+        check_folder(run.storage / run.experiment)
+    except OSError as error:
+        raise RequestError(
+            f"storage: {error.filename} cannot be written ({error.strerror}); expected a folder that "
+            "can be written"
+        ) from None
+    with interruptible():
+        workers = None if _is_local(run) else check_fits(run)
+        return preview_run(run, asked.splits, workers, asked.epoch)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A run that `train` would begin."""
+
+    run: RunConfig
+    splits: Splits
+    folder: Path | None  # of the run that is resumed
+    epoch: int  # finished ones of that
+
+
+def _checked(
+    config: Configuration | None, overrides: Overrides, resume: str | Path | None
+) -> _Request:
+    """The run of a request, after all checks that neither Ray nor MLflow is needed for.
+
+    Raises:
+        RequestError: naming the field or file.
+    """
+    folder, epoch = None, 0
+    if resume is not None:
+        asked = as_run(config, overrides)
+        folder = folder_of(run_of(str(resume), asked.storage, asked.tracking_uri), asked.storage)
+        config = stored_run(folder) if config is None else config
+    run = as_run(config, overrides)
+    splits = preflight(run)
+    if _is_local(run):
+        check_mode(run, local_context(run.device).device)
+    if folder is not None and (folder / LAST).is_file():
+        saved = load(folder / LAST)
+        check_resumable(run, saved, splits)
+        epoch = saved.epoch
+    return _Request(run, splits, folder, epoch)
+
+
+def _is_local(run: RunConfig) -> bool:
+    """Whether this process trains the run, without Ray."""
+    return run.workers == 1 and wanted_cluster() is None
+
+
 def log_model(
     tracker: Tracker, handle: str, folder: Path, part: SplitShard, metrics: Mapping[str, float]
 ) -> None:
@@ -156,7 +218,7 @@ def log_model(
 @contextmanager
 def _cluster(run: RunConfig) -> Iterator[bool]:
     """A Ray cluster where the run needs one: several workers, or RAY_ADDRESS is set."""
-    if run.workers == 1 and wanted_cluster() is None:
+    if _is_local(run):
         yield False
         return
     with session(run):

@@ -40,6 +40,21 @@ def estimate_cost(run: RunConfig) -> float:
     return total
 
 
+def estimate_validation(run: RunConfig, num_images: int) -> float | None:
+    """Return the most forward-equivalents of one validation on `num_images` images, with its sentinels.
+
+    Images that are misclassified, or have fallen to an earlier restart, cost less. None for `apgd`.
+    """
+    evaluation = run.evaluation
+    if evaluation.attack == "apgd":
+        return None
+    images = min(num_images, evaluation.images or num_images)
+    cost = images * (1 + evaluation.restarts * (2 * evaluation.steps + 1.0))
+    if run.sentinels is not None:
+        cost += min(images, run.sentinels.images) * (3 + run.sentinels.corners)
+    return cost
+
+
 def is_bound(run: RunConfig) -> bool:
     """Whether a run may cost less than its estimate, because attacks or the run may stop early."""
     if run.early_stop is not None or (run.sentinels and run.sentinels.stop.limits()):

@@ -64,7 +64,9 @@ RUNTIME = frozenset(
 class EarlyStop(Spec):
     """End a run once validation robustness has not risen for `patience` validations in a row."""
 
-    patience: PositiveInt
+    patience: Annotated[
+        PositiveInt, Field(description="validations in a row without a gain, before the run ends")
+    ]
     min_gain: Annotated[
         NonNegativeFloat, Field(description="a smaller rise than this does not count")
     ] = 0.0
@@ -84,15 +86,20 @@ class RunConfig(Spec):
     True
     """
 
-    data: Annotated[DataSpec, Field(description="what to train on")] = DataSpec()
-    model: Annotated[ModelSpec, Field(description="the network")] = ModelSpec()
+    data: Annotated[
+        DataSpec,
+        Field(description="a data set, or the path of a .parquet file or of a folder of them"),
+    ] = DataSpec()
+    model: Annotated[
+        ModelSpec, Field(description="the network; auto: by the size of the images")
+    ] = ModelSpec()
     threat: Annotated[
         ThreatModel,
-        Field(description="norm: linf, l2 or l1, and eps; default: customary for the data"),
+        Field(description="which perturbations are allowed"),
     ]
     algorithm: Annotated[Recipe, Field(description="see `raytrain algorithms`")] = Pgd()
     outer: Annotated[Outer, Field(description="how the weights are updated")] = Plain()
-    optimizer: Sgd = Sgd()
+    optimizer: Annotated[Sgd, Field(description="stochastic gradient descent")] = Sgd()
     epochs: Annotated[PositiveInt, Field(description="passes over the training images")] = 15
     fe_per_image: Annotated[
         PositiveFloat | None,
@@ -111,7 +118,7 @@ class RunConfig(Spec):
     ] = None
     early_stop: Annotated[
         EarlyStop | None,
-        BeforeValidator(_patience),
+        BeforeValidator(_patience, json_schema_input_type=EarlyStop | PositiveInt | None),
         Field(description="validations without a gain in valid/robust before the run ends"),
     ] = None
     sentinels: Annotated[
@@ -123,14 +130,18 @@ class RunConfig(Spec):
     precision: Annotated[
         Precision, Field(description="fp32, bf16 (autocast) or fp64; evaluation is never bf16")
     ] = "fp32"
-    seed: NonNegativeInt = 0
+    seed: Annotated[
+        NonNegativeInt, Field(description="of weights, order, augmentation and noise")
+    ] = 0
     evaluation: Annotated[Evaluation, Field(description="the attack of validation")] = Evaluation()
 
     workers: Annotated[PositiveInt, Field(description="processes, one model replica each")] = 1
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Field(description="auto: a GPU where there is one")
     ] = "auto"
-    cpus_per_worker: PositiveInt = 1
+    cpus_per_worker: Annotated[
+        PositiveInt, Field(description="cores that Ray keeps for each worker")
+    ] = 1
     gpus_per_worker: Annotated[
         PositiveFloat | None, Field(description="default: 1 on GPUs; below 1 shares one")
     ] = None
@@ -153,7 +164,7 @@ class RunConfig(Spec):
     ] = True
     checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
     performance: Annotated[
-        Performance, Field(description="how steps are executed: auto, eager, graph or compile")
+        Performance, Field(description="how steps are executed; graph needs a GPU")
     ] = Performance()
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,19 @@ def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that files can be written to a folder, which may still have to be made; make nothing.
+
+    Raises:
+        OSError: if they cannot.
+    """
+    there = next(one for one in (folder.resolve(), *folder.resolve().parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:

@@ -31,13 +31,20 @@ class EagerSGD(torch.optim.SGD):
 class Sgd(Spec):
     """v <- momentum v + g + weight_decay theta;  theta <- theta - lr * schedule(t) * v."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Annotated[Literal["sgd"], Field(description="the only optimiser")] = "sgd"
     lr: Annotated[PositiveFloat, Field(allow_inf_nan=False, description="peak learning rate")] = (
         0.1
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5e-4
-    nesterov: bool = False
+    momentum: Annotated[
+        float, Field(ge=0, lt=1, description="share of the velocity that a step keeps")
+    ] = 0.9
+    weight_decay: Annotated[
+        NonNegativeFloat,
+        Field(allow_inf_nan=False, description="factor of the weights in their gradient"),
+    ] = 5e-4
+    nesterov: Annotated[
+        bool, Field(description="gradient at the weights ahead; needs momentum")
+    ] = False
     schedule: Annotated[
         AbstractShape,
         OneOf(SHAPES, "onecycle"),

@@ -8,8 +8,7 @@ from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from raytrain.core.types import RequestError, Spec
@@ -144,13 +143,6 @@ class OneOf:
     ) -> CoreSchema:
         del source, handler
         return core_schema.no_info_plain_validator_function(self._validated)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        del schema
-        parts = [handler(part.__pydantic_core_schema__) for part in self.registry.own.values()]
-        return {"anyOf": [{"type": "string"}, *parts]}
 
     def _validated(self, value: Any) -> Any:
         if isinstance(value, self.registry.base):

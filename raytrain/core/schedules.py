@@ -132,12 +132,17 @@ class Ramp(Spec):
     '0.375*eps'
     """
 
-    start: StepSize | Number
+    start: Annotated[StepSize | Number, Field(description="the number before it moves")]
     end: Annotated[
-        StepSize | Number | None, Field(description="default: the value of the field itself")
+        StepSize | Number | None,
+        Field(description="the number afterwards; default: that of the field"),
     ] = None
-    after: Annotated[Number, Field(ge=0, lt=1, description="share of training before it")] = 0.0
-    until: Annotated[PositiveShare, Field(description="share of training at its end")] = 1.0
+    after: Annotated[
+        Number, Field(ge=0, lt=1, description="share of training before it moves")
+    ] = 0.0
+    until: Annotated[PositiveShare, Field(description="share of training until it has moved")] = (
+        1.0
+    )
     shape: Annotated[
         Literal["linear", "cosine", "geometric"], Field(description="geometric: by equal factors")
     ] = "linear"

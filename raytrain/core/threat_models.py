@@ -41,9 +41,7 @@ class AbstractThreatModel(Spec):
     """The word of AutoAttack's code for the norm; None where AutoAttack is not defined."""
 
     norm: Any  # a literal in each subclass
-    eps: Annotated[
-        Number, Field(ge=0, description="radius, in pixels of [0, 1]; may be written 8/255")
-    ]
+    eps: Annotated[Number, Field(ge=0, description="radius, in pixels of [0, 1]")]
 
     @abstractmethod
     def norm_of(self, delta: Delta) -> PerSample:

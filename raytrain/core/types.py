@@ -16,6 +16,8 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
+    PositiveFloat,
     model_validator,
 )
 from torch import Tensor
@@ -30,6 +32,11 @@ Mask = Bool[Tensor, " n"]
 BatchNorm = Literal["eval", "train", "batch_nostat"]
 """Mode of BatchNorm (and dropout) in a pass: `eval` uses running statistics; `train` uses batch
 statistics and updates the running ones; `batch_nostat` uses batch statistics only."""
+
+AttackBatchNorm = Annotated[
+    BatchNorm, Field(description="mode of BatchNorm and dropout in the passes of the attack")
+]
+"""The same as a field of a recipe."""
 
 
 class RequestError(ValueError):
@@ -137,10 +144,24 @@ class Schedulable:
 
 SCHEDULABLE = Schedulable()
 
-Number = Annotated[float, BeforeValidator(fraction), AfterValidator(_a_number)]
+_FractionText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=["8/255"])]
+_StepText = Annotated[
+    str, Field(pattern=f"^({_FRACTION.pattern}|{_OF_EPS.pattern})$", examples=["eps/4"])
+]
+
+Number = Annotated[
+    float,
+    BeforeValidator(fraction, json_schema_input_type=float | _FractionText),
+    AfterValidator(_a_number),
+]
 """A float that may be written as a fraction: `8/255`."""
 
-StepSize = Annotated[float | str, BeforeValidator(fraction), AfterValidator(_step_size)]
+StepSize = Annotated[
+    float | str,
+    BeforeValidator(fraction, json_schema_input_type=PositiveFloat | _StepText),
+    AfterValidator(_step_size),
+    Field(description="pixels of [0, 1] per step, or a multiple of the radius"),
+]
 """Pixels in [0, 1] (`2/255`, `0.01`) or a multiple of the threat's radius (`eps/4`, `1.25*eps`)."""
 
 

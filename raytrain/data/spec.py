@@ -21,8 +21,8 @@ class DataSpec(Spec):
     name: Annotated[
         str,
         Field(
-            description="digits, cifar10, cifar100, mnist, fashion_mnist, svhn, or the path of a "
-            ".parquet file or of a folder of them"
+            description="a data set, or the path of a .parquet file or of a folder of them",
+            examples=[*SOURCES, "FILE.parquet"],
         ),
     ] = "digits"
     root: Annotated[

@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
@@ -68,7 +70,7 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
             if address is not None:
                 _join(address)
             else:
-                _start(max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials))
+                _start(_local_cores(run, trials))
         _private_token()
         yield
     finally:
@@ -174,8 +176,13 @@ def concurrent_trials(run: RunConfig, wanted: int | None) -> int:
     """
     import ray
 
-    have = ray.cluster_resources()
-    each = worker_resources(run)
+    trials = _num_fitting(run, ray.cluster_resources())
+    return trials if wanted is None else min(trials, wanted)
+
+
+def _num_fitting(run: RunConfig, have: Mapping[str, float]) -> int:
+    """How many trials fit the resources of a cluster; raises if none does."""
+    each = _worker_resources(run, have)
     if run.performance.mode == "graph" and not each["GPU"]:
         raise RequestError(
             "performance.mode: graph needs a GPU and the cluster has none; expected auto, eager or compile"
@@ -188,17 +195,45 @@ def concurrent_trials(run: RunConfig, wanted: int | None) -> int:
             f"workers: {run.workers} workers of {needs} each were asked for and the cluster has "
             f"room for {fits}"
         )
-    return trials if wanted is None else min(trials, wanted)
+    return trials
+
+
+def check_fits(run: RunConfig) -> Literal["cpu", "cuda"]:
+    """Check that the workers of a run fit the cluster that it would use; return their kind of device.
+
+    A cluster that RAY_ADDRESS names is joined for it; a local one is not started.
+
+    Raises:
+        RequestError: as `session` and `concurrent_trials` do.
+        TrainingFailed: as `session` does.
+    """
+    if wanted_cluster() is None:
+        socket_folder()
+        have = {"CPU": float(_local_cores(run)), "GPU": float(torch.cuda.device_count())}
+    else:
+        import ray
+
+        with session(run):
+            have = ray.cluster_resources()
+    _num_fitting(run, have)
+    return "cuda" if _worker_resources(run, have)["GPU"] else "cpu"
+
+
+def _local_cores(run: RunConfig, trials: int = 1) -> int:
+    """The cores of a local cluster: at least as many as its workers ask for."""
+    return max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials)
 
 
 def worker_resources(run: RunConfig) -> dict[str, float]:
     """CPUs and GPUs of one worker on this cluster."""
     import ray
 
+    return _worker_resources(run, ray.cluster_resources())
+
+
+def _worker_resources(run: RunConfig, have: Mapping[str, float]) -> dict[str, float]:
     gpus = run.gpus_per_worker if run.gpus_per_worker is not None else 1.0
-    on_gpu = run.device == "cuda" or (
-        run.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
+    on_gpu = run.device == "cuda" or (run.device == "auto" and have.get("GPU", 0) > 0)
     return {"CPU": float(run.cpus_per_worker), "GPU": gpus if on_gpu else 0.0}
 
 

@@ -48,9 +48,15 @@ Level = Annotated[Number | None, Field(ge=0, le=1)]
 class Levels(Spec):
     """Values above which a run ends; null: no limit."""
 
-    fgsm_gap: Level = None
-    zero_grad: Level = None
-    noise_gap: Level = None
+    fgsm_gap: Annotated[
+        Level, Field(description="accuracy under one step less that of validation")
+    ] = None
+    zero_grad: Annotated[
+        Level, Field(description="share of correct images whose gradient has vanished")
+    ] = None
+    noise_gap: Annotated[
+        Level, Field(description="share that survives the attack and falls to noise")
+    ] = None
     robust_drop: Annotated[Level, Field(description="share of the best valid/robust lost")] = None
 
     def limits(self) -> dict[str, float]:
@@ -74,7 +80,11 @@ class Sentinels(Spec):
         PositiveInt, Field(description="size of the probe: so many of the validation images")
     ] = 128
     corners: Annotated[PositiveInt, Field(description="random corners that each is tried at")] = 2
-    stop: Annotated[Levels, BeforeValidator(_none_as_empty)] = Levels()
+    stop: Annotated[
+        Levels,
+        BeforeValidator(_none_as_empty, json_schema_input_type=Levels | None),
+        Field(description="values above which the run ends"),
+    ] = Levels()
 
     def alarm(self, seen: Mapping[str, float]) -> str | None:
         """The first level that readings pass, its field first; None if they pass none."""

@@ -28,9 +28,11 @@ def _words(value: Any) -> Any:
 class PgdSettings(Spec):
     """PGD from uniform random starts, in eval mode; what survives every restart counts as robust."""
 
-    steps: PositiveInt = 20
+    steps: Annotated[PositiveInt, Field(description="steps of the attack")] = 20
     step_size: StepSize = "eps/4"
-    restarts: PositiveInt = 1
+    restarts: Annotated[
+        PositiveInt, Field(description="random starts, all of which must be survived")
+    ] = 1
     images: Annotated[
         PositiveInt | None, Field(description="the first so many images; default: all")
     ] = None

@@ -44,14 +44,14 @@ class Evaluation(PgdSettings):
     attack: Annotated[
         Literal["pgd", "apgd"], Field(description="pgd, or apgd: half of AutoAttack, costly")
     ] = "pgd"
-    steps: PositiveInt = 10
+    steps: Annotated[PositiveInt, Field(description="steps of the attack")] = 10
     eps: Annotated[
         Number | None, Field(ge=0, description="radius, where it is not that of training")
     ] = None
     every: Annotated[
         PositiveInt, Field(description="epochs between validations; the last is always one")
     ] = 1
-    batch_size: PositiveInt = 500
+    batch_size: Annotated[PositiveInt, Field(description="images attacked at once")] = 500
 
     @property
     def name(self) -> str:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from raytrain.core.types import RequestError, Spec
@@ -52,9 +53,15 @@ class ModelSpec(Spec):
 
     bare: ClassVar[str | None] = "name"
 
-    name: str = "auto"
-    normalise: bool = True  # False: the input of the network is the pixels in [0, 1]
-    kwargs: dict[str, Any] = {}  # for torchvision:NAME and module:function only
+    name: Annotated[
+        str, Field(description="auto: by the size of the images", examples=[*MODELS])
+    ] = "auto"
+    normalise: Annotated[
+        bool, Field(description="false: the input of the network is the pixels in [0, 1]")
+    ] = True
+    kwargs: Annotated[
+        dict[str, Any], Field(description="for torchvision:NAME and module:function only")
+    ] = {}
 
     def resolved(self, size: int) -> str:
         """Return the name of the network for images of this height and width: never `auto`."""

@@ -3,8 +3,9 @@
 A sweep is a parent run and its trials are the children; a single training is a run of its own.
 Workers never import mlflow. From the bottom up: `outbox_state` (what a file says about its runs),
 `outbox` (the file), `address` (which store is meant), `schema` (its tables), `stores` (MLflow),
-`delivery` (from an outbox to a store), `tracker` (what the commands use). For the UI: `experiment`,
-`views`, `notes`, `mlflow_inputs`, `registry`; its server: `ui`.
+`delivery` (from an outbox to a store), `tracker` (what the commands use), `store_check` (whether a
+store can be used, without changing it). For the UI: `experiment`, `views`, `notes`, `mlflow_inputs`,
+`registry`; its server: `ui`.
 """
 
 from raytrain.tracking.address import sqlite_file, sqlite_uri, tracking_uri

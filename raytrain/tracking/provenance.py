@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
+from raytrain.core.git import git
 from raytrain.core.types import in_pixels
 from raytrain.data.loader import open_source
 from raytrain.evaluation.contract import Contract
@@ -114,23 +114,12 @@ def _processor() -> str:
 @lru_cache(maxsize=1)
 def _machine(folder: Path) -> dict[str, str]:
     """Hardware, versions, and the commit of the working directory, which is `folder`."""
-    commit = _git(folder, "rev-parse", "HEAD")
+    commit = git(folder, "rev-parse", "HEAD")
     clean = {} if not commit else {"mlflow.source.git.commit": commit, "git_commit": commit}
-    if commit and _git(folder, "status", "--porcelain", "--untracked-files=no"):
+    if commit and git(folder, "status", "--porcelain", "--untracked-files=no"):
         clean["git_dirty"] = "true"
     versions = {f"{name}_version": version(name) for name in ("raytrain", "torch", "ray")}
     return {"hardware": hardware(), "python": platform.python_version(), **versions, **clean}
-
-
-def _git(folder: Path, *words: str) -> str:
-    """The state of a folder in git; empty outside a repository."""
-    try:
-        found = subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Store:
 
     def __init__(self, uri: str | None, experiment: str) -> None:
         self.uri, self.experiment = tracking_uri(uri), experiment
-        self.client: Any = _connect(self.uri)
-        with _usable(self.uri):
+        self.client: Any = connect(self.uri)
+        with usable(self.uri):
             self.experiment_id = patiently(
                 lambda: _experiment_id(self.client, self.uri, experiment)
             )
@@ -113,10 +113,7 @@ class Store:
 
     def missing(self, run_id: str) -> bool:
         """Whether the store reports that it has no such run; false if it does not answer."""
-        try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "deleted"
-        except Exception as error:
-            return code_of(error) in MISSING
+        return is_missing(self.client, run_id)
 
     def last_step(self, run_id: str) -> int:
         """The last epoch that the store has a row of; 0 if there is none, or no answer."""
@@ -142,6 +139,14 @@ class Store:
         return True
 
 
+def is_missing(client: Any, run_id: str) -> bool:
+    """Whether a store reports that it has no such run; false if it does not answer."""
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "deleted"
+    except Exception as error:
+        return code_of(error) in MISSING
+
+
 def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
     """An artifact of a run, copied into `folder`.
 
@@ -153,7 +158,7 @@ def fetch(uri: str | None, run_id: str, artifact: str, folder: Path) -> Path:
     file = sqlite_file(uri)
     if file is not None and not file.is_file():
         raise RequestError(f"{said} (there is no such database)")
-    client = _connect(uri)
+    client = connect(uri)
     try:
         client.get_run(run_id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +177,7 @@ def reader(uri: str | None) -> Any:
     """
     uri = tracking_uri(uri)
     check_exists(uri)
-    return _connect(uri)
+    return connect(uri)
 
 
 def check_exists(uri: str) -> None:
@@ -236,7 +241,7 @@ def _pieces(things: list[Any], size: int) -> Iterator[list[Any]]:
     return (things[first : first + size] for first in range(0, len(things), size))
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """A client of `uri` that has answered once."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -247,8 +252,8 @@ def _connect(uri: str) -> Any:
     # It prints a traceback whenever a database is locked; the writer retries and logs one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
-    with _usable(uri):
-        if _is_database(uri):
+    with usable(uri):
+        if is_database(uri):
             make_tables(uri)
         client = patiently(lambda: MlflowClient(tracking_uri=uri))
         patiently(lambda: client.search_experiments(max_results=1))
@@ -256,7 +261,7 @@ def _connect(uri: str) -> Any:
 
 
 @contextmanager
-def _usable(uri: str) -> Iterator[None]:
+def usable(uri: str) -> Iterator[None]:
     """Say in one sentence why a store cannot be used."""
     try:
         yield
@@ -269,7 +274,7 @@ def _usable(uri: str) -> Iterator[None]:
     except Exception as error:
         # Of sqlalchemy, alembic, urllib3, MLflow or a driver, and the reason is theirs.
         what, wanted = "does not answer", "a running server"
-        if _is_database(uri):
+        if is_database(uri):
             what = "cannot be used"
             wanted = "a database of MLflow, or a new file in a folder that can be written"
         reason = first_line(getattr(error, "orig", None) or error)
@@ -278,7 +283,7 @@ def _usable(uri: str) -> Iterator[None]:
         ) from None
 
 
-def _is_database(uri: str) -> bool:
+def is_database(uri: str) -> bool:
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
     return uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES
@@ -291,11 +296,20 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
         if made is not None:
             return made
         found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        raise RequestError(
-            f"experiment: {name!r} was deleted in MLflow; restore it or choose another name"
-        )
+    check_not_deleted(name, found.lifecycle_stage)
     return found.experiment_id
+
+
+def check_not_deleted(experiment: str, stage: str) -> None:
+    """Refuse an experiment that was deleted: its name is still taken.
+
+    Raises:
+        RequestError: with what can be done.
+    """
+    if stage == "deleted":
+        raise RequestError(
+            f"experiment: {experiment!r} was deleted in MLflow; restore it or choose another name"
+        )
 
 
 def _new_experiment(client: Any, uri: str, name: str) -> str | None:
@@ -326,8 +340,8 @@ def finished_runs(
         RequestError: if there is no such experiment.
     """
     uri = tracking_uri(uri)
-    client = _connect(uri)
-    with _usable(uri):
+    client = connect(uri)
+    with usable(uri):
         found = client.get_experiment_by_name(experiment)
         if found is None:
             raise RequestError(f"search.earlier: MLflow at {uri} has no experiment {experiment!r}")

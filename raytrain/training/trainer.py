@@ -103,8 +103,7 @@ def fit(
         RequestError: if the configuration does not fit the data.
         Diverged: if the loss is not finite or above `DIVERGED`.
     """
-    dtype = torch.float64 if run.precision == "fp64" else torch.float32
-    splits = open_splits(run.data, context, dtype, memory_format(run))
+    splits = splits_of(run, context)
     run.check_radius(splits.train.shape)
     set_up_device(run, context.device)
     state = start(run, splits, context)
@@ -115,6 +114,12 @@ def fit(
     training = _Training(run, splits, progress, accelerate(run, state, splits), on_step)
     while not (progress.is_complete(state) or state.stopped_by):
         yield _epoch(training, state), state
+
+
+def splits_of(run: RunConfig, context: DistributedContext) -> Splits:
+    """Read the images of a run, on the device and in the form in which it is trained on them."""
+    dtype = torch.float64 if run.precision == "fp64" else torch.float32
+    return open_splits(run.data, context, dtype, memory_format(run))
 
 
 def fit_and_checkpoint(
@@ -140,6 +145,18 @@ def fit_and_checkpoint(
         if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, context)
         yield report
+
+
+def train_epoch(
+    run: RunConfig, splits: Splits, state: TrainState, steps: Steps, on_step: OnStep
+) -> None:
+    """Run the steps of one epoch, without a validation; what `on_step` raises ends them.
+
+    Raises:
+        Diverged: as `fit` does.
+    """
+    progress = build_progress(run, splits, state.context)
+    _train(_Training(run, splits, progress, steps, on_step), state)
 
 
 def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 OUTSIDE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-COMMANDS = ("train", "tune", "evaluate", "compare", "export", "ui", "algorithms")
+COMMANDS = ("train", "tune", "evaluate", "compare", "export", "ui", "algorithms", "config")
 QUICK = ("data.train_size=128", "evaluation.steps=1", "batch_size=64", "algorithm.steps=1")
 SMALL = (*QUICK, "epochs=1")
 

@@ -14,8 +14,11 @@ from helpers import ball_of, batch_of, state_of, tiny_net
 
 from raytrain.algorithms import RECIPES, AbstractRecipe, Pgd
 from raytrain.config.cost_estimate import estimate_cost
+from raytrain.config.field_list import below, fields_of
+from raytrain.config.json_schema import run_schema
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
+from raytrain.config.run_file import complete_run_file
 from raytrain.core.registry import Registry
 from raytrain.core.types import RequestError
 from raytrain.testing import AlgorithmConformance
@@ -117,6 +120,17 @@ def test_an_address_is_an_algorithm_with_fields_of_its_own(tmp_path: Path) -> No
     file.write_text("algorithm: {name: 'mine:Half', share: 0.25, steps: 8, on: false}\n")
     assert as_run(file) == run and as_run(file).signature() == run.signature()
     assert RunConfig.model_validate_json(run.model_dump_json()) == run
+
+
+def test_its_fields_are_found_like_those_of_any_other(tmp_path: Path) -> None:
+    run = as_run(None, ["algorithm=mine:Half", "algorithm.share=0.25"])
+    (share,) = below(fields_of(run), "algorithm.share")
+    assert (share.values, share.default, share.value) == ("float > 0, <= 1", 0.5, 0.25)
+    file = tmp_path / "run.yaml"
+    file.write_text(complete_run_file(run))
+    assert as_run(file) == run
+    records = run_schema()["properties"]["algorithm"]["anyOf"][-1]
+    assert "mine:Half" in records["discriminator"]["mapping"]
 
 
 def test_it_is_pickled_by_its_name_and_its_record() -> None:

@@ -12,7 +12,12 @@ import pytest
 
 from raytrain.config.request import as_run
 from raytrain.core.types import RequestError, TrainingFailed
-from raytrain.distributed.ray_session import concurrent_trials, session, socket_folder
+from raytrain.distributed.ray_session import (
+    check_fits,
+    concurrent_trials,
+    session,
+    socket_folder,
+)
 
 
 def test_a_folder_that_is_too_long_for_sockets_is_replaced_by_a_short_one(
@@ -151,6 +156,51 @@ def test_steps_that_need_a_gpu_are_refused_on_a_cluster_without_one(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4})
     with pytest.raises(RequestError, match="performance.mode: graph needs a GPU"):
         concurrent_trials(run, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "device"),
+    [
+        ("workers=2", 0, "cpu"),
+        ("workers=2", 2, "cuda"),
+        ("workers=2 device=cpu", 1, "cpu"),
+        ("workers=8 cpus_per_worker=999", 0, "cpu"),  # a local cluster counts workers
+        ("workers=4 gpus_per_worker=0.25", 1, "cuda"),
+        ("workers=2", 1, None),
+        ("workers=2 device=cuda", 0, None),
+    ],
+)
+def test_whether_workers_fit_is_known_before_ray_is_started(
+    words: str, gpus: int, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    import torch
+
+    def started(**_: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    run = as_run(None, words.split())
+    if device is not None:
+        assert check_fits(run) == device
+        return
+    with pytest.raises(RequestError, match=f"^workers: 2 workers .* room for {gpus}$"):
+        check_fits(run)
+
+
+def test_a_named_cluster_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    joined: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "init", lambda address, **_: joined.append(address))
+    monkeypatch.setattr(ray, "shutdown", lambda: joined.append("left"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    assert check_fits(as_run(None, ["workers=2"])) == "cuda"
+    with pytest.raises(RequestError, match="^workers: 4 workers .* room for 2"):
+        check_fits(as_run(None, ["workers=4"]))
+    assert joined == ["10.0.0.1:6379", "left"] * 2
 
 
 @pytest.mark.ray

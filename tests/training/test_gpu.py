@@ -21,7 +21,8 @@ from raytrain.core.types import BatchRandom
 from raytrain.data.loader import open_splits
 from raytrain.outer import OUTERS
 from raytrain.training.checkpoint import LAST, load, save
-from raytrain.training.trainer import fit
+from raytrain.training.preview import preview_run
+from raytrain.training.trainer import fit, preflight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +83,16 @@ def test_recorded_passes_leave_the_flags_of_autoattack() -> None:
         images, labels = batch.images[right], batch.labels[right]
         flags.append([survivors(s, counted, images, labels, Linf(eps=0.1), 0) for s in STAGES])
     assert all(map(torch.equal, *flags))
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compile"])
+def test_a_dry_run_measures_steps_on_the_device(mode: str) -> None:
+    run = as_run({**SMALL, "performance": mode})
+    before = torch.cuda.get_rng_state()
+    preview = preview_run(run, preflight(run), None)
+    assert preview.execution.mode == mode and preview.measured is not None
+    assert preview.measured.fe == 64 * 23
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])

@@ -55,22 +55,27 @@ class SearchSpace(Spec):
     'valid/robust'
     """
 
-    name: str
-    description: str = ""
-    base: dict[str, Any] = {}
-    space: dict[str, SpaceEntry] = {}
+    name: Annotated[str, Field(description="default: that of the file")]
+    description: Annotated[str, Field(description="shown in MLflow")] = ""
+    base: Annotated[dict[str, Any], Field(description="fields of every run")] = {}
+    space: Annotated[
+        dict[str, SpaceEntry],
+        Field(description="what varies, by the dotted path of a field, or $name for a variable"),
+    ] = {}
     constraints: Annotated[
         list[str], Field(description="conditions; what breaks one is never trained")
     ] = []
-    objective: Objectives = (Objective(),)
+    objective: Annotated[Objectives, Field(description="one, or a list: a Pareto front")] = (
+        Objective(),
+    )
     feasible: Annotated[
         dict[str, Limit],
         Field(
             description="bounds on metrics of the last epoch; beyond them, a trial is infeasible"
         ),
     ] = CATASTROPHIC
-    search: Search = Search()
-    budget: Budget = Budget()
+    search: Annotated[Search, Field(description="how configurations are proposed")] = Search()
+    budget: Annotated[Budget, Field(description="when the sweep ends")] = Budget()
     study: Annotated[
         str | None, Field(description="database URL of the study; default: a journal file")
     ] = None

@@ -30,8 +30,10 @@ def _known(metric: str) -> None:
 class Objective(Spec):
     """An objective of the search: a metric at a trial's last epoch."""
 
-    metric: str = "valid/robust"
-    mode: Literal["max", "min"] = "max"
+    metric: Annotated[
+        str, Field(description="at a trial's last epoch", examples=list(METRICS))
+    ] = "valid/robust"
+    mode: Annotated[Literal["max", "min"], Field(description="which end is better")] = "max"
 
     @model_validator(mode="after")
     def _is_a_metric(self) -> Objective:
@@ -48,7 +50,14 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_several), Field(min_length=1)]
+Objectives = Annotated[
+    tuple[Objective, ...],
+    BeforeValidator(
+        _several,
+        json_schema_input_type=Objective | Annotated[list[Objective], Field(min_length=1)],
+    ),
+    Field(min_length=1),
+]
 """One objective, or a list of them: then the sweep looks for a Pareto front."""
 
 
