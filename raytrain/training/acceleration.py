@@ -19,9 +19,17 @@ from raytrain.config.performance import Mode
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_flops, mode
+from raytrain.core.network import (
+    FrozenNetwork,
+    Precision,
+    autocast,
+    copy_of,
+    forward_flops,
+    mode,
+)
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
+from raytrain.core.user_code import user_code_errors
 from raytrain.data.loader import Splits
 from raytrain.models import ModelSpec
 from raytrain.training.replay import CudaGraphs, ReplayedWherePossible, Steps, eager_steps
@@ -85,7 +93,7 @@ def check_mode(run: RunConfig, device: torch.device) -> None:
 def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Module) -> Execution:
     """The mode that is `auto` for a run."""
     num_images, theirs = splits.train.num_images, run.model.users
-    forward = 0.0 if theirs else _flops_of(run.model, model, splits.train.shape)
+    forward = 0.0 if theirs else flops_of(run.model, model, splits.train.shape)
     flops = estimate_cost(run) * num_images * forward
     length = f"a run of {flops:.0e} floating-point operations"
     if theirs:
@@ -126,12 +134,21 @@ def _why_not_compiled(device: torch.device) -> str | None:
 _FLOPS: dict[tuple[str, tuple[int, ...]], int] = {}  # counted once per process: trials share them
 
 
-def _flops_of(spec: ModelSpec, model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of the forward pass of one image."""
+def flops_of(spec: ModelSpec, model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of the forward pass of one image, without side effects.
+
+    Raises:
+        RequestError: if they cannot be counted.
+    """
     key = spec.model_dump_json(), shape
     if key not in _FLOPS:
-        weight = next(model.parameters())
-        _FLOPS[key] = forward_flops(model, weight.new_zeros(1, *shape))
+        image = next(model.parameters()).new_zeros(1, *shape)
+        generators = [image.device] if image.is_cuda else []
+        with (
+            torch.random.fork_rng(generators),
+            user_code_errors(spec.name, "cannot be counted"),
+        ):
+            _FLOPS[key] = forward_flops(copy_of(model), image)
     return _FLOPS[key]
 
 
