@@ -46,7 +46,7 @@ class CompileCounter:
 
 
 def _totals() -> Mapping[str, float]:
-    """Totals of this process, by torch's own counters (torch 2.11 to 2.15 have the same)."""
+    """Totals of this process, by torch's own counters (torch 2.11 and 2.15 have the same)."""
     if "torch._dynamo" not in sys.modules:  # whose import takes a second
         return dict.fromkeys(("graphs", "made", "loaded", "seconds"), 0.0)
     from torch._dynamo.utils import calculate_time_spent, counters
