@@ -4,13 +4,14 @@ For every algorithm: raytrain's step in each mode of execution, its floor (the s
 backward passes of the bare network, and the optimiser's step, with nothing else), and for PGD the loop as
 papers write it (`.backward()` in every inner step, images in PyTorch's default memory format). All ways of
 a row run in turn, in one process. Before a time is printed, the step's losses are compared with those of
-plain execution.
+plain execution. A second table has PGD alone, and that of torchattacks and robustness where they can be
+imported; before its times are printed, the perturbations are compared in float64.
 
     python benchmarks/speed.py                         # what suits the device
     python benchmarks/speed.py --network resnet18 --batch 16 --algorithms pgd --modes eager compile
 
-Needs torch, pydantic, jaxtyping and typing-inspection only. On a CPU times are processor seconds of one
-thread.
+Needs torch, numpy, pydantic, jaxtyping, typing-inspection and pyautoattack only. On a CPU times are
+processor seconds of one thread.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from speed_attacks import Attack, Pgd
+from torch import Tensor, nn
 
 from raytrain.algorithms import RECIPES, AbstractAlgorithm
 from raytrain.config.performance import Mode
@@ -67,6 +69,7 @@ class Case:
     def batch_of(
         self, seed: int, memory_format: torch.memory_format = torch.channels_last
     ) -> Batch:
+        """Random images and labels."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.rand(self.batch, 3, 32, 32, generator=generator)
         labels = torch.randint(10, (self.batch,), generator=generator)
@@ -238,13 +241,7 @@ def row(case: Case, name: str, modes: list[Mode], repeats: int) -> list[str]:
     ways |= {f"floor, {mode}": Floor(case, name, passes, mode) for mode in modes}
     if name == "pgd":
         ways["plain loop, fp32"] = PlainLoop(case)
-    times: dict[str, list[float]] = {label: [] for label in ways}
-    for way in ways.values():
-        way()
-    for _ in range(repeats):
-        for label, way in ways.items():
-            times[label].append(seconds(case.device, way))
-    median = {label: statistics.median(values) for label, values in times.items()}
+    median = medians(ways, case.device, repeats)
     fe = (
         passes["forwards"]
         + passes["input_backwards"]
@@ -262,6 +259,57 @@ def row(case: Case, name: str, modes: list[Mode], repeats: int) -> list[str]:
             f"{'' if plain is None else f'{plain / value:.2f}'} |"
         )
     return rows
+
+
+def attack_rows(case: Case, repeats: int) -> list[str]:
+    """Markdown rows of PGD alone; raises if one finds another perturbation than the first.
+
+    Images and weights are in PyTorch's default memory format; raytrain's also as its runs have them.
+    """
+    pgd = Pgd(EPS, STEP_SIZE, case.steps)
+    makers = {"raytrain": pgd.of_raytrain, **pgd.of_others()}
+    formats = dict.fromkeys(makers, torch.contiguous_format)
+    makers["raytrain, channels last"] = pgd.of_raytrain
+    formats["raytrain, channels last"] = torch.channels_last
+
+    def perturbation(label: str) -> Tensor:
+        model, batch = case.model(formats[label]).double().eval(), case.batch_of(0, formats[label])
+        images = batch.images.double()
+        return makers[label](model, "fp64")(images, batch.labels) - images
+
+    def way(label: str) -> Callable[[], None]:
+        attack: Attack = makers[label](case.model(formats[label]).eval(), case.precision)
+        batch = case.batch_of(0, formats[label])
+
+        def run() -> None:
+            attack(batch.images, batch.labels)
+
+        return run
+
+    ours = perturbation("raytrain")
+    differences = {label: float((perturbation(label) - ours).abs().max()) for label in makers}
+    for label, difference in differences.items():
+        if difference > 1e-9:
+            raise SystemExit(f"{label}: a perturbation that differs by {difference:.1g}")
+    median = medians({label: way(label) for label in makers}, case.device, repeats)
+    return [
+        f"| {case.network} | {case.batch} | {case.precision} | {case.steps} | {label} | "
+        f"{1e3 * value:.1f} | {value / median['raytrain']:.2f} | {differences[label]:.0e} |"
+        for label, value in median.items()
+    ]
+
+
+def medians(
+    ways: dict[str, Callable[[], None]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median seconds of each way, all of them in turn, after one time that does not count."""
+    times: dict[str, list[float]] = {label: [] for label in ways}
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
+        for label, way in ways.items():
+            times[label].append(seconds(device, way))
+    return {label: statistics.median(values) for label, values in times.items()}
 
 
 def check(label: str, found: list[float], wanted: list[float], precision: Precision) -> None:
@@ -333,6 +381,15 @@ def main() -> None:
             for line in row(case, name, modes, options.repeats):
                 print(line, flush=True)
                 lines.append(line)
+    table = [
+        "",
+        "| network | batch | precision | steps | PGD of | ms | over raytrain | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for network, batch in zip(networks, batches, strict=True):
+        table += attack_rows(Case(network, batch, precision, device, steps), options.repeats)
+    print("\n".join(table), flush=True)
+    lines += table
     note = f"\n{described(device)}; medians of {options.repeats}, all ways in turn.\n"
     print(note)
     if options.out is not None:

@@ -1,14 +1,24 @@
-"""Every benchmark is a program whose imports exist."""
+"""Every benchmark is a program whose imports exist; that of speed needs few of them."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import unchecked
+
+import raytrain
+from raytrain.models import ModelSpec
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+UNNEEDED = (
+    *("ray", "mlflow", "optuna", "sklearn", "scipy", "pyarrow", "yaml", "safetensors"),
+    *("torchvision", "PIL", "matplotlib", "rich", "typer"),
+)
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
@@ -20,3 +30,46 @@ def test_it_is_imported_without_an_error(file: Path, monkeypatch: pytest.MonkeyP
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+
+
+@pytest.mark.slow
+def test_the_speed_of_a_step_is_measured_without_the_packages_for_everything_else() -> None:
+    program = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({UNNEEDED}));"
+        f"sys.path.insert(0, {str(FOLDER)!r}); sys.argv[0] = {str(FOLDER / 'speed.py')!r};"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = "--network small_cnn --batch 2 --algorithms pgd --modes eager --steps 1 --repeats 1"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options.split(), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if "small_cnn" in line]
+    steps, attacks = rows[:3], rows[3:]
+    assert [row[3:6] for row in steps] == [
+        ["pgd", "5.0", "raytrain, eager"],
+        ["pgd", "5.0", "floor, eager"],
+        ["pgd", "5.0", "plain loop, fp32"],
+    ]
+    assert attacks[0][3:5] == ["1", "raytrain"] and attacks[0][6:] == ["1.00", "0e+00 |"]
+
+
+def test_the_attack_that_is_measured_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from speed_attacks import Pgd
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=generator)
+    labels = torch.arange(4)
+    model = ModelSpec(name="small_cnn").build(3, 8, 10, (0.5,) * 3, (0.25,) * 3).double()
+    with unchecked():
+        found = Pgd(eps=0.1, step_size=0.03, steps=3).of_raytrain(model, "fp64")(images, labels)
+        wanted = raytrain.attack(
+            model, images, labels, eps=0.1, step_size=0.03, steps=3, start="zero"
+        )
+    assert torch.equal(found, wanted)
+    assert (found - images).abs().max() == pytest.approx(0.09)

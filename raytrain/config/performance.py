@@ -15,9 +15,9 @@ class Performance(Spec):
     """How the passes and steps of training are executed.
 
     `eager` launches operations one by one. `graph` records a step as a CUDA graph and replays it.
-    `compile` compiles the network's passes by torch.compile, which takes 10 to 60 seconds at the start of
-    a process, and on a GPU records the step too. `auto` chooses by device, network and length of the run,
-    never by measured time: equal configurations run alike on equal machines.
+    `compile` compiles the network's passes by torch.compile, which takes 10 to 60 seconds the first time
+    on a machine, and on a GPU records the step too. `auto` chooses by device, network and length of the
+    run, never by measured time: equal configurations run alike on equal machines.
     """
 
     bare: ClassVar[str | None] = "mode"

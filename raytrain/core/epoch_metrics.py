@@ -29,7 +29,7 @@ class EpochMetrics:
     lr: float  # of the last step
     fe: int  # forward-equivalents, validation and probes left out
     samples: int  # images trained on
-    seconds: float  # spent training, validation left out
+    seconds: float  # spent training and compiling, validation left out
     progress: float = 0.0  # share of training that is done
     clean: float | None = None  # validation accuracy; None in epochs without evaluation
     robust: float | None = None  # validation accuracy under the evaluation attack
@@ -43,8 +43,10 @@ class EpochMetrics:
     sentinels: Mapping[str, float] = field(
         default_factory=dict
     )  # readings, where there was a validation
-    images_per_second: float | None = None  # of this epoch, over all workers
-    step_ms: float | None = None  # mean time of a step, milliseconds
+    compile_seconds: float = 0.0  # of `seconds`, by torch.compile
+    images_per_second: float | None = None  # of this epoch without compiling, over all workers
+    step_ms: float | None = None  # mean time of a step, milliseconds, without compiling
+    bf16_peak_share: float | None = None  # of this epoch without compiling; None: peak not known
     execution: str = ""  # how steps are executed, and why
 
     def metrics(self) -> dict[str, float]:
@@ -66,8 +68,10 @@ class EpochMetrics:
             "cost/fe_per_sample": self.fe / max(1, self.samples),
             "cost/samples": float(self.samples),
             "cost/seconds": self.seconds,
+            "cost/compile_seconds": self.compile_seconds,
             "cost/images_per_second": self.images_per_second,
             "cost/step_ms": self.step_ms,
+            "cost/bf16_peak_share": self.bf16_peak_share,
         }
         measured = {name: value for name, value in named.items() if value is not None}
         shares = zip(FOSC_EDGES, self.fosc_below, strict=False)
@@ -90,8 +94,20 @@ def robust_drop(best: float, robust: float) -> float:
     return 0.0 if best == 0 else 1 - robust / best
 
 
-TIMED = ("cost/seconds", "cost/images_per_second", "cost/step_ms")
+TIMED = (
+    "cost/seconds",
+    "cost/compile_seconds",
+    "cost/images_per_second",
+    "cost/step_ms",
+    "cost/bf16_peak_share",
+)
 """Metrics in which equal runs differ."""
+
+GPU_METRICS = {
+    "cost/bf16_peak_share": "floating-point operations of the epoch's forward-equivalents per second, "
+    "as a share of what the GPU reaches in dense bf16; absent where that is not known",
+}
+"""Metrics of runs on a GPU of a known kind."""
 
 OWN_METRICS = {
     "engm/clipped": "share of samples whose weight is below one (outer engm)",
@@ -125,9 +141,12 @@ METRICS = {
     "cost/fe": "forward-equivalents spent on training",
     "cost/fe_per_sample": "forward-equivalents per image trained on",
     "cost/samples": "images trained on",
-    "cost/seconds": "seconds spent training",
-    "cost/images_per_second": "images trained on per second of the epoch, over all workers",
-    "cost/step_ms": "mean time of a step of the epoch, milliseconds",
+    "cost/seconds": "seconds spent training and compiling",
+    "cost/compile_seconds": "of them by torch.compile, in the first worker",
+    "cost/images_per_second": "images trained on per second of the epoch, over all workers, compiling "
+    "left out",
+    "cost/step_ms": "mean time of a step of the epoch, milliseconds, compiling left out",
+    **GPU_METRICS,
     **{
         _below(edge): f"share of training perturbations with FOSC at most {edge:g} nats"
         for edge in FOSC_EDGES

@@ -137,7 +137,9 @@ def stem_share(model: nn.Module, image: Tensor) -> float:
 
 
 def forward_flops(model: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of a forward pass of one `image` in eval mode."""
+    """Floating-point operations of a forward pass of one `image` in eval mode, of its products only: a
+    multiplication and an addition are two.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), mode(model, "eval"), FlopCounterMode(display=False) as whole:

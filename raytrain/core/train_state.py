@@ -41,7 +41,8 @@ class TrainState:
     epoch: int = 0  # epochs finished
     step: int = 0  # batches trained on
     progress: Progress = BEGINNING
-    seconds: float = 0.0  # spent training, evaluation left out
+    seconds: float = 0.0  # spent training and compiling, evaluation left out
+    compile_seconds: float = 0.0  # of them by torch.compile
     best: float = float("-inf")  # best validation robust accuracy so far
     patience_count: int = 0  # validations since the last one that counted as better
     sentinel_values: dict[str, float] = field(default_factory=dict)  # of the last validation

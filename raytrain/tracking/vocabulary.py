@@ -47,7 +47,7 @@ TAGS = {
     "contract_text": "the threat model in words",
     "signature": "hash of everything that decides what is computed",
     "checks": "`passed`, or `FAILED:` and which; absent before `evaluate`",
-    "execution": "of `train`: how steps were executed, and why; see `performance`",
+    "execution": "how steps were executed, and why, see `performance`; what torch.compile did for it",
     "stopped_by": "the rule of the run that ended it early, and what it saw",
     "sweep": "name of the sweep; of the sweep's run, its trials and finals",
     "trial": "of a trial or a final: its handle, such as `t0007`",

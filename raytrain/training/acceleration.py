@@ -19,10 +19,18 @@ from raytrain.config.performance import Mode
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.network import FrozenNetwork, Precision, autocast, forward_flops, mode
+from raytrain.core.network import (
+    FrozenNetwork,
+    Precision,
+    autocast,
+    copy_of,
+    forward_flops,
+    mode,
+)
 from raytrain.core.recording import CudaGraphs
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError
+from raytrain.core.user_code import user_code_errors
 from raytrain.data.loader import Splits
 from raytrain.models import ModelSpec
 from raytrain.training.replay import ReplayedWherePossible, Steps, eager_steps
@@ -89,7 +97,7 @@ def _chosen(run: RunConfig, splits: Splits, device: torch.device, model: nn.Modu
     passes, enough = estimate_cost(run) * num_images, _WORTH_COMPILING[device.type]
     flops, amount = passes * _most_flops(model, splits.train.shape), "at most "
     if flops >= enough and not theirs:
-        flops, amount = passes * _flops_of(run.model, model, splits.train.shape), ""
+        flops, amount = passes * flops_of(run.model, model, splits.train.shape), ""
     length = f"a run of {amount}{flops:.0e} floating-point operations"
     if theirs:
         # A recording would fix what its code decides on the host: a counter, random.random().
@@ -129,12 +137,21 @@ def _most_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
 _FLOPS: dict[tuple[str, tuple[int, ...]], int] = {}  # counted once per process: trials share them
 
 
-def _flops_of(spec: ModelSpec, model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of the forward pass of one image."""
+def flops_of(spec: ModelSpec, model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of the forward pass of one image, without side effects.
+
+    Raises:
+        RequestError: if they cannot be counted.
+    """
     key = spec.model_dump_json(), shape
     if key not in _FLOPS:
-        weight = next(model.parameters())
-        _FLOPS[key] = forward_flops(model, weight.new_zeros(1, *shape))
+        image = next(model.parameters()).new_zeros(1, *shape)
+        generators = [image.device] if image.is_cuda else []
+        with (
+            torch.random.fork_rng(generators),
+            user_code_errors(spec.name, "cannot be counted"),
+        ):
+            _FLOPS[key] = forward_flops(copy_of(model), image)
     return _FLOPS[key]
 
 

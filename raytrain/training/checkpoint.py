@@ -135,6 +135,7 @@ def _content(
             "epoch": state.epoch,
             "step": state.step,
             "seconds": state.seconds,
+            "compile_seconds": state.compile_seconds,
             "best": state.best,
             "waited": state.patience_count,
             "seen": dict(state.sentinel_values),
@@ -227,6 +228,7 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
     counters = content["counters"]
     state.epoch, state.step = counters["epoch"], counters["step"]
     state.seconds, state.best = counters["seconds"], counters["best"]
+    state.compile_seconds = counters.get("compile_seconds", 0.0)
     state.patience_count, state.sentinel_values = (
         counters["waited"],
         dict(counters.get("seen", {})),

@@ -44,6 +44,8 @@ from raytrain.evaluation.validation import validate
 from raytrain.models import Classifier, check_network, check_single_images
 from raytrain.training.acceleration import accelerate, memory_format, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
+from raytrain.training.compilation import CompileCounter
+from raytrain.training.device_peak import seconds_at_peak
 from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
 from raytrain.training.replay import Steps
 
@@ -87,6 +89,8 @@ class _Training:
     progress: AbstractProgress
     steps: Steps
     on_step: OnStep
+    compiler: CompileCounter = field(default_factory=CompileCounter)
+    seconds_at_peak: float | None = None  # of one forward-equivalent; None: not known
 
 
 def fit(
@@ -111,7 +115,11 @@ def fit(
         restore(state, resume, context)
         state.stopped_by = run.reason_to_stop(state.patience_count, state.sentinel_values)
     progress = build_progress(run, splits, context)
-    training = _Training(run, splits, progress, accelerate(run, state, splits), on_step)
+    at_peak = seconds_at_peak(run.model, state.model, splits.train.shape, context.device)
+    compiler = CompileCounter()
+    steps = accelerate(run, state, splits)
+    _count_compiling(state, compiler.read().seconds)
+    training = _Training(run, splits, progress, steps, on_step, compiler, at_peak)
     while not (progress.is_complete(state) or state.stopped_by):
         yield _epoch(training, state), state
 
@@ -303,11 +311,7 @@ def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
 
 def _epoch(training: _Training, state: TrainState) -> EpochMetrics:
     run, progress, context = training.run, training.progress, state.context
-    began, first = time.perf_counter(), state.step
-    trained = _train(training, state)
-    _synchronise(context)
-    seconds, steps = time.perf_counter() - began, state.step - first
-    state.seconds += seconds
+    trained, speed = _timed(training, state)
     state.epoch += 1
     context.average_buffers(state.model)
     if state.ema is not None:
@@ -330,9 +334,11 @@ def _epoch(training: _Training, state: TrainState) -> EpochMetrics:
         fe=meter.fe,
         samples=meter.samples,
         seconds=state.seconds,
-        images_per_second=steps * run.batch_size / seconds,
-        step_ms=1e3 * seconds / steps,
-        execution=state.execution,
+        compile_seconds=state.compile_seconds,
+        images_per_second=run.batch_size / speed.seconds_per_step,
+        step_ms=1e3 * speed.seconds_per_step,
+        bf16_peak_share=speed.bf16_peak_share,
+        execution=speed.execution,
         clean=valid.clean,
         robust=valid.robust,
         best=state.best if due else None,
@@ -392,6 +398,40 @@ class _EpochResult:
     loss: float  # means over the epoch
     inner_steps: float
     rate: float  # of the last step
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """How fast the steps of an epoch were, compiling left out, and how they were executed."""
+
+    seconds_per_step: float
+    bf16_peak_share: float | None
+    execution: str
+
+
+def _timed(training: _Training, state: TrainState) -> tuple[_EpochResult, _Speed]:
+    """Run and time the steps of one epoch."""
+    began, first, fe = time.perf_counter(), state.step, state.meter.fe
+    before = training.compiler.read()
+    trained = _train(training, state)
+    _synchronise(state.context)
+    compiled = training.compiler.read()
+    compiling = compiled.seconds - before.seconds
+    seconds = time.perf_counter() - began - compiling
+    state.seconds += seconds
+    _count_compiling(state, compiling)
+    at_peak = training.seconds_at_peak
+    speed = _Speed(
+        seconds_per_step=seconds / (state.step - first),
+        bf16_peak_share=None if at_peak is None else (state.meter.fe - fe) * at_peak / seconds,
+        execution=state.execution if state.compiled is None else f"{state.execution}; {compiled}",
+    )
+    return trained, speed
+
+
+def _count_compiling(state: TrainState, seconds: float) -> None:
+    state.seconds += seconds
+    state.compile_seconds += seconds
 
 
 def _train(training: _Training, state: TrainState) -> _EpochResult:

@@ -21,6 +21,7 @@ from raytrain.core.types import BatchRandom
 from raytrain.data.loader import open_splits
 from raytrain.outer import OUTERS
 from raytrain.training.checkpoint import LAST, load, save
+from raytrain.training.device_peak import bf16_peak
 from raytrain.training.preview import preview_run
 from raytrain.training.trainer import fit, preflight
 
@@ -50,6 +51,14 @@ def test_a_gpu_trains_what_a_cpu_trains() -> None:
     # 1e-9: sums over a batch run in another order.
     assert found.loss == pytest.approx(wanted.loss, rel=1e-9)
     assert found.fe == wanted.fe
+
+
+def test_the_share_of_the_peak_is_recorded_on_gpus_whose_peak_is_known() -> None:
+    share = last(as_run(SMALL), "cuda").bf16_peak_share
+    if bf16_peak(torch.cuda.get_device_name()) is None:
+        assert share is None
+    else:
+        assert share is not None and 0 < share < 1
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "nested"])

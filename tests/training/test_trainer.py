@@ -15,12 +15,22 @@ from torch import Tensor, nn
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import FOSC_EDGES, METRICS, OWN_METRICS, TIMED, EpochMetrics
+from raytrain.core.epoch_metrics import (
+    FOSC_EDGES,
+    GPU_METRICS,
+    METRICS,
+    OWN_METRICS,
+    TIMED,
+    EpochMetrics,
+)
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
 from raytrain.training.trainer import check_resumable, fit, fit_and_checkpoint, preflight
+
+EVERYWHERE = METRICS.keys() - OWN_METRICS.keys() - GPU_METRICS.keys()
+"""The metrics of every run."""
 
 
 def dropout_net(num_classes: int) -> nn.Module:
@@ -346,7 +356,7 @@ def test_every_epoch_is_reported_with_all_metrics() -> None:
     assert [report.epoch for report in reports] == [1, 2, 3, 4] and state.epoch == 4
     for report in reports:
         metrics = report.metrics()
-        assert metrics.keys() == METRICS.keys() - OWN_METRICS.keys()
+        assert metrics.keys() == EVERYWHERE
         assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
         assert 0 <= metrics["valid/robust"] <= metrics["valid/clean"] <= 1
         assert 0 <= metrics["train/fosc_box"] <= metrics["train/fosc"] <= metrics["train/fosc_p90"]
@@ -374,7 +384,7 @@ def test_a_run_in_bfloat16_keeps_its_weights_in_float32_and_learns_nearly_the_sa
 def test_validation_is_left_out_between_its_epochs_and_never_at_the_last() -> None:
     reports, _ = to_the_end(run_of(evaluation={"steps": 1, "every": 3}))
     assert [report.robust is not None for report in reports] == [False, False, True, True]
-    absent = METRICS.keys() - OWN_METRICS.keys() - reports[0].metrics().keys()
+    absent = EVERYWHERE - reports[0].metrics().keys()
     assert absent == {name for name in METRICS if name.startswith(("valid/", "sentinel/"))}
 
 
