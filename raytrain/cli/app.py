@@ -105,6 +105,7 @@ def train(
                 overrides,
                 resume=resume,
                 watch=epochs,
+                on_start=epochs.start,
                 on_step=epochs.step,
                 profile=profile,
             )

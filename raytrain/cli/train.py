@@ -17,6 +17,7 @@ from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.types import RequestError
 from raytrain.training.profiling import TABLE, TRACE
+from raytrain.training.progress import StepProgress
 
 if TYPE_CHECKING:
     from raytrain.commands.train import TrainResult
@@ -25,30 +26,47 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30.0
+_GROUND = 0.02  # share of training from which its speed says how long the rest takes
 
 
 class Epochs:
-    """Progress of one training: call it after every epoch."""
+    """Progress of one training: a bar and a line per epoch on a terminal, lines elsewhere."""
 
     def __init__(self) -> None:
         self._bar = progress_bar()
         self._task: Any = None
         self._line = time.monotonic()  # when the last one was written
+        self._speed = _Speed()
 
     def __enter__(self) -> Epochs:
-        self._bar.start()
+        if is_terminal():
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=None, note="reading data")
         return self
+
+    def start(self, run: RunConfig, run_id: str, num_images: int) -> None:
+        """Say what is trained."""
+        said = (
+            f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {run_id[:8]}"
+        )
+        self._say(f"training: {said}")
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def step(self, run: RunConfig, share: float) -> None:
-        """Move the bar within an epoch; where stderr is no terminal, write a line now and then."""
+    def step(self, run: RunConfig, done: StepProgress) -> None:
+        """Show where training is within an epoch; where stderr is no terminal, now and then."""
+        rate = self._speed.at(done.samples * run.workers)
+        left = self._speed.seconds_left(done.share)
+        note = f"epoch {done.epoch}" if run.fe_per_image else f"epoch {done.epoch}/{run.epochs}"
+        note += "" if done.loss is None else f"  loss {done.loss:.3f}"
+        note += "" if rate is None else f"  {rate:,.0f} images/s"
         if is_terminal():
-            self._bar.update(self._added(run), completed=100 * share)
+            self._update(run, done.share, note)
         elif time.monotonic() - self._line >= _SECONDS_BETWEEN_LINES:
             self._line = time.monotonic()
-            log_line(f"{share:.0%} of training")
+            about = "" if left is None else f"  about {span(left)} left"
+            log_line(f"{note}  {done.share:.0%} of training{about}")
 
     def __call__(self, run: RunConfig, report: EpochMetrics) -> None:
         note = f"loss {report.loss:.3f}"
@@ -58,20 +76,57 @@ class Epochs:
         note += f"  {report.fe / report.samples:.1f} FE/sample"
         if report.images_per_second is not None:
             note += f"  {report.images_per_second:,.0f} images/s"
+        self._line = time.monotonic()
+        self._say(f"{_where(run, report)}{' *' if report.improved else '  '}  {note}")
         if is_terminal():
-            self._bar.update(self._added(run), completed=100 * report.progress, note=note)
-        else:
-            self._line = time.monotonic()
-            log_line(f"{_where(run, report)}  {note}")
+            self._update(run, report.progress, "" if report.final else "starting the next epoch")
         if report.stopped_early:
-            said = f"stopped early after {_where(run, report)}: {report.stopped_by}"
-            self._bar.console.print(said) if is_terminal() else log_line(said)
+            self._say(f"stopped early after {_where(run, report)}: {report.stopped_by}")
+        self._speed.pause()
 
-    def _added(self, run: RunConfig) -> Any:
-        """The task of the bar."""
-        if self._task is None:
-            self._task = self._bar.add_task(run.algorithm.name, total=100, note="")
-        return self._task
+    def _say(self, text: str) -> None:
+        """Write a line that stays."""
+        if is_terminal():
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            log_line(text)
+
+    def _update(self, run: RunConfig, share: float, note: str) -> None:
+        completed = 100 * share
+        self._bar.update(
+            self._task, description=run.algorithm.name, total=100, completed=completed, note=note
+        )
+
+
+class _Speed:
+    """Images per second since the epoch began, and time left from two percent of training on."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None  # of the epoch: time, images
+        self._first: tuple[float, float] | None = None  # of the training: time, share
+
+    def at(self, samples: int) -> float | None:
+        """Images per second, from the second step of the epoch on."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now, samples
+            return None
+        seconds = now - self._began[0]
+        return (samples - self._began[1]) / seconds if seconds > 0 else None
+
+    def pause(self) -> None:
+        """Leave out what happens until the next step: a validation."""
+        self._began = None
+
+    def seconds_left(self, share: float) -> float | None:
+        """Seconds that are left at the speed since this was first called."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, share
+        began, before = self._first
+        if share - before < _GROUND:
+            return None
+        return (now - began) * (1 - share) / (share - before)
 
 
 def _where(run: RunConfig, report: EpochMetrics) -> str:

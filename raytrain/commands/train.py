@@ -38,14 +38,17 @@ from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
 from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
+from raytrain.training.progress import OnStep, StepProgress
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
-from raytrain.training.trainer import OnStep, check_resumable, network, preflight
+from raytrain.training.trainer import check_resumable, network, preflight
 
 Overrides = Iterable[str] | Mapping[str, Any]
 
 
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
+
+_BETWEEN_METRICS = 60.0  # seconds between metrics within an epoch
 
 _GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
 
@@ -75,17 +78,18 @@ def train(
     *,
     resume: str | Path | None = None,
     watch: Watch | None = None,
-    on_step: Callable[[RunConfig, float], None] | None = None,
+    on_start: Callable[[RunConfig, str, int], None] | None = None,
+    on_step: Callable[[RunConfig, StepProgress], None] | None = None,
     profile: bool = False,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
     mapping of dotted paths. `resume` names a run to continue in the same MLflow run, as
-    `run_of` takes it, with its own configuration unless another is given. `watch` is called after
-    every epoch, `on_step` after every step with the share of training that is done (a training in
-    this process only, not on workers of Ray). `profile` leaves a trace and a table of where the
-    time of ten steps goes in the run's folder.
+    `run_of` takes it, with its own configuration unless another is given. `on_start` is called with the
+    id of the run and the number of training images, `watch` after every epoch, `on_step` after every
+    step (a training in this process only, not on workers of Ray). `profile` leaves a trace and a table of
+    where the time of ten steps goes in the run's folder.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
@@ -112,8 +116,12 @@ def train(
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         tagged: dict[str, str] = {}
+        if on_start is not None:
+            on_start(run, run_id, splits.train.num_images)
         profiled = cluster.enter_context(StepProfile(folder / "profile")) if profile else None
-        for report in _rows(run, job, on_cluster, _followed(run, on_step, profiled)):
+        for report in _rows(
+            run, job, on_cluster, _followed(run, on_step, profiled, tracker, handle)
+        ):
             raise_if_interrupted()
             metrics = report.metrics()
             if report.epoch <= done:
@@ -228,16 +236,23 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
 
 def _followed(
     run: RunConfig,
-    on_step: Callable[[RunConfig, float], None] | None,
+    on_step: Callable[[RunConfig, StepProgress], None] | None,
     profiled: StepProfile | None,
+    tracker: Tracker,
+    handle: str,
 ) -> OnStep:
     """What is called after every step."""
+    logged = time.monotonic()
 
-    def call(share: float) -> None:
+    def call(done: StepProgress) -> None:
+        nonlocal logged
         if on_step is not None:
-            on_step(run, share)
+            on_step(run, done)
         if profiled is not None:
             profiled.step()
+        if done.loss is not None and time.monotonic() - logged >= _BETWEEN_METRICS:
+            logged = time.monotonic()
+            tracker.log(handle, {"step/loss": done.loss, "step/share": done.share}, done.epoch - 1)
 
     return call
 

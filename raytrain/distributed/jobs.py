@@ -17,7 +17,7 @@ from raytrain.core.files import write_atomically
 from raytrain.training.checkpoint import LAST, ROWS, load
 
 if TYPE_CHECKING:
-    from raytrain.training.trainer import OnStep
+    from raytrain.training.progress import OnStep
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Job:
 
 
 def local_rows(
-    job: Job, context: DistributedContext, on_step: OnStep = lambda share: None
+    job: Job, context: DistributedContext, on_step: OnStep = lambda done: None
 ) -> Iterator[EpochMetrics]:
     """The rows of a job that this process trains alone.
 
@@ -57,7 +57,7 @@ def job_rows(
     job: Job,
     context: DistributedContext,
     resume: bool,
-    on_step: OnStep = lambda share: None,
+    on_step: OnStep = lambda done: None,
 ) -> Iterator[EpochMetrics]:
     """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
     from raytrain.training.trainer import fit_and_checkpoint

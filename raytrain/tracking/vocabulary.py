@@ -34,6 +34,12 @@ SWEEP_METRICS = {
 }
 """Of a sweep's own run; `final/` after `--final`."""
 
+STEP_METRICS = {
+    "step/loss": "mean training loss of the epoch under way, nats; its step is the epochs done",
+    "step/share": "share of training that is done",
+}
+"""Of a training in one process, once a minute within an epoch: look at them over time, not steps."""
+
 TAGS = {
     "kind": "`train`, `sweep`, `trial`, `final` (a sweep's best on a new seed)",
     "algorithm": "`algorithm.name`",
@@ -71,7 +77,9 @@ TAGS = {
 def tables() -> dict[str, str]:
     """The tables of the README in Markdown, by the name of their place in it."""
     return {
-        "metrics": _table("metric", _without_histogram(METRICS) | TEST_METRICS | SWEEP_METRICS),
+        "metrics": _table(
+            "metric", _without_histogram(METRICS) | STEP_METRICS | TEST_METRICS | SWEEP_METRICS
+        ),
         "tags": _table("tag", TAGS),
     }
 

@@ -23,6 +23,7 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import Diverged
 from raytrain.data.loader import Splits, num_steps
 from raytrain.training.acceleration import Execution, execution, set_up_device, steps_in
+from raytrain.training.progress import StepProgress
 from raytrain.training.trainer import splits_of, start, train_epoch
 
 _LARGEST_STEP = {"cpu": 1e12, "cuda": 1e15}
@@ -232,8 +233,8 @@ class _StopWatch:
         self._laps: list[tuple[float, int]] = []  # seconds, FE
         self._fe, self._began = 0, time.perf_counter()
 
-    def __call__(self, share: float) -> None:
-        del share
+    def __call__(self, done: StepProgress) -> None:
+        del done
         if self._state.context.device.type == "cuda":
             torch.cuda.synchronize(self._state.context.device)
         fe = self._state.meter.fe

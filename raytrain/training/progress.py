@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.train_state import TrainState
 from raytrain.core.types import Progress
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """Where training is after a step."""
+
+    share: float  # of training that is done
+    epoch: int  # that is under way, from 1
+    step: int  # steps so far
+    samples: int  # images so far, of this worker
+    loss: float | None  # mean of the epoch, as it was last read from the device
+
+
+OnStep = Callable[[StepProgress], None]
+"""Called after every step."""
 
 
 class AbstractProgress(ABC):

@@ -46,14 +46,21 @@ from raytrain.training.acceleration import accelerate, memory_format, set_up_dev
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.compilation import CompileCounter
 from raytrain.training.device_peak import seconds_at_peak
-from raytrain.training.progress import AbstractProgress, ByCost, ByEpochs
+from raytrain.training.progress import (
+    AbstractProgress,
+    ByCost,
+    ByEpochs,
+    OnStep,
+    StepProgress,
+)
 from raytrain.training.replay import Steps
 
 DIVERGED = 1e4
 """A mean loss above this many nats is divergence; uniform guessing among ten classes costs 2.3."""
 
 _NUM_CHECKED = 16  # training images on which a network of the user is checked before training
-_CHECK_EVERY = 50  # steps between checks of the loss, each of which synchronises the device
+_CHECK_EVERY = {"cpu": 10, "cuda": 50}
+"""Steps between checks of the loss, each of which synchronises device and workers."""
 
 
 @dataclass
@@ -76,10 +83,6 @@ class _Sums:
         return loss / samples, steps / samples
 
 
-OnStep = Callable[[float], None]
-"""Called after every step with the share of training that is done."""
-
-
 @dataclass(frozen=True)
 class _Training:
     """What stays the same from epoch to epoch."""
@@ -97,7 +100,7 @@ def fit(
     run: RunConfig,
     context: DistributedContext,
     resume: Saved | None = None,
-    on_step: OnStep = lambda share: None,
+    on_step: OnStep = lambda done: None,
 ) -> Iterator[tuple[EpochMetrics, TrainState]]:
     """Train to the end of `run`, yielding once per epoch; iterate on all workers alike.
 
@@ -136,7 +139,7 @@ def fit_and_checkpoint(
     folder: Path,
     resume: Saved | None = None,
     note: Callable[[EpochMetrics], None] | None = None,
-    on_step: OnStep = lambda share: None,
+    on_step: OnStep = lambda done: None,
 ) -> Iterator[EpochMetrics]:
     """Run `fit` and write `last.pt` and `best.pt` to `folder`, each before its epoch is yielded.
 
@@ -445,6 +448,7 @@ def _train(training: _Training, state: TrainState) -> _EpochResult:
     sums = _Sums(zero.clone(), zero.clone().long())
     scheduled: dict[str, float | str] = {}
     algorithm, batch, result, rate = run.algorithm_with({}), None, None, 0.0
+    loss, every = None, _CHECK_EVERY[context.device.type]
     progress.start_epoch(state)
     for done, batch in enumerate(
         iter_train(training.splits.train, run.batch_size, run.seed, epoch, pad, flip)
@@ -460,9 +464,11 @@ def _train(training: _Training, state: TrainState) -> _EpochResult:
         if state.ema is not None:
             state.ema.update_parameters(state.model)
         sums.add(result)
-        training.on_step(progress.mid_step_share(state, done))
-        if (done + 1) % _CHECK_EVERY == 0:
-            _check_finite(sums.means(context)[0], epoch)
+        if (done + 1) % every == 0:
+            loss, _ = sums.means(context)
+            _check_finite(loss, epoch)
+        share = progress.mid_step_share(state, done)
+        training.on_step(StepProgress(share, epoch + 1, state.step, state.meter.samples, loss))
         if progress.is_complete(state):
             break
     assert batch is not None and result is not None

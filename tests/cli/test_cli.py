@@ -334,8 +334,10 @@ def test_training_prints_one_json_object_and_nothing_else_on_stdout(home: Path) 
 def test_training_tells_its_progress_in_plain_lines_where_there_is_no_terminal(
     home: Path,
 ) -> None:
-    lines = (home / "train.err").read_text().splitlines()
-    assert [line for line in lines if line.startswith("epoch 1/1")] == lines
+    told = last_object((home / "train.json").read_text())
+    first, epoch = (home / "train.err").read_text().splitlines()
+    assert first.startswith("training: ") and first.endswith(f"run {told['run_id'][:8]}")
+    assert epoch.startswith("epoch 1/1 *")  # the best so far
 
 
 def test_a_finished_training_is_in_mlflow_with_all_that_was_decided(home: Path) -> None:
@@ -421,7 +423,10 @@ def test_a_finished_training_is_not_resumed_but_may_be_lengthened(
 
 
 def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(here: Path) -> None:
-    said = refusal("train", *QUICK, "epochs=2", "optimizer.lr=1e9", status=1).splitlines()[-1]
+    result = CliRunner().invoke(app, ["train", *QUICK, "epochs=2", "optimizer.lr=1e9"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    begun, said = result.stderr.splitlines()
+    assert begun.startswith("training: ") and said.startswith("raytrain: ")
     assert "diverged in epoch 1" in said and "optimizer.lr" in said
     (run,) = runs_in(here)
     assert run.info.status == "FAILED"
