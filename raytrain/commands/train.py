@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.config.request import Configuration, as_run
+from raytrain.commands.results import Result, ShownResult, word_of
+from raytrain.config.request import (
+    Configuration,
+    Overrides,
+    as_run,
+    parse_overrides,
+    with_keywords,
+)
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
@@ -29,6 +36,7 @@ from raytrain.distributed.ray_session import (
 from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
+from raytrain.tracking.default_name import default_name
 from raytrain.tracking.registered_model import registered
 from raytrain.tracking.run_names import run_of
 from raytrain.training.acceleration import check_mode
@@ -37,17 +45,15 @@ from raytrain.training.profiling import StepProfile
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
 from raytrain.training.trainer import OnStep, check_resumable, network, preflight
 
-Overrides = Iterable[str] | Mapping[str, Any]
-
-
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
 
+_SHOWN = ("valid/clean", "valid/robust", "cost/fe_per_sample")
 _GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(ShownResult):
     """A finished training."""
 
     run_id: str
@@ -57,6 +63,21 @@ class TrainResult:
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
     profile: Path | None = None  # the folder of the trace and the table of `profile`
+
+    @property
+    def weights(self) -> Path:
+        """What `evaluate` and `export` take: the folder of its checkpoints."""
+        return self.checkpoints
+
+    @property
+    def recorded(self) -> str:
+        """What `compare` takes: the id of its run."""
+        return self.run_id
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its name, and the numbers of the last epoch."""
+        shown = {name: f"{self.metrics[name]:.4g}" for name in _SHOWN if name in self.metrics}
+        return self.name, {**shown, "run": self.run_id, "checkpoints": str(self.checkpoints)}
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -69,16 +90,18 @@ def train(
     config: Configuration | None = None,
     overrides: Overrides = (),
     *,
-    resume: str | Path | None = None,
+    resume: Result | str | Path | None = None,
     watch: Watch | None = None,
     on_step: Callable[[RunConfig, float], None] | None = None,
     profile: bool = False,
+    **fields: Any,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
-    mapping of dotted paths. `resume` names a run to continue in the same MLflow run, as
-    `run_of` takes it, with its own configuration unless another is given. `watch` is called after
+    mapping of dotted paths, `fields` are fields of RunConfig. `resume` is a run to continue in the
+    same MLflow run, as its result or a word that `run_of` takes, with its own configuration unless another
+    is given. `watch` is called after
     every epoch, `on_step` after every step with the share of training that is done (a training in
     this process only, not on workers of Ray). `profile` leaves a trace and a table of where the
     time of ten steps goes in the run's folder.
@@ -87,16 +110,19 @@ def train(
         RequestError: if something is wrong with the request; nothing was begun.
         TrainingFailed: if training ended early; the run is FAILED, its checkpoints are kept.
 
-    >>> train({"algorithm": "dynamic"}, ["epochs=0"])
+    >>> train(algorithm="dynamic", epochs=0)
     Traceback (most recent call last):
     raytrain.core.types.RequestError: epochs: ...
     """
+    given = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    changes = with_keywords(given, fields)
     folder = None
     if resume is not None:
-        asked = as_run(config, overrides)
-        folder = folder_of(run_of(str(resume), asked.storage, asked.tracking_uri), asked.storage)
+        asked = as_run(config, changes)
+        word = word_of(resume)
+        folder = folder_of(run_of(word, asked.storage, asked.tracking_uri), asked.storage)
         config = stored_run(folder) if config is None else config
-    run = as_run(config, overrides)
+    run = as_run(config, changes)
     splits = preflight(run)
     if run.workers == 1 and wanted_cluster() is None:
         check_mode(run, local_context(run.device).device)
@@ -110,7 +136,7 @@ def train(
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
     with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
         on_cluster = cluster.enter_context(_cluster(run))
-        handle, done = _open(tracker, run, folder)
+        handle, name, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
         write_run_file(run, folder)
@@ -132,7 +158,6 @@ def train(
                 watch(run, report)
         cluster.close()
         log_model(tracker, handle, folder, splits.valid, metrics)
-    name = run.run_name or provenance.describe(run)
     profiles = folder / "profile" if profiled is not None and profiled.written else None
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
 
@@ -203,16 +228,17 @@ def _rows(
     group.close()
 
 
-def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
-    """The handle of the MLflow run to write to, and the epochs it already has."""
+def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, str, int]:
+    """The handle and the name of the MLflow run to write to, and the epochs it already has."""
     if folder is not None and is_run_id(folder.name):
         handle = folder.name
         if not tracker.knows(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
         tracker.adopt(handle, handle)
         tracker.reopen(handle)
-        return handle, tracker.last_step(handle)
-    name = run.run_name or provenance.describe(run)
+        name = tracker.run_name(handle) or run.run_name or default_name(run)
+        return handle, name, tracker.last_step(handle)
+    name = run.run_name or tracker.unused_name(default_name(run))
     tracker.open(
         "run",
         name,
@@ -222,7 +248,7 @@ def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, i
     )
     tracker.text("run", to_yaml(run), "run.yaml")
     tracker.inputs("run", training_inputs(run.data))
-    return "run", 0
+    return "run", name, 0
 
 
 def _run_id(tracker: Tracker, handle: str) -> str:
