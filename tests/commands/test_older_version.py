@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_without_repeating_a_trial(
     values = [after[number].value for number in frame.index]
     assert frame[result.objectives[0]].tolist() == values
     assert [result.run_ids[f"t{number:04d}"] for number in frame.index] == list(frame["run_id"])
-    assert (frame["cost/fe_per_sample"] > 0).all()
+    assert min(frame["cost/fe_per_sample"]) > 0
     assert result.best is not None and f"best    {result.best.handle}: " in repr(result)
     evaluated = raytrain.evaluate(result, attacks=["fgsm"], images=20, checks=False)
     assert evaluated.run_id == result.run_ids[result.best.handle]

@@ -147,7 +147,8 @@ def test_a_wrong_field_is_the_same_sentence_as_a_word(
     words: str, fields: dict[str, Any], here: Path
 ) -> None:
     said = []
-    for given in ({"overrides": words}, fields):
+    forms: list[dict[str, Any]] = [{"overrides": words}, fields]
+    for given in forms:
         with pytest.raises(RequestError) as caught:
             raytrain.train(**given)
         said.append(str(caught.value))
