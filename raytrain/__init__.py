@@ -1,18 +1,34 @@
 """raytrain: adversarial training of image classifiers, distributed, tuned and compared.
 
-    raytrain.train({"algorithm": "dynamic", "epochs": 15})
-    raytrain.tune("search_spaces/quickstart.yaml")
-    raytrain.evaluate(run_id)
-    raytrain.compare(["sweep-a", "sweep-b"])
-    raytrain.export(run_id, "my-model")
+    run = raytrain.train(algorithm="dynamic", epochs=15, optimizer={"lr": 0.1})
+    sweep = raytrain.tune("search_spaces/quickstart.yaml", trials=20)
+    raytrain.evaluate(sweep, attacks="pgd,aa")
+    raytrain.compare([run, sweep, "an earlier run"])
+    raytrain.export(run, "my-model")
     raytrain.attack(model, images, labels, eps=8 / 255)
 
-Nothing heavy is imported until one of these names is used.
+Fields are those of the command line; a result stands for its run. Nothing heavy is imported until one of
+these names is used.
 
 >>> import raytrain
->>> run = raytrain.RunConfig.model_validate({"algorithm": "dynamic", "epochs": 30})
->>> run.algorithm.name, run.algorithm.steps, run.threat.eps
-('dynamic', 10, 0.1)
+>>> few = {"name": "digits", "train_size": 200}
+>>> run = raytrain.train(data=few, algorithm="fgsm_rs", epochs=1, sentinels=None)
+>>> run
+TrainResult fgsm_rs-digits-epochs1-train_size200-sentinels_none
+  valid/clean         ...
+  valid/robust        ...
+  cost/fe_per_sample  ...
+  run                 ...
+  checkpoints         ...
+>>> evaluation = raytrain.evaluate(run, attacks="fgsm", images=50, checks=False)
+>>> flags = evaluation.frame()
+>>> list(flags.columns), len(flags)
+(['label', 'predicted', 'clean', 'fgsm'], 50)
+>>> float(flags["fgsm"].mean()) == evaluation.accuracies["fgsm"].value
+True
+>>> rows = raytrain.compare(run).frame()
+>>> list(rows["fgsm"]) == [flags["fgsm"].mean()]
+True
 """
 
 from typing import TYPE_CHECKING, Any

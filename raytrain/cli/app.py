@@ -239,9 +239,8 @@ def export(
         from raytrain.cli.export import export_summary
         from raytrain.commands import export as exporting
 
-        wanted = None if formats is None else _listed(formats)
         result = exporting.export(
-            run, to, which=which, formats=wanted, storage=storage, licence=licence
+            run, to, which=which, formats=formats, storage=storage, licence=licence
         )
         say(export_summary(result), result.json(), as_json)
 
@@ -356,10 +355,6 @@ def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
     if first and ("=" not in first or os.path.isfile(first)):
         return Path(first), rest
     return None, [word for word in (first, *rest) if word]
-
-
-def _listed(text: str) -> list[str]:
-    return [word for word in map(str.strip, text.split(",")) if word]
 
 
 def say(text: Callable[[], None], values: dict[str, Any], as_json: bool) -> None:

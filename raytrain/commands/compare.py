@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from raytrain.commands.results import Result, ShownResult
 from raytrain.core.types import RequestError
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import ConfigurationGroup, settings_of
@@ -23,9 +24,16 @@ from raytrain.report.runs import Trained, read
 from raytrain.report.selection import Chosen, choose
 from raytrain.tracking import reader, tracked, tracking_uri
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
-class Comparison:
+Word = Result | str | Path
+
+_ARENAS = 3  # that a representation has room for
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(ShownResult):
     """A comparison and the folder of its files."""
 
     title: str
@@ -37,6 +45,28 @@ class Comparison:
     runs: int
     tracking_uri: str
     parent: str | None  # the run in MLflow that holds it too
+
+    def frame(self) -> pd.DataFrame:
+        """A row per configuration in each arena, in its order there.
+
+        Scores are shares in [0, 1] with 95 % limits, `NAME`, `NAME_low` and `NAME_high`, for `clean`, every
+        attack, and `valid/robust`; costs are forward-equivalents per training image.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([_flat_row(one, row) for one in self.comparables for row in one.rows])
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its title, and the leader of each of the first arenas."""
+        leaders = {one.title: _leader(one) for one in self.comparables[:_ARENAS]}
+        more = len(self.comparables) - len(leaders)
+        rest = {"others": f"{more} more in the report"} if more else {}
+        return self.title, {
+            "runs": str(self.runs),
+            **leaders,
+            **rest,
+            "report": str(self.report),
+        }
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -55,19 +85,25 @@ class Comparison:
 
 
 def compare(
-    words: Sequence[str] = (), *, to: str | Path | None = None, uri: str | None = None
+    words: Word | Sequence[Word] = (), *, to: str | Path | None = None, uri: str | None = None
 ) -> Comparison:
     """Lay recorded runs beside one another: a table, figures, a report, the data.
 
-    `words` are ids of runs, or names of experiments, sweeps or runs; without any it is the experiment
-    `raytrain`. Everything is left in the folder `to` (default: `comparisons/` and the words); an
+    `words` are results of other commands, ids of runs, or names of experiments, sweeps or runs; without
+    any it is the experiment `raytrain`. They are read from the store `uri`, which is by default that of
+    the first result. Everything is left in the folder `to` (default: `comparisons/` and the words); an
     earlier comparison there is replaced. The trials of one sweep leave it on the sweep's own run too.
 
     Raises:
         RequestError: if a word names nothing or several things, or the folder holds something else.
     """
+    given = words if isinstance(words, Sequence) and not isinstance(words, str) else [words]
+    results = [word for word in given if not isinstance(word, str | Path)]
+    uri = uri or next((result.tracking_uri for result in results), None)
     client = reader(uri)
-    chosen = choose(client, list(words))
+    chosen = choose(
+        client, [str(word) if isinstance(word, str | Path) else word.recorded for word in given]
+    )
     folder = _folder(to, chosen.title)
     notes: list[str] = []
     settings = settings_of(_read(client, chosen, notes))
@@ -204,6 +240,27 @@ def _arena_json(comparable: ComparableRuns, pairs: list[Pair]) -> dict[str, Any]
             for pair in pairs
         ],
     }
+
+
+def _flat_row(comparable: ComparableRuns, row: Row) -> dict[str, Any]:
+    """The same without nested records."""
+    values = _row_json(comparable, row)
+    scores = values.pop("scores")
+    limits = {
+        f"{name}{suffix}": cell[part]
+        for name, cell in scores.items()
+        for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
+    return {"arena": comparable.title, **values, **limits}
+
+
+def _leader(comparable: ComparableRuns) -> str:
+    """The best that can be trusted, in words."""
+    leader = comparable.leader
+    cell = None if leader is None else leader.ranking_cell(comparable.attack)
+    if leader is None or cell is None:
+        return "nothing to rank by"
+    return f"{leader.letter} ({leader.label}): {cell.text} %, {comparable.judged_by}"
 
 
 def _row_json(comparable: ComparableRuns, row: Row) -> dict[str, Any]:

@@ -6,13 +6,20 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from raytrain.attacks.autoattack import EDITION
-from raytrain.commands.train import Overrides, own_tracker
-from raytrain.config.request import override, parse_overrides, validated
+from raytrain.commands.results import Result, ShownResult, word_of
+from raytrain.commands.train import own_tracker
+from raytrain.config.request import (
+    Overrides,
+    override,
+    parse_overrides,
+    validated,
+    with_keywords,
+)
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
@@ -44,49 +51,95 @@ from raytrain.tracking.provenance import contract_of, hardware
 from raytrain.training.checkpoint import load
 from raytrain.training.run_folder import run_id_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _RUN_FIELDS = ("data", "threat", "tracking_uri", "device", "workers")
 _RUN_FIELDS += ("cpus_per_worker", "gpus_per_worker", "max_failures")
 RESULT_LOG = "verdicts.jsonl"
 
 
-class EvalResult(EvaluationRecord):
+class EvalResult(ShownResult, EvaluationRecord):
     """The record of an evaluation on the test set, and where it is stored."""
 
     file: Path  # the checkpoint
     folder: Path  # of flags.parquet, evaluation.json and examples.parquet
     run_id: str | None
+    tracking_uri: str | None = None
+
+    def frame(self) -> pd.DataFrame:
+        """A row per test image, by index: its label, its prediction, and a flag per attack (true: survived).
+
+        They are those of the file, to which later evaluations of the same images add their attacks.
+        AutoAttack's stages are missing where an image had fallen before.
+        """
+        import pandas as pd
+        import pyarrow.parquet as pq
+
+        kinds = {pa.bool_(): pd.BooleanDtype()}
+        table = pq.read_table(self.folder / FLAGS)
+        return table.to_pandas(types_mapper=kinds.get).set_index("index")
+
+    @property
+    def weights(self) -> Path:
+        """What `evaluate` and `export` take: the checkpoint."""
+        return self.file
+
+    @property
+    def recorded(self) -> str:
+        """What `compare` takes: the id of the run, or the file, which belongs to none."""
+        return self.run_id or str(self.file)
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its scope, and every accuracy with 95 % limits."""
+        shares = {
+            name: f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
+            for name, share in self.accuracies.items()
+        }
+        failed = ", ".join(finding.check for finding in self.failed)
+        passed = "passed" if self.findings else "not run"
+        checks = f"FAILED: {failed}" if failed else passed
+        return self.scope, {
+            **shares,
+            "images": f"{self.images:,}",
+            "checks": checks,
+            "checkpoint": str(self.file),
+        }
 
     def json(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Plain values, for `--json`."""
-        values = self.model_dump(mode="json", exclude={"file", "key", "seed"})
+        values = self.model_dump(mode="json", exclude={"file", "key", "seed", "tracking_uri"})
         return {**values, "checkpoint": str(self.file)}
 
 
 def evaluate(
-    run_or_checkpoint: str | Path,
+    run_or_checkpoint: Result | str | Path,
     overrides: Overrides = (),
     *,
     which: str | None = None,
     another_contract: bool = False,
     storage: Path = Path("runs"),
     watch: Watch | None = None,
+    **fields: Any,
 ) -> EvalResult:
     """Attack a network on the test set, image by image, and record it on the run it belongs to.
 
-    `run_or_checkpoint` is a word as `run_of` takes it (the name of a run, its id or the beginning of one,
-    the name of a sweep for its best trial, `last`), a checkpoint folder or a checkpoint file; `which`
-    picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
-    `overrides` are fields of `EvaluationSettings` (`attacks=pgd,aa`, `steps=50`), or `data.*`, `workers`,
-    `device` and `tracking_uri` of the run; with `another_contract` also `threat.*`, and the
-    numbers are labelled so. An interrupted evaluation is resumed. With several workers, or
-    RAY_ADDRESS, images are shared among processes.
+    `run_or_checkpoint` is the result of `train` or `tune` (its best trial), a word as `run_of` takes it
+    (the name of a run, its id or the beginning of one, the name of a sweep for its best trial, `last`), a
+    checkpoint folder or a checkpoint file; `which` picks one of a run's checkpoints, `best` or `last`, the
+    best one that there is if not given. `overrides` (words or a mapping) and `fields` are fields of
+    `EvaluationSettings` (`attacks="pgd,aa"`, `steps=50`), or `data`, `workers`, `device` and
+    `tracking_uri` of the run; with `another_contract` also `threat`, and the numbers are labelled so. An
+    interrupted evaluation is resumed. With several workers, or RAY_ADDRESS, images are shared among
+    processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
         TrainingFailed: if the result cannot be written.
     """
-    run_changes, settings = _requested(overrides)
-    file = checkpoint_file(str(run_or_checkpoint), which, storage, run_changes.get("tracking_uri"))
+    run_changes, settings = _requested(overrides, fields)
+    uri = run_changes.get("tracking_uri")
+    file = checkpoint_file(word_of(run_or_checkpoint), which, storage, uri)
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)
@@ -96,7 +149,7 @@ def evaluate(
             f"threat: the network was trained for {trained.text}; expected the same, or "
             "--another-contract, which labels the numbers as those of another threat model"
         )
-    tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
+    store = tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
     part, _ = open_test(config.data, local_context("cpu"))
     count = min(part.num_images, settings.images or part.num_images)
     pixels, labels = part.pixels[:count], part.labels[:count]
@@ -138,6 +191,7 @@ def evaluate(
             file=file,
             folder=folder,
             run_id=run_id_of(file.parent),
+            tracking_uri=store,
         )
         flags = earlier.with_flags(flags_table(settings, results))
         _write(result, flags, examples)
@@ -151,25 +205,28 @@ def evaluate(
 # ------------------------------------------------------------------ the request
 
 
-def _requested(overrides: Overrides) -> tuple[dict[str, Any], EvaluationSettings]:
+def _requested(
+    overrides: Overrides, fields: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], EvaluationSettings]:
     """The changes to the run, and the settings of the evaluation."""
-    changes = overrides if isinstance(overrides, Mapping) else _read(overrides)
+    given = overrides if isinstance(overrides, Mapping) else _read(overrides)
+    changes = with_keywords(given, fields or {})
     own = {
         path: value for path, value in changes.items() if path in EvaluationSettings.model_fields
     }
     rest = {path: value for path, value in changes.items() if path not in own}
     for path in rest:
         if path.split(".")[0] not in _RUN_FIELDS:
-            fields = ", ".join(EvaluationSettings.model_fields)
+            known = ", ".join(EvaluationSettings.model_fields)
             raise RequestError(
-                f"{path}: expected a field of the evaluation ({fields}), or one of "
+                f"{path}: expected a field of the evaluation ({known}), or one of "
                 f"{', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
             )
     return rest, validated(EvaluationSettings, own)
 
 
 def _read(words: Iterable[str]) -> dict[str, Any]:
-    words = list(words)
+    words = [words] if isinstance(words, str) else list(words)
     own = [word for word in words if word.partition("=")[0] in EvaluationSettings.model_fields]
     of_run = parse_overrides(word for word in words if word not in own)
     return {**of_run, **parse_overrides(own, EvaluationSettings)}

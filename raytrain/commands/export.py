@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from raytrain.commands.results import Result, ShownResult, word_of
 from raytrain.config.run import RUNTIME
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.evaluation.record import FOLDER, RECORD
@@ -22,8 +23,8 @@ from raytrain.exporting.model_card import card
 from raytrain.exporting.subject import Subject, subject_of
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(ShownResult):
     """An exported folder, complete and checked."""
 
     folder: Path
@@ -34,6 +35,17 @@ class ExportResult:
     skipped: dict[str, str]  # formats that are not possible here, and why
     evaluated: bool  # under the threat model of training
     failed_checks: tuple[str, ...]  # of all evaluations on the card
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its name, its formats, and whether its numbers can be believed."""
+        failed = ", ".join(self.failed_checks)
+        evaluated = "with test-set numbers" if self.evaluated else "without test-set numbers"
+        return self.name, {
+            "formats": ", ".join(self.checked),
+            "checkpoint": f"{self.checkpoint}, epoch {self.epoch}",
+            "card": f"CHECKS FAILED: {failed}" if failed else evaluated,
+            "folder": str(self.folder),
+        }
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -50,31 +62,34 @@ class ExportResult:
 
 
 def export(
-    run_or_checkpoint: str | Path,
+    run_or_checkpoint: Result | str | Path,
     to: str | Path | None = None,
     *,
     which: str | None = None,
-    formats: Sequence[str] | None = None,
+    formats: str | Sequence[str] | None = None,
     storage: Path = Path("runs"),
     tracking_uri: str | None = None,
     licence: str = "unknown",
 ) -> ExportResult:
     """The network that is evaluated (averaged weights where there are any), as files for others.
 
-    `run_or_checkpoint` is a word as `run_of` takes it, a checkpoint folder or file; `to` is a new or
-    empty folder, `exports/NAME` if not given. `formats` are names of `FORMATS`, all that are possible if
-    not given. Every format is read back and must give the same logits on test images.
-    `licence` is an identifier of the Hugging Face hub, for the card.
+    `run_or_checkpoint` is the result of another command, a word as `run_of` takes it, a checkpoint folder
+    or file; `to` is a new or empty folder, `exports/NAME` if not given. `formats` are names of `FORMATS`,
+    also in one string with commas, all that are possible if not given. Every format is read
+    back and must give the same logits on test images. `licence` is an identifier of the
+    Hugging Face hub, for the card.
 
     Raises:
         RequestError: if the run, its data, the folder or a format that was asked for is not there.
         TrainingFailed: if a file cannot be written or does not give the logits back; nothing is left.
     """
+    if isinstance(formats, str):
+        formats = [word.strip() for word in formats.split(",") if word.strip()]
     chosen(formats)
     _check_licence(licence)
     if to is not None:
         _must_be_free(Path(to))
-    subject = subject_of(str(run_or_checkpoint), which, storage, tracking_uri)
+    subject = subject_of(word_of(run_or_checkpoint), which, storage, tracking_uri)
     target = Path("exports") / subject.name if to is None else Path(to)
     _must_be_free(target)
     wanted, skipped = possible(subject, formats)

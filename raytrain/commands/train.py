@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.config.request import Configuration, as_run
+from raytrain.commands.results import Result, ShownResult, word_of
+from raytrain.config.request import (
+    Configuration,
+    Overrides,
+    as_run,
+    parse_overrides,
+    with_keywords,
+)
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
@@ -31,6 +38,7 @@ from raytrain.distributed.ray_session import (
 from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
+from raytrain.tracking.default_name import default_name
 from raytrain.tracking.registered_model import registered
 from raytrain.tracking.run_names import run_of
 from raytrain.tracking.store_check import check_store
@@ -42,19 +50,17 @@ from raytrain.training.progress import OnStep, StepProgress
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
 from raytrain.training.trainer import check_resumable, network, preflight
 
-Overrides = Iterable[str] | Mapping[str, Any]
-
-
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
 
 _BETWEEN_METRICS = 60.0  # seconds between metrics within an epoch
 
+_SHOWN = ("valid/clean", "valid/robust", "cost/fe_per_sample")
 _GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(ShownResult):
     """A finished training."""
 
     run_id: str
@@ -64,6 +70,21 @@ class TrainResult:
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
     profile: Path | None = None  # the folder of the trace and the table of `profile`
+
+    @property
+    def weights(self) -> Path:
+        """What `evaluate` and `export` take: the folder of its checkpoints."""
+        return self.checkpoints
+
+    @property
+    def recorded(self) -> str:
+        """What `compare` takes: the id of its run."""
+        return self.run_id
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its name, and the numbers of the last epoch."""
+        shown = {name: f"{self.metrics[name]:.4g}" for name in _SHOWN if name in self.metrics}
+        return self.name, {**shown, "run": self.run_id, "checkpoints": str(self.checkpoints)}
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -76,30 +97,32 @@ def train(
     config: Configuration | None = None,
     overrides: Overrides = (),
     *,
-    resume: str | Path | None = None,
+    resume: Result | str | Path | None = None,
     watch: Watch | None = None,
     on_start: Callable[[RunConfig, str, int], None] | None = None,
     on_step: Callable[[RunConfig, StepProgress], None] | None = None,
     profile: bool = False,
+    **fields: Any,
 ) -> TrainResult:
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
-    mapping of dotted paths. `resume` names a run to continue in the same MLflow run, as
-    `run_of` takes it, with its own configuration unless another is given. `on_start` is called with the
-    id of the run and the number of training images, `watch` after every epoch, `on_step` after every
-    step (a training in this process only, not on workers of Ray). `profile` leaves a trace and a table of
-    where the time of ten steps goes in the run's folder.
+    mapping of dotted paths, `fields` are fields of RunConfig. `resume` is a run to continue in the
+    same MLflow run, as its result or a word that `run_of` takes, with its own configuration unless another
+    is given. `on_start` is called with the id of the run and the number of training images, `watch` after
+    every epoch, `on_step` after every step (a training in this process only, not on workers of Ray).
+    `profile` leaves a trace and a table of where the time of ten steps goes in the run's folder.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
         TrainingFailed: if training ended early; the run is FAILED, its checkpoints are kept.
 
-    >>> train({"algorithm": "dynamic"}, ["epochs=0"])
+    >>> train(algorithm="dynamic", epochs=0)
     Traceback (most recent call last):
     raytrain.core.types.RequestError: epochs: ...
     """
-    asked = _checked(config, overrides, resume)
+    given = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    asked = _checked(config, with_keywords(given, fields), resume)
     run, splits, folder = asked.run, asked.splits, asked.folder
     if profile and not _is_local(run):
         raise RequestError(
@@ -109,7 +132,7 @@ def train(
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
     with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
         on_cluster = cluster.enter_context(_cluster(run))
-        handle, done = _open(tracker, run, folder)
+        handle, name, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
         write_run_file(run, folder)
@@ -135,7 +158,6 @@ def train(
                 watch(run, report)
         cluster.close()
         log_model(tracker, handle, folder, splits.valid, metrics)
-    name = run.run_name or provenance.describe(run)
     profiles = folder / "profile" if profiled is not None and profiled.written else None
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
 
@@ -144,7 +166,7 @@ def preview(
     config: Configuration | None = None,
     overrides: Overrides = (),
     *,
-    resume: str | Path | None = None,
+    resume: Result | str | Path | None = None,
 ) -> RunPreview:
     """What `train` would do with the same arguments, and its cost; nothing is trained, recorded, written.
 
@@ -179,7 +201,7 @@ class _Request:
 
 
 def _checked(
-    config: Configuration | None, overrides: Overrides, resume: str | Path | None
+    config: Configuration | None, overrides: Overrides, resume: Result | str | Path | None
 ) -> _Request:
     """The run of a request, after all checks that neither Ray nor MLflow is needed for.
 
@@ -189,7 +211,9 @@ def _checked(
     folder, epoch = None, 0
     if resume is not None:
         asked = as_run(config, overrides)
-        folder = folder_of(run_of(str(resume), asked.storage, asked.tracking_uri), asked.storage)
+        folder = folder_of(
+            run_of(word_of(resume), asked.storage, asked.tracking_uri), asked.storage
+        )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)
@@ -280,16 +304,17 @@ def _rows(
     group.close()
 
 
-def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, int]:
-    """The handle of the MLflow run to write to, and the epochs it already has."""
+def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, str, int]:
+    """The handle and the name of the MLflow run to write to, and the epochs it already has."""
     if folder is not None and is_run_id(folder.name):
         handle = folder.name
         if not tracker.knows(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
         tracker.adopt(handle, handle)
         tracker.reopen(handle)
-        return handle, tracker.last_step(handle)
-    name = run.run_name or provenance.describe(run)
+        name = tracker.run_name(handle) or run.run_name or default_name(run)
+        return handle, name, tracker.last_step(handle)
+    name = run.run_name or tracker.unused_name(default_name(run))
     tracker.open(
         "run",
         name,
@@ -299,7 +324,7 @@ def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, i
     )
     tracker.text("run", to_yaml(run), "run.yaml")
     tracker.inputs("run", training_inputs(run.data))
-    return "run", 0
+    return "run", name, 0
 
 
 def _run_id(tracker: Tracker, handle: str) -> str:

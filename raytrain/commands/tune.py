@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import yaml
 
 from raytrain.commands.final import FinalRow, log_finals, train_finals
+from raytrain.commands.results import ShownResult
 from raytrain.commands.sweep_results import TABLE, log_sweep, write_run_ids
 from raytrain.config.names import RUN_NAME, check_folder_name
+from raytrain.config.request import Overrides, with_keywords
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import interruptible
+from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
 from raytrain.tracking import Tracker, provenance, tracked
@@ -32,15 +35,20 @@ from raytrain.tuning.initial_trials import plan_first
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.population import PopulationManager, check_population
 from raytrain.tuning.requested_space import wanted_space
+from raytrain.tuning.space.labels import describe
+from raytrain.tuning.space.reading import changes_in
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.study import SPACE, check_name, new_name, open_study
 from raytrain.tuning.trial_manager import TrialManager
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Watch = Callable[[SweepProgress], None]
 
 
-@dataclass(frozen=True)
-class TuneResult:
+@dataclass(frozen=True, repr=False)
+class TuneResult(ShownResult):
     """A finished sweep."""
 
     name: str
@@ -65,6 +73,58 @@ class TuneResult:
         """Whether no trial could be carried out."""
         return bool(self.trials) and all(trial.state == "failed" for trial in self.trials)
 
+    def frame(self) -> pd.DataFrame:
+        """A row per trial, by number: how it ended, objectives, what it varied by path, and its cost.
+
+        `cost/fe_per_sample` is in forward-equivalents per image trained on. What a trial lacks is missing.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "trial": trial.number,
+                "state": trial.state,
+                **dict(zip(self.objectives, trial.values, strict=False)),
+                **trial.params,
+                **{name: trial.metrics.get(name) for name in ("cost/fe", "cost/fe_per_sample")},
+                "epochs": trial.epochs,
+                "run_id": self.run_ids.get(trial.handle),
+            }
+            for trial in self.trials
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["trial"]).set_index("trial")
+
+    @property
+    def weights(self) -> Path:
+        """What `evaluate` and `export` take: the folder of the best trial's checkpoints.
+
+        Raises:
+            RequestError: if no trial has ended with a value.
+        """
+        if self.best is None:
+            raise RequestError(
+                f"{self.name}: this sweep has no best trial; expected one in which a trial was trained to "
+                "its end"
+            )
+        return self.folder / "trials" / self.best.handle
+
+    @property
+    def recorded(self) -> str:
+        """What `compare` takes: the id of the parent run, or the name, for all trials."""
+        return self.run_id or self.name
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Its name, how many trials ended how, and the best one."""
+        outcomes = ", ".join(f"{count} {how}" for how, count in self.progress.outcomes.items())
+        rows = {"trials": f"{self.progress.finished} ({outcomes})"}
+        if self.best is not None:
+            reached = zip(self.objectives, self.best.values, strict=False)
+            values = ", ".join(f"{name} {value:.4g}" for name, value in reached)
+            rows["best"] = f"{self.best.handle}: {values}"
+            rows["with"] = describe(self.best.params)
+        rows["cost"] = f"{self.progress.fe_per_image:,.0f} forward-equivalents per image"
+        return self.name, {**rows, "folder": str(self.folder)}
+
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
         progress = {**asdict(self.progress), "budget": self.progress.budget.model_dump()}
@@ -72,8 +132,8 @@ class TuneResult:
 
 
 def tune(
-    space: SearchSpace | str | Path | None = None,
-    overrides: Iterable[str] = (),
+    space: SearchSpace | Mapping[str, Any] | str | Path | None = None,
+    overrides: Overrides = (),
     *,
     resume: str | None = None,
     name: str | None = None,
@@ -82,14 +142,16 @@ def tune(
     seeds: int = 3,
     importance: Method = "ped-anova",
     watch: Watch | None = None,
+    **fields: Any,
 ) -> TuneResult:
     """Search `space` until its budget is spent; each trial is a child run in MLflow.
 
-    `space` is a SearchSpace or a YAML file, and may be left out with `resume`, the name of a sweep to
-    continue: nothing that finished is repeated, what was under way goes on from its checkpoint.
-    `overrides` are `key=value` words for the base run, or for `search.*` and `budget.*`; `trials`
-    replaces the number in the file. With `final`, the best so many configurations are trained again
-    on `seeds` seeds that the search did not use, and evaluated on the test set, once.
+    `space` is a SearchSpace, a mapping or a YAML file, and may be left out with `resume`, the name of a
+    sweep to continue: nothing that finished is repeated, what was under way goes on from its checkpoint.
+    `overrides` are `key=value` words or a mapping of dotted paths, for the base run, or for `search` and
+    `budget`; `fields` are such fields too. `trials` replaces the number in the file. With `final`, the best
+    so many configurations are trained again on `seeds` seeds that the search did not use, and evaluated
+    on the test set, once.
 
     Raises:
         RequestError: if something is wrong with the request; nothing was begun.
@@ -101,7 +163,8 @@ def tune(
     for option, given in (("--name", name), ("--resume", resume)):
         if given is not None:
             check_folder_name(option, given, RUN_NAME)
-    space = wanted_space(space, overrides, resume, trials)
+    changes = with_keywords(changes_in(overrides), fields) if fields else overrides
+    space = wanted_space(space, changes, resume, trials)
     if resume is None and name is None:
         check_folder_name("name", space.name, RUN_NAME - len("-20261121-093000-999"))
     base = space.base_run

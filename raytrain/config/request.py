@@ -27,11 +27,11 @@ from raytrain.core.types import RequestError
 Model = TypeVar("Model", bound=BaseModel)
 Configuration = RunConfig | Mapping[str, Any] | str | Path
 """A run as a record, a mapping, or the path of a YAML file."""
+Overrides = Iterable[str] | Mapping[str, Any]
+"""Changes as `key=value` words, or as a mapping from dotted path to value."""
 
 
-def as_run(
-    config: Configuration | None, overrides: Iterable[str] | Mapping[str, Any] = ()
-) -> RunConfig:
+def as_run(config: Configuration | None, overrides: Overrides = ()) -> RunConfig:
     """Return a validated RunConfig from any of the forms that the API accepts.
 
     Raises:
@@ -69,7 +69,7 @@ def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) ->
     {'epochs': 3, 'run_name': '007', 'ema': None}
     """
     parsed: dict[str, Any] = {}
-    for word in words:
+    for word in [words] if isinstance(words, str) else words:
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise RequestError(f"{word}: expected key=value, such as threat.eps=8/255")
@@ -77,6 +77,22 @@ def parse_overrides(words: Iterable[str], model: type[BaseModel] = RunConfig) ->
         if _differ(parsed.setdefault(path, value), value):
             raise _contradiction(path, parsed[path], path, value)
     return parsed
+
+
+def with_keywords(changes: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Add keyword arguments to changes by dotted path.
+
+    Raises:
+        RequestError: if a path is given in both, with two values.
+
+    >>> with_keywords({"optimizer.lr": 0.1}, {"epochs": 3})
+    {'optimizer.lr': 0.1, 'epochs': 3}
+    """
+    both = dict(changes)
+    for path, value in keywords.items():
+        if _differ(both.setdefault(path, value), value):
+            raise _contradiction(path, both[path], path, value)
+    return both
 
 
 def value_of(path: str, text: str, model: type[BaseModel] = RunConfig) -> Any:

@@ -17,8 +17,8 @@ from raytrain.data.loader import open_test
 from raytrain.exporting.check import SIZES
 from raytrain.exporting.numbers import Record, record_of
 from raytrain.models import Classifier
-from raytrain.tracking import provenance
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
+from raytrain.tracking.default_name import default_name
 from raytrain.training.checkpoint import LAST, Saved, load
 from raytrain.training.run_folder import run_id_of
 from raytrain.training.trainer import network
@@ -59,7 +59,9 @@ class Subject:
     @property
     def name(self) -> str:
         """Of the run; also of the folder and of RobustBench's files."""
-        name = self.run.run_name or provenance.describe(self.run)
+        tags = self.record.tags
+        recorded = None if "trial" in tags else tags.get("mlflow.runName")
+        name = self.run.run_name or recorded or default_name(self.run)
         last = "-last" if self.file.name == LAST else ""
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._") + last
 

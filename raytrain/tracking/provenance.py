@@ -71,12 +71,6 @@ def parameters(run: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def describe(run: RunConfig) -> str:
-    """What a run is, at a glance: its name where the user gives none."""
-    outer = "" if run.outer.name == "sgd" else f"-{run.outer.name}"
-    return f"{run.algorithm.name}{outer}-{data_name(run.data)}-{run.signature()[:6]}"
-
-
 def note(run: RunConfig) -> str:
     """What a training is and what can be done with it, in Markdown; `{run_id}` stands for its id."""
     outer = "" if run.outer.name == "sgd" else f" with {run.outer.name}"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from raytrain.core.types import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
+from raytrain.tracking.run_search import search
 from raytrain.tracking.schema import make_tables
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the outbox and the handle
@@ -114,6 +115,23 @@ class Store:
     def missing(self, run_id: str) -> bool:
         """Whether the store reports that it has no such run; false if it does not answer."""
         return is_missing(self.client, run_id)
+
+    def run_name(self, run_id: str) -> str | None:
+        """The name of a run; None if there is none, or no answer."""
+        try:
+            return self.client.get_run(run_id).info.run_name
+        except Exception:  # away, or no such run
+            return None
+
+    def names(self, beginning: str) -> set[str]:
+        """Names of the experiment's runs that may begin so, `_` standing for any character; empty without
+        an answer.
+        """
+        wanted = f"attributes.run_name LIKE '{beginning}%'"
+        try:
+            return {run.info.run_name for run in search(self.client, [self.experiment_id], wanted)}
+        except Exception:  # away: what it has is not known
+            return set()
 
     def last_step(self, run_id: str) -> int:
         """The last epoch that the store has a row of; 0 if there is none, or no answer."""

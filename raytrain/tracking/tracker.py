@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,6 +105,16 @@ class Tracker:
     def knows(self, run_id: str) -> bool:
         """Whether the store has this run; true for a store that does not answer."""
         return not self._store.missing(run_id)
+
+    def run_name(self, run_id: str) -> str | None:
+        """The name of a run in the store; None if it has none, or does not answer."""
+        return self._store.run_name(run_id)
+
+    def unused_name(self, name: str) -> str:
+        """The name, or `NAME-2` and so on if the experiment has runs of it."""
+        taken = self._store.names(name)
+        numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        return next(one for one in numbered if one not in taken)
 
     def reopen(self, handle: str) -> None:
         """Queue that a run is RUNNING again."""

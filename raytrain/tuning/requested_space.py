@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
+from typing import Any
 
-from raytrain.config.request import as_run
+from raytrain.config.request import Overrides, as_run
 from raytrain.core.types import RequestError
-from raytrain.tuning.space.reading import changes_of, read_space
+from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.settings import Budget
 
@@ -16,8 +17,8 @@ _TRIALS = 20  # where no budget of any kind is given
 
 
 def wanted_space(
-    space: SearchSpace | str | Path | None,
-    overrides: Iterable[str] = (),
+    space: SearchSpace | Mapping[str, Any] | str | Path | None,
+    overrides: Overrides = (),
     resume: str | None = None,
     trials: int | None = None,
 ) -> SearchSpace:
@@ -26,20 +27,22 @@ def wanted_space(
     Raises:
         RequestError: naming file, line and path.
     """
-    words = list(overrides)
+    changes = overrides if isinstance(overrides, Mapping | str) else list(overrides)
     if space is None and resume is None:
         raise RequestError("SPACE.yaml: expected a search space, or --resume NAME")
     if space is None:
-        space = _earlier(str(resume), words)
-    if not isinstance(space, SearchSpace):
-        space = read_space(Path(space), words)
+        space = _earlier(str(resume), changes)
+    if isinstance(space, str | Path):
+        space = read_space(Path(space), changes)
+    elif changes or not isinstance(space, SearchSpace):
+        space = changed_space(space, changes)
     budget = space.budget if trials is None else space.budget.model_copy(update={"trials": trials})
     return space.model_copy(update={"budget": _filled(budget, space)})
 
 
-def _earlier(name: str, words: Iterable[str]) -> Path:
+def _earlier(name: str, changes: Overrides) -> Path:
     """The file of the sweep to be continued."""
-    of_run, _ = changes_of(words)
+    of_run, _ = changes_of(changes)
     own = as_run(None, {path: of_run[path] for path in of_run.keys() & {"storage", "experiment"}})
     experiment = escape(own.experiment) if "experiment" in of_run else "*"
     found = sorted(own.storage.glob(f"{experiment}/{escape(name)}/space.yaml"))

@@ -86,3 +86,14 @@ def test_a_sweep_goes_on_without_repeating_a_trial(
     assert result.progress.finished == 3
     _, children = runs_of(older)
     assert [run.info.status for run in children] == ["FINISHED"] * 3
+
+    frame = result.frame()
+    assert frame.index.tolist() == [0, 1, 2]
+    values = [after[number].value for number in frame.index]
+    assert frame[result.objectives[0]].tolist() == values
+    assert [result.run_ids[f"t{number:04d}"] for number in frame.index] == list(frame["run_id"])
+    assert min(frame["cost/fe_per_sample"]) > 0
+    assert result.best is not None and f"best    {result.best.handle}: " in repr(result)
+    evaluated = raytrain.evaluate(result, attacks=["fgsm"], images=20, checks=False)
+    assert evaluated.run_id == result.run_ids[result.best.handle]
+    assert compare(result).runs == 3

@@ -910,7 +910,8 @@ def test_mlflow_tells_numbers_commit_and_hardware(
     client.log_artifact(run_id, str(trained / "best.pt"), "checkpoints")
     client.log_artifact(run_id, str(trained / "run.yaml"))
     fetched = export(run_id, "two", formats=["safetensors"], tracking_uri=uri)
-    assert fetched.evaluated and fetched.name == result.name
+    assert fetched.evaluated
+    assert fetched.name == result.name == client.get_run(run_id).info.run_name
     assert fetched.checkpoint.is_relative_to(tmp_path / "runs" / "fetched")
     assert look_up(uri, "f" * 32, "evaluation", "evaluation.json") is None
     assert look_up(f"sqlite:///{tmp_path}/none.db", run_id, "evaluation", "x") is None

@@ -225,11 +225,6 @@ def test_a_run_is_recovered_from_its_parameters_although_some_are_said_twice(fil
     assert again is not None and _comparable(run, again)
 
 
-def test_the_name_of_a_run_has_the_outer_update_where_it_is_not_plain() -> None:
-    run = as_run(None, ["outer=awp"])
-    assert provenance.describe(run) == f"pgd-awp-digits-{run.signature()[:6]}"
-
-
 # --- pages that are set up --------------------------------------------------------------------
 
 

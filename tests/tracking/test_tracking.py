@@ -26,7 +26,6 @@ from sqlalchemy.exc import OperationalError
 from test_address import UGLY
 
 from raytrain.config.request import as_run
-from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
 from raytrain.data.catalogue import SOURCES
 from raytrain.tracking import (
@@ -1008,9 +1007,3 @@ def test_the_commit_is_a_tag_inside_a_repository_and_absent_outside(
     assert "git_commit" not in found[outside]
     assert found[inside]["git_commit"] == found[inside]["mlflow.source.git.commit"] == commit
     assert "git_dirty" not in found[inside]
-
-
-def test_the_name_of_a_run_tells_algorithm_data_and_configuration() -> None:
-    run = as_run(None, ["data=images/faces.parquet", "algorithm=n_fgsm"])
-    assert provenance.describe(run) == f"n_fgsm-faces-{run.signature()[:6]}"
-    assert isinstance(run, RunConfig)

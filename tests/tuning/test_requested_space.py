@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from raytrain.core.types import RequestError
 from raytrain.tuning.requested_space import wanted_space
+from raytrain.tuning.space.search_space import SearchSpace
 
 NAMES = ["[v1]", "try #7", "x: y", "007", "*", "a=b", "no"]
 
@@ -45,6 +48,25 @@ def test_a_name_in_two_experiments_needs_the_experiment(tmp_path: Path) -> None:
     for experiment in ("e[1]", "e1"):
         words = [f"storage={tmp_path}", f"experiment={experiment}"]
         assert wanted_space(None, words, resume="same").base_run.experiment == experiment
+
+
+@pytest.mark.parametrize(
+    "changes", [["epochs=3", "budget.trials=7"], {"epochs": 3, "budget": {"trials": 7}}]
+)
+def test_words_and_fields_change_a_space_in_whatever_form_it_is_given(
+    changes: list[str] | dict[str, Any], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "base": {"data": "digits", "epochs": 1},
+        "space": {"optimizer.lr": {"float": [0.01, 1], "log": True}},
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(given))
+    record = SearchSpace.model_validate({"name": "space", **given})
+    spaces = [wanted_space(one, changes) for one in (given, record, tmp_path / "space.yaml")]
+    assert spaces[0].base_run.epochs == 3 and spaces[0].budget.trials == 7
+    assert len({space.hash() for space in spaces}) == 1
+    assert {space.name for space in spaces} == {"space"}
+    assert wanted_space(record, trials=4).base_run.epochs == 1
 
 
 def test_storage_without_a_path_is_refused() -> None:
