@@ -13,7 +13,7 @@ from raytrain.tracking.registry import Entry
 from raytrain.tracking.stores import fetch, finished_runs, reader
 from raytrain.tracking.tracker import Tracker, tracked
 from raytrain.tracking.ui import ui_server
-from raytrain.tracking.views import View, link
+from raytrain.tracking.views import View, fitting, link, run_link
 
 __all__ = [
     "Entry",
@@ -22,8 +22,10 @@ __all__ = [
     "View",
     "fetch",
     "finished_runs",
+    "fitting",
     "link",
     "reader",
+    "run_link",
     "sqlite_file",
     "sqlite_uri",
     "tracked",

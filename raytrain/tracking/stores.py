@@ -16,6 +16,7 @@ from raytrain.core.types import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.tracking.schema import make_tables
+from raytrain.tracking.views import EVERY, TAG
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the outbox and the handle
 
@@ -295,7 +296,15 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
         raise RequestError(
             f"experiment: {name!r} was deleted in MLflow; restore it or choose another name"
         )
+    _renew_view(client, found)
     return found.experiment_id
+
+
+def _renew_view(client: Any, experiment: Any) -> None:
+    """The view of an experiment made here as it is made now; experiments made elsewhere have none."""
+    key = TAG + EVERY
+    if experiment.tags.get(key, MADE[key]) != MADE[key]:
+        client.set_experiment_tag(experiment.experiment_id, key, MADE[key])
 
 
 def _new_experiment(client: Any, uri: str, name: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from shlex import quote
 
 from raytrain.core.epoch_metrics import IN_EPS
-from raytrain.tracking import View, link
+from raytrain.tracking import View, fitting, link, run_link
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.search_space import SearchSpace
@@ -45,24 +45,28 @@ def sweep_view(space: SearchSpace, name: str) -> View:
     """The trials of a sweep over what it searched, the best first."""
     first = space.objective[0]
     own = [one.metric for one in space.objective]
-    others = [metric for metric in _OTHERS if metric not in own]
+    scores = [f"metrics.{metric}" for metric in dict.fromkeys((*own, *_OTHERS))]
+    varied = [f"params.{path}" for path in searched(space)]
     mark = '"' if "'" in name else "'"
     return View(
         columns=[
-            *(f"metrics.{metric}" for metric in (*own, *others)),
-            *(f"params.{path}" for path in searched(space)[:_AXES]),
+            *scores,
             "tags.outcome",
+            *fitting(varied, [*scores, "tags.outcome"], _NAME_WIDTH),
         ],
         params=searched(space, always=True)[:_AXES],
         metrics=[*own[1:], own[0]],
+        curves=list(dict.fromkeys((*own, "valid/robust", "valid/clean", "train/loss"))),
         search=f"tags.sweep = {mark}{name}{mark} and tags.kind = 'trial'",
         order=f"metrics.{first.metric}",
         down=first.mode == "max",
+        name_width=_NAME_WIDTH,
     )
 
 
 _OTHERS = ("valid/robust", "valid/clean", "cost/fe_per_sample")
-_AXES = 12  # parameters that a page has room for
+_AXES = 12  # parameters that parallel coordinates have room for
+_NAME_WIDTH = 120  # pixels: the handle of a trial; what it varies has columns of its own
 
 
 def sweep_note(
