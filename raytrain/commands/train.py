@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from raytrain.config.request import Configuration, as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.signals import interruptible, raise_if_interrupted
+from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
 from raytrain.core.types import RequestError
 from raytrain.data.loader import SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
@@ -27,7 +28,7 @@ from raytrain.distributed.ray_session import (
     worker_resources,
 )
 from raytrain.distributed.worker_group import WorkerGroup
-from raytrain.tracking import Tracker, provenance, tracked
+from raytrain.tracking import Tracker, provenance, run_link, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.registered_model import registered
 from raytrain.tracking.run_names import run_of
@@ -56,6 +57,7 @@ class TrainResult:
     metrics: dict[str, float]  # of the last epoch
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
+    page: str  # in the MLflow UI: the address below that of its server
     profile: Path | None = None  # the folder of the trace and the table of `profile`
 
     def json(self) -> dict[str, Any]:
@@ -108,12 +110,18 @@ def train(
     if folder is not None and (folder / LAST).is_file():
         check_resumable(run, load(folder / LAST), splits)
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
-    with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
+    with (
+        continued_by() as offer,
+        interruptible(),
+        ExitStack() as cluster,
+        own_tracker(run, run.storage) as tracker,
+    ):
         on_cluster = cluster.enter_context(_cluster(run))
         handle, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
         write_run_file(run, folder)
+        offer(_resume_command(run, folder))
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         tagged: dict[str, str] = {}
@@ -134,7 +142,14 @@ def train(
         log_model(tracker, handle, folder, splits.valid, metrics)
     name = run.run_name or provenance.describe(run)
     profiles = folder / "profile" if profiled is not None and profiled.written else None
-    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
+    page = run_link(tracker.experiment_id, run_id)
+    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, page, profiles)
+
+
+def _resume_command(run: RunConfig, folder: Path) -> str:
+    """The command that continues a training, as a shell takes it: by id, where that suffices."""
+    ordinary = run.storage == RunConfig.model_fields["storage"].default
+    return f"raytrain train --resume {folder.name if ordinary else quote(str(folder))}"
 
 
 def log_model(

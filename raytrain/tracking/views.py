@@ -173,9 +173,7 @@ def key_of(name: str) -> str:
 def link(experiment_id: str, name: str, charts: bool = False) -> str:
     """Where the UI shows a view, as a link from any of its pages; the side bar is that of training."""
     mode = "&compareRunsMode=CHART" if charts else ""
-    return (
-        f"#/experiments/{experiment_id}/runs?viewStateShareKey={key_of(name)}{mode}&{_TRAINING}"
-    )
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key_of(name)}{mode}&{_TRAINING}"
 
 
 def run_link(experiment_id: str, run_id: str) -> str:
