@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from raytrain.tracking import tracking_uri
 
-
 RUNS = Path("runs")
 """Where commands look for checkpoints unless told otherwise."""
 

@@ -21,7 +21,7 @@ from raytrain.tuning.space.labels import describe
 
 if TYPE_CHECKING:
     from raytrain.commands.tune import TuneResult
-    from raytrain.tuning.budget import SweepProgress, TrialRow
+    from raytrain.tuning.budget import SweepProgress
     from raytrain.tuning.preview import Preview
 
 _RUNNING = 12  # trials under way on the screen

@@ -18,6 +18,7 @@ from typing import Any
 TAG = "mlflow.sharedViewState."
 EVERY = "raytrain"
 """The view that every experiment has."""
+NAME_WIDTH = 200  # pixels of the column of names
 
 _LONGEST = 5000  # characters of a tag of an experiment
 _LONGEST_KEY = 200  # of the part of its key that is a view's own
@@ -33,11 +34,11 @@ class View:
     columns: Sequence[str]
     params: Sequence[str]  # axes of the parallel coordinates, in this order
     metrics: Sequence[str]  # the axes after them; the last one colours the lines
-    curves: Sequence[str] = ()  # metrics over epochs, the first charts
     search: str = ""
     order: str = ""  # a column: rows and charts begin with its best; default: the newest run
     down: bool = True  # from its largest value
-    name_width: int = 200  # pixels of the column of names
+    curves: Sequence[str] = ()  # metrics over epochs, the first charts
+    name_width: int = NAME_WIDTH  # pixels of the column of names
 
     def state(self) -> str:
         """As MLflow keeps it: deflated JSON.
@@ -88,7 +89,7 @@ _SECTIONS = (  # name, charts in a row, whether it is unfolded; MLflow puts metr
     ("fosc_histogram", 3, False),
 )
 
-_ROOM = 780  # pixels for columns beside a name of 200, in a window of 1400 with the side bar
+ROOM = 980  # pixels for names and columns in a window of 1400 with the side bar
 _WIDEST, _NARROWEST = 132, 56  # pixels of a column
 
 
@@ -98,9 +99,11 @@ def width(column: str) -> int:
     return max(_NARROWEST, min(_WIDEST, 26 + 7 * len(name)))
 
 
-def fitting(columns: Sequence[str], taken: Sequence[str], name_width: int = 200) -> list[str]:
+def fitting(
+    columns: Sequence[str], taken: Sequence[str], name_width: int = NAME_WIDTH
+) -> list[str]:
     """The first of the columns that there is room for beside those in `taken`."""
-    left = _ROOM + 200 - name_width - sum(map(width, taken))
+    left = ROOM - name_width - sum(map(width, taken))
     found: list[str] = []
     for column in columns:
         left -= width(column)

@@ -21,8 +21,8 @@ def describe(values: Mapping[str, Any], separator: str = " ") -> str:
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """The last telling part of every path, or the whole path where several have the same.
 
-    >>> short_names(["algorithm.name", "algorithm.steps", "evaluation.steps"])
-    {'algorithm.name': 'algorithm', 'algorithm.steps': 'algorithm.steps', 'evaluation.steps': 'evaluation.steps'}
+    >>> short_names(["algorithm.name", "optimizer.lr", "a.steps", "b.steps"]).values()
+    dict_values(['algorithm', 'lr', 'a.steps', 'b.steps'])
     """
     names = {path: _name(path) for path in paths}
     counts = Counter(names.values())
