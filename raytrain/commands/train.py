@@ -111,8 +111,8 @@ def train(
         check_resumable(run, load(folder / LAST), splits)
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
-        continued_by() as offer,
         interruptible(),
+        continued_by() as offer,
         ExitStack() as cluster,
         own_tracker(run, run.storage) as tracker,
     ):

@@ -137,8 +137,8 @@ def _tune(
     # The outbox is locked: a second driver would take the trials of the first for dead. MLflow is closed
     # before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
-        continued_by() as offer,
         interruptible(),
+        continued_by() as offer,
         ExitStack() as cluster,
         tracked(base.tracking_uri, base.experiment, outbox) as tracker,
     ):
