@@ -51,14 +51,15 @@ def test_a_server_answers_once_it_is_given_and_is_gone_with_its_workers_afterwar
 ) -> None:
     port, file = free_port(), tmp_path / "ids"
     words = [sys.executable, "-c", SERVER, str(port), str(file)]
+    pids: list[int] = []
     monkeypatch.setattr(ui, "ui_server", lambda *_: (words, dict(os.environ)))
     with pytest.raises(KeyboardInterrupt), ui.serving("uri", port):
         with urllib.request.urlopen(f"http://{ui.HOST}:{port}/health") as answer:
             assert answer.status == 200
         with pytest.raises(RequestError, match=rf"^--port: {port} is in use .* such as \d+$"):
             ui.check_port(port)
-        pids = [int(pid) for pid in file.read_text().split()]
-        assert all(map(is_alive, pids))
+        pids += [int(pid) for pid in file.read_text().split()]
+        assert len(pids) == 2 and all(map(is_alive, pids))
         raise KeyboardInterrupt
     until = time.monotonic() + 30
     while any(map(is_alive, pids)) and time.monotonic() < until:
