@@ -89,32 +89,31 @@ def pages(folder: Path) -> Iterator[tuple[str, str, int]]:
     """Name, address below the server, and height of every picture."""
     from mlflow import MlflowClient
 
+    from raytrain.tracking import link, run_link
+    from raytrain.tracking.views import EVERY
+
     client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("raytrain")
     assert experiment is not None
     where = [experiment.experiment_id]
-    of = f"#/experiments/{experiment.experiment_id}"
 
     def runs(wanted: str) -> list[str]:
         found = client.search_runs(where, wanted, order_by=["attributes.start_time ASC"])
         return [run.info.run_id for run in found]
 
     trained = runs("tags.kind = 'train'")
-    yield "mlflow-runs", f"{of}/runs?viewStateShareKey=raytrain", 720
-    yield "mlflow-compare", f"{of}/runs?viewStateShareKey=raytrain&compareRunsMode=CHART", 840
-    yield (
-        "mlflow-parallel",
-        f"{of}/runs?viewStateShareKey=quickstart&compareRunsMode=CHART",
-        840,
-    )
-    yield "mlflow-run", f"{of}/runs/{trained[0]}", 900
-    yield "mlflow-model", "#/models/digits-small_cnn-linf-0.1", 720
+    number = experiment.experiment_id
+    yield "mlflow-runs", link(number, EVERY), 720
+    yield "mlflow-compare", link(number, EVERY, charts=True), 1240
+    yield "mlflow-parallel", link(number, "quickstart", charts=True), 1240
+    yield "mlflow-run", run_link(number, trained[0]), 900
+    yield "mlflow-model", "#/models/digits-small_cnn-linf-0.1?workflowType=machine_learning", 720
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The UI as `raytrain ui` starts it."""
-    command = [str(COMMAND), "ui", "--port", str(PORT)]
+    command = [str(COMMAND), "ui", "--no-browser", "--port", str(PORT)]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         address = f"http://127.0.0.1:{PORT}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from raytrain.cli.completion import run_completions
-from raytrain.core.signals import EXIT_STATUS, exit_with, handled, interrupted
+from raytrain.core.signals import EXIT_STATUS, Interrupted, exit_with, handled, interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -276,23 +275,26 @@ def compare(
 
 @app.command()
 def ui(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="an experiment, a sweep or a run, an id or last; default: the newest experiment",
+            autocompletion=run_completions,
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on loopback")] = 5000,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="open the page, or print its link only")
+    ] = True,
     uri: Uri = None,
     debug: Debug = False,
 ) -> None:
-    """The MLflow UI on the store in use, on loopback only."""
+    """Runs in the MLflow UI, on loopback only: `raytrain ui SWEEP`."""
     with outcome(debug):
-        from raytrain.tracking import tracking_uri, ui_server
+        from raytrain.cli.ui import show_ui
 
-        store = tracking_uri(uri)
-        if store.startswith(("http:", "https:")):
-            typer.echo(f"The MLflow server's own UI is at {store}")
-            return
-        server, settings = ui_server(store, port)
-        typer.echo(f"MLflow UI of {store}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        ended = subprocess.run(server, env=settings, check=False)
-        if ended.returncode not in (0, -2, 130):
-            raise typer.Exit(1)
+        show_ui(uri, name, port, browser)
 
 
 @app.command()
@@ -372,14 +374,20 @@ def outcome(debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, SystemExit):
         raise
-    except KeyboardInterrupt:
-        _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
+    except KeyboardInterrupt as error:
+        _exit(EXIT_STATUS, _interruption(error), debug)
     except Exception as error:
         from raytrain.core.types import RequestError
 
         if interrupted():  # the error is a consequence
-            _exit(EXIT_STATUS, "interrupted; what had finished is recorded", debug)
+            _exit(EXIT_STATUS, _interruption(error), debug)
         _exit(2 if isinstance(error, RequestError) else 1, _sentence(error), debug)
+
+
+def _interruption(error: BaseException) -> str:
+    """What a signal has ended, and the command that continues it on a line of its own."""
+    said = "interrupted; what had finished is recorded"
+    return f"{said}; to continue:\n{error.command}" if isinstance(error, Interrupted) else said
 
 
 def _sentence(error: Exception) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from shlex import quote
+from pathlib import Path
+from shlex import join
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raytrain.tracking import tracking_uri
+
+RUNS = Path("runs")
+"""Where commands look for checkpoints unless told otherwise."""
 
 
 def number(value: Any) -> str:
@@ -44,9 +48,22 @@ def line(console: Console, label: str, text: str) -> None:
     console.print(f"{label:<11} {text}", soft_wrap=True, highlight=False, markup=False)
 
 
-def open_ui(uri: str) -> str:
-    """The command that shows what was recorded, as a shell takes it."""
-    return "raytrain ui" if uri == tracking_uri(None) else f"raytrain ui --uri {quote(uri)}"
+def is_server(uri: str) -> bool:
+    """Whether a store is an MLflow server, which has a UI of its own."""
+    return uri.startswith(("http:", "https:"))
+
+
+def full_link(server: str, page: str) -> str:
+    """The address of a page of the MLflow UI."""
+    return f"{server.rstrip('/')}/{page}"
+
+
+def open_ui(uri: str, name: str, page: str) -> str:
+    """What shows a run or a sweep: the link of a server, else the command, as a shell takes it."""
+    if is_server(uri):
+        return full_link(uri, page)
+    words = ["raytrain", "ui", name]
+    return join(words if uri == tracking_uri(None) else [*words, "--uri", uri])
 
 
 def progress_bar(description: str = "{task.description}") -> Progress:

@@ -235,6 +235,6 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
             line(console, "trace", str(result.profile / TRACE))
         line(console, "checkpoints", str(result.checkpoints))
         line(console, "test set", f"raytrain evaluate {result.run_id}")
-        line(console, "MLflow UI", open_ui(result.tracking_uri))
+        line(console, "MLflow UI", open_ui(result.tracking_uri, result.run_id, result.page))
 
     return show

@@ -13,17 +13,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.cli.common import is_terminal, line, number, open_ui, span
+from raytrain.cli.common import RUNS, is_terminal, line, number, open_ui, span
+from raytrain.cli.trials_table import trials_table
 from raytrain.core.console import log_line
+from raytrain.tracking import tracking_uri
 from raytrain.tuning.space.labels import describe
 
 if TYPE_CHECKING:
     from raytrain.commands.tune import TuneResult
-    from raytrain.tuning.budget import SweepProgress, TrialRow
+    from raytrain.tuning.budget import SweepProgress
     from raytrain.tuning.preview import Preview
 
-_SHOWN = 20  # trials in the table at the end; the Parquet file has them all
 _RUNNING = 12  # trials under way on the screen
+_MORE = 20  # trials of a continuation that is proposed
 _ERRORS = 3  # of different kinds
 _SECONDS = 0.2  # between two drawings
 
@@ -96,22 +98,16 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
 
     def show() -> None:
         console = Console()
-        console.print(_trials_table(result))
+        console.print(trials_table(result, console.width))
         _say_errors(console, result)
         _say_best(console, result)
         _say_importances(console, result)
         _say_finals(console, result)
         line(console, "all rows", str(result.table))
         line(console, "figures", str(result.folder / "figures"))
-        line(console, "continue", _again(result))
-        line(console, "MLflow UI", open_ui(result.tracking_uri))
+        _say_next(console, result)
 
     return show
-
-
-def _again(result: TuneResult) -> str:
-    """The command that continues a sweep, as a shell takes it."""
-    return f"raytrain tune {quote(str(result.space_file))} --resume {quote(result.name)}"
 
 
 def preview(space: Preview) -> Callable[[], None]:
@@ -139,34 +135,6 @@ def preview(space: Preview) -> Callable[[], None]:
     return show
 
 
-def _trials_table(result: TuneResult) -> Table:
-    table = Table(title=f"sweep {result.name}", title_justify="left", min_width=72)
-    shown = [*result.objectives, *(m for m in ("valid/clean",) if m not in result.objectives)]
-    names = [metric.rsplit("/", 1)[-1] for metric in shown]
-    for column in ("trial", "state", *names, "epochs", "FE/sample", "seconds"):
-        table.add_column(column, justify="left" if column == "state" else "right")
-    sign, starred = result.directions[0], {row.number for row in _starred(result)}
-    ranked = sorted(result.trials, key=lambda t: (t.value is None, -(t.value or 0.0) * sign))
-    for trial in ranked[:_SHOWN]:
-        best = trial.number in starred
-        table.add_row(
-            f"{trial.handle}{' *' if best else ''}",
-            trial.state,
-            *(number(trial.metrics.get(metric)) for metric in shown),
-            str(trial.epochs),
-            number(trial.metrics.get("cost/fe_per_sample")),
-            number(trial.metrics.get("cost/seconds")),
-            style="bold" if best else None,
-        )
-    if len(ranked) > _SHOWN:
-        table.caption = f"and {len(ranked) - _SHOWN} more"
-    return table
-
-
-def _starred(result: TuneResult) -> list[TrialRow]:
-    return result.front or ([] if result.best is None else [result.best])
-
-
 def _say_errors(console: Console, result: TuneResult) -> None:
     """What went wrong, each kind once."""
     said: dict[str, list[str]] = {}
@@ -184,12 +152,35 @@ def _say_best(console: Console, result: TuneResult) -> None:
         return
     if result.front:
         console.print(f"Pareto front: {len(result.front)} trials (*)")
-    console.print(f"best: {result.best.handle}, {result.objectives[0]} {result.best.value:.4f}")
-    for path, value in result.best.params.items():
-        console.print(f"  {path} = {number(value)}", highlight=False)
-    line(console, "train it", f"raytrain train {quote(str(result.best_file))}")
-    if not result.finals:
-        line(console, "test set", f"{_again(result)} --final 3")
+    said = f"{result.best.handle}, {result.objectives[0]} {result.best.value:.4f}"
+    line(console, "best", f"{said}: {describe(result.best.params)}".removesuffix(": "))
+
+
+def _say_next(console: Console, result: TuneResult) -> None:
+    """The commands of the next steps, each as a shell takes it."""
+    if result.best is not None:
+        line(console, "test set", _evaluate(result))
+        if not result.finals:
+            line(console, "new seeds", f"{result.again} --final 3")
+        line(console, "retrain", f"raytrain train {quote(str(result.best_file))}")
+    where = "" if _is_store_in_use(result) else f" --uri {quote(result.tracking_uri)}"
+    line(console, "compare", f"raytrain compare {quote(result.name)}{where}")
+    if result.extensible:
+        line(console, "more trials", f"{result.again} --trials {result.progress.finished + _MORE}")
+    line(console, "MLflow UI", open_ui(result.tracking_uri, result.name, result.page))
+
+
+def _evaluate(result: TuneResult) -> str:
+    """The command that evaluates the best trial: by the sweep's name, where that is found."""
+    if _is_store_in_use(result) and RUNS.resolve() in result.folder.parents:
+        return f"raytrain evaluate {quote(result.name)}"
+    assert result.best is not None
+    return f"raytrain evaluate {quote(str(result.folder / 'trials' / result.best.handle))}"
+
+
+def _is_store_in_use(result: TuneResult) -> bool:
+    """Whether a command that is given no other store finds the sweep."""
+    return result.tracking_uri == tracking_uri(None)
 
 
 def _say_importances(console: Console, result: TuneResult) -> None:

@@ -9,7 +9,7 @@ from raytrain.core.console import log_line
 from raytrain.core.files import write_atomically
 from raytrain.data.loader import Splits
 from raytrain.plotting.sweep_figures import draw
-from raytrain.tracking import Tracker
+from raytrain.tracking import Tracker, provenance
 from raytrain.training.run_folder import RUN_ID, to_yaml
 from raytrain.tuning.importance import Importance
 from raytrain.tuning.mlflow_runs import PARENT
@@ -38,10 +38,12 @@ def log_sweep(
     )
     if best is None or best.value is None:
         return None
-    tracker.log(PARENT, {**best.metrics, "sweep/best": best.value})
+    tracker.log(PARENT, {"sweep/best": best.value})
     tracker.tag(PARENT, {"best_trial": best.handle})
+    run = manager.space.run(best.params)
+    tracker.result(PARENT, provenance.parameters(run), best.metrics, provenance.tags(run, "sweep"))
     best_file = folder / "best.yaml"
-    write_atomically(best_file, to_yaml(manager.space.run(best.params)))
+    write_atomically(best_file, to_yaml(run))
     tracker.artifact(PARENT, best_file)
     log_model(tracker, best.handle, folder / "trials" / best.handle, splits.valid, best.metrics)
     return best_file

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.files import check_folder
-from raytrain.core.signals import interruptible, raise_if_interrupted
+from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
 from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
@@ -36,7 +37,7 @@ from raytrain.distributed.ray_session import (
     worker_resources,
 )
 from raytrain.distributed.worker_group import WorkerGroup
-from raytrain.tracking import Tracker, provenance, tracked
+from raytrain.tracking import Tracker, provenance, run_link, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.default_name import default_name
 from raytrain.tracking.registered_model import registered
@@ -69,6 +70,7 @@ class TrainResult(ShownResult):
     metrics: dict[str, float]  # of the last epoch
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
+    page: str  # in the MLflow UI: the address below that of its server
     profile: Path | None = None  # the folder of the trace and the table of `profile`
 
     @property
@@ -130,12 +132,18 @@ def train(
             "RAY_ADDRESS"
         )
     # MLflow is closed before Ray, whose shutdown may outlast the time until a SIGKILL.
-    with interruptible(), ExitStack() as cluster, own_tracker(run, run.storage) as tracker:
+    with (
+        interruptible(),
+        continued_by() as offer,
+        ExitStack() as cluster,
+        own_tracker(run, run.storage) as tracker,
+    ):
         on_cluster = cluster.enter_context(_cluster(run))
         handle, name, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
         folder = (run.storage / run.experiment / run_id).resolve()
         write_run_file(run, folder)
+        offer(_resume_command(run, folder))
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         tagged: dict[str, str] = {}
@@ -159,7 +167,14 @@ def train(
         cluster.close()
         log_model(tracker, handle, folder, splits.valid, metrics)
     profiles = folder / "profile" if profiled is not None and profiled.written else None
-    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, profiles)
+    page = run_link(tracker.experiment_id, run_id)
+    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, page, profiles)
+
+
+def _resume_command(run: RunConfig, folder: Path) -> str:
+    """The command that continues a training, as a shell takes it: by id, where that suffices."""
+    ordinary = run.storage == RunConfig.model_fields["storage"].default
+    return f"raytrain train --resume {folder.name if ordinary else quote(str(folder))}"
 
 
 def preview(

@@ -17,17 +17,18 @@ from raytrain.commands.sweep_results import TABLE, log_sweep, write_run_ids
 from raytrain.config.names import RUN_NAME, check_folder_name
 from raytrain.config.request import Overrides, with_keywords
 from raytrain.core.files import write_atomically
-from raytrain.core.signals import interruptible
+from raytrain.core.signals import continued_by, interruptible
 from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
-from raytrain.tracking import Tracker, provenance, tracked
+from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
+from raytrain.tracking.results import BASE
 from raytrain.training.run_folder import to_yaml
 from raytrain.training.trainer import preflight
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.choices import check_choices
-from raytrain.tuning.descriptions import sweep_note, sweep_tags, sweep_view
+from raytrain.tuning.descriptions import resume_command, sweep_note, sweep_tags, sweep_view
 from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.importance import Importance, Method, importances
@@ -67,6 +68,9 @@ class TuneResult(ShownResult):
     folder: Path
     space_file: Path
     tracking_uri: str
+    page: str  # of its trials in the MLflow UI: the address below that of its server
+    again: str  # the command that continues it
+    extensible: bool  # whether it goes on with a larger number of trials
 
     @property
     def failed(self) -> bool:
@@ -197,12 +201,15 @@ def _tune(
     # before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
         interruptible(),
+        continued_by() as offer,
         ExitStack() as cluster,
         tracked(base.tracking_uri, base.experiment, outbox) as tracker,
     ):
         space_file = folder / SPACE
         if not space_file.is_file():  # what --resume finds, also before there is a study
             write_atomically(space_file, _space_yaml(space))
+        again = resume_command(base, name)
+        offer(again)
         cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
         concurrent = concurrent_trials(base, space.budget.concurrent)
         either = None if resume else False
@@ -240,6 +247,9 @@ def _tune(
         folder=folder,
         space_file=space_file,
         tracking_uri=tracker.uri,
+        page=link(tracker.experiment_id, name),
+        again=again,
+        extensible=space.search.sampler not in ("grid", "pbt"),
     )
 
 
@@ -254,7 +264,7 @@ def _open_parent(
         tracker.open(
             PARENT,
             name,
-            provenance.parameters(base),
+            {f"{BASE}{path}": value for path, value in provenance.parameters(base).items()},
             {**provenance.tags(base, "sweep"), **sweep_tags(space, study.study_name)},
             note=sweep_note(space, name, tracker.experiment_id),
         )

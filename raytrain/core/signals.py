@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -83,6 +83,26 @@ def interruptible() -> Iterator[None]:
             yield
         finally:
             _interrupt.working -= main
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command that `command` continues, as a shell takes it."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(command)
+        self.command = command
+
+
+@contextmanager
+def continued_by() -> Iterator[Callable[[str], None]]:
+    """Raise Interrupted where a signal ends the block, once the command that continues it was given."""
+    known: list[str] = []
+    try:
+        yield known.append
+    except BaseException as error:
+        if known and (isinstance(error, KeyboardInterrupt) or interrupted()):
+            raise Interrupted(known[-1]) from error
+        raise
 
 
 @contextmanager

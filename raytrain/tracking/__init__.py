@@ -13,18 +13,23 @@ from raytrain.tracking.outbox_state import Status
 from raytrain.tracking.registry import Entry
 from raytrain.tracking.stores import fetch, finished_runs, reader
 from raytrain.tracking.tracker import Tracker, tracked
-from raytrain.tracking.ui import ui_server
-from raytrain.tracking.views import View, link
+from raytrain.tracking.ui import HOST, check_port, serving, ui_server
+from raytrain.tracking.views import View, fitting, link, run_link
 
 __all__ = [
+    "HOST",
     "Entry",
     "Status",
     "Tracker",
     "View",
+    "check_port",
     "fetch",
     "finished_runs",
+    "fitting",
     "link",
     "reader",
+    "run_link",
+    "serving",
     "sqlite_file",
     "sqlite_uri",
     "tracked",

@@ -14,6 +14,7 @@ from raytrain.tracking import notes
 from raytrain.tracking.mlflow_inputs import log_inputs
 from raytrain.tracking.outbox import Outbox
 from raytrain.tracking.outbox_state import Record
+from raytrain.tracking.results import log_result
 from raytrain.tracking.stores import Store, first_line
 
 _TRIES = 3  # of a record that the store refuses
@@ -121,6 +122,8 @@ class Delivery:
             self._artifact(run_id, Path(record["path"]), record["folder"])
         elif deed == "inputs":
             log_inputs(client, run_id, record["what"])
+        elif deed == "result":
+            log_result(self._store, run_id, record)
         elif deed == "note":
             notes.rewrite(client, run_id, record["text"])
         elif deed == "view":

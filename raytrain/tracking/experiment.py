@@ -7,37 +7,37 @@ from raytrain.tracking.views import EVERY, TAG, View, link
 NOTE = "mlflow.note.content"
 """The tag that the UI shows as a description, in Markdown."""
 
+_VIEW = View(
+    columns=(
+        "metrics.valid/robust",
+        "metrics.valid/clean",
+        "metrics.cost/fe_per_sample",
+        "tags.algorithm",
+        "tags.outer",
+        "tags.kind",
+        "tags.outcome",
+        "tags.checks",
+    ),
+    params=("algorithm.name", "outer.name", "optimizer.lr", "threat.eps"),
+    metrics=("cost/fe", "train/fosc", "valid/clean", "valid/robust"),
+    curves=("valid/robust", "valid/clean", "train/loss"),
+    search="tags.kind != 'sweep'",
+    order="metrics.valid/robust",
+)
+
 MADE = {
     "mlflow.experimentKind": "custom_model_development",  # the page that the UI opens
     "mlflow.experiment.primaryMetric.name": "valid/robust",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-    TAG + EVERY: View(
-        columns=(
-            "metrics.valid/robust",
-            "metrics.valid/clean",
-            "metrics.cost/fe_per_sample",
-            "metrics.cost/seconds",
-            "params.threat.eps",
-            "params.algorithm.steps",
-            "tags.algorithm",
-            "tags.outer",
-            "tags.kind",
-            "tags.outcome",
-            "tags.checks",
-        ),
-        params=("algorithm.name", "outer.name", "optimizer.lr", "threat.eps"),
-        metrics=("cost/fe", "train/fosc", "valid/clean", "valid/robust"),
-        search="tags.kind != 'sweep'",
-        order="metrics.valid/robust",
-    ).state(),
+    TAG + EVERY: _VIEW.state(),
 }
 """Tags of a new experiment."""
 
 _NOTE = """\
-Adversarial training by **raytrain**. One run is one training; a sweep is a parent run, its trials are
-the runs below it.
+**raytrain**: [runs by robustness]({table}), [their curves and parallel coordinates]({charts}).
 
-- [Runs by robustness]({table}) and [their parallel coordinates]({charts}): columns and axes are set up.
+One run is one training; a sweep is a parent run, its trials are the runs below it.
+
 - Metrics: `train/` every epoch; `valid/` what choices are made by; `test/` once, by `raytrain evaluate`;
   `cost/` of training; `sentinel/` signs of false robustness; `fosc_histogram/` how far attacks converged;
   `sweep/` and `final/` on a sweep's own run.

@@ -80,13 +80,13 @@ def note(run: RunConfig) -> str:
     contract = contract_of(run)
     return (
         f"**{run.algorithm.name}**{outer} on {data_name(run.data)}, {model_of(run)}, {cost}, "
-        f"seed {run.seed}.\n\n"
-        f"Threat model `{contract.hash}`: {contract.text}.\n\n"
+        f"seed {run.seed}, {run.threat.norm} {run.threat.eps:.5g}.\n\n"
+        "Next, the test set: `raytrain evaluate {run_id}`\n\n"
         "```sh\n"
-        "raytrain evaluate {run_id} attacks=aa   # the test set, once\n"
         "raytrain export {run_id} --to my-model  # weights for others, with a model card\n"
         "raytrain compare {run_id} OTHER_RUN\n"
-        "```\n"
+        "```\n\n"
+        f"Threat model `{contract.hash}`: {contract.text}.\n"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,16 @@ def named_run(client: Any, word: str) -> Any:
     found = matching(client, word)
     if not found:
         raise RequestError(_unknown(client, word))
+    run = single(word, found)
+    return _best_trial(client, word, run) if is_sweep(run) else run
+
+
+def single(word: str, found: Sequence[Any]) -> Any:
+    """The only one of the runs that a word names.
+
+    Raises:
+        RequestError: if there are several.
+    """
     if len(found) > 1:
         ids = ", ".join(run.info.run_id[:8] for run in found[:3])
         more = ", ..." if len(found) > 3 else ""
@@ -67,7 +77,7 @@ def named_run(client: Any, word: str) -> Any:
             f"{word}: {len(found)} runs have this name ({ids}{more}); expected one, such as "
             f"{found[0].info.run_id[:8]}"
         )
-    return _best_trial(client, word, found[0]) if is_sweep(found[0]) else found[0]
+    return found[0]
 
 
 def matching(client: Any, word: str) -> list[Any]:

@@ -17,6 +17,7 @@ from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_ur
 from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.tracking.run_search import search
 from raytrain.tracking.schema import make_tables
+from raytrain.tracking.views import EVERY, TAG
 
 KEY = "raytrain.key"  # the tag by which a run is found again: the outbox and the handle
 
@@ -315,6 +316,7 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
             return made
         found = client.get_experiment_by_name(name)
     check_not_deleted(name, found.lifecycle_stage)
+    _renew_view(client, found)
     return found.experiment_id
 
 
@@ -328,6 +330,13 @@ def check_not_deleted(experiment: str, stage: str) -> None:
         raise RequestError(
             f"experiment: {experiment!r} was deleted in MLflow; restore it or choose another name"
         )
+
+
+def _renew_view(client: Any, experiment: Any) -> None:
+    """The view of an experiment made here as it is made now; experiments made elsewhere have none."""
+    key = TAG + EVERY
+    if experiment.tags.get(key, MADE[key]) != MADE[key]:
+        client.set_experiment_tag(experiment.experiment_id, key, MADE[key])
 
 
 def _new_experiment(client: Any, uri: str, name: str) -> str | None:

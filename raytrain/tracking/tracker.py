@@ -157,6 +157,27 @@ class Tracker:
         self._must_know(handle)
         self._put("tag", handle, what={key: str(value) for key, value in tags.items()})
 
+    def result(
+        self,
+        handle: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Queue a configuration and the metrics that it led to, which belong together.
+
+        MLflow never changes a parameter: a run that has another configuration keeps that and its metrics.
+        """
+        self._must_know(handle)
+        self._put(
+            "result",
+            handle,
+            params={key: str(value)[:6000] for key, value in params.items()},
+            metrics={name: float(value) for name, value in metrics.items()},
+            tags={key: str(value) for key, value in tags.items()},
+            ms=_now(),
+        )
+
     def text(self, handle: str, text: str, file: str) -> None:
         """Queue a text artifact."""
         self._must_know(handle)

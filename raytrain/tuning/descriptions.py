@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from shlex import quote
+from shlex import join, quote
 
+from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
-from raytrain.tracking import View, link
+from raytrain.tracking import View, fitting, link, run_link
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.search_space import SearchSpace
@@ -45,24 +46,28 @@ def sweep_view(space: SearchSpace, name: str) -> View:
     """The trials of a sweep over what it searched, the best first."""
     first = space.objective[0]
     own = [one.metric for one in space.objective]
-    others = [metric for metric in _OTHERS if metric not in own]
+    scores = [f"metrics.{metric}" for metric in dict.fromkeys((*own, *_OTHERS))]
+    varied = [f"params.{path}" for path in searched(space)]
     mark = '"' if "'" in name else "'"
     return View(
         columns=[
-            *(f"metrics.{metric}" for metric in (*own, *others)),
-            *(f"params.{path}" for path in searched(space)[:_AXES]),
+            *scores,
             "tags.outcome",
+            *fitting(varied, [*scores, "tags.outcome"], _NAME_WIDTH),
         ],
         params=searched(space, always=True)[:_AXES],
         metrics=[*own[1:], own[0]],
+        curves=list(dict.fromkeys((*own, "valid/robust", "valid/clean", "train/loss"))),
         search=f"tags.sweep = {mark}{name}{mark} and tags.kind = 'trial'",
         order=f"metrics.{first.metric}",
         down=first.mode == "max",
+        name_width=_NAME_WIDTH,
     )
 
 
 _OTHERS = ("valid/robust", "valid/clean", "cost/fe_per_sample")
-_AXES = 12  # parameters that a page has room for
+_AXES = 12  # parameters that parallel coordinates have room for
+_NAME_WIDTH = 120  # pixels: the handle of a trial; what it varies has columns of its own
 
 
 def sweep_note(
@@ -80,38 +85,54 @@ def sweep_note(
     rows = "\n".join(
         f"| `{path}` | {_cell(words)} | {_cell(when)} |" for path, words, when in space.rows()
     )
+    again = resume_command(space.base_run, name)
     said = [
-        _found(space, experiment_id, progress, best, ids or {}),
+        _best(space, experiment_id, best, ids or {}),
+        f"[Trials]({table}), [their curves and parallel coordinates]({charts}). "
+        + _next(name, again, best),
+        _spent(progress),
         space.description.strip(),
         f"{goal}; {how}; budget {_budget(space)}.",
-        f"[Parallel coordinates of the trials]({charts}) and [the trials as a table]({table}).",
+        f"```sh\n{again}  # what is missing of the budget\n"
+        f"{again} --final 3  # the best three on new seeds, then the test set\n"
+        f"raytrain compare {quote(f'sweep:{name}')}\n```",
         f"| searched | range | when |\n|---|---|---|\n{rows}",
         _constraints(space),
-        f"```sh\nraytrain tune --resume {quote(name)}{_place(space)}\n"
-        f"raytrain compare {quote(f'sweep:{name}')}\n```",
     ]
     return "\n\n".join(part for part in said if part) + "\n"
 
 
-def _found(
-    space: SearchSpace,
-    experiment_id: str,
-    progress: SweepProgress | None,
-    best: TrialRow | None,
-    ids: Mapping[str, str],
+def resume_command(base: RunConfig, name: str) -> str:
+    """The command that continues a sweep, as a shell takes it."""
+    words = ["raytrain", "tune", "--resume", name]
+    for field in ("experiment", "storage"):
+        if (value := getattr(base, field)) != RunConfig.model_fields[field].default:
+            words.append(f"{field}={value}")
+    return join(words)
+
+
+def _best(
+    space: SearchSpace, experiment_id: str, best: TrialRow | None, ids: Mapping[str, str]
 ) -> str:
+    if best is None or best.value is None:
+        return ""
+    run_id = ids.get(best.handle)
+    trial = f"[{best.handle}]({run_link(experiment_id, run_id)})" if run_id else best.handle
+    values = f"`{describe(best.params)}`" if best.params else "nothing varied"
+    return f"**Best: {trial}**, {space.objective[0].metric} {best.value:.4g}: {values}."
+
+
+def _next(name: str, again: str, best: TrialRow | None) -> str:
+    if best is None or best.value is None:
+        return f"After an interruption: `{again}`"
+    return f"Next, the best trial on the test set: `raytrain evaluate {quote(name)}`"
+
+
+def _spent(progress: SweepProgress | None) -> str:
     if progress is None:
         return ""
     ends = ", ".join(f"{count} {outcome}" for outcome, count in progress.outcomes.items())
-    spent = f"Trials: {ends or 'none'}; {progress.fe_per_image:,.0f} FE per image spent."
-    if best is None or best.value is None:
-        return spent
-    run_id = ids.get(best.handle)
-    trial = (
-        f"[{best.handle}](#/experiments/{experiment_id}/runs/{run_id})" if run_id else best.handle
-    )
-    values = f"`{describe(best.params)}`" if best.params else "nothing varied"
-    return f"**Best: {trial}**, {space.objective[0].metric} {best.value:.4g}: {values}.\n\n{spent}"
+    return f"Trials: {ends or 'none'}; {progress.fe_per_image:,.0f} FE per image spent."
 
 
 def _budget(space: SearchSpace) -> str:
@@ -125,12 +146,6 @@ def _constraints(space: SearchSpace) -> str:
         if space.constraints
         else ""
     )
-
-
-def _place(space: SearchSpace) -> str:
-    """The words that lead a resumption to the sweep, where it is not in the default experiment."""
-    experiment = space.base_run.experiment
-    return "" if experiment == "raytrain" else f" {quote(f'experiment={experiment}')}"
 
 
 def _cell(text: str) -> str:

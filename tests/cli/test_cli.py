@@ -25,6 +25,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.types import RequestError
 from raytrain.outer import OUTERS
+from raytrain.tracking import tracking_uri
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
 pytestmark = [
@@ -273,7 +274,7 @@ def test_blanks_around_what_the_environment_says_are_nothing(
     for name in OUTSIDE:
         monkeypatch.setenv(name, " http://host:5000\n")
     assert wanted_cluster() == "http://host:5000"
-    assert answer("ui").endswith(" is at http://host:5000\n")
+    assert tracking_uri(None) == "http://host:5000"
 
 
 def test_a_truncated_parquet_file_is_refused_before_any_run_is_made(here: Path) -> None:
@@ -501,15 +502,58 @@ def test_a_storage_that_cannot_be_written_is_named_and_leaves_no_run_running(her
     assert {run.info.status for run in runs_in(here)} <= {"FAILED"}
 
 
-def test_the_ui_of_a_server_is_its_own(here: Path) -> None:
-    assert "http://host:5000" in answer("ui", "--uri", "http://host:5000")
+def test_the_ui_of_a_server_is_its_own(home: Path, here: Path, monkeypatch: Any) -> None:
+    from raytrain.cli import ui
+    from raytrain.tracking import reader
+
+    store = f"sqlite:///{home / 'mlflow.db'}"
+    monkeypatch.setattr(ui, "reader", lambda _: reader(store))
+    words = ("ui", "--uri", "http://host:5000")
+    page, *rest = answer(*words).splitlines()
+    assert page.startswith("http://host:5000/#/experiments/1/runs?viewStateShareKey=raytrain&")
+    run_id = json.loads((home / "train.json").read_text())["run_id"]
+    assert f"http://host:5000/#/experiments/1/runs/{run_id}" in answer(*words, run_id)
+    assert rest == [] and list(here.iterdir()) == []
+
+
+def test_a_browser_is_opened_only_where_it_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytrain.cli.ui import somebody_sits_here
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    for terminal, display, wayland, seen in (
+        (True, ":0", "", True),
+        (True, "", "wayland-0", True),
+        (True, "", "", False),
+        (False, ":0", "wayland-0", False),
+    ):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setenv("DISPLAY", display)
+        monkeypatch.setenv("WAYLAND_DISPLAY", wayland)
+        assert somebody_sits_here() == seen
+
+
+def test_an_interrupted_training_ends_with_the_command_that_continues_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raytrain.cli.train import Epochs
+
+    monkeypatch.setattr(Epochs, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ended = CliRunner().invoke(app, ["train", *QUICK, "epochs=3", "storage=my runs"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.exit_code == 130, ended.output
+    (run,) = runs_in(here)
+    folder = here / "my runs" / "raytrain" / run.info.run_id
+    assert ended.stderr.splitlines()[-1] == f"raytrain train --resume '{folder}'"
 
 
 def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:
     text = answer("train", *SMALL, "run_name=mine")
     (run,) = runs_in(here)
     assert "mine" in text and f"raytrain evaluate {run.info.run_id}" in text
-    assert "raytrain ui" in text
+    assert f"raytrain ui {run.info.run_id}" in text
 
 
 @pytest.mark.slow

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 from ray_helpers import ended, runs_of, space_in, started, trials_of, wait_for_trial
 
 from raytrain.config.request import as_run, read_yaml
+from raytrain.tracking import provenance
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,6 +46,24 @@ def test_a_sweep_ends_with_one_parent_whose_children_have_all_finished(
     assert {run.info.run_id for run in children} == {
         told["run_ids"][trial["handle"]] for trial in told["trials"]
     }
+
+
+def test_the_run_of_a_sweep_has_what_its_best_trial_has_and_its_base_apart(
+    sweep: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, told = sweep
+    (parent,), children = runs_of(folder)
+    best_id = told["run_ids"][told["best"]["handle"]]
+    (best,) = [run for run in children if run.info.run_id == best_id]
+    params, tags = parent.data.params, parent.data.tags
+    assert {k: v for k, v in params.items() if not k.startswith("base.")} == best.data.params
+    assert told["best"]["metrics"].items() <= parent.data.metrics.items()
+    base = as_run(yaml.safe_load((folder / "runs/raytrain/s/space.yaml").read_text())["base"])
+    flat = {f"base.{key}": str(value) for key, value in provenance.parameters(base).items()}
+    assert {k: v for k, v in params.items() if k.startswith("base.")} == flat
+    assert tags["signature"] == best.data.tags["signature"] and tags["kind"] == "sweep"
+    assert told["again"] == "raytrain tune --resume s"
+    assert f"experiments/{parent.info.experiment_id}/runs" in told["page"]
 
 
 def test_a_sweep_meets_its_budget_in_the_study(sweep: tuple[Path, dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ TRIALS = [
 
 def trained() -> TrainResult:
     metrics = {"train/loss": 2.0, "valid/clean": 0.5, "valid/robust": 0.25}
-    return TrainResult("id", "pgd-digits", "abc", metrics, FOLDER, "sqlite:///x.db")
+    return TrainResult("id", "pgd-digits", "abc", metrics, FOLDER, "sqlite:///x.db", "#/page")
 
 
 def swept(best: TrialRow | None = TRIALS[0], trials: list[TrialRow] = TRIALS) -> TuneResult:
@@ -52,6 +52,9 @@ def swept(best: TrialRow | None = TRIALS[0], trials: list[TrialRow] = TRIALS) ->
         folder=FOLDER,
         space_file=FOLDER / "space.yaml",
         tracking_uri="sqlite:///x.db",
+        page="#/page",
+        again="raytrain tune --resume s",
+        extensible=True,
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from raytrain.core.signals import (
     EXIT_STATUS,
+    Interrupted,
+    continued_by,
     deferred,
     interrupted,
     interruptible,
@@ -71,6 +73,30 @@ def test_on_the_way_out_a_deferred_block_raises_nothing_of_its_own() -> None:
         finally:
             with deferred():
                 pass
+
+
+@pytest.mark.parametrize("consequence", [None, ValueError("a library's")])
+def test_a_signal_says_what_continues_the_work_once_that_is_known(
+    consequence: Exception | None,
+) -> None:
+    def interrupted_work(*offered: str) -> None:
+        with interruptible(), continued_by() as offer:
+            for command in offered:
+                offer(command)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise consequence or KeyboardInterrupt from None
+
+    with pytest.raises(Interrupted) as told:
+        interrupted_work("go on")
+    assert told.value.command == "go on"
+    with pytest.raises((KeyboardInterrupt, ValueError)) as bare:
+        interrupted_work()
+    assert bare.type is (KeyboardInterrupt if consequence is None else ValueError)
+    with pytest.raises(ValueError, match="a bug"), continued_by() as known:
+        known("go on")
+        raise ValueError("a bug")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

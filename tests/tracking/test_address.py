@@ -128,7 +128,8 @@ def test_the_command_that_opens_the_ui_leads_to_the_store(
     import shlex
 
     for folder in (here / "other", here / UGLY):
-        words = shlex.split(open_ui(tracking_uri(f"sqlite:///{folder}/mlflow.db")))
-        assert words[:3] == ["raytrain", "ui", "--uri"]
-        assert sqlite_file(tracking_uri(words[3])) == folder / "mlflow.db"
-    assert open_ui(tracking_uri(None)) == "raytrain ui"
+        words = shlex.split(open_ui(tracking_uri(f"sqlite:///{folder}/mlflow.db"), "a b", "#/x"))
+        assert words[:4] == ["raytrain", "ui", "a b", "--uri"]
+        assert sqlite_file(tracking_uri(words[4])) == folder / "mlflow.db"
+    assert open_ui(tracking_uri(None), "s", "#/x") == "raytrain ui s"
+    assert open_ui("http://host:5000/", "s", "#/x") == "http://host:5000/#/x"

@@ -158,7 +158,9 @@ class Server:
     def _info(self, run_id: str) -> Any:
         stage = "deleted" if self.runs[run_id]["deleted"] else "active"
         info = SimpleNamespace(run_id=run_id, lifecycle_stage=stage)
-        return SimpleNamespace(info=info, data=SimpleNamespace(tags=self.runs[run_id]["tags"]))
+        run = self.runs[run_id]
+        data = SimpleNamespace(tags=run["tags"], params=run["params"])
+        return SimpleNamespace(info=info, data=data)
 
 
 def store_of(server: Server, uri: str = "memory") -> Store:
@@ -186,9 +188,14 @@ def end(handle: str, status: str = "FINISHED") -> dict[str, Any]:
     return {"do": "end", "run": handle, "status": status, "ms": 9000}
 
 
+def result(handle: str, params: dict[str, str], metrics: dict[str, float]) -> dict[str, Any]:
+    more = {"params": params, "metrics": metrics, "tags": params, "ms": 1}
+    return {"do": "result", "run": handle, **more}
+
+
 DATA = {**dict.fromkeys(FIELDS, ""), "name": "digits", "digest": "1f", "context": "training"}
 STORY = [
-    {**opened("p", a="1"), "note": "of {run_id}"},
+    {**opened("p", **{"base.a": "1"}), "note": "of {run_id}"},
     opened("c", "p", b="x"),
     row("c", 1, loss=1.0, acc=0.5),
     {"do": "text", "run": "c", "text": "epochs: 3\n", "file": "run.yaml"},
@@ -200,6 +207,8 @@ STORY = [
     end("c"),
     {"do": "inputs", "run": "c", "what": [DATA, {**DATA, "digest": "2e", "context": "test"}]},
     row("p", 0, best=0.75),
+    result("p", {"a": "2"}, {"acc": 0.75}),
+    result("p", {"a": "3"}, {"acc": 0.5}),
     {"do": "view", "run": "p", "tag": "view", "state": "columns"},
     {"do": "note", "run": "p", "text": "best of {run_id}"},
     end("p"),
@@ -270,6 +279,8 @@ def test_the_whole_story_arrives(story: Path) -> None:
         "view": "columns"
     }
     assert server.values(server.named()["c"], "loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert told(server)["p"]["params"] == {"base.a": "1", "a": "2"}
+    assert server.values(server.named()["p"], "acc") == [(0, 0.75)]
     assert (outbox.waiting, outbox.at) == (0, outbox.end)
     outbox.close()
 

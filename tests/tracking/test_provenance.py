@@ -33,9 +33,15 @@ from raytrain.tracking.data_sets import as_input, training_inputs
 from raytrain.tracking.experiment import MADE, NOTE
 from raytrain.tracking.network import tracking_at
 from raytrain.tracking.registered_model import model_name
-from raytrain.tracking.views import EVERY, TAG, View
+from raytrain.tracking.views import EVERY, ROOM, TAG, View, link, run_link
 from raytrain.tuning.budget import SweepProgress, TrialRow
-from raytrain.tuning.descriptions import searched, sweep_note, sweep_tags, sweep_view
+from raytrain.tuning.descriptions import (
+    resume_command,
+    searched,
+    sweep_note,
+    sweep_tags,
+    sweep_view,
+)
 from raytrain.tuning.initial_trials import _comparable, _run_of
 from raytrain.tuning.mlflow_runs import PARENT, MlflowRuns
 from raytrain.tuning.space.search_space import SearchSpace
@@ -118,8 +124,11 @@ def test_an_experiment_that_is_made_here_says_how_to_read_it_and_another_keeps_i
     assert views == [(made.experiment_id, EVERY)] * 2 and TAG + EVERY in made.tags
     assert client.get_experiment(theirs).tags == {NOTE: "mine"}
     client.set_experiment_tag(made.experiment_id, NOTE, "edited")
+    client.set_experiment_tag(made.experiment_id, TAG + EVERY, "of an earlier version")
     Tracker(store, "made", tmp_path / "again.jsonl").shut("FINISHED")
     assert client.get_experiment(made.experiment_id).tags[NOTE] == "edited"
+    assert client.get_experiment(made.experiment_id).tags[TAG + EVERY] == MADE[TAG + EVERY]
+    assert client.get_experiment(theirs).tags == {NOTE: "mine"}
 
 
 def test_the_searches_that_the_description_of_an_experiment_proposes_are_valid(
@@ -167,14 +176,23 @@ def test_the_description_of_a_sweep_has_its_space_and_then_its_best() -> None:
     space = space_of(ROOT / "search_spaces" / "quickstart.yaml")
     before = sweep_note(space, "quick", "7")
     assert all(f"`{path}`" in before for path, _, _ in space.rows())
-    assert "raytrain tune --resume quick\n" in before and "Best" not in before
+    assert "`raytrain tune --resume quick`" in before and "Best" not in before
     best = TrialRow(3, "complete", (0.75,), {"algorithm.steps": 4}, {}, 9, "t0003")
     progress = SweepProgress(
         2, space.budget, {"complete": 1, "stopped": 1}, 0, 230.0, 1.0, None, best, ()
     )
     after = sweep_note(space, "quick", "7", progress, best, {"t0003": "ab"})
-    assert "**Best: [t0003](#/experiments/7/runs/ab)**, valid/robust 0.75: `steps=4`" in after
+    first, second, *_ = after.splitlines()[::2]
+    assert first == f"**Best: [t0003]({run_link('7', 'ab')})**, valid/robust 0.75: `steps=4`."
+    assert "`raytrain evaluate quick`" in second and f"[Trials]({link('7', 'quick')})" in second
     assert "1 complete, 1 stopped; 230 FE per image" in after
+
+
+def test_the_command_that_continues_a_sweep_says_where_it_is_unless_that_is_the_default() -> None:
+    assert resume_command(as_run(None), "a b") == "raytrain tune --resume 'a b'"
+    other = as_run(None, ["experiment=mine", "storage=here"])
+    words = "raytrain tune --resume s experiment=mine storage=here"
+    assert resume_command(other, "s") == words
 
 
 # --- names, tags and parameters ---------------------------------------------------------------
@@ -225,6 +243,23 @@ def test_a_run_is_recovered_from_its_parameters_although_some_are_said_twice(fil
     assert again is not None and _comparable(run, again)
 
 
+def test_a_run_never_has_the_metrics_of_another_configuration_than_its_own(
+    tracker: Tracker,
+) -> None:
+    begun(tracker, params={"base.lr": 0.1, "base.steps": 1})
+    tracker.result("run", {"lr": 0.2, "steps": 2}, {"valid/robust": 0.5}, {"algorithm": "pgd"})
+    first = seen(tracker).data
+    assert first.params == {"base.lr": "0.1", "base.steps": "1", "lr": "0.2", "steps": "2"}
+    assert (first.metrics, first.tags["algorithm"]) == ({"valid/robust": 0.5}, "pgd")
+    tracker.result("run", {"lr": 0.2, "steps": 2}, {"valid/robust": 0.6}, {"algorithm": "pgd"})
+    assert seen(tracker).data.metrics == {"valid/robust": 0.6}
+    for other in ({"lr": 0.3, "steps": 2}, {"steps": 2}):
+        tracker.result("run", other, {"valid/robust": 0.9}, {"algorithm": "mart"})
+    later = seen(tracker).data
+    assert (later.params, later.metrics) == (first.params, {"valid/robust": 0.6})
+    assert later.tags["algorithm"] == "pgd"
+
+
 # --- pages that are set up --------------------------------------------------------------------
 
 
@@ -235,14 +270,22 @@ def test_the_axes_of_a_sweep_are_parameters_of_its_trials_and_its_tag_is_short(f
     assert len(axes) == len(set(axes)) > 0
     assert sweep_tags(space, "s")["searched"].split(", ") == axes
     page = unpacked(sweep_view(space, "s").state())
-    (chart,) = page["compareRunCharts"]
-    (section,) = page["compareRunSections"]
-    assert chart["metricSectionId"] == section["uuid"]
+    *curves, chart = page["compareRunCharts"]
+    sections = {one["uuid"]: one["display"] for one in page["compareRunSections"]}
+    assert [one["metricKey"] for one in curves][0] == space.objective[0].metric
+    assert "valid/robust" in {one["metricKey"] for one in curves}
+    used = [one["metricSectionId"] for one in (*curves, chart)]
+    assert list(dict.fromkeys(used)) == list(sections)[:2]
+    assert [name for name, unfolded in sections.items() if not unfolded] == list(sections)[-3:]
+    assert list(sections)[-2:] == ["cost", "fosc_histogram"]
     conditional = {path for path, _, condition in space.rows() if condition}
     always = [axis for axis in axes if axis.removesuffix(IN_EPS) not in conditional]
     assert chart["selectedParams"] == always
     assert chart["selectedMetrics"][-1] == space.objective[0].metric
     assert page["orderByKey"] == f"metrics.`{space.objective[0].metric}`"
+    assert page["columnOrder"][1:] == page["selectedColumns"]
+    assert page["columnOrder"] == list(page["columnWidths"])
+    assert sum(page["columnWidths"].values()) <= ROOM
 
 
 def test_a_view_is_a_tag_of_the_experiment_and_none_is_too_long_for_one(tracker: Tracker) -> None:

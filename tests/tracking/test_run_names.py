@@ -11,8 +11,10 @@ import pytest
 from raytrain.cli.completion import run_completions
 from raytrain.core.types import RequestError
 from raytrain.report.selection import choose
+from raytrain.tracking.pages import page_of
 from raytrain.tracking.run_names import run_of
 from raytrain.tracking.stores import reader
+from raytrain.tracking.views import EVERY, TAG, link, run_link
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
 
@@ -97,6 +99,25 @@ def test_compare_takes_the_same_words(store: Store) -> None:
         assert [run.info.run_id for run in choose(client, [word]).runs] == [run_id]
     found = choose(client, [store.ids["the sweep"][:12]])
     assert {run.info.run_id for run in found.runs} == {store.ids["t0000"], store.ids["t0001"]}
+
+
+def test_the_page_of_a_name_is_that_of_the_run_the_sweep_or_the_experiment(store: Store) -> None:
+    client = reader(store.uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "raytrain")
+    where, first, parent = experiment.experiment_id, store.ids["first"], store.ids["the sweep"]
+    for word in (first, first[:8], "first"):
+        assert page_of(client, word) == run_link(where, first)
+    assert page_of(client, "last") == run_link(where, store.ids["unfinished"])
+    assert page_of(client, "sweep") == run_link(where, parent)  # it has no view of its own
+    assert page_of(client) == page_of(client, "raytrain") == f"#/experiments/{where}/runs"
+    for name in ("sweep", EVERY):
+        client.set_experiment_tag(where, TAG + name, "")
+    assert page_of(client, "sweep") == link(where, "sweep")
+    assert page_of(client) == page_of(client, "raytrain") == link(where, EVERY)
+    with pytest.raises(RequestError, match="2 runs have this name"):
+        page_of(client, "twice")
+    with pytest.raises(RequestError, match="no such experiment, sweep or run.* raytrain"):
+        page_of(client, "raytran")
 
 
 def test_a_shell_completes_names_of_runs_and_sweeps(

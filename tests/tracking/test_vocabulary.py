@@ -47,6 +47,12 @@ class Recorder:
     def log(self, handle: str, metrics: dict[str, float], step: int = 0) -> None:
         self.metrics |= metrics.keys()
 
+    def result(
+        self, handle: str, params: Any, metrics: dict[str, float], tags: dict[str, str]
+    ) -> None:
+        self.log(handle, metrics)
+        self.tag(handle, tags)
+
     def known(self, handle: str) -> bool:
         return False
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _KINDS = ("name", "kind", "norm")  # fields labelled by the name of their record
@@ -15,6 +16,17 @@ def describe(values: Mapping[str, Any], separator: str = " ") -> str:
     'algorithm=trades lr=0.123 steps=4'
     """
     return separator.join(f"{_name(path)}={_value(value)}" for path, value in values.items())
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """The last telling part of every path, or the whole path where several have the same.
+
+    >>> short_names(["algorithm.name", "optimizer.lr", "a.steps", "b.steps"]).values()
+    dict_values(['algorithm', 'lr', 'a.steps', 'b.steps'])
+    """
+    names = {path: _name(path) for path in paths}
+    counts = Counter(names.values())
+    return {path: name if counts[name] == 1 else path for path, name in names.items()}
 
 
 def _name(path: str) -> str:
