@@ -28,6 +28,7 @@ _RUNNING = 12  # trials under way on the screen
 _MORE = 20  # trials of a continuation that is proposed
 _ERRORS = 3  # of different kinds
 _SECONDS = 0.2  # between two drawings
+_SECONDS_BETWEEN_LINES = 30.0  # at most, as long as epochs end
 
 
 class Trials:
@@ -49,15 +50,14 @@ class Trials:
         self._live.stop()
 
     def __call__(self, progress: SweepProgress) -> None:
+        now = time.monotonic()
         if is_terminal():
-            now = time.monotonic()
             if now - self._drawn >= _SECONDS:
                 self._drawn = now
                 self._live.update(screen(progress))
-        elif progress.finished > self._ended:
-            self._ended = progress.finished
-            if progress.finished:
-                log_line(plain(progress))
+        elif progress.finished > self._ended or now - self._drawn >= _SECONDS_BETWEEN_LINES:
+            self._ended, self._drawn = progress.finished, now
+            log_line(plain(progress))
 
 
 def plain(progress: SweepProgress) -> str:
@@ -65,9 +65,16 @@ def plain(progress: SweepProgress) -> str:
     best = "-" if progress.best is None else f"{progress.best.value:.4f} ({progress.best.handle})"
     return (
         f"trial {_of(progress.finished, progress.budget.trials)}  best {best}  "
-        f"{_outcomes(progress)}  {_cost(progress)}  {span(progress.seconds)}"
+        f"{_outcomes(progress)}{_running(progress)}  {_cost(progress)}  {span(progress.seconds)}"
         f"{_left(progress)}"
     )
+
+
+def _running(progress: SweepProgress) -> str:
+    if not progress.running:
+        return ""
+    done = sum(one.progress for one in progress.running) / len(progress.running)
+    return f"  {len(progress.running)} running ({done:.0%})"
 
 
 def screen(progress: SweepProgress) -> Group:
