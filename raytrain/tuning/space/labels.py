@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+ALGORITHM = ("algorithm.name", "algorithm")
+"""Paths that choose an algorithm."""
 _KINDS = ("name", "kind", "norm")  # fields labelled by the name of their record
 
 
@@ -15,6 +17,11 @@ def describe(values: Mapping[str, Any], separator: str = " ") -> str:
     'algorithm=trades lr=0.123 steps=4'
     """
     return separator.join(f"{_name(path)}={_value(value)}" for path, value in values.items())
+
+
+def algorithm_of(values: Mapping[str, Any]) -> str | None:
+    """The algorithm among the values that a trial varies; None where all have the same."""
+    return next((str(values[path]) for path in ALGORITHM if path in values), None)
 
 
 def _name(path: str) -> str:
