@@ -72,6 +72,7 @@ def sweep_note(
     progress: SweepProgress | None = None,
     best: TrialRow | None = None,
     ids: Mapping[str, str] | None = None,
+    warning: str | None = None,
 ) -> str:
     """What a sweep searches and what it has found, in Markdown; `ids` are runs of MLflow by handle."""
     goal = ", ".join(f"{one.mode} `{one.metric}`" for one in space.objective)
@@ -82,6 +83,7 @@ def sweep_note(
     )
     said = [
         _found(space, experiment_id, progress, best, ids or {}),
+        f"**Warning:** {warning}." if warning else "",
         space.description.strip(),
         f"{goal}; {how}; budget {_budget(space)}.",
         f"[Parallel coordinates of the trials]({charts}) and [the trials as a table]({table}).",
