@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _RUNNING = 12  # trials under way on the screen
 _MORE = 20  # trials of a continuation that is proposed
 _ERRORS = 3  # of different kinds
+_IMPORTANT = 6  # parameters
 _SECONDS = 0.2  # between two drawings
 _SECONDS_BETWEEN_LINES = 30.0  # at most, as long as epochs end
 
@@ -110,6 +111,8 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
         _say_best(console, result)
         _say_importances(console, result)
         _say_finals(console, result)
+        if result.warning is not None:
+            line(console, "warning", result.warning)
         line(console, "all rows", str(result.table))
         line(console, "figures", str(result.folder / "figures"))
         _say_next(console, result)
@@ -191,10 +194,19 @@ def _is_store_in_use(result: TuneResult) -> bool:
 
 
 def _say_importances(console: Console, result: TuneResult) -> None:
-    if not result.importances:
+    """What mattered, with the trials it is based on."""
+    from raytrain.tuning.importance import most_telling
+
+    equal = result.importances_at_equal_cost
+    found = most_telling(result.importances, equal)
+    if not found:
         return
-    said = "  ".join(f"{one.key} {one.value:.2f}" for one in result.importances[:6])
-    line(console, "importance", said)
+    some = [one for one in found[:_IMPORTANT] if one.value >= 0.005]
+    said = "  ".join(f"{one.key} {one.value:.2f}" for one in some)
+    base = f"{max(one.trials for one in found)} finished trials"
+    if equal is not None and found is equal.importances:
+        base = f"{equal.trials} finished and stopped trials at {equal.cost:,.0f} FE per image"
+    line(console, "importance", f"{said}  ({base})")
 
 
 def _say_finals(console: Console, result: TuneResult) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.commands.results import Result, ShownResult
 from raytrain.core.types import RequestError
+from raytrain.report.answer import Answer, answer_of
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import ConfigurationGroup, settings_of
 from raytrain.report.evaluations import read_evaluations
@@ -78,10 +79,14 @@ class Comparison(ShownResult):
             "parent": self.parent,
             "notes": self.notes,
             "arenas": [
-                _arena_json(comparable, self.pairs[comparable.title])
+                _arena_json(comparable, self.pairs[comparable.title], self.answer(comparable))
                 for comparable in self.comparables
             ],
         }
+
+    def answer(self, comparable: ComparableRuns) -> Answer:
+        """Which configuration of an arena leads, and what to run next."""
+        return answer_of(comparable, self.pairs[comparable.title])
 
 
 def compare(
@@ -220,7 +225,7 @@ def _leave(chosen: Chosen, folder: Path, uri: str, client: Any) -> str | None:
     return run_id
 
 
-def _arena_json(comparable: ComparableRuns, pairs: list[Pair]) -> dict[str, Any]:
+def _arena_json(comparable: ComparableRuns, pairs: list[Pair], answer: Answer) -> dict[str, Any]:
     leader = comparable.leader
     return {
         "title": comparable.title,
@@ -228,6 +233,9 @@ def _arena_json(comparable: ComparableRuns, pairs: list[Pair]) -> dict[str, Any]
         "test_images": comparable.images,
         "ranked_by": comparable.attack,
         "leader": None if leader is None else leader.letter,
+        "answer": answer.text,
+        "decided": answer.decided,
+        "next": answer.command or None,
         "notes": list(comparable.notes),
         "rows": [_row_json(comparable, row) for row in comparable.rows],
         "pairs": [
@@ -269,6 +277,7 @@ def _row_json(comparable: ComparableRuns, row: Row) -> dict[str, Any]:
     return {
         "letter": row.letter,
         "configuration": row.label,
+        "names": row.setting.names,
         "run_ids": [run.id for run in row.setting.runs],
         "rank": row.rank,
         "band": row.band,

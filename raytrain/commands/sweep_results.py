@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain.commands.train import log_model
@@ -11,15 +14,58 @@ from raytrain.data.loader import Splits
 from raytrain.plotting.sweep_figures import draw
 from raytrain.tracking import Tracker, provenance
 from raytrain.training.run_folder import RUN_ID, to_yaml
-from raytrain.tuning.importance import Importance
+from raytrain.tuning.budget import TrialRow
+from raytrain.tuning.cost_curves import CostCurve, read_curves
+from raytrain.tuning.importance import (
+    EqualCost,
+    Importance,
+    Method,
+    importances,
+    importances_at_equal_cost,
+)
 from raytrain.tuning.mlflow_runs import PARENT
+from raytrain.tuning.space.labels import algorithm_of
+from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.trial_manager import TrialManager
 
 TABLE = "trials.parquet"
+_FEWEST = 3  # finished trials of an algorithm, below which a sweep says so
+
+
+@dataclass(frozen=True)
+class WhatMattered:
+    """Importances of the parameters for the first objective, and the curves they are of."""
+
+    finished: list[Importance]  # at the end of finished trials
+    equal: EqualCost | None  # of finished and stopped trials at equal cost
+    curves: dict[int, CostCurve]  # of every trial, by its number
+
+
+def what_mattered(manager: TrialManager, method: Method) -> WhatMattered:
+    """What mattered in a sweep, by Optuna's evaluator `method`."""
+    study, metric = manager.study, manager.space.objective[0].metric
+    curves = read_curves(manager.journal, manager.fidelity, metric)
+    finished = importances(study, method)
+    return WhatMattered(finished, importances_at_equal_cost(study, curves, method), curves)
+
+
+def few_finished(space: SearchSpace, rows: Iterable[TrialRow]) -> str | None:
+    """A sentence if a sweep over several algorithms has too few finished trials of one of them."""
+    if space.algorithms is None:
+        return None
+    done = Counter(algorithm_of(row.params) for row in rows if row.state == "complete")
+    counts = {name: done[str(name)] for name in space.algorithms[1]}
+    few = [f"{name} ({count})" for name, count in counts.items() if count < _FEWEST]
+    if not few:
+        return None
+    return (
+        f"fewer than {_FEWEST} trials were trained to their end of {', '.join(few)}: the sweep does not "
+        "rank them; continue it with more trials"
+    )
 
 
 def log_sweep(
-    tracker: Tracker, manager: TrialManager, splits: Splits, weights: list[Importance]
+    tracker: Tracker, manager: TrialManager, splits: Splits, weights: WhatMattered
 ) -> Path | None:
     """Rows, figures, totals, and of the best trial its run file (which is returned) and network."""
     folder, progress, best = manager.folder, manager.progress(), manager.best()
@@ -64,9 +110,13 @@ def write_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
     return found
 
 
-def _drawn(manager: TrialManager, weights: list[Importance]) -> list[Path]:
+def _drawn(manager: TrialManager, weights: WhatMattered) -> list[Path]:
+    folder = manager.folder / "figures"
+    space = manager.space
+    units = space.units() if isinstance(space, SearchSpace) else {}
+    told = weights.curves, weights.finished, weights.equal, units
     try:
-        return draw(manager.history, manager.fidelity, manager.folder / "figures", weights)
+        return draw(manager.history, manager.fidelity, folder, *told)
     except Exception as error:  # a picture is not worth a sweep
         log_line(f"raytrain: the figures could not be drawn ({type(error).__name__}: {error})")
         return []

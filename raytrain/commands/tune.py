@@ -13,7 +13,13 @@ import yaml
 
 from raytrain.commands.final import FinalRow, log_finals, train_finals
 from raytrain.commands.results import ShownResult
-from raytrain.commands.sweep_results import TABLE, log_sweep, write_run_ids
+from raytrain.commands.sweep_results import (
+    TABLE,
+    few_finished,
+    log_sweep,
+    what_mattered,
+    write_run_ids,
+)
 from raytrain.config.names import RUN_NAME, check_folder_name
 from raytrain.config.request import Overrides, with_keywords
 from raytrain.core.files import write_atomically
@@ -31,7 +37,7 @@ from raytrain.tuning.choices import check_choices
 from raytrain.tuning.descriptions import resume_command, sweep_note, sweep_tags, sweep_view
 from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.fidelity import Fidelity
-from raytrain.tuning.importance import Importance, Method, importances
+from raytrain.tuning.importance import EqualCost, Importance, Method
 from raytrain.tuning.initial_trials import plan_first
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.population import PopulationManager, check_population
@@ -61,7 +67,9 @@ class TuneResult(ShownResult):
     front: list[TrialRow]  # of several objectives; else empty
     trials: list[TrialRow]
     progress: SweepProgress
-    importances: list[Importance]
+    importances: list[Importance]  # of finished trials
+    importances_at_equal_cost: EqualCost | None  # of finished and stopped trials
+    warning: str | None  # if an algorithm has too few finished trials to be ranked
     finals: list[FinalRow]
     best_file: Path | None  # the best configuration as a run file
     table: Path  # Parquet: every row of every trial
@@ -223,12 +231,13 @@ def _tune(
         execute(manager, trainable_for(base), concurrent)
         finals = train_finals(manager, space, tracker, final, seeds, concurrent, watch)
         cluster.close()
-        weights = importances(study, importance)
+        weights = what_mattered(manager, importance)
         best_file = log_sweep(tracker, manager, splits, weights)
         log_finals(tracker, folder, finals)
         run_ids = write_run_ids(tracker, manager)
         best, progress = manager.best(), manager.progress()
-        note = sweep_note(space, name, tracker.experiment_id, progress, best, run_ids)
+        warning = few_finished(space, manager.history.rows())
+        note = sweep_note(space, name, tracker.experiment_id, progress, best, run_ids, warning)
         tracker.note(PARENT, note)
     return TuneResult(
         name=name,
@@ -240,7 +249,9 @@ def _tune(
         front=manager.history.front() if len(space.objective) > 1 else [],
         trials=manager.history.rows(),
         progress=manager.progress(),
-        importances=weights,
+        importances=weights.finished,
+        importances_at_equal_cost=weights.equal,
+        warning=warning,
         finals=finals,
         best_file=best_file,
         table=folder / TABLE,

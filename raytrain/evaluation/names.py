@@ -31,6 +31,21 @@ def attack_title(column: str) -> str:
     return ", ".join(said)
 
 
+def words_for(column: str) -> list[str]:
+    """The words by which `raytrain evaluate` measures a column; none where it does so by itself.
+
+    >>> words_for("pgd50x5-eps_8"), words_for("aa")
+    (['attacks=pgd', 'steps=50', 'restarts=5', 'step_size=eps/8'], [])
+    """
+    found = _STEPS.fullmatch(column)
+    if found is None:
+        return [f"attacks={column}"] if column in ("fgsm", "apgd") else []
+    kind, steps, restarts, step_size = found.groups()
+    said = [f"attacks={kind}"] + ([] if steps == "20" else [f"steps={steps}"])
+    said += [f"restarts={restarts}"] if restarts and restarts != "1" else []
+    return said + ([f"step_size={step_size.replace('_', '/')}"] if step_size else [])
+
+
 def strongest_first(columns: Iterable[str]) -> list[str]:
     """Each once, from the strongest attack to the weakest, by their names.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from raytrain.tuning.budget import TrialRow
+from raytrain.tuning.space.labels import algorithm_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 MANY = 3000  # points or curves at most; larger numbers are subsampled and rasterised
 SMALL, TEXT = 8, 9  # points
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
+"""Of Okabe and Ito, and a brown for their yellow: told apart by colour-blind readers."""
+GREY, INK = "#8c8c8c", "black"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,23 @@ class EndedTrial:
     def value(self) -> float:
         """The first objective; NaN if there is none."""
         return math.nan if self.row.value is None else self.row.value
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped early: its value is not that of a whole run."""
+        return self.row.state == "stopped"
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm that was chosen for it; empty where all have the same."""
+        return algorithm_of(self.row.params) or ""
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each of several names, grey for those that there is none for; none for a single name."""
+    names = sorted(set(names))
+    colours = [*COLOURS, *[GREY] * len(names)]
+    return dict(zip(names, colours, strict=False)) if len(names) > 1 else {}
 
 
 def label(metric: str) -> str:
@@ -90,36 +112,44 @@ def style(axes: Axes) -> None:
 
 
 def cost_axis(axes: Axes, name: str) -> None:
-    """Format an axis of costs: from 0, integers without exponents."""
+    """Format an axis of costs: from 0 to beyond what is drawn, integers without exponents."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_xlim(left=0)
+    right = max(axes.dataLim.x1, axes.get_xlim()[1])
+    axes.set_xlim(0, 1.04 * right if math.isfinite(right) and right > 0 else 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(name)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """Draw the legend above the axes."""
-    from matplotlib.collections import PathCollection
+def swatches(colours: dict[str, str]) -> list[Any]:
+    """Handles of a legend: a square for each colour, those without one together."""
+    from matplotlib.patches import Patch
 
-    handles, names = axes.get_legend_handles_labels()
-    drawn = figure.legend(
-        handles,
-        names,
-        loc="outside upper left",
-        ncols=6,
+    others = sum(colour == GREY for colour in colours.values())
+    named = [Patch(color=c, label=name) for name, c in colours.items() if c != GREY]
+    return named + ([Patch(color=GREY, label=f"{others} other algorithms")] if others else [])
+
+
+def legend(
+    figure: Figure, handles: Sequence[Any], title: str, columns: int = 5, below: bool = False
+) -> None:
+    """Draw a legend under a title above the axes, or below them."""
+    if not handles and not title:
+        return
+    figure.legend(
+        handles=handles,
+        loc="outside lower left" if below else "outside upper left",
+        ncols=columns,
+        title=title or None,
+        title_fontproperties={"size": TEXT, "weight": "bold"},
+        alignment="left",
         frameon=False,
         fontsize=SMALL,
         columnspacing=1.2,
-        handletextpad=0.3,
+        handletextpad=0.4,
         handlelength=1.4,
     )
-    for handle in drawn.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
-        if isinstance(handle, PathCollection):
-            handle.set_sizes([26])
 
 
 def short(text: str, longest: int = 34) -> str:

@@ -2,5 +2,5 @@
 
 From the bottom up: `selection` (which runs), `runs` and `evaluations` (what is recorded of them),
 `configurations` (seeds of one configuration), `comparable` (what may be compared with what), `pairs`
-(image by image), the figures, `sections` and `page` (the HTML).
+(image by image), `answer` (who leads), the figures, `bands`, `sections` and `page` (the HTML).
 """

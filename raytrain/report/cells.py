@@ -23,9 +23,14 @@ class Cell:
         """In per cent: `53.2 ± 0.8`, or `53.2 [50.1, 56.2]` for one seed."""
         if self.std is not None:
             return f"{100 * self.value:.1f} ± {100 * self.std:.1f}"
+        return f"{100 * self.value:.1f}{f' {self.limits}' if self.limits else ''}"
+
+    @property
+    def limits(self) -> str:
+        """The 95 % limits in per cent, within 0 and 100: `[50.1, 56.2]`; empty if unknown."""
         if self.low is None or self.high is None:
-            return f"{100 * self.value:.1f}"
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+            return ""
+        return f"[{100 * max(0.0, self.low):.1f}, {100 * min(1.0, self.high):.1f}]"
 
 
 def of_shares(shares: Sequence[Share]) -> Cell | None:
@@ -33,16 +38,8 @@ def of_shares(shares: Sequence[Share]) -> Cell | None:
     if not shares:
         return None
     if len(shares) > 1:
-        return of_values([share.value for share in shares])
+        spread = over_seeds([share.value for share in shares])
+        return Cell(spread.mean, spread.seeds, spread.std, spread.low, spread.high)
     (share,) = shares
     known = share.images > 0
     return Cell(share.value, 1, None, share.low if known else None, share.high if known else None)
-
-
-def of_values(values: Sequence[float | None]) -> Cell | None:
-    """Numbers of which no more is known; what is missing is left out."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    spread = over_seeds(known)
-    return Cell(spread.mean, spread.seeds, spread.std, spread.low, spread.high)

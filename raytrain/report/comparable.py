@@ -133,7 +133,7 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
         images=count,
         attack=attack,
         rows=tuple(ranked(rows, attack)),
-        notes=tuple(notes_on(rows, attack)),
+        notes=tuple(notes_on(rows)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from raytrain.report.runs import Trained
 from raytrain.tuning.space.labels import describe
 
 _APART = ("seed",)  # what seeds of one configuration differ in
+_NAMED = 3  # runs whose names stand beside a configuration
 _SPELLED = ("evaluation.", "sentinels.", "data.")  # whose last words alone would mislead
 
 
@@ -20,6 +21,7 @@ class ConfigurationGroup:
 
     label: str
     runs: tuple[Trained, ...]  # by seed
+    run_names: tuple[str, ...]  # of these
     repeats: tuple[Trained, ...] = ()  # of a seed that is there: not independent, not averaged
     unfinished: tuple[Trained, ...] = ()  # beside seeds that have ended: not averaged
 
@@ -29,18 +31,36 @@ class ConfigurationGroup:
         return (*self.runs, *self.repeats, *self.unfinished)
 
     @property
+    def names(self) -> str:
+        """Of its runs, the first of many."""
+        return _joined(self.run_names, _NAMED)
+
+    @property
+    def short_names(self) -> str:
+        """Of its first run, and how many there are."""
+        return _joined(self.run_names, 1)
+
+    @property
     def first(self) -> Trained:
         """Any of them: they agree in all but the seed."""
         return self.runs[0]
 
+    @property
+    def algorithm(self) -> str:
+        """By name."""
+        return self.first.algorithm
+
 
 def settings_of(runs: Iterable[Trained]) -> list[ConfigurationGroup]:
     """Configurations in the order in which they were first tried."""
+    runs = list(runs)
+    several = len({run.tags.get("sweep") for run in runs}) > 1
     groups: dict[tuple[Any, ...], list[Trained]] = {}
     for run in sorted(runs, key=lambda run: (run.began, run.id)):
         groups.setdefault(_key(run), []).append(run)
     labels = _labels([group[0] for group in groups.values()])
-    return [_setting(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+    pairs = zip(labels, groups.values(), strict=True)
+    return [_setting(label, group, several) for label, group in pairs]
 
 
 def _key(run: Trained) -> tuple[Any, ...]:
@@ -48,7 +68,7 @@ def _key(run: Trained) -> tuple[Any, ...]:
     return (params, run.contract) if params else (run.id,)
 
 
-def _setting(label: str, group: list[Trained]) -> ConfigurationGroup:
+def _setting(label: str, group: list[Trained], several: bool) -> ConfigurationGroup:
     """Of several runs of one seed the one with the most evaluations, then the latest."""
     by_seed: dict[str, list[Trained]] = {}
     for run in group:
@@ -61,17 +81,29 @@ def _setting(label: str, group: list[Trained]) -> ConfigurationGroup:
         others += rest
     ended = [run for run in chosen if run.ended or run.evaluations]
     unfinished = [run for run in chosen if run not in ended] if ended else []
-    return ConfigurationGroup(label, tuple(ended or chosen), tuple(others), tuple(unfinished))
+    runs = tuple(ended or chosen)
+    return ConfigurationGroup(label, runs, _names(runs, several), tuple(others), tuple(unfinished))
+
+
+def _joined(names: Sequence[str], most: int) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _names(runs: Sequence[Trained], several: bool) -> tuple[str, ...]:
+    """Of the runs, trials by their handles (after the sweep's name where there are `several`)."""
+    sweeps = [f"{run.tags['sweep']}/" if several and "sweep" in run.tags else "" for run in runs]
+    return tuple(sweep + run.short for sweep, run in zip(sweeps, runs, strict=True))
 
 
 def _labels(runs: list[Trained]) -> list[str]:
     """What each is beside the others: its algorithm, and the numbers in which they differ."""
     kinds: dict[str, list[Trained]] = {}
     for run in runs:
-        kinds.setdefault(_algorithm(run), []).append(run)
+        kinds.setdefault(run.algorithm, []).append(run)
     shared = _differing(runs)
     own = {kind: _differing(some) for kind, some in kinds.items()}
-    return [_label(run, shared, own[_algorithm(run)]) for run in runs]
+    return [_label(run, shared, own[run.algorithm]) for run in runs]
 
 
 def _label(run: Trained, shared: list[str], own: list[str]) -> str:
@@ -81,15 +113,11 @@ def _label(run: Trained, shared: list[str], own: list[str]) -> str:
     names += [n for n in shared if not n.startswith(("algorithm.", "outer."))]
     names += [n for n in own if n.startswith("outer.") and n != "outer.name"]
     outer = run.params.get("outer.name", "sgd")
-    head = _algorithm(run) + ("" if outer == "sgd" else f" + {outer}")
+    head = run.algorithm + ("" if outer == "sgd" else f" + {outer}")
     params = {name: _value(run.params[name]) for name in names if name in run.params}
     plain = {name: value for name, value in params.items() if not name.startswith(_SPELLED)}
     spelled = [f"{name}={value}" for name, value in params.items() if name.startswith(_SPELLED)]
     return " ".join(filter(None, [head, describe(plain), *spelled]))
-
-
-def _algorithm(run: Trained) -> str:
-    return run.params.get("algorithm.name", run.tags.get("algorithm", run.name))
 
 
 def _differing(runs: list[Trained]) -> list[str]:
@@ -100,11 +128,36 @@ def _differing(runs: list[Trained]) -> list[str]:
     return [n for n in names if n not in hidden and len({r.params.get(n) for r in runs}) > 1]
 
 
-def varied(settings: Iterable[ConfigurationGroup]) -> list[str]:
-    """Every parameter in which some of these differ, the seed left out."""
+def varied(settings: Iterable[ConfigurationGroup]) -> list[dict[str, Any]]:
+    """Of each, the parameters in which some of these differ, the seed left out.
+
+    Those of an algorithm or outer update only if they differ among the configurations with the same one:
+    the others are decided by its name.
+    """
     runs = [setting.first for setting in settings]
-    names = dict.fromkeys(name for run in runs for name in run.params if name not in _APART)
-    return [name for name in names if len({run.params.get(name) for run in runs}) > 1]
+    tried: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        for name, value in run.params.items():
+            tried.setdefault((name, _kind(name, run)), set()).add(value)
+    everywhere = {
+        name: len({run.params.get(name) for run in runs}) for run in runs for name in run.params
+    }
+    return [
+        {
+            name: _value(value)
+            for name, value in run.params.items()
+            if name not in _APART
+            and (len(tried[name, _kind(name, run)]) if _kind(name, run) else everywhere[name]) > 1
+        }
+        for run in runs
+    ]
+
+
+def _kind(name: str, run: Trained) -> str:
+    """The algorithm or outer update that a parameter is of; empty for others and their names."""
+    chooser = f"{name.partition('.')[0]}.name"
+    own = name != chooser and chooser in ("algorithm.name", "outer.name")
+    return run.params.get(chooser, "") if own else ""
 
 
 def _value(text: str) -> Any:
@@ -114,8 +167,3 @@ def _value(text: str) -> Any:
     with contextlib.suppress(ValueError):
         return float(text)
     return text
-
-
-def as_values(params: Mapping[str, str]) -> dict[str, Any]:
-    """Parameters as numbers where they are some."""
-    return {name: _value(text) for name, text in params.items()}

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from raytrain.plotting.sheet import MANY, SMALL, TEXT, cost_axis, paper, sheet, style
+from raytrain.plotting.sheet import (
+    COLOURS,
+    GREY,
+    INK,
+    MANY,
+    SMALL,
+    TEXT,
+    cost_axis,
+    legend,
+    paper,
+    sheet,
+    style,
+    swatches,
+)
 from raytrain.report.cells import Cell
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.pairs import LEVEL, Pair
-from raytrain.report.rows import VALID
+from raytrain.report.placement import place_labels, settle
+from raytrain.report.rows import VALID, Row
 from raytrain.report.styles import (
     Look,
+    algorithms_of,
     axis_of,
     best_first,
-    head_room,
     letter_legend,
-    letters,
     looks_of,
+    room,
     title_of,
 )
 
@@ -26,7 +40,6 @@ if TYPE_CHECKING:
 
 _LETTERED = 30  # points: with more of them only the named ones carry their letter
 _BARS = 16  # rows of a figure with a line for each
-_INK = "black"
 
 
 def cost_figure(comparable: ComparableRuns) -> Figure | None:
@@ -45,32 +58,43 @@ def cost_figure(comparable: ComparableRuns) -> Figure | None:
     if not attacks:
         return None
     looks = looks_of(comparable)
-    figure = sheet(7.6, 3.5 + head_room(2 + sum(look.named for look in looks.values())))
+    figure = sheet(7.6, 4.1 + room(sum(look.named for look in looks.values())))
     panels: list[Any] = list(figure.subplots(1, len(attacks), squeeze=False).flat)
     for axes, attack in zip(panels, attacks, strict=True):
         style(axes)
         _cost_panel(axes, comparable, attack, looks)
-    _named(figure, panels[0], comparable, looks)
+    legend(figure, _kinds(comparable, looks), "", columns=7)
+    letter_legend(figure, _letters(comparable, looks))
+    settle(panels[0])
+    for axes, attack in zip(panels, attacks, strict=True):
+        known = _known(comparable, attack)
+        shown = [one for one in known if len(known) <= _LETTERED or looks[one[0].letter].named]
+        places = [(cost, 100 * c.value, f"{row.letter}{row.marks}") for row, cost, c in shown]
+        place_labels(axes, places, [line.get_xydata() for line in axes.lines])
     return figure
+
+
+def _known(comparable: ComparableRuns, attack: str) -> list[tuple[Row, float, Cell]]:
+    return [
+        (row, row.cost, cell)
+        for row in comparable.rows
+        if row.cost is not None and (cell := row.ranking_cell(attack)) is not None
+    ]
 
 
 def _cost_panel(
     axes: Axes, comparable: ComparableRuns, attack: str, looks: dict[str, Look]
 ) -> None:
-    known = [
-        (row, row.cost, cell)
-        for row in comparable.rows
-        if row.cost is not None and (cell := row.ranking_cell(attack)) is not None
-    ]
+    known = _known(comparable, attack)
     for row, cost, cell in known:
         look = looks[row.letter]
         _whiskers(axes, cost, cell, look, len(known))
         axes.scatter(
             [cost],
             [100 * cell.value],
-            s=44 if look.named else 16,
+            s=44 if look.named else 18,
             marker=look.marker if row.trusted else "X",
-            facecolors=look.colour if row.trusted else "none",
+            facecolors="none" if _hollow(row) else look.colour,
             edgecolors=look.colour,
             linewidths=1.1,
             alpha=1 if look.named else 0.6,
@@ -79,16 +103,15 @@ def _cost_panel(
         )
     if attack == comparable.attack:
         _front(axes, comparable)
+    axes.margins(y=0.1)
     cost_axis(axes, "cost of training, FE per training image")
-    axes.margins(x=0.08, y=0.1)
-    axes.set_xlim(left=0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -4), min(high, 104))
     axes.set_ylabel(axis_of(attack))
-    places = [
-        (cost, 100 * cell.value, f"{row.letter}{row.marks}")
-        for row, cost, cell in known
-        if len(known) <= _LETTERED or looks[row.letter].named
-    ]
-    letters(axes, places)
+
+
+def _hollow(row: Row) -> bool:
+    return row.stopped or not row.trusted
 
 
 def _whiskers(axes: Axes, cost: float, cell: Cell, look: Look, count: int) -> None:
@@ -107,15 +130,29 @@ def _front(axes: Axes, comparable: ComparableRuns) -> None:
         for row in front
         if (cell := row.ranking_cell(comparable.attack)) is not None
     ]
-    if not front:
+    if len(front) < 2:
         return
     right = max(row.cost or 0.0 for row in comparable.rows)
-    axes.step([*x, right], [*y, y[-1]], where="post", color=_INK, linewidth=1.2, zorder=1.5)
-    axes.plot([], [], color=_INK, linewidth=1.2, label="Pareto front")
+    axes.step([*x, right], [*y, y[-1]], where="post", color=INK, linewidth=1.2, zorder=1.5)
 
 
-def _named(figure: Figure, axes: Axes, comparable: ComparableRuns, looks: dict[str, Look]) -> None:
-    """A legend of letters above the axes."""
+def _kinds(comparable: ComparableRuns, looks: dict[str, Look]) -> list[Any]:
+    """What colours, hollow marks and the line stand for."""
+    from matplotlib.lines import Line2D
+
+    handles = swatches(algorithms_of(comparable, looks))
+    mark: Any = {"linestyle": "none", "color": INK, "markerfacecolor": "none", "markersize": 5.5}
+    if any(row.stopped for row in comparable.rows):
+        handles.append(Line2D([], [], marker="o", label="hollow: stopped early", **mark))
+    if any(not row.trusted for row in comparable.rows):
+        handles.append(Line2D([], [], marker="X", label="failed a check", **mark))
+    if sum(row.front for row in comparable.rows) > 1:
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, label="Pareto front"))
+    return handles
+
+
+def _letters(comparable: ComparableRuns, looks: dict[str, Look]) -> list[Any]:
+    """A handle for each named configuration, the best first."""
     from matplotlib.lines import Line2D
 
     rows = [row for row in best_first(comparable) if looks[row.letter].named]
@@ -126,22 +163,26 @@ def _named(figure: Figure, axes: Axes, comparable: ComparableRuns, looks: dict[s
             linestyle="none",
             marker=looks[row.letter].marker if row.trusted else "X",
             color=looks[row.letter].colour,
-            markerfacecolor=looks[row.letter].colour if row.trusted else "none",
+            markerfacecolor="none" if _hollow(row) else looks[row.letter].colour,
+            markersize=5.5,
             label=title_of(row),
         )
         for row in rows
     ]
     if len(rows) < len(comparable.rows):
         others = len(comparable.rows) - len(rows)
-        dot = {"marker": "o", "markersize": 4, "color": "#8c8c8c", "linestyle": "none"}
-        handles.append(Line2D([], [], **dot, label=f"{others} other configurations"))
-    handles += axes.get_legend_handles_labels()[0]
-    letter_legend(figure, handles)
+        dot: Any = {"marker": "o", "markersize": 3.5, "color": GREY, "linestyle": "none"}
+        handles.append(Line2D([], [], **dot, label=f"{others} others, small: see the tables"))
+    return handles
 
 
 def gap_figure(comparable: ComparableRuns) -> Figure | None:
-    """Robust accuracy at the best and at the last epoch: what was lost by going on."""
-    gaps = [(row, *row.gap(comparable.attack)) for row in best_first(comparable)]
+    """Robust accuracy at the best and at the last epoch: what was lost by going on.
+
+    Configurations that were stopped early have no last epoch.
+    """
+    rows = [row for row in best_first(comparable) if not row.stopped]
+    gaps = [(row, *row.gap(comparable.attack)) for row in rows]
     known = [one for one in gaps if one[2] is not None and one[3] is not None][:_BARS]
     if not known:
         return None
@@ -149,11 +190,11 @@ def gap_figure(comparable: ComparableRuns) -> Figure | None:
     for place, (_, _, best, last) in enumerate(known):
         assert best is not None and last is not None
         x = [100 * last.value, 100 * best.value]
-        axes.plot(x, [place, place], color="#8c8c8c", linewidth=2.4, zorder=1)
-        axes.scatter(x[:1], [place], marker="s", s=34, color="#d55e00", zorder=3)
-        axes.scatter(x[1:], [place], marker="o", s=34, color="#0072b2", zorder=2)
+        axes.plot(x, [place, place], color=GREY, linewidth=2.4, zorder=1)
+        axes.scatter(x[:1], [place], marker="s", s=34, color=COLOURS[1], zorder=3)
+        axes.scatter(x[1:], [place], marker="o", s=34, color=COLOURS[0], zorder=2)
         axes.annotate(
-            _signed(x[0] - x[1]),
+            signed(x[0] - x[1]),
             (max(x), place),
             (8, 0),
             textcoords="offset points",
@@ -162,20 +203,21 @@ def gap_figure(comparable: ComparableRuns) -> Figure | None:
         )
     places = {where for _, where, _, _ in known}
     apart = len(places) > 1
-    words = [title_of(row) + (f" ({where})" if apart else "") for row, where, _, _ in known]
+    words = [title_of(row, 40) + (f" ({where})" if apart else "") for row, where, _, _ in known]
     axes.set_yticks(range(len(known)), words)
     axes.set_ylim(len(known) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
     attack = comparable.attack if places == {"test"} else VALID
     axes.set_xlabel("robust accuracy, %" if apart else axis_of(attack))
-    axes.scatter([], [], marker="o", color="#0072b2", label="best epoch")
-    axes.scatter([], [], marker="s", color="#d55e00", label="last epoch (difference beside)")
+    axes.scatter([], [], marker="o", color=COLOURS[0], label="best epoch")
+    axes.scatter([], [], marker="s", color=COLOURS[1], label="last epoch (difference beside)")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
     return figure
 
 
-def _signed(points: float) -> str:
+def signed(points: float) -> str:
+    """Percentage points: `+1.2`, `0`."""
     return "0" if abs(points) < 0.05 else f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -187,7 +229,7 @@ def pairs_figure(pairs: list[Pair]) -> Figure | None:
     figure, axes = paper(7.6, 0.75 + 0.3 * len(shown))
     for place, pair in enumerate(shown):
         apart = pair.holm < LEVEL
-        colour = "#0072b2" if apart else "#8c8c8c"
+        colour = COLOURS[0] if apart else GREY
         if pair.low is not None and pair.high is not None:
             ends = [100 * pair.low, 100 * pair.high]
             axes.plot(ends, [place, place], color=colour, linewidth=1.6)
@@ -202,8 +244,8 @@ def pairs_figure(pairs: list[Pair]) -> Figure | None:
             va="center",
             size=SMALL,
         )
-    axes.axvline(0, color=_INK, linewidth=1)
-    axes.set_yticks(range(len(shown)), [title_of(pair.other) for pair in shown])
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(shown)), [title_of(pair.other, 40) for pair in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.margins(x=0.14)
     axes.grid(axis="y", visible=False)

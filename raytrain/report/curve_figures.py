@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytrain.plotting.sheet import cost_axis, sheet, style
+from raytrain.plotting.sheet import GREY, cost_axis, legend, sheet, style, swatches
 from raytrain.report.comparable import ComparableRuns
+from raytrain.report.placement import Place, place_labels, settle
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained
 from raytrain.report.styles import (
     Look,
+    algorithms_of,
     best_first,
-    head_room,
     letter_legend,
-    letters,
     looks_of,
+    room,
     title_of,
 )
 
@@ -43,21 +44,26 @@ def curves_figure(comparable: ComparableRuns, metrics: dict[str, str]) -> Figure
     if not shown:
         return None
     looks = looks_of(comparable)
-    figure = sheet(7.6, 3.1 + head_room(1 + sum(look.named for look in looks.values())))
+    figure = sheet(7.6, 3.7 + room(1 + sum(looks[row.letter].named for row in rows)))
     panels: list[Any] = list(figure.subplots(1, len(shown), squeeze=False).flat)
+    ends: list[list[Place]] = []
     for axes, (metric, name) in zip(panels, shown.items(), strict=True):
         style(axes)
-        ends = [
-            end
+        drawn = [
+            _draw(axes, row, metric, looks[row.letter], len(rows))
             for row in reversed(rows)  # the best on top
-            if (end := _draw(axes, row, metric, looks[row.letter], len(rows)))
         ]
+        ends.append([end for end in drawn if end is not None])
         cost_axis(axes, "cost so far, FE per training image")
         axes.set_ylabel(name)
         if not name.endswith("%"):
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        letters(axes, ends)
+    if algorithms := algorithms_of(comparable, looks):
+        legend(figure, swatches(algorithms), "", columns=6)
     _legend(figure, rows, looks)
+    settle(panels[0])
+    for axes, places in zip(panels, ends, strict=True):
+        place_labels(axes, places, [line.get_xydata() for line in axes.lines])
     return figure
 
 
@@ -91,9 +97,7 @@ def over_seeds(curves: list[np.ndarray]) -> np.ndarray:
     return np.column_stack([x, values.mean(0), values.min(0), values.max(0)])
 
 
-def _draw(
-    axes: Axes, row: Row, metric: str, look: Look, count: int
-) -> tuple[float, float, str] | None:
+def _draw(axes: Axes, row: Row, metric: str, look: Look, count: int) -> Place | None:
     """The line of a row; where it ends and its letter, if it is one of the named."""
     points = over_seeds([curve_of(run, metric) for run in row.setting.runs])
     points = points[np.isfinite(points).all(axis=1)]
@@ -137,5 +141,5 @@ def _legend(figure: Figure, rows: list[Row], looks: dict[str, Look]) -> None:
     ]
     if len(handles) < len(rows):
         more = len(rows) - len(handles)
-        handles.append(Line2D([], [], color="#8c8c8c", linewidth=0.8, label=f"{more} others"))
+        handles.append(Line2D([], [], color=GREY, linewidth=0.8, label=f"{more} others"))
     letter_legend(figure, handles)

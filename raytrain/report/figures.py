@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytrain.core.console import log_line
+from raytrain.plotting.importances import importance_bars
 from raytrain.plotting.sheet import save
-from raytrain.plotting.sweep_figures import importance_bars
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.cost_figures import cost_figure, gap_figure, pairs_figure
 from raytrain.report.curve_figures import INSIDE, LEARNING, curves_figure
 from raytrain.report.image_figures import class_figure, examples_figure
-from raytrain.report.importance import importance_of
+from raytrain.report.importance import equal_cost_of, importance_of
 from raytrain.report.inline_svg import inline
 from raytrain.report.pairs import Pair
 from raytrain.report.sections import Drawn
@@ -25,7 +25,7 @@ _TEXTS = {  # kind -> title, caption
     "robust_vs_cost": (
         "Robust accuracy against cost",
         "Up and to the left is better. Vertical lines are 95 % intervals; the black line joins what "
-        "nothing cheaper beats. A hollow cross failed a check.",
+        "nothing cheaper beats. Hollow marks were stopped early; a hollow cross failed a check.",
     ),
     "pairs": (
         "The leader against the others, image by image",
@@ -57,8 +57,8 @@ _TEXTS = {  # kind -> title, caption
     ),
     "importances": (
         "What mattered",
-        "PED-ANOVA over the configurations that were trained to their end: what it took to be among "
-        "the best tenth in validation. Few configurations say little.",
+        "PED-ANOVA: what it took to be among the best quarter (of many the best tenth) in validation, at "
+        "equal cost and of those that were trained to their end. Few configurations say little.",
     ),
 }
 
@@ -76,7 +76,7 @@ def draw_comparable(
         "per_class": lambda: class_figure(comparable),
         "examples": lambda: examples_figure(comparable),
         "importances": lambda: importance_bars(
-            [(one.key, one.value, one.trials) for one in importance_of(comparable)]
+            importance_of(comparable), equal_cost_of(comparable), "valid/robust"
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,9 @@ def draw_comparable(
             figure = make()
             if figure is None:
                 continue
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out once, not again for every file
+            if figure.get_layout_engine() is not None:
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")  # laid out once, not again for every file
             _, vectors = save(figure, folder / name)
             title, caption = _TEXTS[kind]
             drawn.append(Drawn(kind, name, title, caption, inline(vectors, name, title)))

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from raytrain.report.answer import answer_of
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.configurations import ConfigurationGroup
 from raytrain.report.figures import draw_comparable
 from raytrain.report.pairs import Pair
 from raytrain.report.runs import Trained
-from raytrain.report.sections import Section, in_short, section_of
+from raytrain.report.sections import Section, section_of
 from raytrain.report.tables import write_tables
 
 _HERE = Path(__file__).parent
@@ -72,8 +73,8 @@ def _page(content: ReportContent, parts: Sequence[Section], files: Sequence[str]
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("raytrain"),
         uri=without_password(content.uri),
-        short=[
-            in_short(comparable, content.pairs[comparable.title])
+        answers=[
+            answer_of(comparable, content.pairs[comparable.title])
             for comparable in content.comparables
         ],
         notes=content.notes,

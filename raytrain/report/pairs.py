@@ -10,7 +10,7 @@ import numpy as np
 from raytrain.evaluation.confidence import align, holm, mcnemar, paired
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.evaluations import EvaluatedRun
-from raytrain.report.rows import VALID, Row
+from raytrain.report.rows import VALID, Row, order
 
 LEVEL = 0.05
 
@@ -42,7 +42,7 @@ class Pair:
 
 
 def pairs_of(comparable: ComparableRuns) -> list[Pair]:
-    """The leader against every other trusted row that has flags of the same images, in table order.
+    """The leader against every other trusted row that has flags of the same images, the best first.
 
     Runs are paired by seed, or in order where no seed is shared. Over several pairs the p of a direction
     is twice the median of theirs (Rueger 1978; Meinshausen, Meier and Buehlmann 2009, JASA 104:1671),
@@ -51,7 +51,8 @@ def pairs_of(comparable: ComparableRuns) -> list[Pair]:
     leader = comparable.leader
     if leader is None or comparable.attack == VALID:
         return []
-    others = [row for row in comparable.rows if row is not leader and row.trusted]
+    rows = sorted(comparable.rows, key=lambda row: order(row, comparable.attack))
+    others = [row for row in rows if row is not leader and row.trusted]
     found = [pair for row in others if (pair := _pair(leader, row, comparable.attack)) is not None]
     adjusted = holm([pair.p for pair in found])
     return [replace(pair, holm=p) for pair, p in zip(found, adjusted, strict=True)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from raytrain.evaluation.names import attack_title, strongest_first
-from raytrain.report.cells import Cell, of_shares, of_values
+from raytrain.evaluation.names import strongest_first
+from raytrain.report.cells import Cell, of_shares
 from raytrain.report.configurations import ConfigurationGroup
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.runs import Trained, split_of
 
 VALID = "valid"
-"""What configurations are ranking_cell by where none was evaluated on the test set."""
+"""What configurations are ranked by where none was evaluated on the test set."""
 
 _ALIKE = 1.1  # costs within this factor of one another count as equal
 
@@ -34,6 +34,11 @@ class Row:
     def label(self) -> str:
         """In words."""
         return self.setting.label
+
+    @property
+    def stopped(self) -> bool:
+        """A pruner ended it: its numbers are not those of whole runs."""
+        return all(run.stopped for run in self.setting.runs)
 
     @property
     def trusted(self) -> bool:
@@ -71,7 +76,8 @@ class Row:
     def valid(self, metric: str = "valid/robust", last: bool = False) -> Cell | None:
         """The same on the validation split, at the best or the last epoch."""
         runs = self.setting.runs if self.home else ()
-        return of_values([r.metrics.get(metric) if last else r.at_best(metric) for r in runs])
+        found = [run.valid(metric, last) for run in runs]
+        return of_shares([share for share in found if share is not None])
 
     def ranking_cell(self, attack: str) -> Cell | None:
         """The value it is ranked by."""
@@ -144,19 +150,13 @@ def _front(bands: list[list[Row]], attack: str) -> list[Row]:
     return front
 
 
-def notes_on(rows: list[Row], attack: str) -> list[str]:
+def notes_on(rows: list[Row]) -> list[str]:
     notes = []
     ways = {validation_of(run) for row in rows if row.home for run in row.setting.runs}
     if len(ways) > 1:
         notes.append(
             "Validation was not done alike in all rows (another split or attack): do not compare "
             "the validation columns down the table."
-        )
-    lacking = [row for row in rows if attack != VALID and row.score(attack) is None]
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of {len(rows)} configurations have no {attack_title(attack)} on this test "
-            "set and are not ranked; see the command below the table."
         )
     distrusted = [row for row in rows if not row.trusted]
     if distrusted:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from raytrain.core.epoch_metrics import IN_EPS
+from raytrain.evaluation.confidence import Share, wilson
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.tracking.run_search import parent_of
 
@@ -30,7 +32,8 @@ _ENDS = {  # MLflow's word where no sweep said how a trial ended
     "RUNNING": "running, or its driver died",
     "SCHEDULED": "not begun",
 }
-_OUTCOMES = {"complete": "finished", "stopped": "stopped early", "cut": "cut by the budget"}
+_STOPPED = "stopped early"
+_OUTCOMES = {"complete": "finished", "stopped": _STOPPED, "cut": "cut by the budget"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,27 @@ class Trained:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     evaluations: tuple[EvaluatedRun, ...] = ()
     split_size: int | None = None  # training images, where the run has its data sets
+    valid_size: int | None = None  # validation images, likewise
 
     @property
     def seed(self) -> str:
         """Of the training; 0 where it is not recorded."""
         return self.params.get("seed", "0")
+
+    @property
+    def short(self) -> str:
+        """Its name; of a trial of a sweep its handle, without what varies in it."""
+        return self.tags.get("trial", self.name)
+
+    @property
+    def algorithm(self) -> str:
+        """By name."""
+        return self.params.get("algorithm.name", self.tags.get("algorithm", self.name))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a pruner ended it: its numbers are not those of a whole run."""
+        return self.state == _STOPPED
 
     @property
     def state(self) -> str:
@@ -118,6 +137,36 @@ class Trained:
         best = self.best_epoch
         return None if best is None else self.curves.get(metric, {}).get(best)
 
+    def valid(self, metric: str, last: bool = False) -> Share | None:
+        """A share of the validation images, at the best or the last epoch; limits only if their number
+        is known.
+        """
+        value = self.metrics.get(metric) if last else self.at_best(metric)
+        if value is None:
+            return None
+        images = self._valid_images
+        if not images or not math.isfinite(value):
+            return Share(value, value, value, 0, 0)
+        limits = wilson(round(value * images), images)
+        return Share(value, limits.low, limits.high, limits.count, images)
+
+    @property
+    def _valid_images(self) -> int:
+        """How many images a validation is of; 0 if unknown."""
+        most = self.params.get("evaluation.images", "")
+        size = self.valid_size or 0
+        return min(size, int(most)) if most.isdigit() else size
+
+    @property
+    def valid_attack(self) -> str:
+        """The attack of validation, as a column of an evaluation has it; empty where not recorded."""
+        attack = self.params.get("evaluation.attack", "pgd")
+        steps = self.params.get("evaluation.steps")
+        if attack != "pgd" or steps is None:
+            return attack if attack != "pgd" else ""
+        restarts = self.params.get("evaluation.restarts", "1")
+        return f"pgd{steps}" + ("" if restarts == "1" else f"x{restarts}")
+
 
 def split_of(run: Trained) -> tuple[str, ...]:
     """What decides which images are trained on and which are held back."""
@@ -138,14 +187,16 @@ def read(client: Any, run: Any, evaluations: tuple[EvaluatedRun, ...]) -> Traine
         metrics=metrics,
         curves={name: _curve(client, run, name) for name in CURVES if name in metrics},
         evaluations=evaluations,
-        split_size=_split_size(run),
+        split_size=_size(run, "training"),
+        valid_size=_size(run, "validation"),
     )
 
 
-def _split_size(run: Any) -> int | None:
+def _size(run: Any, context: str) -> int | None:
+    """The number of images of a data set of the run."""
     for data_set in run.inputs.dataset_inputs:
         contexts = [tag.value for tag in data_set.tags if tag.key == "mlflow.data.context"]
-        if contexts == ["training"] and data_set.dataset.profile:
+        if contexts == [context] and data_set.dataset.profile:
             return json.loads(data_set.dataset.profile).get("num_rows")
     return None
 

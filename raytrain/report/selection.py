@@ -55,7 +55,7 @@ def choose(client: Any, words: Sequence[str]) -> Chosen:
         for run in _meant(client, word):
             found.setdefault(run.info.run_id, run)
     runs = sorted(found.values(), key=lambda run: (run.info.start_time or 0, run.info.run_id))
-    title = ", ".join(word.partition(":")[2] or word for word in words) if words else DEFAULT
+    title = ", ".join(_kind_and_name(word)[1] for word in words) if words else DEFAULT
     return Chosen(title, runs, _sweep_of(client, runs))
 
 
@@ -70,9 +70,15 @@ def _sweep_of(client: Any, runs: Sequence[Any]) -> Any | None:
     return sweep if trials == {run.info.run_id for run in runs} else None
 
 
-def _meant(client: Any, word: str) -> list[Any]:
+def _kind_and_name(word: str) -> tuple[str, str]:
+    """`sweep` and `mine` of `sweep:mine`; a name that has a colon of its own is whole."""
     kind, colon, rest = word.partition(":")
-    kinds, name = ((kind,), rest) if colon and kind in _KINDS else (_KINDS, word)
+    return (kind, rest) if colon and kind in _KINDS else ("", word)
+
+
+def _meant(client: Any, word: str) -> list[Any]:
+    kind, name = _kind_and_name(word)
+    kinds = (kind,) if kind else _KINDS
     if "run" in kinds and (run := _by_id(client, name)) is not None:
         return _unfolded(client, run)
     by_kind = {kind: _by_name(client, kind, name) for kind in kinds}
@@ -86,7 +92,7 @@ def _meant(client: Any, word: str) -> list[Any]:
         wanted = " or ".join(f"{kind}:{name}" for kind in meanings)
         raise RequestError(f"{word}: this is the name of {said}; expected {wanted}")
     ((kind, runs),) = meanings.items()
-    if kind == "run" and len(runs) > 1 and "run" not in word.split(":")[:1]:
+    if kind == "run" and len(runs) > 1 and len(kinds) > 1:
         raise RequestError(
             f"{word}: {len(runs)} runs have this name ({_ids(runs)}); expected one id, or run:{name} "
             "for all of them"

@@ -1,30 +1,27 @@
-"""How configurations look in every figure: one letter, one colour, one marker each."""
+"""How configurations look in every figure: a letter each, and the colour of their algorithm."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raytrain.evaluation.names import attack_title
-from raytrain.plotting.sheet import SMALL, short
+from raytrain.plotting.sheet import COLOURS, GREY, legend, short
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.rows import VALID, Row, order
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
-"""Of Okabe and Ito, and a brown for their yellow: told apart by colour-blind readers."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-GREY = "#8c8c8c"
 
 
 @dataclass(frozen=True)
 class Look:
-    """Grey for those that there are no colours for."""
+    """Of a configuration: those that are not named are small and pale."""
 
     colour: str = GREY
     marker: str = "o"
@@ -38,27 +35,51 @@ def best_first(comparable: ComparableRuns) -> list[Row]:
 
 
 def looks_of(comparable: ComparableRuns) -> dict[str, Look]:
-    """By letter: a colour for the best, and for what is on the Pareto front."""
+    """By letter. Colour and marker are those of the algorithm, lines tell its configurations apart; of a
+    single algorithm, each of the named configurations has its own. Named are the best, and the Pareto front.
+    """
     rows = best_first(comparable)
-    chosen = rows if len(rows) <= len(COLOURS) else _worth_a_colour(rows)
-    looks = {
-        row.letter: Look(colour, marker, line, named=True)
-        for row, colour, marker, line in zip(chosen, COLOURS, MARKERS, LINES, strict=False)
-    }
-    return {row.letter: looks.get(row.letter, Look()) for row in rows}
+    named = rows if len(rows) <= len(COLOURS) else _worth_a_name(rows)
+    several = len({row.setting.algorithm for row in rows}) > 1
+    first = dict.fromkeys(_group(row, several) for row in [*named, *(rows if several else [])])
+    places = {group: place for place, group in enumerate(first)}
+    used: Counter[str] = Counter()
+    looks = {}
+    for row in rows:
+        group, is_named = _group(row, several), row in named
+        place = places.get(group, len(COLOURS))
+        line = LINES[(used[group] if several else place) % len(LINES)]
+        used[group] += is_named
+        colour, marker = (
+            (COLOURS[place], MARKERS[place]) if place < len(COLOURS) else (GREY, MARKERS[0])
+        )
+        looks[row.letter] = Look(colour, marker, line if is_named else "-", is_named)
+    return looks
 
 
-def _worth_a_colour(rows: list[Row]) -> list[Row]:
+def algorithms_of(comparable: ComparableRuns, looks: dict[str, Look]) -> dict[str, str]:
+    """The colour of each algorithm; empty where all configurations have the same, or each another."""
+    rows = best_first(comparable)
+    colours = {row.setting.algorithm: looks[row.letter].colour for row in rows}
+    return colours if 1 < len(colours) < len(rows) else {}
+
+
+def _group(row: Row, several: bool) -> str:
+    return row.setting.algorithm if several else row.letter
+
+
+def _worth_a_name(rows: list[Row]) -> list[Row]:
     front = [row for row in rows if row.front][: len(COLOURS) - 2]
     rest = [row for row in rows if row not in front]
     chosen = [*front, *rest][: len(COLOURS)]
     return [row for row in rows if row in chosen]
 
 
-def title_of(row: Row, longest: int = 44) -> str:
-    """`A pgd steps=10`, with the marks that every number of the row has."""
+def title_of(row: Row, longest: int = 54) -> str:
+    """`A  t0008: pgd steps=10`, with the marks that every number of the row has."""
     marks = f" {row.marks}" if row.marks else ""
-    return f"{row.letter}  {short(row.label, longest)}{marks}"
+    names = "" if row.setting.names == row.label else f"{short(row.setting.names, 24)}: "
+    return f"{row.letter}  {short(names + row.label, longest)}{marks}"
 
 
 def axis_of(attack: str) -> str:
@@ -68,40 +89,11 @@ def axis_of(attack: str) -> str:
     return f"{attack_title(attack)} accuracy on the test set, %"
 
 
-def head_room(labels: int) -> float:
-    """Inches that a legend of so many labels takes above the axes."""
+def room(labels: int) -> float:
+    """Inches that a legend of so many labels in two columns takes."""
     return 0.18 * -(-labels // 2)
 
 
 def letter_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Two columns above the axes."""
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=2,
-        frameon=False,
-        fontsize=SMALL,
-        handletextpad=0.5,
-        columnspacing=2,
-    )
-
-
-def letters(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
-    """A bold letter beside each point (x, y), moved up or down where two would lie on one another."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    near, gap = 0.06 * (right - left), 0.05 * (high - low)
-    done: list[tuple[float, float]] = []
-    for x, y, text in sorted(places, key=lambda place: -place[1]):
-        below = [other for at, other in done if abs(at - x) < near]
-        free = min([y, *(other - gap for other in below if other - gap < y)])
-        done.append((x, free))
-        axes.annotate(
-            text,
-            (x, free),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            size=SMALL,
-            weight="bold",
-            annotation_clip=False,
-        )
+    """The letters, in two columns below the axes."""
+    legend(figure, handles, "", columns=2, below=True)

@@ -77,6 +77,7 @@ def sweep_note(
     progress: SweepProgress | None = None,
     best: TrialRow | None = None,
     ids: Mapping[str, str] | None = None,
+    warning: str | None = None,
 ) -> str:
     """What a sweep searches and what it has found, in Markdown; `ids` are runs of MLflow by handle."""
     goal = ", ".join(f"{one.mode} `{one.metric}`" for one in space.objective)
@@ -90,6 +91,7 @@ def sweep_note(
         _best(space, experiment_id, best, ids or {}),
         f"[Trials]({table}), [their curves and parallel coordinates]({charts}). "
         + _next(name, again, best),
+        f"**Warning:** {warning}." if warning else "",
         _spent(progress),
         space.description.strip(),
         f"{goal}; {how}; budget {_budget(space)}.",

@@ -1,8 +1,12 @@
-"""The trials that a new sweep begins with: a whole grid, published defaults, what earlier runs found."""
+"""The trials that a new sweep begins with: a whole grid, published defaults, equally many of each algorithm,
+what earlier runs found.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,17 +15,19 @@ import optuna
 from raytrain.config.request import override, validated, value_of
 from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
-from raytrain.core.types import RequestError
+from raytrain.core.types import RequestError, mix
 from raytrain.tracking import finished_runs, provenance
 from raytrain.tuning.history import queued_params
 from raytrain.tuning.outcome import amounts
 from raytrain.tuning.space.base import same
+from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.encoding import defaults, encode
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.trial_manager import TrialManager
 
 _PLANNED = "planned"  # set once all of this is in the study
 _EARLIER = "earlier"  # the outcome of what is no trial of this sweep
+_TRIES = 100  # draws for a configuration, until the constraints hold
 
 
 def plan_first(manager: TrialManager, space: SearchSpace, tracking_uri: str) -> None:
@@ -46,8 +52,43 @@ def plan_first(manager: TrialManager, space: SearchSpace, tracking_uri: str) -> 
 def _first(space: SearchSpace) -> Iterator[dict[str, Any]]:
     if space.search.sampler == "grid":
         yield from space.grid()
-    elif space.search.defaults and space.search.sampler != "pbt":
-        yield from defaults(space)
+    elif space.search.sampler != "pbt":
+        first = defaults(space) if space.search.defaults else []
+        yield from first
+        yield from _of_every_algorithm(space, first)
+
+
+def _of_every_algorithm(
+    space: SearchSpace, before: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Random configurations in the place of a sampler's random start, equally many of each algorithm.
+
+    With those of `before`, each algorithm has `startup` divided by the number of algorithms, rounded up.
+    A fixed function of the space and its seed. Their order changes from round to round: pruners keep
+    what comes first more readily.
+    """
+    if space.algorithms is None:
+        return
+    key, names = space.algorithms
+    had = Counter(params[key] for params in before)
+    for number in range(-(-space.search.startup // len(names))):
+        for name in random.Random(mix(space.search.seed, number)).sample(names, len(names)):
+            if had[name] <= number and (drawn := _drawn(space, {key: name}, number)) is not None:
+                yield drawn
+
+
+def _drawn(space: SearchSpace, fixed: Mapping[str, Any], number: int) -> dict[str, Any] | None:
+    """A random configuration that makes a valid run; None if none is found."""
+    for attempt in range(_TRIES):
+        draw = Draw(mix(space.search.seed, "start", repr(fixed), number, attempt), fixed)
+        try:
+            values = space.sample(draw)
+            if space.allows(values):
+                space.run(values)
+                return draw.params
+        except RequestError:
+            continue
+    return None
 
 
 def _learn(

@@ -46,6 +46,8 @@ def swept(best: TrialRow | None = TRIALS[0], trials: list[TrialRow] = TRIALS) ->
         trials=trials,
         progress=progress,
         importances=[],
+        importances_at_equal_cost=None,
+        warning=None,
         finals=[],
         best_file=None,
         table=FOLDER / "trials.parquet",

@@ -19,12 +19,22 @@ from optuna.distributions import (
 from optuna.trial import TrialState, create_trial
 
 from raytrain.config.run import RunConfig
-from raytrain.plotting.sheet import MANY, label, shown, some
+from raytrain.plotting import sweep_figures
+from raytrain.plotting.sheet import COLOURS, GREY, MANY, colours_of, label, shown, some
 from raytrain.plotting.sweep_figures import draw, in_order
+from raytrain.plotting.sweep_slices import ALWAYS, panels
+from raytrain.tuning.cost_curves import read_curves
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.history import History
-from raytrain.tuning.importance import Importance, Method, importances
+from raytrain.tuning.importance import (
+    Importance,
+    Method,
+    best_share,
+    importances,
+    importances_at_equal_cost,
+)
 from raytrain.tuning.space.settings import Budget, Objective, Search
+from raytrain.tuning.trial_rows import RowLog
 
 LR: BaseDistribution = FloatDistribution(1e-3, 1.0, log=True)
 STEPS: BaseDistribution = IntDistribution(1, 10)
@@ -139,7 +149,9 @@ BY_COST = Fidelity(True, FAR, IMAGES)
 
 
 def drawn(study: optuna.Study, folder: Path, method: Method = "ped-anova") -> list[Path]:
-    return draw(history_of(study), BY_COST, folder, importances(study, method))
+    curves = read_curves(RowLog(folder.parent / "rows.jsonl"), BY_COST, "valid/robust")
+    equal = importances_at_equal_cost(study, curves, method)
+    return draw(history_of(study), BY_COST, folder, curves, importances(study, method), equal, {})
 
 
 @pytest.mark.parametrize("method", ["ped-anova", "fanova"])
@@ -167,7 +179,10 @@ def test_where_all_trials_share_all_parameters_it_is_what_optuna_says() -> None:
             )
         )
     pairs: list[tuple[Any, Any]] = [
-        ("ped-anova", optuna.importance.PedAnovaImportanceEvaluator()),
+        (
+            "ped-anova",
+            optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best_share(40)),
+        ),
         ("fanova", optuna.importance.FanovaImportanceEvaluator(seed=0)),
     ]
     for method, evaluator in pairs:
@@ -245,7 +260,7 @@ def test_a_sweep_has_the_pictures_that_show_something(
     found = drawn(study, tmp_path / "figures", "ped-anova")
     stems = ["history", "importances", "slices", "front", "curves"]
     if count == 3:
-        stems.remove("importances")  # one finished trial
+        stems.remove("importances")
     if objectives == 1:
         stems.remove("front")
     assert names(found) == both(*stems)
@@ -299,3 +314,34 @@ def test_units_are_named_and_shares_are_per_cent() -> None:
     assert label("train/fosc") == "train/fosc, nats" and shown("train/fosc", 0.5) == 0.5
     assert label("cost/seconds") == "cost/seconds, s" and label("cost/fe") == "cost/fe, FE"
     assert label("train/inner_steps") == "train/inner_steps"
+
+
+def test_panels_are_by_importance_and_never_without_the_algorithm_and_the_learning_rate() -> None:
+    varied = [f"p{k:02d}" for k in range(20)] + ["optimizer.lr", "algorithm.name"]
+    order = ["p07", "optimizer.lr", "p03"]
+    shown_keys = panels(order, varied)
+    assert shown_keys[:4] == ["p07", "optimizer.lr", "p03", "algorithm.name"]
+    assert len(shown_keys) == 12 == len(set(shown_keys))
+    last = panels(varied[:20] + list(ALWAYS), varied)
+    assert last == [*varied[:10], "algorithm.name", "optimizer.lr"]
+    assert panels([], ["b", "a"]) == ["a", "b"] and panels(["a"], []) == []
+
+
+def test_a_colour_belongs_to_one_algorithm_and_none_to_the_only_one() -> None:
+    names = [f"a{k}" for k in range(9)]
+    colours = colours_of([*names, *names])
+    assert list(colours) == names and [*colours.values()] == [*COLOURS, GREY, GREY]
+    assert colours_of(["pgd", "pgd"]) == {} == colours_of([])
+
+
+def test_stopped_trials_and_no_others_are_hollow() -> None:
+    study = study_of(60)
+    trials = in_order(history_of(study), BY_COST)
+    figure = sweep_figures._history(trials, history_of(study).space.objective[0])
+    (axes,) = figure.axes
+    points: list[Any] = [one for one in axes.collections if len(np.asarray(one.get_offsets()))]
+    hollow = sum(len(one.get_offsets()) for one in points if not len(one.get_facecolors()))
+    stopped = sum(trial.stopped for trial in trials)
+    assert 0 < hollow == stopped < sum(len(one.get_offsets()) for one in points) == len(trials)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert f"stopped early ({stopped})" in legend and {"pgd", "trades", "natural"} <= set(legend)

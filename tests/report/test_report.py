@@ -262,9 +262,9 @@ def test_failed_checks_and_foreign_contracts_are_marked_everywhere(
     home, away = result.comparables
     assert home.leader is not None and home.leader.label.startswith("n_fgsm")
     page = Page(result.report.read_text()).text
-    assert re.search(r"100\.0\s+\[[^]]*\]\s*⚠", page)
+    assert re.search(r"100\.0\s+⚠\s*\[[^]]*\]", page)
     assert "zero_gradients: why" in page
-    assert re.search(r"50\.0\s+\[[^]]*\]\s*†", page)
+    assert re.search(r"50\.0\s+†\s*\[[^]]*\]", page)
     told = CliRunner().invoke(app, ["compare", "experiment:marks", "--uri", stored.uri, "--to",
                                     str(tmp_path / "cli")])  # fmt: skip
     assert told.exit_code == 0, told.output
@@ -479,3 +479,36 @@ def test_the_folder_is_named_after_the_words(
     monkeypatch.chdir(tmp_path)
     result = raytrain.compare(["lonely", stored.ids["natural", 0]], uri=stored.uri)
     assert result.folder == tmp_path / "comparisons" / f"lonely-{stored.ids['natural', 0]}"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_colon_in_a_name_is_part_of_it_and_of_the_folder(
+    stored: StoredRuns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = stored.client
+    where = client.create_experiment("colons", (stored.folder / "mlruns").as_uri())
+    for name in ("lr:0.1", "lr:0.2"):
+        client.set_terminated(client.create_run(where, run_name=name).info.run_id)
+    folders = [compare([word], uri=stored.uri).folder for word in ("lr:0.1", "run:lr:0.2")]
+    assert [folder.name for folder in folders] == ["lr-0.1", "lr-0.2"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_answer_comes_first_and_the_command_that_it_speaks_of_last(
+    stored: StoredRuns, tmp_path: Path
+) -> None:
+    words = ["compare", "lonely", "--uri", stored.uri, "--to", str(tmp_path / "x")]
+    told = CliRunner().invoke(app, words).stdout.splitlines()
+    command = f"raytrain evaluate {stored.ids['pgd', 9]}"
+    assert told[0].startswith(
+        "leader      digits, linf eps 0.1, validation only: A, run lonely (pgd)"
+    )
+    assert [line for line in told if line.endswith(command)][0].startswith("next        ")
+    values = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout.splitlines()[-1])
+    (arena,) = values["arenas"]
+    assert arena["next"] == command and arena["decided"] is True
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert (
+        page.index(arena["answer"].partition(" (")[0]) < page.index(command) < page.index("<h2>")
+    )

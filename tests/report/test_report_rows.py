@@ -18,18 +18,19 @@ from raytrain.evaluation.confidence import holm, mcnemar, over_seeds, wilson
 from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.plotting.sheet import save
 from raytrain.report import curve_figures
+from raytrain.report.answer import answer_of
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import settings_of
 from raytrain.report.cost_figures import cost_figure, gap_figure
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.image_figures import by_class
-from raytrain.report.importance import importance_of
+from raytrain.report.importance import equal_cost_of, importance_of
 from raytrain.report.inline_svg import inline
 from raytrain.report.page import without_password
 from raytrain.report.pairs import pairs_of
 from raytrain.report.rows import VALID, Row
 from raytrain.report.runs import Trained
-from raytrain.report.sections import columns_of, in_short, section_of, seeds_of
+from raytrain.report.sections import Section, columns_of, section_of, seeds_of
 from raytrain.report.styles import looks_of
 
 SHARES = st.integers(0, 1000).map(lambda k: k / 1000)
@@ -42,6 +43,11 @@ def compared(*runs: Trained) -> list[ComparableRuns]:
 def alone(*runs: Trained) -> ComparableRuns:
     (comparable,) = compared(*runs)
     return comparable
+
+
+def shown_rows(part: Section) -> list[dict[str, Any]]:
+    """The rows of a table that are not folded away."""
+    return [row for band in part.bands for row in band.rows]
 
 
 def random_flags(share: float, seed: int, count: int = 200) -> Any:
@@ -202,8 +208,8 @@ def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -
         ("b", None, True),
     ]
     part = section_of(comparable, [], [])
-    assert part.hint is not None and part.hint["command"] == f"raytrain evaluate {'0' * 32}"
-    cells = next(row["cells"] for row in part.rows if row["label"] == "b")
+    assert answer_of(comparable, []).command == f"raytrain evaluate {'0' * 32} attacks=pgd"
+    cells = next(row["cells"] for row in shown_rows(part) if row["label"] == "b")
     assert part.heads[0] == "PGD-20, %" and cells[0]["value"] == "-"
 
 
@@ -235,7 +241,7 @@ def test_a_foreign_contract_is_an_arena_of_its_own_and_marked_everywhere() -> No
     assert away["a"].valid() is None  # of another threat model
     comparable = next(comparable for comparable in comparables if len(comparable.rows) == 2)
     shown = next(
-        row for row in section_of(comparable, [], []).rows if row["label"].startswith("a")
+        row for row in shown_rows(section_of(comparable, [], [])) if row["label"].startswith("a")
     )
     assert all("†" in cell["marks"] for cell in shown["cells"] if cell.get("interval"))
     assert comparable.leader is not None and comparable.leader.label[0] == "b"
@@ -253,7 +259,7 @@ def test_a_failed_check_is_marked_and_neither_leads_nor_ranks_nor_is_on_the_fron
     assert comparable.leader is rows["honest"] and rows["honest"].front
     part = section_of(comparable, pairs_of(comparable), [])
     assert part.failed == [f"{rows['masked'].letter}: zero_gradients: why"]
-    shown = next(row for row in part.rows if row["label"] == "masked")
+    shown = next(row for row in shown_rows(part) if row["label"] == "masked")
     assert [c["marks"] for c in shown["cells"] if c.get("interval")] == ["⚠"]
 
 
@@ -265,7 +271,8 @@ def test_the_tag_of_a_run_is_believed_where_the_files_are_missing() -> None:
         )
     )
     assert comparable.rows[0].failed == ("randomised",) and comparable.leader is None
-    assert in_short(comparable, []).endswith("nothing here can be ranked.")
+    answer = answer_of(comparable, [])
+    assert answer.text.endswith("nothing here can be ranked.") and not answer.decided
 
 
 def test_findings_of_this_threat_model_are_believed_before_the_tag_of_any() -> None:
@@ -380,7 +387,9 @@ def test_equals_cannot_be_told_apart() -> None:
     comparable = alone(trained("a", evaluations=[same]), trained("b", evaluations=[same]))
     (pair,) = pairs_of(comparable)
     assert (pair.p, pair.holm, pair.difference, pair.relation) == (1.0, 1.0, 0.0, "not told apart")
-    assert in_short(comparable, [pair]).endswith("cannot be told from B.")
+    answer = answer_of(comparable, [pair])
+    assert "Not decided" in answer.text and not answer.decided
+    assert answer.text.endswith("; B (b of seed 0) cannot be told from it on the same images.")
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -460,17 +469,18 @@ def test_of_many_rows_the_evaluated_ones_and_the_best_of_every_band_are_shown_at
         for k in range(100)
     ]
     part = section_of(alone(*runs), [], [])
-    shown = {row["label"] for row in part.rows}
-    assert len(part.rows) + len(part.more) == 100 and len(part.rows) <= 41
+    shown = {row["label"] for row in shown_rows(part)}
+    assert sum(len(band.rows) + len(band.folded) for band in part.bands) == 100
+    assert len(shown) <= 25
     assert {"m1", "m99", "m98"} <= shown and not {"m0", "m3"} & shown
-    bands = [row["band"] for row in part.rows if "band" in row]
-    assert bands == ["10 FE per training image", "99 FE per training image"]
+    titles = [band.title for band in part.bands]
+    assert titles == ["99 FE per training image", "10 FE per training image"]
 
 
 def test_columns_in_which_nobody_has_a_number_are_left_out() -> None:
     part = section_of(alone(trained("a")), [], [])
     assert not {"seconds", "validation, clean"} & set(part.heads)
-    assert all(len(row["cells"]) == len(part.heads) for row in part.rows)
+    assert all(len(row["cells"]) == len(part.heads) for row in shown_rows(part))
 
 
 # --- small things -------------------------------------------------------------------------------
@@ -493,7 +503,7 @@ def test_a_run_without_anything_is_a_row() -> None:
     comparable = alone(bare)
     (row,) = comparable.rows
     assert isinstance(row, Row) and row.cost is None and comparable.leader is None
-    assert section_of(comparable, [], []).rows[0]["band"] == "cost not recorded"
+    assert section_of(comparable, [], []).bands[0].title == "cost not recorded"
     assert cost_figure(comparable) is None and gap_figure(comparable) is None
 
 
@@ -530,7 +540,7 @@ def test_seeds_that_contradict_one_another_do_not_tell_two_apart() -> None:
     comparable = alone(*runs)
     (pair,) = pairs_of(comparable)
     assert (pair.ahead, pair.seeds, pair.relation) == (2, 4, "not told apart")
-    assert "cannot be told from" in in_short(comparable, [pair])
+    assert not answer_of(comparable, [pair]).decided
 
 
 def test_a_leader_that_is_behind_on_what_both_have_is_not_called_ahead() -> None:
@@ -538,8 +548,8 @@ def test_a_leader_that_is_behind_on_what_both_have_is_not_called_ahead() -> None
     comparable = alone(*leading, trained("b", 0, evaluations=[rights(600)]))
     (pair,) = pairs_of(comparable)
     assert (pair.relation, round(pair.difference, 3)) == ("behind", -0.1)
-    said = in_short(comparable, [pair])
-    assert "behind" in said and "ahead" not in said
+    answer = answer_of(comparable, [pair])
+    assert "behind B" in answer.text and "ahead" not in answer.text and not answer.decided
 
 
 def test_one_pair_has_mcnemars_two_sided_p() -> None:
@@ -607,3 +617,36 @@ def test_what_mattered_leaves_out_what_failed_a_check_and_how_it_was_judged() ->
         )
     found = {one.key for one in importance_of(alone(*runs))}
     assert found <= {"optimizer.lr"}
+
+
+def test_what_an_algorithm_alone_decides_is_no_parameter_of_it() -> None:
+    """`steps` of pgd is always 10: what it brings is the choice of pgd."""
+    pairs = [("a", k % 5 + 1) for k in range(20)] + [("pgd", 10) for _ in range(20)]
+    runs = [
+        trained(
+            name,
+            params={"algorithm.steps": steps, "optimizer.lr": 0.01 * (k + 1)},
+            robust=[0.01 * k],
+        )
+        for k, (name, steps) in enumerate(pairs)
+    ]
+    found = {one.key: one.trials for one in importance_of(alone(*runs))}
+    assert found == {"algorithm.name": 40, "optimizer.lr": 40, "algorithm.steps": 20}
+
+
+def test_stopped_configurations_count_for_importance_at_equal_cost() -> None:
+    runs = [
+        trained(
+            params={"optimizer.lr": 0.01 * (k + 1)},
+            robust=[0.01 * k] * (2 if k % 3 else 6),
+            cost=20.0 if k % 3 else 60.0,
+            tags={"outcome": "stopped" if k % 3 else "complete"},
+        )
+        for k in range(30)
+    ]
+    comparable = alone(*runs)
+    equal = equal_cost_of(comparable)
+    assert equal is not None and (equal.cost, equal.trials) == (20.0, 30)
+    assert [one.trials for one in equal.importances] == [30]
+    assert [one.trials for one in importance_of(comparable)] == [10]
+    assert equal_cost_of(alone(*runs[::3])) is None

@@ -94,7 +94,8 @@ def of_the_sweep(sweep: Launch) -> Recorder:
     """What is recorded of the sweep on its own run, and of its final."""
     recorder: Any = Recorder()
     splits = open_splits(sweep.space.base_run.data, DistributedContext())
-    sweep_results.log_sweep(recorder, sweep.manager, splits, [])
+    weights = sweep_results.what_mattered(sweep.manager, "ped-anova")
+    sweep_results.log_sweep(recorder, sweep.manager, splits, weights)
     final = FinalRow(1, 0, 3, 0.9, 0.01, 0.5, 0.01, "aa", 23.0)
     log_finals(recorder, sweep.folder, [final])
     return recorder

@@ -168,6 +168,113 @@ def test_earlier_runs_are_told_once_wherever_the_driver_dies(
     assert sorted(q["optimizer.lr"] for q in queue(later)) == [0.03, 0.06]
 
 
+# --- equally many of each algorithm ---------------------------------------------------------------
+
+SEVERAL: dict[str, Any] = {
+    "space": {
+        "algorithm.name": {
+            "branch": {
+                "pgd": {"algorithm.steps": {"int": [2, 10]}},
+                "trades": {"algorithm.beta": {"float": [0.5, 15], "log": True}},
+                "natural": {},
+            }
+        },
+        "optimizer.lr": {"float": [0.01, 0.3], "log": True},
+    },
+    "base": {**BASE, "algorithm": "pgd"},
+    "search": {"sampler": "tpe", "pruner": "none", "startup": 7, "seed": 3},
+}
+
+
+def named(launch: Launch) -> list[str]:
+    return [params["algorithm.name"] for params in queue(launch)]
+
+
+def started(folder: Path, **changes: Any) -> Launch:
+    launch = Launch(folder, space=space_of(**{**SEVERAL, **changes}))
+    plan_first(launch.manager, launch.space, "")
+    return launch
+
+
+def test_the_first_trials_are_spread_over_all_algorithms_alike(tmp_path: Path) -> None:
+    names = named(started(tmp_path / "s"))
+    assert len(names) == 9  # startup over three algorithms, rounded up
+    for round_ in range(3):  # a budget that ends early has tried all alike too
+        assert sorted(names[3 * round_ : 3 * round_ + 3]) == ["natural", "pgd", "trades"]
+
+
+def test_they_depend_on_the_seed_alone_and_are_no_copies(tmp_path: Path) -> None:
+    one, same = (queue(started(tmp_path / name)) for name in ("one", "same"))
+    search = {**SEVERAL["search"], "seed": 4}
+    other = queue(started(tmp_path / "other", search=search))
+    assert one == same and len({repr(params) for params in one}) == len(one)
+    assert one[:3] == other[:3] and one[3:] != other[3:]  # the defaults have no seed
+
+
+def test_they_are_no_defaults_where_those_are_not_wanted(tmp_path: Path) -> None:
+    search = {**SEVERAL["search"], "defaults": False}
+    names = named(started(tmp_path / "s", search=search))
+    assert sorted(names) == ["natural"] * 3 + ["pgd"] * 3 + ["trades"] * 3
+
+
+def test_they_keep_the_constraints(tmp_path: Path) -> None:
+    rule = "optimizer.lr < 0.02 or algorithm.name != 'pgd'"
+    launch = started(tmp_path / "s", constraints=[rule])
+    names = named(launch)
+    assert names.count("pgd") == names.count("trades") == 3
+    rates = [q["optimizer.lr"] for q in queue(launch) if q["algorithm.name"] == "pgd"]
+    assert max(rates) < 0.02
+
+
+def test_a_sweep_that_is_resumed_goes_on_with_the_rest_of_them(tmp_path: Path) -> None:
+    launch = started(tmp_path / "s", budget={"trials": 9})
+    planned = queue(launch)
+    launch.complete("a", 0.1)
+    launch.begin("b")  # under way when the driver dies
+    later = launch.again()
+    later.manager.recover()
+    plan_first(later.manager, later.space, "")
+    assert queue(later) == [*planned[2:], planned[1]]
+    for number in range(8):
+        later.complete(f"t{number}", 0.1)
+    done = [t.params for t in later.trials(TrialState.COMPLETE)]
+    assert sorted(map(repr, done)) == sorted(map(repr, planned))
+
+
+@pytest.mark.parametrize("dies_at", [2, 5, 9, 10])
+def test_they_are_planned_once_wherever_the_driver_dies(tmp_path: Path, dies_at: int) -> None:
+    calls = 0
+
+    def die(name: str) -> None:
+        nonlocal calls
+        calls += name in ("create_new_trial", "set_study_user_attr") and armed
+        if calls == dies_at:
+            calls += 1
+            raise Killed
+
+    armed = False
+    launch = Launch(tmp_path / "s", space=space_of(**SEVERAL), deaths=die)
+    armed = True
+    with pytest.raises(Killed):
+        plan_first(launch.manager, launch.space, "")
+    later = launch.again()
+    later.manager.recover()
+    plan_first(later.manager, later.space, "")
+    assert queue(later) == queue(started(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [{}, {"algorithm.name": {"choice": ["pgd"]}}, {"algorithm.steps": {"int": [2, 10]}}],
+)
+def test_a_sweep_with_one_algorithm_begins_as_ever(
+    tmp_path: Path, algorithm: dict[str, Any]
+) -> None:
+    space = {**algorithm, "optimizer.lr": {"float": [0.01, 0.3], "log": True}}
+    launch = started(tmp_path / "s", space=space)
+    assert launch.space.algorithms is None and len(queue(launch)) == 1
+
+
 # --- what a real sweep left in a real store ----------------------------------------------------
 
 

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raytrain.core.types import RequestError
 
 
 class Draw:
-    """A trial that draws at random, but for the parameters that are `fixed`."""
+    """A trial that draws at random, but for the parameters that are `fixed`; `params` are all of them."""
 
     def __init__(self, seed: int, fixed: Mapping[str, Any]) -> None:
         self._source, self._fixed = random.Random(seed), fixed
+        self.params: dict[str, Any] = {}
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        if name in self._fixed:
-            return self._fixed[name]
-        if step is not None:
-            return low + step * self._source.randrange(_points(low, high, step))
-        if log:
-            drawn = math.exp(self._source.uniform(math.log(low), math.log(high)))
-            return min(max(drawn, low), high)
-        return self._source.uniform(low, high)
+        def draw() -> float:
+            if step is not None:
+                return low + step * self._source.randrange(_points(low, high, step))
+            if log:
+                drawn = math.exp(self._source.uniform(math.log(low), math.log(high)))
+                return min(max(drawn, low), high)
+            return self._source.uniform(low, high)
+
+        return self._keep(name, draw)
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        if name in self._fixed:
-            return self._fixed[name]
-        if log:
-            return round(math.exp(self._source.uniform(math.log(low), math.log(high))))
-        return self._source.randrange(low, high + 1, step)
+        def draw() -> int:
+            if log:
+                return round(math.exp(self._source.uniform(math.log(low), math.log(high))))
+            return self._source.randrange(low, high + 1, step)
+
+        return self._keep(name, draw)
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self._fixed[name] if name in self._fixed else self._source.choice(choices)
+        return self._keep(name, lambda: self._source.choice(choices))
+
+    def _keep(self, name: str, draw: Callable[[], Any]) -> Any:
+        self.params[name] = self._fixed[name] if name in self._fixed else draw()
+        return self.params[name]
 
 
 class Replay:

@@ -10,6 +10,7 @@ from raytrain.tuning.space.base import AbstractSearched, same
 from raytrain.tuning.space.dimensions import Branch, Choice
 from raytrain.tuning.space.draws import Replay
 from raytrain.tuning.space.expressions import Absent
+from raytrain.tuning.space.labels import ALGORITHM
 from raytrain.tuning.space.lookup import field_at, field_value
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.variables import Variable
@@ -45,8 +46,7 @@ def defaults(space: SearchSpace) -> list[dict[str, Any]]:
     choices = [
         {variable.path: option}
         for variable in space.variables
-        if variable.path in ("algorithm", "algorithm.name")
-        and isinstance(variable.entry, Choice | Branch)
+        if variable.path in ALGORITHM and isinstance(variable.entry, Choice | Branch)
         for option in variable.entry.ends()
     ]
     found: list[dict[str, Any]] = []

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+ALGORITHM = ("algorithm.name", "algorithm")
+"""Paths that choose an algorithm."""
 _KINDS = ("name", "kind", "norm")  # fields labelled by the name of their record
 
 
@@ -27,6 +29,11 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     names = {path: _name(path) for path in paths}
     counts = Counter(names.values())
     return {path: name if counts[name] == 1 else path for path, name in names.items()}
+
+
+def algorithm_of(values: Mapping[str, Any]) -> str | None:
+    """The algorithm among the values that a trial varies; None where all have the same."""
+    return next((str(values[path]) for path in ALGORITHM if path in values), None)
 
 
 def _name(path: str) -> str:

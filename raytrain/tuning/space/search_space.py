@@ -16,9 +16,10 @@ from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.types import RequestError, Spec
 from raytrain.evaluation.sentinels import Sentinels
 from raytrain.tuning.space.base import AbstractSearched, Suggests
-from raytrain.tuning.space.dimensions import Derived, Real, SpaceEntry
+from raytrain.tuning.space.dimensions import Branch, Choice, Derived, Real, SpaceEntry
 from raytrain.tuning.space.draws import Replay, Walk
 from raytrain.tuning.space.expressions import Absent, parse
+from raytrain.tuning.space.labels import ALGORITHM
 from raytrain.tuning.space.lookup import Lookup
 from raytrain.tuning.space.settings import (
     CATASTROPHIC,
@@ -130,6 +131,20 @@ class SearchSpace(Spec):
         return self._plan()[0]
 
     @property
+    def algorithms(self) -> tuple[str, tuple[Any, ...]] | None:
+        """The parameter by which every configuration chooses among several algorithms, and its options.
+
+        None if all have the same one, or choose under a condition.
+        """
+        found = [variable for variable in self.variables if variable.path in ALGORITHM]
+        if len(found) != 1 or found[0].said():
+            return None
+        entry = found[0].entry
+        if not isinstance(entry, Choice | Branch) or len(entry.ends()) < 2:
+            return None
+        return found[0].key, tuple(entry.ends())
+
+    @property
     def base_run(self) -> RunConfig:
         """The run that nothing has been varied in."""
         try:
@@ -196,6 +211,14 @@ class SearchSpace(Spec):
     def rows(self) -> list[tuple[str, str, str]]:
         """What varies, as a table: path, range, condition."""
         return [(v.path, v.entry.words(), v.said()) for v in self.variables]
+
+    def units(self) -> dict[str, str]:
+        """The units of raw parameters that have one."""
+        return {
+            variable.key: "eps"
+            for variable in self.variables
+            if isinstance(variable.entry, AbstractSearched) and variable.entry.in_eps
+        }
 
     def hash(self) -> str:
         """Changes when trials would no longer be comparable: not with name, budget or place of work."""
