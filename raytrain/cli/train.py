@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30.0
+_ID = 8  # digits of an id that are shown: the beginning of one means the run
 _GROUND = 0.02  # share of training from which its speed says how long the rest takes
 
 
@@ -47,7 +48,7 @@ class Epochs:
     def start(self, run: RunConfig, run_id: str, num_images: int) -> None:
         """Say what is trained."""
         said = (
-            f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {run_id[:8]}"
+            f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {run_id[:_ID]}"
         )
         self._say(f"training: {said}")
 
@@ -234,7 +235,7 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
             console.print(Markdown((result.profile / TABLE).read_text(encoding="utf-8")))
             line(console, "trace", str(result.profile / TRACE))
         line(console, "checkpoints", str(result.checkpoints))
-        line(console, "test set", f"raytrain evaluate {result.run_id}")
-        line(console, "MLflow UI", open_ui(result.tracking_uri, result.run_id, result.page))
+        line(console, "test set", f"raytrain evaluate {result.run_id[:_ID]}")
+        line(console, "MLflow UI", open_ui(result.tracking_uri, result.run_id[:_ID], result.page))
 
     return show
