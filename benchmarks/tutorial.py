@@ -1,4 +1,4 @@
-"""Write raytrain/cli/TUTORIAL.md: the commands of a first session, run one after the other, with their output.
+"""Write raytrain/cli/TUTORIAL.md: the commands of a first session with what they print.
 
     python benchmarks/tutorial.py
 
@@ -21,13 +21,14 @@ PAGE = ROOT / "raytrain" / "cli" / "TUTORIAL.md"
 
 HEAD = """# Five minutes with raytrain
 
-Every command below was run as it stands by [benchmarks/tutorial.py](../../benchmarks/tutorial.py), in an empty folder on two
-cores; what it printed is underneath. Ids and times differ on your machine.
+Every command below was run as it stands by [benchmarks/tutorial.py](../../benchmarks/tutorial.py), in
+an empty folder on two cores; what it printed is underneath. Ids and times differ on your machine.
 
-Words: **FE** is a forward-equivalent, one forward pass of one image; a backward pass for the image counts one more, a pass with
-weight gradients three in all. So `FE/sample` is what an image cost each time it was trained on. **Robust** is the accuracy under
-attack. **FOSC** is how far an attack is from its best point, in nats: 0 is converged. A **contract** is the threat model that a
-number was measured under: norm, radius, pixel range. A **rung** is a cost at which a sweep stops its weaker trials.
+Words: **FE** is a forward-equivalent, one forward pass of one image; a backward pass for the image
+counts one more, a pass with weight gradients three in all. So `FE/sample` is what an image cost each
+time it was trained on. **Robust** is the accuracy under attack. **FOSC** is how far an attack is from
+its best point, in nats: 0 is converged. A **contract** is the threat model that a number was measured
+under: norm, radius, pixel range. A **rung** is a cost at which a sweep stops its weaker trials.
 """
 
 STEPS: list[tuple[str, str]] = [
@@ -37,8 +38,8 @@ STEPS: list[tuple[str, str]] = [
         "raytrain train data.train_size=500 batch_size=50 epochs=6 evaluation.every=3 run_name=first",
     ),
     (
-        "## Sweep\n\nFour trials of dynamic adversarial training, whose step size and threshold are searched; "
-        "the weaker ones are stopped early. `raytrain ui steps` opens them in the MLflow UI.",
+        "## Sweep\n\nFour trials of dynamic adversarial training, whose step size and threshold are "
+        "searched; the weaker ones are stopped early. `raytrain ui steps` opens them in the MLflow UI.",
         "raytrain tune SPACES/quickstart.yaml data.train_size=500 batch_size=50 --trials 4 --name steps",
     ),
     (
@@ -52,8 +53,8 @@ STEPS: list[tuple[str, str]] = [
         "raytrain compare first steps",
     ),
     (
-        "## Export\n\nWeights as SafeTensors, in RobustBench's layout and as ONNX where that is installed, with a "
-        "model card.",
+        "## Export\n\nWeights as SafeTensors, in RobustBench's layout and as ONNX where that is installed, "
+        "with a model card.",
         "raytrain export first --to exported",
     ),
 ]
@@ -61,9 +62,11 @@ STEPS: list[tuple[str, str]] = [
 TAIL = """## Go on
 
 - A run that was interrupted: `raytrain train --resume last`; a sweep: `raytrain tune --resume steps`.
-- On CIFAR-10: `raytrain train data=cifar10 model=resnet18 threat.eps=8/255`, on 2,000 of its images with `data.train_size=2000`.
+- On CIFAR-10: `raytrain train data=cifar10 model=resnet18 threat.eps=8/255`, on 2,000 of its images
+  with `data.train_size=2000`.
 - In Python: `help(raytrain)` is the same tour.
-- What each command does: [commands](README.md). Choose an algorithm: [algorithms](../algorithms/README.md).
+- What each command does: [commands](README.md). Choose an algorithm:
+  [algorithms](../algorithms/README.md).
 """
 
 
@@ -75,8 +78,7 @@ def printed(command: str, folder: Path) -> str:
         [sys.executable, "-m", *words],
         cwd=folder,
         env=settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

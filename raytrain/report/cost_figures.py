@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raytrain.plotting.sheet import (
     COLOURS,
     GREY,
@@ -133,7 +135,9 @@ def _front(axes: Axes, comparable: ComparableRuns) -> None:
     if len(front) < 2:
         return
     right = max(row.cost or 0.0 for row in comparable.rows)
-    axes.step([*x, right], [*y, y[-1]], where="post", color=INK, linewidth=1.2, zorder=1.5)
+    # Corners and all, not a step style: labels keep off what is drawn.
+    across, up = np.repeat([*x, right], 2)[1:], np.repeat([*y, y[-1]], 2)[:-1]
+    axes.plot(across, up, color=INK, linewidth=1.2, zorder=1.5)
 
 
 def _kinds(comparable: ComparableRuns, looks: dict[str, Look]) -> list[Any]:

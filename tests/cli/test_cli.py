@@ -552,8 +552,8 @@ def test_an_interrupted_training_ends_with_the_command_that_continues_it(
 def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:
     text = answer("train", *SMALL, "run_name=mine")
     (run,) = runs_in(here)
-    assert "mine" in text and f"raytrain evaluate {run.info.run_id}" in text
-    assert f"raytrain ui {run.info.run_id}" in text
+    assert "mine" in text and f"raytrain evaluate {run.info.run_id[:8]}\n" in text
+    assert f"raytrain ui {run.info.run_id[:8]}\n" in text
 
 
 @pytest.mark.slow
