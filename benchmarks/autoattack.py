@@ -42,7 +42,7 @@ from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import flags_table
 from raytrain.tracking.provenance import hardware
 from raytrain.training.checkpoint import Saved, load
-from raytrain.training.trainer import network
+from raytrain.training.setup import network
 
 NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 

@@ -49,7 +49,7 @@ from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
 from raytrain.training.progress import OnStep, StepProgress
 from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
-from raytrain.training.trainer import check_resumable, network, preflight
+from raytrain.training.setup import check_resumable, network, preflight
 
 Watch = Callable[[RunConfig, EpochMetrics], None]
 

@@ -31,7 +31,7 @@ from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.results import BASE
 from raytrain.training.run_folder import to_yaml
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.choices import check_choices
 from raytrain.tuning.descriptions import resume_command, sweep_note, sweep_tags, sweep_view

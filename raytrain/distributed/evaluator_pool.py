@@ -24,7 +24,7 @@ from raytrain.evaluation.evaluator import Attacked, Evaluator
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.work_item import WorkItem, WorkResult
 from raytrain.training.checkpoint import Saved
-from raytrain.training.trainer import network
+from raytrain.training.setup import network
 
 
 class EvaluatorPool(Protocol):

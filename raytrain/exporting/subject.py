@@ -21,7 +21,7 @@ from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.default_name import default_name
 from raytrain.training.checkpoint import LAST, Saved, load
 from raytrain.training.run_folder import run_id_of
-from raytrain.training.trainer import network
+from raytrain.training.setup import network
 
 
 class Facts(Spec):

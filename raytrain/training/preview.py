@@ -24,7 +24,8 @@ from raytrain.core.types import Diverged
 from raytrain.data.loader import Splits, num_steps
 from raytrain.training.acceleration import Execution, execution, set_up_device, steps_in
 from raytrain.training.progress import StepProgress
-from raytrain.training.trainer import splits_of, start, train_epoch
+from raytrain.training.setup import splits_of, start
+from raytrain.training.trainer import train_epoch
 
 _LARGEST_STEP = {"cpu": 1e12, "cuda": 1e15}
 """Floating-point operations of a step that is measured: up to a minute on one core, seconds on a GPU."""

@@ -9,56 +9,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from raytrain.algorithms import AbstractAlgorithm
 from raytrain.config.run import RunConfig
-from raytrain.core.algorithm_state import TrainingSetup
-from raytrain.core.console import log_line
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import FOSC_EDGES, EpochMetrics, robust_drop
 from raytrain.core.losses import CrossEntropy
-from raytrain.core.network import copy_of
 from raytrain.core.oracle import Oracle
 from raytrain.core.regions import STEP, region
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import Batch, BatchRandom, Diverged, RequestError, mix
-from raytrain.core.user_code import user_code_errors
-from raytrain.data.catalogue import Source
+from raytrain.core.types import Batch, Diverged, mix
 from raytrain.data.loader import (
     Splits,
     SplitShard,
     iter_eval,
     iter_train,
-    num_steps,
-    open_source,
-    open_splits,
 )
-from raytrain.data.spec import DataSpec
-from raytrain.evaluation.checks import of_answers
 from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
-from raytrain.models import Classifier, check_network, check_single_images
-from raytrain.training.acceleration import accelerate, memory_format, set_up_device
+from raytrain.training.acceleration import accelerate, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.compilation import CompileCounter
 from raytrain.training.device_peak import seconds_at_peak
 from raytrain.training.progress import (
     AbstractProgress,
-    ByCost,
-    ByEpochs,
     OnStep,
     StepProgress,
 )
 from raytrain.training.replay import Steps
+from raytrain.training.setup import build_progress, splits_of, start
 
 DIVERGED = 1e4
 """A mean loss above this many nats is divergence; uniform guessing among ten classes costs 2.3."""
 
-_NUM_CHECKED = 16  # training images on which a network of the user is checked before training
 _CHECK_EVERY = {"cpu": 10, "cuda": 50}
 """Steps between checks of the loss, each of which synchronises device and workers."""
 
@@ -127,12 +113,6 @@ def fit(
         yield _epoch(training, state), state
 
 
-def splits_of(run: RunConfig, context: DistributedContext) -> Splits:
-    """Read the images of a run, on the device and in the form in which it is trained on them."""
-    dtype = torch.float64 if run.precision == "fp64" else torch.float32
-    return open_splits(run.data, context, dtype, memory_format(run))
-
-
 def fit_and_checkpoint(
     run: RunConfig,
     context: DistributedContext,
@@ -168,148 +148,6 @@ def train_epoch(
     """
     progress = build_progress(run, splits, state.context)
     _train(_Training(run, splits, progress, steps, on_step), state)
-
-
-def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
-    """Check that the checkpoint fits the run and that training from it is not complete.
-
-    Raises:
-        RequestError: naming what was expected.
-    """
-    state = start(run, splits, DistributedContext())
-    restore(state, saved, DistributedContext())
-    if build_progress(run, splits, DistributedContext()).is_complete(state):
-        by_epochs = run.fe_per_image is None
-        end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
-        raise RequestError(f"{end} have been trained already; expected more, to go on")
-    if why := run.reason_to_stop(saved.patience_count, saved.sentinel_values):
-        rule = why.partition(":")[0]
-        raise RequestError(
-            f"{why}: the run has stopped early after {saved.epoch} epochs; {rule}=null goes on to the "
-            "end"
-        )
-
-
-def preflight(run: RunConfig) -> Splits:
-    """Check a run before training: read the data, build and try the network, allocate the state.
-
-    Raises:
-        RequestError: naming the field or file.
-    """
-    run.check_names()
-    splits = open_splits(run.data, DistributedContext())
-    run.check_radius(splits.train.shape)
-    num_steps(splits.train, run.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mix(run.seed, "weights"))
-        model = build_model(run, splits.source)
-        if run.model.users:
-            build_model(run, splits.source)  # raises if it shares weights with the first
-    _check_network(run, model, splits, DistributedContext())
-    if run.model.users:
-        _warn(run, model, splits.train)
-    run.algorithm.build(run.threat, run.outer).memory(
-        _setup(run, splits, model, DistributedContext())
-    )
-    return splits
-
-
-def _check_network(
-    run: RunConfig, model: Classifier, splits: Splits, context: DistributedContext
-) -> None:
-    """Try the network on the device and in the precision of training, unless `build` has done so."""
-    shape, classes = splits.train.shape, len(splits.source.classes)
-    as_built = context.device.type == "cpu" and run.precision == "fp32"
-    if run.model.foreign(splits.source.size) and not as_built:
-        check_network(model, shape, classes, context.device, run.precision)
-    if run.batch_size == run.workers:
-        check_single_images(model, shape, classes, run.workers)
-
-
-def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
-    """Log a line for every check of the evaluation that the outputs of the network fail."""
-    rows = torch.arange(min(_NUM_CHECKED, part.num_images))
-    batch = part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
-    with user_code_errors(model.name, "cannot be tried on training images"):
-        findings = of_answers(model, batch.images, run.seed)
-    for finding in findings:
-        if not finding.passed:
-            log_line(f"raytrain: model.name: {model.name}: {finding.sentence}")
-
-
-def build_progress(
-    run: RunConfig, splits: Splits, context: DistributedContext
-) -> AbstractProgress:
-    """Return the progress of a run: in epochs, or in cost if `fe_per_image` is set."""
-    if run.fe_per_image is not None:
-        return ByCost(run.fe_per_image, splits.train.num_images, context)
-    return ByEpochs(run.epochs, num_steps(splits.train, run.batch_size))
-
-
-def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainState:
-    """Return the initial state: network, optimiser and parts, the same on every worker."""
-    torch.manual_seed(mix(run.seed, "weights"))
-    model = build_model(run, splits.source)
-    _check_network(run, model, splits, context)
-    model = model.to(context.device, splits.train.dtype).to(memory_format=memory_format(run))
-    wrapper = context.wrap(model, fixed=not run.model.users)
-    torch.manual_seed(mix(run.seed, "dropout", context.rank))
-    ema = None
-    if run.ema is not None:
-        average = get_ema_multi_avg_fn(run.ema)
-        ema = AveragedModel(copy_of(model), multi_avg_fn=average, use_buffers=True)
-    return TrainState(
-        model=model,
-        wrapper=wrapper,
-        optimizer=run.optimizer.build(model),
-        precision=run.precision,
-        context=context,
-        parts=run.algorithm.build(run.threat, run.outer).memory(
-            _setup(run, splits, model, context)
-        ),
-        ema=ema,
-        classes=splits.source.classes,
-    )
-
-
-def _setup(
-    run: RunConfig, splits: Splits, model: nn.Module, context: DistributedContext
-) -> TrainingSetup:
-    return TrainingSetup(
-        context=context,
-        model=model,
-        num_images=splits.train.num_images,
-        shape=splits.train.shape,
-        batch_size=run.batch_size,
-        dtype=splits.train.dtype,
-        seed=run.seed,
-    )
-
-
-def build_model(run: RunConfig, source: Source) -> Classifier:
-    """Build the configured network for the images and classes of `source`."""
-    return run.model.build(
-        source.channels, source.size, len(source.classes), source.mean, source.std
-    )
-
-
-def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:
-    """Load the network of a checkpoint, on the CPU, in eval mode, from images in [0, 1] to logits.
-
-    `data` replaces the data set of the checkpoint, for example if its files have moved.
-
-    Raises:
-        RequestError: if the data set has other classes than those it was trained on.
-    """
-    source = open_source(data or saved.run.data)
-    saved.check_classes(source.classes)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
-        model = build_model(saved.run, source)
-    if saved.run.precision == "fp64":
-        model = model.double()
-    with user_code_errors(model.name, "is not the network of the checkpoint"):
-        model.load_state_dict(saved.weights)
-    return model.eval()
 
 
 def _epoch(training: _Training, state: TrainState) -> EpochMetrics:

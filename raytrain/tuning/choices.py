@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raytrain.config.run import RunConfig
 from raytrain.core.types import RequestError
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 from raytrain.tuning.space.checks import corners, placed
 from raytrain.tuning.space.search_space import SearchSpace
 

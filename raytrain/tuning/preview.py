@@ -10,7 +10,7 @@ from typing import Any
 
 from raytrain.config.cost_estimate import estimate_cost, is_bound
 from raytrain.config.run import RunConfig
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 from raytrain.tuning.choices import check_choices
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.pruners import first_rung

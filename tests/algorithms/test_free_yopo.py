@@ -39,7 +39,7 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import Batch, Delta, PerSample, Progress, RequestError
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.outer import AbstractOuter, Awp, Plain
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 
 NORMS = ["linf", "l2", "l1"]
 TINY_SHARE = (64 * 6 * 9) / (64 * 6 * 9 + 16 * 8 * 54 + 128 * 4)

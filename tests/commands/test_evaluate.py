@@ -36,7 +36,8 @@ from raytrain.evaluation.evaluator import Evaluator
 from raytrain.evaluation.runner import StageProgress
 from raytrain.evaluation.work_item import WorkItem, WorkResult
 from raytrain.training.checkpoint import load, save
-from raytrain.training.trainer import fit, start
+from raytrain.training.setup import start
+from raytrain.training.trainer import fit
 
 pytestmark = [
     # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.

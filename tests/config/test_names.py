@@ -17,7 +17,7 @@ from raytrain.config.request import as_run
 from raytrain.core.types import RequestError
 from raytrain.tracking.registered_model import model_name
 from raytrain.training.run_folder import RUN_ID, folder_of
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 
 
 def refusal(field: str, value: str) -> str:

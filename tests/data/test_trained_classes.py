@@ -18,7 +18,7 @@ from raytrain.core.types import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
 from raytrain.training.checkpoint import load, restore, save
-from raytrain.training.trainer import network, start
+from raytrain.training.setup import network, start
 
 
 def _data(folder: Path, names: list[str] | None, num_classes: int = 3) -> DataSpec:

@@ -20,7 +20,8 @@ from raytrain.data.loader import iter_train, open_splits
 from raytrain.testing.recorded import RecordedOperations
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.replay import ReplayedWherePossible, eager_steps
-from raytrain.training.trainer import fit, start
+from raytrain.training.setup import start
+from raytrain.training.trainer import fit
 
 pytestmark = pytest.mark.slow  # several processes
 

@@ -23,7 +23,8 @@ from raytrain.data.loader import iter_eval, open_splits
 from raytrain.evaluation.sentinels import Sentinels, probe, readings
 from raytrain.evaluation.validation import Evaluation, SampleFlags, validate
 from raytrain.training.checkpoint import LAST, load, save
-from raytrain.training.trainer import check_resumable, fit, fit_and_checkpoint, preflight
+from raytrain.training.setup import check_resumable, preflight
+from raytrain.training.trainer import fit, fit_and_checkpoint
 
 GAP, DROP = "sentinel/fgsm_gap", "valid/robust_drop"
 

@@ -49,7 +49,8 @@ from raytrain.models.wide_resnet import WideResNet
 from raytrain.tracking.lookup import Seen, look_up
 from raytrain.training.checkpoint import load, save
 from raytrain.training.run_folder import write_run_file
-from raytrain.training.trainer import fit_and_checkpoint, network, start
+from raytrain.training.setup import network, start
+from raytrain.training.trainer import fit_and_checkpoint
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")

@@ -18,7 +18,8 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.types import RequestError
 from raytrain.models import Classifier, ModelSpec
 from raytrain.training.checkpoint import Saved
-from raytrain.training.trainer import fit, network, preflight
+from raytrain.training.setup import network, preflight
+from raytrain.training.trainer import fit
 
 
 class Net(nn.Module):

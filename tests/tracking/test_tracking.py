@@ -51,7 +51,7 @@ from raytrain.tracking.outbox import Outbox
 from raytrain.tracking.registry import ALIAS, ROBUST, register
 from raytrain.tracking.stores import Store, patiently
 from raytrain.tracking.views import key_of
-from raytrain.training.trainer import build_model
+from raytrain.training.setup import build_model
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
 pytestmark = [

@@ -24,7 +24,7 @@ from raytrain.evaluation.confidence import Share
 from raytrain.tracking import provenance
 from raytrain.tracking.vocabulary import README, SWEEP_METRICS, TAGS, TEST_METRICS, with_tables
 from raytrain.training.checkpoint import LAST, save
-from raytrain.training.trainer import start
+from raytrain.training.setup import start
 from raytrain.tuning.budget import ENDED
 from raytrain.tuning.descriptions import sweep_tags
 from raytrain.tuning.mlflow_runs import MlflowRuns

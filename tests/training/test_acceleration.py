@@ -24,7 +24,8 @@ from raytrain.models import Classifier, ModelSpec
 from raytrain.outer import Engm
 from raytrain.testing.algorithms import built
 from raytrain.training.acceleration import execution
-from raytrain.training.trainer import build_model, fit
+from raytrain.training.setup import build_model
+from raytrain.training.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"

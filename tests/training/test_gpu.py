@@ -23,7 +23,8 @@ from raytrain.outer import OUTERS
 from raytrain.training.checkpoint import LAST, load, save
 from raytrain.training.device_peak import bf16_peak
 from raytrain.training.preview import preview_run
-from raytrain.training.trainer import fit, preflight
+from raytrain.training.setup import preflight
+from raytrain.training.trainer import fit
 
 pytestmark = [
     pytest.mark.gpu,

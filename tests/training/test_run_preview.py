@@ -18,7 +18,8 @@ from raytrain.evaluation.validation import validate
 from raytrain.models import ModelSpec
 from raytrain.training import preview as previews
 from raytrain.training.preview import RunPreview, preview_run
-from raytrain.training.trainer import fit, preflight
+from raytrain.training.setup import preflight
+from raytrain.training.trainer import fit
 
 PARAMETERS = 56_554  # of small_cnn for digits
 

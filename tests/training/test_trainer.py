@@ -27,7 +27,8 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
-from raytrain.training.trainer import check_resumable, fit, fit_and_checkpoint, preflight
+from raytrain.training.setup import check_resumable, preflight
+from raytrain.training.trainer import fit, fit_and_checkpoint
 
 EVERYWHERE = METRICS.keys() - OWN_METRICS.keys() - GPU_METRICS.keys()
 """The metrics of every run."""

@@ -18,7 +18,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.card import Card, Options, Range, alternatives
 from raytrain.core.types import in_pixels
 from raytrain.outer import OUTERS
-from raytrain.training.trainer import preflight
+from raytrain.training.setup import preflight
 from raytrain.tuning.space.dimensions import Choice, Real
 from raytrain.tuning.space.reading import read_space
 from raytrain.tuning.space.search_space import SearchSpace
