@@ -64,6 +64,7 @@ def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
     words = ("data.train_size=128", "evaluation.steps=1", "device=cpu")
     with started(tmp_path, ray_folder, "train", *words, "workers=2", "epochs=200") as process:
         assert process.stderr is not None
+        assert process.stderr.readline().startswith("training: ")
         assert process.stderr.readline().startswith("epoch 1/200")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
