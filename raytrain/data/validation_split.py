@@ -62,17 +62,13 @@ def _divide(
     indices: np.ndarray, labels: np.ndarray, take: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rest and `take` random indices, in proportion, with every class among the latter."""
-    from sklearn.model_selection import train_test_split
-
     strata, counts = labels[indices], np.bincount(labels[indices])
     strata = np.where(
         counts[strata] == 1, counts.argmax(), strata
     )  # a class of one cannot be divided
     is_stratified = len(indices) - take >= len(np.unique(strata))
-    parts = train_test_split(
-        indices, test_size=take, stratify=strata if is_stratified else None, random_state=seed
-    )
-    rest, taken = np.asarray(parts[0]), np.asarray(parts[1])
+    parts = stratified(strata, take, seed) if is_stratified else shuffled(len(strata), take, seed)
+    rest, taken = (indices[part] for part in parts)
     _exchange(rest, taken, labels)
     return rest, taken
 
@@ -84,3 +80,42 @@ def _exchange(giver: np.ndarray, taker: np.ndarray, labels: np.ndarray) -> None:
         given = np.flatnonzero(labels[giver] == label)[0]
         taken = np.flatnonzero(labels[taker] == most)[0]
         giver[given], taker[taken] = taker[taken], giver[given]
+
+
+def stratified(strata: np.ndarray, take: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rest and of `take` elements at random, in proportion to their strata.
+
+    The division of scikit-learn's `train_test_split` with `stratify`, to which it is equal (tested);
+    scikit-learn takes longer to import than a short training.
+    """
+    rng = np.random.RandomState(seed)
+    _, inverse, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    kept = _in_proportion(counts, len(strata) - take, rng)
+    given = _in_proportion(counts - kept, take, rng)  # all others; it draws among equal remainders
+    rest, taken = [], []
+    for stratum, (first, last) in enumerate(zip(kept, kept + given, strict=True)):
+        order = np.flatnonzero(inverse == stratum)[rng.permutation(counts[stratum])]
+        rest.append(order[:first])
+        taken.append(order[first:last])
+    return rng.permutation(np.concatenate(rest)), rng.permutation(np.concatenate(taken))
+
+
+def shuffled(count: int, take: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rest and of `take` of `count` elements, as scikit-learn without `stratify`."""
+    order = np.random.RandomState(seed).permutation(count)
+    return order[take:], order[:take]
+
+
+def _in_proportion(counts: np.ndarray, total: int, rng: np.random.RandomState) -> np.ndarray:
+    """`total` shared out in proportion to `counts`: the largest remainders first, at random among equals."""
+    exact = counts / counts.sum() * total
+    shares = np.floor(exact).astype(int)
+    remainders, missing = exact - shares, total - shares.sum()
+    for value in np.unique(remainders)[::-1]:
+        if missing == 0:
+            break
+        equal = np.flatnonzero(remainders == value)
+        chosen = rng.choice(equal, size=min(len(equal), missing), replace=False)
+        shares[chosen] += 1
+        missing -= len(chosen)
+    return shares

@@ -13,7 +13,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.types import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
-from raytrain.data.validation_split import split_validation
+from raytrain.data.validation_split import shuffled, split_validation, stratified
 
 
 def _labels(*counts: int) -> Tensor:
@@ -40,6 +40,22 @@ def test_where_no_class_is_rare_the_split_is_that_of_scikit_learn(
             rest, test_size=train_size, stratify=labels.numpy()[rest], random_state=0
         )[1]
     assert kept.tolist() == sorted(rest)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_division_is_that_of_scikit_learn_image_by_image(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    classes = int(draw.integers(1, 12))
+    strata = draw.permutation(np.repeat(np.arange(classes), draw.integers(2, 40, classes)))
+    take = int(draw.integers(classes, len(strata) - classes + 1))
+    for found, given in (
+        (stratified(strata, take, seed), strata),
+        (shuffled(len(strata), take, seed), None),
+    ):
+        wanted = train_test_split(
+            np.arange(len(strata)), test_size=take, stratify=given, random_state=seed
+        )
+        assert all(map(np.array_equal, found, wanted))
 
 
 @pytest.mark.parametrize("counts", [(97, 3), (2, 198), (100, 90, 2, 2), (50,) + (2,) * 20])
