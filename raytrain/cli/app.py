@@ -125,7 +125,7 @@ def tune(
     ] = None,
     name: Annotated[str | None, typer.Option(help="name of the sweep")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="trials, instead of the file's")
+        int | None, typer.Option(min=1, help="trials in all, instead of the file's")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the space, samples and the cost; train nothing")

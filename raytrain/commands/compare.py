@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Word = Result | str | Path
 
 _ARENAS = 3  # that a representation has room for
+_NAMED = 5  # runs in a note
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,11 +153,12 @@ def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]
             "another data set, test set, threat model or way of validation. Each has a part of its "
             "own below."
         )
-    repeats = sum(len(one.repeats) for one in settings)
+    repeats = [run.name for one in settings for run in one.repeats]
     if repeats:
+        named = ", ".join(repeats[:_NAMED]) + (", ..." if len(repeats) > _NAMED else "")
         notes.append(
-            f"{repeats} runs repeat a configuration with the same seed: they are listed among the "
-            "runs, but are not averaged."
+            f"The configuration and seed of {named} are those of another run: listed among the runs, "
+            "in no table and not averaged."
         )
     unfinished = sum(len(one.unfinished) for one in settings)
     if unfinished:

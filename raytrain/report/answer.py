@@ -114,11 +114,14 @@ def _some(rows: Sequence[Row]) -> str:
 def _next(comparable: ComparableRuns) -> tuple[str, str]:
     """What was not measured on the test set, the best of it first, and the command for that."""
     attack = comparable.attack
-    missing = [(row, run) for row in comparable.rows if (run := _unmeasured(row, attack))]
+    ended = [
+        row for row in comparable.rows if not row.stopped
+    ]  # others cost test data for nothing
+    missing = [(row, run) for row in ended if (run := _unmeasured(row, attack))]
     if not missing:
         return "", ""
     row, run = min(missing, key=lambda one: _worth(one[0], attack))
-    count, total = len(missing), len(comparable.rows)
+    count, total = len(missing), len(ended)
     where = "on the test set" if attack == VALID else f"under {attack_title(attack)}"
     unranked = "" if attack == VALID else ", and not ranked"
     part = " with all seeds" if attack != VALID and row.score(attack) is not None else unranked
@@ -142,8 +145,8 @@ def _unmeasured(row: Row, attack: str) -> Trained | None:
     return next((run for run in runs if not any(id(e) in mine for e in run.evaluations)), None)
 
 
-def _worth(row: Row, attack: str) -> tuple[bool, bool, float]:
+def _worth(row: Row, attack: str) -> tuple[bool, float]:
     """What is measured first: no seed measured, by validation; then the other seeds of what was."""
     valid = row.valid()
     measured = attack != VALID and row.score(attack) is not None
-    return measured, row.stopped, 0.0 if valid is None else -valid.value
+    return measured, 0.0 if valid is None else -valid.value

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raytrain.config.run import RunConfig
+from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.algorithm_state import TrainingSetup
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
@@ -33,11 +33,14 @@ def splits_of(run: RunConfig, context: DistributedContext) -> Splits:
 
 
 def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
-    """Check that the checkpoint fits the run and that training from it is not complete.
+    """Check that the checkpoint is of this run and that training from it is not complete.
+
+    The length, the evaluation and numbers such as the learning rate may change, with a line that says so.
 
     Raises:
         RequestError: naming what was expected.
     """
+    check_same(run, saved.run)
     state = start(run, splits, DistributedContext())
     restore(state, saved, DistributedContext())
     if build_progress(run, splits, DistributedContext()).is_complete(state):
@@ -49,6 +52,32 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
         raise RequestError(
             f"{why}: the run has stopped early after {saved.epoch} epochs; {rule}=null goes on to the "
             "end"
+        )
+
+
+_IDENTITY = ("algorithm", "outer", "model", "threat")
+_FREE = RUNTIME | {"data", "epochs", "fe_per_image", "early_stop", "evaluation", "sentinels"}
+
+
+def check_same(run: RunConfig, before: RunConfig) -> None:
+    """Refuse another kind of algorithm, outer update, network or threat model; name other changes."""
+    changed = [
+        field
+        for field in RunConfig.model_fields
+        if field not in _FREE and getattr(run, field) != getattr(before, field)
+    ]
+    for field in _IDENTITY:
+        key = "norm" if field == "threat" else "name"
+        now, then = (getattr(getattr(one, field), key) for one in (run, before))
+        if now != then:
+            raise RequestError(
+                f"{field}: the run to continue was trained with {then}, found {now}; expected the "
+                "same, or a new run"
+            )
+    if changed:
+        log_line(
+            f"raytrain: --resume: {', '.join(changed)} changed since the run began; its parameters in "
+            "MLflow are those of its beginning"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers import TinyNet, assert_near, tensors, unchecked
 from torch import Tensor, nn
 
+from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import (
@@ -27,7 +28,7 @@ from raytrain.core.train_state import TrainState
 from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
-from raytrain.training.setup import check_resumable, preflight
+from raytrain.training.setup import check_resumable, check_same, preflight
 from raytrain.training.trainer import fit, fit_and_checkpoint
 
 EVERYWHERE = METRICS.keys() - OWN_METRICS.keys() - GPU_METRICS.keys()
@@ -261,7 +262,8 @@ def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(
     halfway(run, tmp_path / LAST)
     other = run_of(**changes)
     saved = load(tmp_path / LAST)
-    with pytest.raises(RequestError, match="--resume: the checkpoint does not fit this run"):
+    said = "--resume: the checkpoint does not fit this run|the run to continue was trained with"
+    with pytest.raises(RequestError, match=said):
         check_resumable(other, saved, preflight(other))
     check_resumable(run, saved, preflight(run))
 
@@ -707,3 +709,26 @@ def test_signature_is_twelve_hexadecimal_digits_and_survives_a_checkpoint(
     signature = finished[2].signature()
     assert len(signature) == 12 and int(signature, 16) >= 0
     assert load(finished[0] / LAST).run.signature() == signature
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"algorithm": "trades"},
+            "algorithm: the run to continue was trained with pgd, found trades",
+        ),
+        ({"outer": "awp"}, "outer: the run to continue was trained with sgd, found awp"),
+        ({"model": "mlp"}, "model: the run to continue was trained with small_cnn, found mlp"),
+    ],
+)
+def test_another_method_does_not_continue_a_run(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        check_same(as_run({"model": "small_cnn", **change}), as_run({"model": "small_cnn"}))
+
+
+def test_other_numbers_continue_a_run_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    check_same(as_run({"optimizer": {"lr": 0.01}, "epochs": 60}), as_run({}))
+    assert "raytrain: --resume: optimizer changed" in capsys.readouterr().err
+    check_same(as_run({"epochs": 60, "workers": 2, "evaluation": {"steps": 3}}), as_run({}))
+    assert capsys.readouterr().err == ""

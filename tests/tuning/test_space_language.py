@@ -640,3 +640,12 @@ def test_a_password_does_not_get_into_the_file_of_a_sweep(tmp_path: Path, url: s
     assert "secret" not in str(error.value)
     file.write_text("study: postgresql://me@host:5432/name\n")
     assert read_space(file).study == "postgresql://me@host:5432/name"
+
+
+def test_a_base_may_be_written_with_dotted_paths(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    searched = "space: {optimizer.lr: {float: [0.1, 0.2]}}\n"
+    file.write_text("base: {data: digits, data.train_size: 200, epochs: 2}\n" + searched)
+    found = read_space(file)
+    file.write_text("base: {data: {name: digits, train_size: 200}, epochs: 2}\n" + searched)
+    assert found.base_run == read_space(file).base_run

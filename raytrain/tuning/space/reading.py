@@ -83,7 +83,9 @@ def _made(
     of_run, own = changes_of(overrides)
     base = values.get("base") or {}
     if isinstance(base, Mapping):  # anything else is for the validation to refuse
-        values["base"] = override(base, of_run)
+        dotted = {path: value for path, value in base.items() if "." in str(path)}
+        nested = {path: value for path, value in base.items() if path not in dotted}
+        values["base"] = override(override(nested, dotted), of_run)
     values = override(values, own, SearchSpace)
     try:
         space = validated(SearchSpace, values)
