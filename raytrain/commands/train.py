@@ -41,7 +41,7 @@ from raytrain.tracking import Tracker, provenance, run_link, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.default_name import default_name
 from raytrain.tracking.registered_model import registered
-from raytrain.tracking.run_names import run_of
+from raytrain.tracking.run_names import TRIALS, run_of
 from raytrain.tracking.store_check import check_store
 from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
@@ -229,6 +229,11 @@ def _checked(
         folder = folder_of(
             run_of(word_of(resume), asked.storage, asked.tracking_uri), asked.storage
         )
+        if folder.parent.name == TRIALS:
+            raise RequestError(
+                f"--resume: {word_of(resume)} is a trial of a sweep; expected a run of train "
+                f"(raytrain tune --resume {folder.parent.parent.name} continues the sweep)"
+            )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)

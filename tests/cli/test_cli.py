@@ -423,6 +423,12 @@ def test_a_finished_training_is_not_resumed_but_may_be_lengthened(
     assert (run.info.status, rows) == ("FINISHED", [1, 2])
 
 
+def test_a_trial_of_a_sweep_is_not_continued_as_a_run(here: Path) -> None:
+    (here / "runs/raytrain/s/trials/t0001").mkdir(parents=True)
+    said = refusal("train", "--resume", "runs/raytrain/s/trials/t0001")
+    assert "is a trial of a sweep" in said and "raytrain tune --resume s " in said
+
+
 def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(here: Path) -> None:
     result = CliRunner().invoke(app, ["train", *QUICK, "epochs=2", "optimizer.lr=1e9"])
     assert (result.exit_code, result.stdout) == (1, "")
