@@ -79,7 +79,8 @@ def trained(
     import torch
 
     from raytrain.core.distributed_context import local_context
-    from raytrain.core.types import TrainingFailed, mix
+    from raytrain.core.errors import TrainingFailed
+    from raytrain.core.types import mix
     from raytrain.data.loader import iter_eval, open_test
     from raytrain.evaluation.validation import Evaluation, validate
     from raytrain.training.trainer import fit

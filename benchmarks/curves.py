@@ -91,7 +91,7 @@ def measured(params: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     from raytrain.config.cost_estimate import estimate_cost, is_bound
     from raytrain.config.request import as_run
     from raytrain.core.distributed_context import DistributedContext
-    from raytrain.core.types import TrainingFailed
+    from raytrain.core.errors import TrainingFailed
     from raytrain.training.trainer import fit
 
     torch.set_num_threads(1)

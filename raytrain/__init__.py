@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from raytrain.commands.tune import TuneResult as TuneResult
     from raytrain.commands.tune import tune as tune
     from raytrain.config.run import RunConfig as RunConfig
-    from raytrain.core.types import RequestError as RequestError
-    from raytrain.core.types import TrainingFailed as TrainingFailed
+    from raytrain.core.errors import RequestError as RequestError
+    from raytrain.core.errors import TrainingFailed as TrainingFailed
     from raytrain.exporting.safetensors import load_exported as load_exported
     from raytrain.tuning.space.search_space import SearchSpace as SearchSpace
 
@@ -68,8 +68,8 @@ _HOMES = {
     "export": "raytrain.commands.export",
     "load_exported": "raytrain.exporting.safetensors",
     "ExportResult": "raytrain.commands.export",
-    "RequestError": "raytrain.core.types",
-    "TrainingFailed": "raytrain.core.types",
+    "RequestError": "raytrain.core.errors",
+    "TrainingFailed": "raytrain.core.errors",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

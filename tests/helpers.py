@@ -15,13 +15,7 @@ from raytrain.core.losses import AbstractLoss, Reference
 from raytrain.core.network import trainable
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import (
-    AugmentedView,
-    Batch,
-    Delta,
-    PerSample,
-    Predict,
-)
+from raytrain.core.types import AugmentedView, Batch, Delta, PerSample, Predict
 from raytrain.testing.algorithms import (
     equal as equal,
 )

@@ -12,18 +12,12 @@ from raytrain.attacks import NEVER, AbstractStopping, Init, ProjectedAscent, Uni
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable
 from raytrain.core.losses import CrossEntropy, Smoothing
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import (
-    SCHEDULABLE,
-    AttackBatchNorm,
-    Batch,
-    NotReplayable,
-    Spec,
-    StepSize,
-)
+from raytrain.core.types import SCHEDULABLE, AttackBatchNorm, Batch, Spec, StepSize
 from raytrain.outer.base import AbstractOuter, names_of
 
 

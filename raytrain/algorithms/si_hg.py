@@ -14,6 +14,7 @@ from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Stateful, TrainingSetup, Weights
 from raytrain.core.card import Card, Options, Range
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable, RequestError
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.network import shifted, trainable
 from raytrain.core.oracle import Oracle
@@ -25,9 +26,7 @@ from raytrain.core.types import (
     AttackBatchNorm,
     Batch,
     Delta,
-    NotReplayable,
     PerSample,
-    RequestError,
     StepSize,
     in_pixels,
 )

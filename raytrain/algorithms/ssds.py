@@ -16,6 +16,7 @@ from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
 from raytrain.core.card import Card, Options, Range
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.sample_store import Keep, SampleStore
 from raytrain.core.threat_models import AbstractThreatModel, in_box
@@ -25,7 +26,6 @@ from raytrain.core.types import (
     AttackBatchNorm,
     Batch,
     Delta,
-    NotReplayable,
     PerSample,
     StepSize,
     in_pixels,

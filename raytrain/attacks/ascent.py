@@ -14,19 +14,11 @@ from torch import Tensor
 from raytrain.attacks.init import Init, Uniform
 from raytrain.attacks.step import ascend
 from raytrain.attacks.stopping import NEVER, Probe, Stopping
+from raytrain.core.errors import NotReplayable
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import (
-    AttackBatchNorm,
-    Batch,
-    Delta,
-    NotReplayable,
-    Progress,
-    Spec,
-    StepSize,
-    in_pixels,
-)
+from raytrain.core.types import AttackBatchNorm, Batch, Delta, Progress, Spec, StepSize, in_pixels
 
 
 @dataclass(frozen=True)

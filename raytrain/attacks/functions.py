@@ -13,10 +13,11 @@ from raytrain.attacks.ascent import ProjectedAscent
 from raytrain.attacks.autoattack import STAGES, Stage, adversarial
 from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.core.cost import Meter
+from raytrain.core.errors import RequestError
 from raytrain.core.losses import AbstractLoss, Loss
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel, ThreatModel
-from raytrain.core.types import Batch, BatchRandom, Progress, RequestError, mix
+from raytrain.core.types import Batch, BatchRandom, Progress, mix
 
 _THREAT: TypeAdapter[AbstractThreatModel] = TypeAdapter(ThreatModel)
 _LOSS: TypeAdapter[AbstractLoss] = TypeAdapter(Loss)

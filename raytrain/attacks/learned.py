@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from raytrain.attacks.ascent import AttackResult
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import (
-    BatchNorm,
-    Delta,
-    Spec,
-    StepSize,
-    in_pixels,
-    per_sample_dot,
-)
+from raytrain.core.types import BatchNorm, Delta, Spec, StepSize, in_pixels, per_sample_dot
 
 _CELLS: dict[str, Callable[[int, int], nn.Module]] = {
     "lstm": nn.LSTMCell,

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from raytrain.algorithms import RECIPES, AbstractRecipe
 from raytrain.core.card import Card, alternatives
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import THREAT_MODELS
-from raytrain.core.types import SCHEDULABLE, RequestError
+from raytrain.core.types import SCHEDULABLE
 from raytrain.outer import OUTERS, AbstractOuter
 
 

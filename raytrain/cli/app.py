@@ -377,7 +377,7 @@ def outcome(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         _exit(EXIT_STATUS, _interruption(error), debug)
     except Exception as error:
-        from raytrain.core.types import RequestError
+        from raytrain.core.errors import RequestError
 
         if interrupted():  # the error is a consequence
             _exit(EXIT_STATUS, _interruption(error), debug)
@@ -391,7 +391,7 @@ def _interruption(error: BaseException) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    from raytrain.core.types import ModelFailed, RequestError, TrainingFailed
+    from raytrain.core.errors import ModelFailed, RequestError, TrainingFailed
 
     if isinstance(error, RequestError | TrainingFailed | ModelFailed):
         return str(error)

@@ -29,7 +29,7 @@ def run_completions(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _runs() -> list[tuple[str, str, str]]:
-    from raytrain.core.types import RequestError
+    from raytrain.core.errors import RequestError
     from raytrain.tracking.address import sqlite_file, tracking_uri
 
     try:

@@ -15,7 +15,7 @@ from rich.text import Text
 from raytrain.config.field_list import RunField, below, fields_with
 from raytrain.config.request import as_run, override, parse_overrides
 from raytrain.config.run_file import complete_run_file
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 _COLUMNS = "{:<32}  {:<14}  {:<28}  {}"
 

@@ -15,7 +15,7 @@ from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.training.profiling import TABLE, TRACE
 from raytrain.training.progress import StepProgress
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.commands.results import Result, ShownResult
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.report.answer import Answer, answer_of
 from raytrain.report.comparable import ComparableRuns, comparable_runs
 from raytrain.report.configurations import ConfigurationGroup, settings_of

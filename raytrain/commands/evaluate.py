@@ -23,9 +23,9 @@ from raytrain.config.request import (
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer, write_atomically
 from raytrain.core.signals import interruptible
-from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_test
 from raytrain.distributed.evaluator_pool import evaluator_pool
 from raytrain.evaluation.examples import examples_table

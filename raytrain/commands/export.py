@@ -15,7 +15,7 @@ import yaml
 
 from raytrain.commands.results import Result, ShownResult, word_of
 from raytrain.config.run import RUNTIME
-from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.evaluation.record import FOLDER, RECORD
 from raytrain.exporting.check import Checked
 from raytrain.exporting.formats import FORMATS, chosen, possible

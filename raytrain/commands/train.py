@@ -24,9 +24,9 @@ from raytrain.config.request import (
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.errors import RequestError
 from raytrain.core.files import check_folder
 from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
-from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_session import (
@@ -121,7 +121,7 @@ def train(
 
     >>> train(algorithm="dynamic", epochs=0)
     Traceback (most recent call last):
-    raytrain.core.types.RequestError: epochs: ...
+    raytrain.core.errors.RequestError: epochs: ...
     """
     given = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
     asked = _checked(config, with_keywords(given, fields), resume)

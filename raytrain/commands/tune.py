@@ -22,9 +22,9 @@ from raytrain.commands.sweep_results import (
 )
 from raytrain.config.names import RUN_NAME, check_folder_name
 from raytrain.config.request import Overrides, with_keywords
+from raytrain.core.errors import RequestError
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import continued_by, interruptible
-from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
 from raytrain.tracking import Tracker, link, provenance, tracked
@@ -170,7 +170,7 @@ def tune(
 
     >>> tune(overrides=["budget.trials=50"])
     Traceback (most recent call last):
-    raytrain.core.types.RequestError: SPACE.yaml: expected a search space, or --resume NAME
+    raytrain.core.errors.RequestError: SPACE.yaml: expected a search space, or --resume NAME
     """
     for option, given in (("--name", name), ("--resume", resume)):
         if given is not None:

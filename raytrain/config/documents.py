@@ -16,7 +16,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from raytrain.config.fields import Keys
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 IsText = Callable[[Keys], bool]
 """Whether a scalar at a place of the document is text."""

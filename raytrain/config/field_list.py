@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from raytrain.config.json_schema import run_schema
 from raytrain.config.request import sentence
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 ANY_NAME = "NAME"
 """The key of a record in a mapping that has none yet: `curriculum.NAME.start`."""

@@ -11,8 +11,8 @@ from pydantic.json_schema import CoreRef, GenerateJsonSchema, JsonSchemaMode, Js
 from pydantic_core import CoreSchema, core_schema
 
 from raytrain.config.run import RunConfig
+from raytrain.core.errors import RequestError
 from raytrain.core.registry import OneOf, Registry, num_known
-from raytrain.core.types import RequestError
 
 _DRAFT = "http://json-schema.org/draft-07/schema#"  # which all editors know
 _ADDRESS = r"^[\w.]+:[\w.]+$"  # module:Class

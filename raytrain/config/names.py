@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 RUN_NAME = 250
 """Longest name of a run, in characters, in every store of MLflow."""

@@ -22,7 +22,7 @@ from raytrain.config.fields import (
     types_at,
 )
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 Model = TypeVar("Model", bound=BaseModel)
 Configuration = RunConfig | Mapping[str, Any] | str | Path
@@ -41,7 +41,7 @@ def as_run(config: Configuration | None, overrides: Overrides = ()) -> RunConfig
     0.3
     >>> as_run(None, ["epoch=3"])
     Traceback (most recent call last):
-    raytrain.core.types.RequestError: epoch: ...
+    raytrain.core.errors.RequestError: epoch: ...
     """
     changes = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
     if isinstance(config, RunConfig):

@@ -30,11 +30,12 @@ from raytrain.config.names import (
     check_text,
 )
 from raytrain.config.performance import Performance
+from raytrain.core.errors import RequestError
 from raytrain.core.network import Precision
 from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
 from raytrain.core.threat_models import ThreatModel
-from raytrain.core.types import SCHEDULABLE, RequestError, Spec
+from raytrain.core.types import SCHEDULABLE, Spec
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
 from raytrain.evaluation.sentinels import Sentinels

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 
 @dataclass(frozen=True)

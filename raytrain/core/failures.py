@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from raytrain.core.types import Diverged, ModelFailed, RequestError, TrainingFailed, WorkersLost
+from raytrain.core.errors import Diverged, ModelFailed, RequestError, TrainingFailed, WorkersLost
 
 _PACKAGES = ("site-packages", "dist-packages")
 _PYTHON = sysconfig.get_paths()["stdlib"]
-_OURS = [str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)]
-_OURS.append(f"{_OURS[-1]}vision")
+
+
+def _folder(package: str) -> str:
+    """The folder of a package, which is not imported for it."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent)
+
+
+_OURS = tuple(_folder(package) for package in ("raytrain", "torch", "torchvision"))
 _LONGEST = 300  # characters of a message
 
 _LOST = (

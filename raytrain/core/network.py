@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from raytrain.core.types import BatchNorm, Predict, RequestError
+from raytrain.core.errors import RequestError
+from raytrain.core.types import BatchNorm, Predict
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Network = TypeVar("Network", bound=nn.Module)

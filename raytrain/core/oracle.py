@@ -15,6 +15,7 @@ from torch import Tensor, func, nn
 
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import TrainingFailed
 from raytrain.core.losses import AbstractLoss, Reference
 from raytrain.core.network import (
     FrozenNetwork,
@@ -25,16 +26,7 @@ from raytrain.core.network import (
     weight_grads,
 )
 from raytrain.core.regions import NETWORK, region
-from raytrain.core.types import (
-    Batch,
-    BatchNorm,
-    Delta,
-    Mask,
-    PerSample,
-    Predict,
-    Rows,
-    TrainingFailed,
-)
+from raytrain.core.types import Batch, BatchNorm, Delta, Mask, PerSample, Predict, Rows
 
 Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
 """Weights of a mean, a function of the losses and of a callable for their input gradients."""

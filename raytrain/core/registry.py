@@ -11,7 +11,8 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
-from raytrain.core.types import RequestError, Spec
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Spec
 from raytrain.core.user_code import import_object, user_code_errors
 
 Part = TypeVar("Part", bound=Spec)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain.core.errors import ModelFailed, RequestError
 from raytrain.core.failures import error_summary
-from raytrain.core.types import ModelFailed, RequestError
 
 
 def import_object(address: str, field: str, what: str) -> tuple[ModuleType, Any]:

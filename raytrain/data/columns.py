@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.arrays import is_array
 from raytrain.data.encoded import is_encoded
 from raytrain.data.images import Location, Origin

@@ -21,7 +21,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.images import Location
 
 SLICE = 64  # images per task: for small images the overhead of a task exceeds the decoding

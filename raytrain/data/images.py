@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 Split = Literal["train", "test"]
 DARK = (

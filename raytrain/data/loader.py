@@ -17,9 +17,10 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.regions import DATA, region
 from raytrain.core.sample_store import cut
-from raytrain.core.types import AugmentedView, Batch, BatchRandom, RequestError, mix
+from raytrain.core.types import AugmentedView, Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
 from raytrain.data.sources import SOURCES, ImageSet, Source, Split, read, source_of
 from raytrain.data.spec import DataSpec

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.arrays import unpack
 from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded

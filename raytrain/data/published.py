@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.images import ImageSet, Split, label_fault, pixel_fault
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
 from raytrain.data.images import ImageSet, Split

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.images import Split
 
 SUFFIX = ".parquet"

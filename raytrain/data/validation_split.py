@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.spec import DataSpec
 
 

@@ -15,8 +15,8 @@ import torch
 
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.signals import deferred, interrupted
-from raytrain.core.types import RequestError, TrainingFailed
 
 _DEFAULTS = {  # each may be overridden from outside
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM from Python and dumps its stack

@@ -8,7 +8,6 @@ or a failure, when nothing else is to run on it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
@@ -16,90 +15,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.errors import RequestError, TrainingFailed, WorkersLost
 from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, kind_and_message
-from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
+from raytrain.distributed.job_queue import job_queue_class
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 
 _ABORTS = 20  # tries to end a group that is being started, a second apart
-_IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
-
-
-class _JobQueue:
-    """Jobs one way (the newest wins), rows the other: an actor without CPUs, one per group."""
-
-    def __init__(self, max_failures: int) -> None:
-        self.number, self.job = 0, None
-        self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-        self.changed = asyncio.Condition()
-        self.taken, self.max_failures = 0, max_failures
-        self.failed = 0  # the last job that one of its workers gave up
-        self.controller: Any = None  # Ray Train's actor that runs the group
-
-    async def submit(self, job: Job | None) -> int:
-        """A new job in place of the present one; None ends the group."""
-        async with self.changed:
-            self.number, self.job, self.taken = self.number + 1, job, 0
-            self.rows = asyncio.Queue()
-            self.changed.notify_all()
-        return self.number
-
-    async def next_job(self, after: int) -> tuple[int, Job | None, int]:
-        """The job newer than `after`, or number -1 after a while; how often it was begun before."""
-        async with self.changed:
-            try:
-                await asyncio.wait_for(
-                    self.changed.wait_for(lambda: self.number > max(after, self.failed)),
-                    _IDLE_SECONDS,
-                )
-            except TimeoutError:
-                return -1, None, 0
-            self.taken += 1
-            if self.taken > self.max_failures + 1 and self.job is not None:
-                why = f"its workers died {self.taken - 1} times"
-                self.rows.put_nowait(("failed", kind_and_message(TrainingFailed(why))))
-                await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
-                return -1, None, 0
-            return self.number, self.job, self.taken - 1
-
-    async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
-        """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""
-        if number != self.number or number == self.failed:
-            return False
-        if kind == "failed":
-            self.failed = number
-        self.rows.put_nowait((kind, value))
-        async with self.changed:
-            await self.changed.wait_for(
-                lambda: number != self.number or self.rows.qsize() <= ahead
-            )
-        return number == self.number
-
-    async def controlled_by(self, controller: Any) -> None:
-        """Keep the actor that runs the group."""
-        self.controller = controller
-
-    async def abort(self) -> None:
-        """End the group at once, if it is there yet: its workers die with their owner."""
-        import ray
-
-        if self.controller is not None:
-            ray.kill(self.controller)
-
-    async def poll(self, seconds: float) -> tuple[str, Any] | None:
-        """The next row of the present job; None if there is none for so long."""
-        try:
-            row = await asyncio.wait_for(self.rows.get(), seconds)
-        except TimeoutError:
-            return None
-        async with self.changed:
-            self.changed.notify_all()
-        return row
 
 
 def _announcement(bus: Any) -> Any:
@@ -113,13 +39,6 @@ def _announcement(bus: Any) -> Any:
             ray.get(bus.controlled_by.remote(ray.get_runtime_context().current_actor))
 
     return Announcement()
-
-
-@lru_cache(maxsize=1)
-def _job_queue_class() -> Any:
-    import ray
-
-    return ray.remote(num_cpus=0)(_JobQueue)
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -154,8 +73,11 @@ class _Worker:
     context: DistributedContext
 
     def next_job(self, after: int) -> tuple[int, Job | None, int]:
-        """See `_JobQueue.next_job`; the same on every rank."""
-        return self._agree(self._call("next_job", after) if self.context.leads else None)
+        """See `JobQueue.next_job`; the same on every rank."""
+        number, job, before = self._agree(
+            self._call("next_job", after) if self.context.leads else None
+        )
+        return number, None if job is None else Job(**job), before
 
     def train(self, number: int, job: Job, resume: bool) -> None:
         """Train a job and report its rows.
@@ -218,7 +140,7 @@ class WorkerGroup:
         import ray
 
         self._ray = ray
-        self._bus = _job_queue_class().remote(failures)
+        self._bus = job_queue_class().remote(failures)
         name = f"{name}-{time.time_ns():x}"
         self._folder = storage.resolve() / "ray" / name
         self._folder_of_job = Path()
@@ -237,7 +159,7 @@ class WorkerGroup:
         self._folder_of_job = Path(job.folder)
         before = RecentRows(self._folder_of_job, job.resume).rows
         self._delivered = max((row.epoch for row in before), default=0)
-        self._ray.get(self._bus.submit.remote(job))
+        self._ray.get(self._bus.submit.remote(asdict(job)))
 
     def rows(self) -> Iterator[EpochMetrics]:
         """The rows of the job until it ends; after a restart of the group an epoch may come twice,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 if TYPE_CHECKING:
     import pyarrow as pa

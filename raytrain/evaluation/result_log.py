@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raytrain.core.errors import TrainingFailed
 from raytrain.core.files import write_atomically
-from raytrain.core.types import TrainingFailed
 from raytrain.evaluation.work_item import WorkItem, WorkResult
 
 

@@ -21,15 +21,7 @@ from raytrain.core.losses import AbstractLoss, CrossEntropy
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import (
-    Batch,
-    BatchRandom,
-    Mask,
-    Number,
-    Progress,
-    Rows,
-    mix,
-)
+from raytrain.core.types import Batch, BatchRandom, Mask, Number, Progress, Rows, mix
 from raytrain.evaluation.settings import PgdSettings
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raytrain.core.types import Predict, TrainingFailed
+from raytrain.core.errors import TrainingFailed
+from raytrain.core.types import Predict
 
 SIZES = (1, 2, 5)
 """Batch sizes: one and several, none of them the size that a graph was traced with twice."""

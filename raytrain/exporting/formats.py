@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.exporting.check import Checked
 from raytrain.exporting.onnx import check_packages, write_onnx
 from raytrain.exporting.robustbench import namesake, write_robustbench

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.exporting.check import Checked, same_logits
 from raytrain.exporting.subject import Subject
 

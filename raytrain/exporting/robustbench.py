@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.catalogue import SOURCES
 from raytrain.evaluation.names import attack_title
 from raytrain.evaluation.record import EvaluationRecord

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.exporting.check import Checked, same_logits
 from raytrain.exporting.subject import Facts, Subject
 from raytrain.models import Classifier, ModelSpec
@@ -37,7 +37,7 @@ def load_exported(path: str | Path) -> Classifier:
 
     >>> load_exported("no-such-folder")
     Traceback (most recent call last):
-    raytrain.core.types.RequestError: no-such-folder: no such file; expected a folder that ...
+    raytrain.core.errors.RequestError: no-such-folder: no such file; expected a folder that ...
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     facts, state = _read(file)

@@ -11,7 +11,8 @@ from torch import Tensor
 from raytrain.config.request import as_run
 from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError, Spec
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Spec
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.loader import open_test
 from raytrain.exporting.check import SIZES

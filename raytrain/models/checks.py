@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
 
+from raytrain.core.errors import RequestError
 from raytrain.core.network import Precision, autocast, copy_of, mode
-from raytrain.core.types import RequestError
 from raytrain.core.user_code import seeded_generator, user_code_errors
 from raytrain.models.classifier import Classifier
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raytrain.core.types import ModelFailed, RequestError
+from raytrain.core.errors import ModelFailed, RequestError
 from raytrain.core.user_code import sentence
 
 

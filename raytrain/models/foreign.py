@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from raytrain.core.errors import RequestError
 from raytrain.core.failures import error_summary
-from raytrain.core.types import RequestError
 from raytrain.core.user_code import import_object, user_code_errors
 
 _GIVEN = WeakTensorKeyDictionary()

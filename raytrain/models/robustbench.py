@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models.classifier import Classifier
 
 _STATISTICS = {

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from raytrain.core.types import RequestError, Spec
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Spec
 from raytrain.models.checks import check_network, initialised
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.models.foreign import imported_model, torchvision_model, torchvision_names

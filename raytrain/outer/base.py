@@ -10,11 +10,12 @@ from pydantic import AfterValidator
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle, Weigh
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Delta, NotReplayable, PerSample, Spec
+from raytrain.core.types import Delta, PerSample, Spec
 
 
 class AbstractOuter(Spec):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.run_names import matching
 from raytrain.tracking.run_search import (
     every_experiment,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from raytrain.algorithms import AbstractAlgorithm, AbstractRecipe
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable
 from raytrain.core.network import stem_share
 from raytrain.core.threat_models import THREAT_MODELS, in_box
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import NotReplayable
 from raytrain.outer import OUTERS, AbstractOuter, Awp, Engm, Plain
 from raytrain.testing.recorded import RecordedOperations
 from raytrain.testing.toys import (

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from raytrain.core.errors import NotReplayable
 from raytrain.core.recording import Replay, Result
-from raytrain.core.types import NotReplayable
 
 _HOST_READS = frozenset(
     {

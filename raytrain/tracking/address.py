@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from raytrain.config.names import check_text
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
 _DEFAULT = "sqlite:///mlflow.db"

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking import fetch
 from raytrain.tracking.run_names import run_of
 from raytrain.training.checkpoint import BEST, find

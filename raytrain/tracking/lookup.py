@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain.core.console import log_line
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.address import sqlite_file, tracking_uri
 from raytrain.tracking.stores import first_line, reader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.run_names import LAST_RUN, matching, single
 from raytrain.tracking.run_search import every_experiment, existing, is_sweep, nearest, search
 from raytrain.tracking.views import EVERY, TAG, key_of, link, run_link

@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from raytrain.core.errors import RequestError
 from raytrain.core.files import check_folder
-from raytrain.core.types import RequestError
 from raytrain.tracking.address import sqlite_file, tracking_uri
 from raytrain.tracking.stores import check_not_deleted, connect, is_database, is_missing, usable
 

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
 from raytrain.tracking.run_search import search

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from raytrain.config.names import RUN_NAME
 from raytrain.core.console import log_line
+from raytrain.core.errors import RequestError
 from raytrain.core.signals import deferred, interrupted
-from raytrain.core.types import RequestError
 from raytrain.tracking.lock import alone
 from raytrain.tracking.network import log_network, tracking_at
 from raytrain.tracking.outbox import Outbox, OutboxBusy

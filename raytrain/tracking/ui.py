@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file
 from raytrain.tracking.stores import reader
 

@@ -19,6 +19,7 @@ from raytrain.config.performance import Mode
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.network import (
     FrozenNetwork,
     Precision,
@@ -29,7 +30,6 @@ from raytrain.core.network import (
 )
 from raytrain.core.recording import CudaGraphs
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import RequestError
 from raytrain.core.user_code import user_code_errors
 from raytrain.data.loader import Splits
 from raytrain.models import ModelSpec

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import RequestError, TrainingFailed
 
 LAST, BEST = "last.pt", "best.pt"
 ROWS = "rows.json"  # the last rows, up to the last checkpoint

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import ModelSpec
 from raytrain.training.acceleration import flops_of
 

@@ -17,10 +17,10 @@ from raytrain.config.field_list import RunField, fields_of
 from raytrain.config.performance import Mode
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext, local_context
+from raytrain.core.errors import Diverged
 from raytrain.core.failures import as_failure
 from raytrain.core.network import forward_flops, trainable
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Diverged
 from raytrain.data.loader import Splits, num_steps
 from raytrain.training.acceleration import Execution, execution, set_up_device, steps_in
 from raytrain.training.progress import StepProgress

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from raytrain.algorithms import AbstractAlgorithm
 from raytrain.core.console import log_line
+from raytrain.core.errors import NotReplayable
 from raytrain.core.network import FrozenNetwork, trainable
 from raytrain.core.recording import NUM_EAGER, RecordedPasses, Recorder, Replay
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import AugmentedView, Batch, BatchRandom, NotReplayable
+from raytrain.core.types import AugmentedView, Batch, BatchRandom
 
 Step = Callable[[], StepResult]
 

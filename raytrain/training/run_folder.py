@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from raytrain.config.run import RunConfig
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import write_atomically
-from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.training.checkpoint import LAST, load, short
 
 RUN_FILE = "run.yaml"

@@ -10,9 +10,10 @@ from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.algorithm_state import TrainingSetup
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.network import copy_of
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import BatchRandom, RequestError, mix
+from raytrain.core.types import BatchRandom, mix
 from raytrain.core.user_code import user_code_errors
 from raytrain.data.catalogue import Source
 from raytrain.data.loader import Splits, SplitShard, num_steps, open_source, open_splits

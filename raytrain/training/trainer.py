@@ -16,12 +16,13 @@ from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import FOSC_EDGES, EpochMetrics, robust_drop
+from raytrain.core.errors import Diverged
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.oracle import Oracle
 from raytrain.core.regions import STEP, region
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import Batch, Diverged, mix
+from raytrain.core.types import Batch, mix
 from raytrain.data.loader import (
     Splits,
     SplitShard,

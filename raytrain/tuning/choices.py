@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.training.setup import preflight
 from raytrain.tuning.space.checks import corners, placed
 from raytrain.tuning.space.search_space import SearchSpace

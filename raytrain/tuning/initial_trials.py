@@ -15,7 +15,8 @@ import optuna
 from raytrain.config.request import override, validated, value_of
 from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
-from raytrain.core.types import RequestError, mix
+from raytrain.core.errors import RequestError
+from raytrain.core.types import mix
 from raytrain.tracking import finished_runs, provenance
 from raytrain.tuning.history import queued_params
 from raytrain.tuning.outcome import amounts

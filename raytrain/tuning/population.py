@@ -24,7 +24,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from raytrain.core.types import RequestError, mix
+from raytrain.core.errors import RequestError
+from raytrain.core.types import mix
 from raytrain.distributed.jobs import Job
 from raytrain.training.checkpoint import BEST, LAST, ROWS
 from raytrain.tuning.history import current_params

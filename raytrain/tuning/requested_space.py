@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.config.request import Overrides, as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.settings import Budget

@@ -17,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-from raytrain.core.types import RequestError, mix
+from raytrain.core.errors import RequestError
+from raytrain.core.types import mix
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.tuning.history import Proposes
 from raytrain.tuning.pruners import pruner_for

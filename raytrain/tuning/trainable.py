@@ -19,7 +19,7 @@ from ray import tune
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.types import Diverged, RequestError, TrainingFailed, WorkersLost
+from raytrain.core.errors import Diverged, RequestError, TrainingFailed, WorkersLost
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.worker_group import WorkerGroup
 

@@ -18,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.distributed.jobs import Job
 from raytrain.tracking import Tracker
 from raytrain.training.run_folder import write_run_file

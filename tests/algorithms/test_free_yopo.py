@@ -30,13 +30,14 @@ from raytrain.config.run import RunConfig
 from raytrain.core.algorithm_state import Numbers, TrainingSetup
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.network import stem_share
 from raytrain.core.oracle import Oracle, Weigh
 from raytrain.core.sample_store import SlotStore
 from raytrain.core.threat_models import in_box
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Batch, Delta, PerSample, Progress, RequestError
+from raytrain.core.types import Batch, Delta, PerSample, Progress
 from raytrain.models.classifier import Classifier, Normalise
 from raytrain.outer import AbstractOuter, Awp, Plain
 from raytrain.training.setup import preflight

@@ -9,7 +9,7 @@ import pytest
 
 from raytrain.algorithms import RECIPES
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.outer import OUTERS, Awp, Clip, Engm, Plain
 
 NAMES = [name for name in RECIPES if name != "nested"]

@@ -43,11 +43,12 @@ from raytrain.algorithms import FgsmRs, Free, Natural, Pgd, SiHg, Ssds
 from raytrain.algorithms.si_hg import SemiImplicit
 from raytrain.core.algorithm_state import TrainingSetup, Weights
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.losses import AbstractLoss, CrossEntropy
 from raytrain.core.sample_store import GradientTable, SampleStore, SlotStore, cut, paste
 from raytrain.core.threat_models import in_box
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Batch, BatchRandom, RequestError
+from raytrain.core.types import Batch, BatchRandom
 from raytrain.outer import Awp, Clip, Engm, Plain
 
 NORMS = ["linf", "l2", "l1"]

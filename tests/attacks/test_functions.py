@@ -13,10 +13,11 @@ import raytrain
 from raytrain.attacks import Gap, ProjectedAscent
 from raytrain.attacks.autoattack import STAGES
 from raytrain.core.cost import Meter
+from raytrain.core.errors import RequestError
 from raytrain.core.losses import CrossEntropy, Trades
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import Linf
-from raytrain.core.types import Progress, RequestError
+from raytrain.core.types import Progress
 
 
 def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:

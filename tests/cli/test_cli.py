@@ -23,7 +23,7 @@ from raytrain.cli.app import app, split
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.outer import OUTERS
 from raytrain.tracking import tracking_uri
 

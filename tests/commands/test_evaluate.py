@@ -29,7 +29,7 @@ from raytrain.commands.train import TrainResult
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.distributed import evaluator_pool as pool
 from raytrain.evaluation.evaluator import Evaluator

@@ -13,7 +13,7 @@ from sweep_helpers import FakeTracker, Store, row, space_of
 from raytrain.commands import final
 from raytrain.commands.final import Finals, summarised
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.evaluation.confidence import wilson
 from raytrain.tuning.budget import TrialRow
 from raytrain.tuning.fidelity import Fidelity

@@ -14,7 +14,7 @@ from raytrain.commands.export import ExportResult
 from raytrain.commands.results import word_of
 from raytrain.commands.train import TrainResult
 from raytrain.commands.tune import TuneResult
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.evaluation.confidence import wilson
 from raytrain.exporting.check import Checked
 from raytrain.tuning.budget import SweepProgress, TrialRow

@@ -9,7 +9,7 @@ import pytest
 
 from raytrain.config.documents import Lines, read_file, read_value
 from raytrain.config.fields import Keys
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 
 def is_text(path: Keys) -> bool:

@@ -18,11 +18,11 @@ from raytrain.config.field_list import (
     fraction_text,
 )
 from raytrain.config.request import as_run, override, parse_overrides
+from raytrain.core.errors import RequestError
 from raytrain.core.losses import LOSSES
 from raytrain.core.registry import Registry
 from raytrain.core.schedules import SHAPES
 from raytrain.core.threat_models import THREAT_MODELS
-from raytrain.core.types import RequestError
 from raytrain.outer import OUTERS
 
 ATTACK = "algorithm.attack={steps: 2, step_size: eps/2, bn: eval}"

@@ -10,7 +10,7 @@ from jsonschema import Draft7Validator
 from raytrain.algorithms import RECIPES
 from raytrain.config.json_schema import run_schema
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.outer import OUTERS
 
 VALID = Draft7Validator(run_schema())

@@ -14,7 +14,7 @@ from mlflow.utils.validation import _validate_model_name
 
 from raytrain.commands.tune import tune
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking.registered_model import model_name
 from raytrain.training.run_folder import RUN_ID, folder_of
 from raytrain.training.setup import preflight

@@ -19,7 +19,8 @@ from raytrain.algorithms import RECIPES
 from raytrain.config.fields import is_text
 from raytrain.config.request import as_run, override, parse_overrides, read_yaml
 from raytrain.config.run import RUNTIME, RunConfig
-from raytrain.core.types import RequestError, in_pixels
+from raytrain.core.errors import RequestError
+from raytrain.core.types import in_pixels
 from raytrain.data.catalogue import SOURCES
 from raytrain.training.run_folder import to_yaml
 from raytrain.tuning.space.lookup import paths_of

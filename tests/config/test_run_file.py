@@ -15,7 +15,7 @@ from raytrain.config.json_schema import run_schema
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.config.run_file import complete_run_file
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.outer import OUTERS
 
 NESTED: dict[str, Any] = {

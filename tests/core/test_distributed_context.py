@@ -27,7 +27,8 @@ def faults():
     for _ in range(20):
         torch.ones(2**24)  # 64 MiB: more than glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-torch.ones(2**24)
+for _ in range(10):  # until the heap has the size that it keeps
+    torch.ones(2**24)
 print(faults())
 """
 
@@ -42,7 +43,7 @@ def test_memory_that_was_freed_is_used_again_without_asking_the_system() -> None
         return int(done.stdout)
 
     left_alone, kept = faults("alone"), faults("kept")
-    assert kept < left_alone / 4
+    assert kept < left_alone / 20
 
 
 def test_averaged_gradients_lie_in_memory_as_the_weights_do(

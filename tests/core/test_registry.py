@@ -19,8 +19,8 @@ from raytrain.config.json_schema import run_schema
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.config.run_file import complete_run_file
+from raytrain.core.errors import RequestError
 from raytrain.core.registry import Registry
-from raytrain.core.types import RequestError
 from raytrain.testing import AlgorithmConformance
 from raytrain.training.checkpoint import load
 from raytrain.tuning.space.checks import check

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytrain.core.types import ModelFailed, RequestError
+from raytrain.core.errors import ModelFailed, RequestError
 from raytrain.core.user_code import user_code_errors
 from raytrain.models import Classifier
 from raytrain.models.classifier import Normalise

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.sources import read
 
 ORIENTATION = ExifTags.Base.Orientation

@@ -10,7 +10,8 @@ from helpers import generator
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import Batch, BatchRandom, RequestError
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Batch, BatchRandom
 from raytrain.data.augment import random_view
 from raytrain.data.loader import (
     SplitShard,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.loader import open_source, open_splits, open_test
 from raytrain.data.spec import DataSpec
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.sources import read
 
 

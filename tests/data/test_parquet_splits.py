@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.sources import Split, read
 
 FIVE = list(range(5))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.published import PUBLISHED
 from raytrain.data.sources import SOURCES, Split, read
 

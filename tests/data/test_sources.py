@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.published import PUBLISHED
 from raytrain.data.sources import SOURCES, ImageSet, check_name, describe, read, source_of
 

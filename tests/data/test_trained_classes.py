@@ -14,7 +14,7 @@ import torch
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
 from raytrain.training.checkpoint import load, restore, save

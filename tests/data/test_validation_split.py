@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DataSpec
 from raytrain.data.validation_split import shuffled, split_validation, stratified

@@ -44,10 +44,10 @@ class Spoken:
 
     def __init__(self, *said: tuple[str, Any]) -> None:
         self._said, self.submit, self.poll = list(said), self, self
-        self.jobs: list[Job] = []
+        self.jobs: list[dict[str, Any]] = []
 
     def remote(self, what: Any) -> Any:
-        if isinstance(what, Job):
+        if isinstance(what, dict):
             self.jobs.append(what)
             return None
         return self._said.pop(0)

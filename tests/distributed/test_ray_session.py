@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.distributed.ray_session import (
     check_fits,
     concurrent_trials,

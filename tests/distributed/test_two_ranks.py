@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import TIMED, EpochMetrics
+from raytrain.core.errors import TrainingFailed
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import TrainingFailed
 from raytrain.data.loader import iter_train, open_splits
 from raytrain.testing.recorded import RecordedOperations
 from raytrain.training.checkpoint import LAST, load, save

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import RequestError
 from raytrain.data.digits import read_digits
 from raytrain.evaluation.checks import (
     Finding,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from scipy.optimize import minimize_scalar
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.evaluation import confidence
 from raytrain.evaluation.confidence import align, holm, mcnemar, over_seeds, paired, wilson
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from raytrain.attacks.autoattack import STAGES, Standard
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.threat_models import L1, AbstractThreatModel
-from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import SplitShard
 from raytrain.evaluation.contract import Contract
 from raytrain.evaluation.evaluator import Evaluator

@@ -16,9 +16,10 @@ from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import METRICS, TIMED, EpochMetrics
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import AbstractThreatModel, Linf
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import Batch, RequestError
+from raytrain.core.types import Batch
 from raytrain.data.loader import iter_eval, open_splits
 from raytrain.evaluation.sentinels import Sentinels, probe, readings
 from raytrain.evaluation.validation import Evaluation, SampleFlags, validate

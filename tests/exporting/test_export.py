@@ -31,7 +31,7 @@ from raytrain.cli.app import app
 from raytrain.commands.export import ExportResult, export
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError, TrainingFailed
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.data.digits import read_digits
 from raytrain.data.images import Split
 from raytrain.data.loader import open_splits, open_test

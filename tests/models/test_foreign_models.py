@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import Classifier, ModelSpec
 
 MODULE = """

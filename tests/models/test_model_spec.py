@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import MODELS, Classifier, ModelSpec
 
 

@@ -15,7 +15,7 @@ from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import Classifier, ModelSpec
 from raytrain.training.checkpoint import Saved
 from raytrain.training.setup import network, preflight

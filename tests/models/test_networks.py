@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import Classifier, ModelSpec
 
 GREY = {"mean": [0.3], "std": [0.4]}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.models import Classifier, ModelSpec, load_robustbench, robustbench_state_dict
 
 KEYS = {

@@ -11,7 +11,7 @@ from helpers import applied, assert_near, ball_of, batch_of, same, state_of, tin
 
 from raytrain.algorithms import Pgd, SiHg
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.outer import AbstractOuter, Awp, Clip, Engm, Plain, Sam
 from raytrain.testing import OuterConformance
 from raytrain.testing.algorithms import equal, trained

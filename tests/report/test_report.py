@@ -22,7 +22,7 @@ import raytrain
 from raytrain.cli.app import app
 from raytrain.commands import train as api
 from raytrain.commands.compare import Comparison, compare
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.report import page as pages
 from raytrain.report.comparable import comparable_runs
 from raytrain.report.configurations import settings_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytrain.cli.common import open_ui
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking import sqlite_file, sqlite_uri, tracking_uri
 
 UGLY = "we ird #1?x=2%20é&;y+@:[z]'\"$%25{b}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raytrain.cli.completion import run_completions
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.report.selection import choose
 from raytrain.tracking.pages import page_of
 from raytrain.tracking.run_names import run_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from raytrain.core.errors import RequestError
 from raytrain.core.files import check_folder
-from raytrain.core.types import RequestError
 from raytrain.tracking import store_check
 from raytrain.tracking.store_check import check_store
 

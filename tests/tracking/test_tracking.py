@@ -26,7 +26,7 @@ from sqlalchemy.exc import OperationalError
 from test_address import UGLY
 
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.data.catalogue import SOURCES
 from raytrain.tracking import (
     Entry,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking import ui
 
 SERVER = """

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from raytrain.algorithms import RECIPES, AbstractAlgorithm, FgsmRs, GradAlign, Pgd
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
 from raytrain.core.network import FrozenNetwork
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import RequestError
 from raytrain.data.loader import Splits, SplitShard, open_splits
 from raytrain.data.sources import Source
 from raytrain.models import Classifier, ModelSpec

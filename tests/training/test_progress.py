@@ -16,8 +16,9 @@ from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.errors import RequestError
 from raytrain.core.schedules import Ramp
-from raytrain.core.types import RequestError, in_pixels
+from raytrain.core.types import in_pixels
 from raytrain.training.trainer import fit
 
 IMAGES = 128

@@ -14,11 +14,12 @@ from raytrain.algorithms import Dynamic, Fat, L2l, Nested, Pgd, SiHg, Ssds
 from raytrain.algorithms.base import AbstractAlgorithm
 from raytrain.attacks import AbstractInit, ProjectedAscent, Uniform
 from raytrain.core.cost import CostSetting
+from raytrain.core.errors import NotReplayable
 from raytrain.core.recording import RecordedPasses
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import BEGINNING, Batch, NotReplayable, Progress
+from raytrain.core.types import BEGINNING, Batch, Progress
 from raytrain.outer import Engm, Plain
 from raytrain.testing.algorithms import assert_same_steps, built, stepwise
 from raytrain.testing.recorded import RecordedOperations

@@ -12,7 +12,7 @@ from raytrain.config.cost_estimate import estimate_validation
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.types import TrainingFailed
+from raytrain.core.errors import TrainingFailed
 from raytrain.data.loader import iter_eval, open_splits
 from raytrain.evaluation.validation import validate
 from raytrain.models import ModelSpec

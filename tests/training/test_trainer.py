@@ -24,8 +24,8 @@ from raytrain.core.epoch_metrics import (
     TIMED,
     EpochMetrics,
 )
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.train_state import TrainState
-from raytrain.core.types import RequestError, TrainingFailed
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
 from raytrain.training.setup import check_resumable, check_same, preflight

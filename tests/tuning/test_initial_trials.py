@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweep_helpers import METRIC, Launch, Store, diverged, row, space_of
 
 from raytrain.config.request import as_run
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tracking import Tracker, provenance
 from raytrain.tuning import initial_trials as beginning
 from raytrain.tuning.initial_trials import plan_first

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from sweep_helpers import METRIC, Launch, space_of
 
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.distributed.jobs import Job
 from raytrain.tuning.population import check_population, perturbed
 from raytrain.tuning.space.settings import Population

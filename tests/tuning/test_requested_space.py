@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.search_space import SearchSpace
 

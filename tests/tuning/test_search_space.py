@@ -13,7 +13,7 @@ import yaml
 
 from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import METRICS
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.reading import read_space
 from raytrain.tuning.space.search_space import SearchSpace
 

@@ -12,7 +12,7 @@ import optuna
 import pytest
 import yaml
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.encoding import defaults, encode

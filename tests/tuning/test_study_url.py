@@ -16,7 +16,7 @@ from sqlalchemy import make_url
 from sweep_helpers import FakeTracker, Store, row, space_of
 from test_address import UGLY
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning import study
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.study import JOURNAL, check_name, new_name, open_study

@@ -12,7 +12,7 @@ from sweep_helpers import METRIC, SPACE, Launch, diverged, opened, row, space_of
 
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from raytrain.attacks.autoattack.apgd import Apgd, ApgdMargin, ApgdTargeted
 from raytrain.attacks.autoattack.counted_model import CountedModel
 from raytrain.attacks.autoattack.fab import Fab
 from raytrain.attacks.autoattack.square import Square
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Images, Labels, RequestError
+from raytrain.core.types import Images, Labels
 
 Stage = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Images, Labels, RequestError, Rows, mix
+from raytrain.core.types import Images, Labels, Rows, mix
 from raytrain.evaluation.checks.attacked import falls_with_eps, large_eps, more_steps
 from raytrain.evaluation.checks.black_box import black_box, under_noise
 from raytrain.evaluation.checks.forward import (

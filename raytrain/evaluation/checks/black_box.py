@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
+from raytrain.core.errors import RequestError
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import BatchRandom, Images, Labels, RequestError, mix
+from raytrain.core.types import BatchRandom, Images, Labels, mix
 from raytrain.evaluation.checks.probe import Finding, logits_of, percent, still
 from raytrain.evaluation.confidence import Flags
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from raytrain.core.errors import RequestError
 from raytrain.core.network import autocast, mode
-from raytrain.core.types import Images, Labels, RequestError, mix
+from raytrain.core.types import Images, Labels, mix
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.base import AbstractSearched
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.expressions import Absent, parse

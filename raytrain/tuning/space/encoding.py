@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.base import AbstractSearched, same
 from raytrain.tuning.space.dimensions import Branch, Choice
 from raytrain.tuning.space.draws import Replay

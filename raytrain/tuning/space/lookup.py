@@ -10,7 +10,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raytrain.config.request import override, validated
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError, StepSize, fraction, in_pixels
+from raytrain.core.errors import RequestError
+from raytrain.core.types import StepSize, fraction, in_pixels
 from raytrain.tuning.space.expressions import Absent
 
 KINDS = ("name", "kind", "norm", "preset")  # fields that choose what other fields there are

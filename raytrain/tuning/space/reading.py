@@ -10,7 +10,7 @@ from raytrain.config.documents import Lines, read_file
 from raytrain.config.fields import Keys, is_text
 from raytrain.config.request import Overrides, override, parse_overrides, validated
 from raytrain.config.run import RunConfig
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.checks import check
 from raytrain.tuning.space.search_space import SearchSpace
 

@@ -13,7 +13,8 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from raytrain.config.request import override, validated
 from raytrain.config.run import RUNTIME, RunConfig
-from raytrain.core.types import RequestError, Spec
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Spec
 from raytrain.evaluation.sentinels import Sentinels
 from raytrain.tuning.space.base import AbstractSearched, Suggests
 from raytrain.tuning.space.dimensions import Branch, Choice, Derived, Real, SpaceEntry

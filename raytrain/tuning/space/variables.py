@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrain.core.types import RequestError
+from raytrain.core.errors import RequestError
 from raytrain.tuning.space.base import AbstractDimension, AbstractSearched, shown
 from raytrain.tuning.space.dimensions import Branch, Choice, Derived
 from raytrain.tuning.space.expressions import Absent, Expression

@@ -1,0 +1,93 @@
+"""The queue between the driver and a worker group; its process imports neither torch nor Ray Train."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+from typing import Any
+
+from raytrain.core.errors import TrainingFailed
+from raytrain.core.failures import kind_and_message
+
+_IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
+
+
+class JobQueue:
+    """Jobs one way (the newest wins), rows the other: an actor without CPUs, one per group."""
+
+    def __init__(self, max_failures: int) -> None:
+        self.number = 0
+        self.job: dict[str, Any] | None = None
+        self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self.changed = asyncio.Condition()
+        self.taken, self.max_failures = 0, max_failures
+        self.failed = 0  # the last job that one of its workers gave up
+        self.controller: Any = None  # Ray Train's actor that runs the group
+
+    async def submit(self, job: dict[str, Any] | None) -> int:
+        """A new job in place of the present one; None ends the group."""
+        async with self.changed:
+            self.number, self.job, self.taken = self.number + 1, job, 0
+            self.rows = asyncio.Queue()
+            self.changed.notify_all()
+        return self.number
+
+    async def next_job(self, after: int) -> tuple[int, dict[str, Any] | None, int]:
+        """The job newer than `after`, or number -1 after a while; how often it was begun before."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(
+                    self.changed.wait_for(lambda: self.number > max(after, self.failed)),
+                    _IDLE_SECONDS,
+                )
+            except TimeoutError:
+                return -1, None, 0
+            self.taken += 1
+            if self.taken > self.max_failures + 1 and self.job is not None:
+                why = f"its workers died {self.taken - 1} times"
+                self.rows.put_nowait(("failed", kind_and_message(TrainingFailed(why))))
+                await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
+                return -1, None, 0
+            return self.number, self.job, self.taken - 1
+
+    async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
+        """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""
+        if number != self.number or number == self.failed:
+            return False
+        if kind == "failed":
+            self.failed = number
+        self.rows.put_nowait((kind, value))
+        async with self.changed:
+            await self.changed.wait_for(
+                lambda: number != self.number or self.rows.qsize() <= ahead
+            )
+        return number == self.number
+
+    async def controlled_by(self, controller: Any) -> None:
+        """Keep the actor that runs the group."""
+        self.controller = controller
+
+    async def abort(self) -> None:
+        """End the group at once, if it is there yet: its workers die with their owner."""
+        import ray
+
+        if self.controller is not None:
+            ray.kill(self.controller)
+
+    async def poll(self, seconds: float) -> tuple[str, Any] | None:
+        """The next row of the present job; None if there is none for so long."""
+        try:
+            row = await asyncio.wait_for(self.rows.get(), seconds)
+        except TimeoutError:
+            return None
+        async with self.changed:
+            self.changed.notify_all()
+        return row
+
+
+@lru_cache(maxsize=1)
+def job_queue_class() -> Any:
+    """`JobQueue` as a class of Ray actors."""
+    import ray
+
+    return ray.remote(num_cpus=0)(JobQueue)
