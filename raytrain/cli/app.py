@@ -39,11 +39,11 @@ RunArgument = Annotated[
     ),
 ]
 Which = Annotated[str | None, typer.Option(help="best or last: which checkpoint (default: best)")]
-Storage = Annotated[Path, typer.Option(help="where runs keep their checkpoints")]
+Storage = Annotated[str, typer.Option(help="where runs keep their checkpoints: a folder or a URL")]
 Uri = Annotated[
     str | None, typer.Option(help="default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
 ]
-RUNS = Path("runs")  # the default of Storage
+RUNS = "runs"  # the default of Storage
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object last on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 

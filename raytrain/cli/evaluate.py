@@ -11,6 +11,7 @@ from rich.text import Text
 
 from raytrain.cli.common import is_terminal, line, progress_bar
 from raytrain.core.console import log_line
+from raytrain.core.storage import shown
 from raytrain.evaluation.names import attack_title
 from raytrain.evaluation.runner import StageProgress
 from raytrain.evaluation.settings import CLEAN, NOISE
@@ -78,8 +79,8 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
         elif not result.findings:
             line(console, "checks", "not run: nothing says that these numbers can be believed")
         line(console, "contract", f"{contract.text}  ({contract.hash})")
-        line(console, "checkpoint", f"{result.file} (epoch {result.epoch})")
-        line(console, "per sample", str(result.folder / "flags.parquet"))
+        line(console, "checkpoint", f"{shown(result.file)} (epoch {result.epoch})")
+        line(console, "per sample", shown(result.folder / "flags.parquet"))
 
     return show
 

@@ -16,6 +16,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
+from raytrain.core.storage import shown
 from raytrain.training.profiling import TABLE, TRACE
 from raytrain.training.progress import StepProgress
 
@@ -234,7 +235,7 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
         if result.profile is not None:
             console.print(Markdown((result.profile / TABLE).read_text(encoding="utf-8")))
             line(console, "trace", str(result.profile / TRACE))
-        line(console, "checkpoints", str(result.checkpoints))
+        line(console, "checkpoints", shown(result.checkpoints))
         line(console, "test set", f"raytrain evaluate {result.run_id[:_ID]}")
         line(console, "MLflow UI", open_ui(result.tracking_uri, result.run_id[:_ID], result.page))
 

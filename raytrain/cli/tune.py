@@ -16,6 +16,7 @@ from rich.text import Text
 from raytrain.cli.common import RUNS, is_terminal, line, number, open_ui, span
 from raytrain.cli.trials_table import trials_table
 from raytrain.core.console import log_line
+from raytrain.core.storage import shown, url_of
 from raytrain.tracking import tracking_uri
 from raytrain.tuning.space.labels import describe
 
@@ -113,8 +114,8 @@ def tune_summary(result: TuneResult) -> Callable[[], None]:
         _say_finals(console, result)
         if result.warning is not None:
             line(console, "warning", result.warning)
-        line(console, "all rows", str(result.table))
-        line(console, "figures", str(result.folder / "figures"))
+        line(console, "all rows", shown(result.table))
+        line(console, "figures", shown(result.folder / "figures"))
         _say_next(console, result)
 
     return show
@@ -182,7 +183,8 @@ def _say_next(console: Console, result: TuneResult) -> None:
 
 def _evaluate(result: TuneResult) -> str:
     """The command that evaluates the best trial: by the sweep's name, where that is found."""
-    if _is_store_in_use(result) and RUNS.resolve() in result.folder.parents:
+    found = Path(RUNS).resolve() in result.folder.parents or url_of(result.folder) is not None
+    if _is_store_in_use(result) and found:
         return f"raytrain evaluate {quote(result.name)}"
     assert result.best is not None
     return f"raytrain evaluate {quote(str(result.folder / 'trials' / result.best.handle))}"

@@ -26,6 +26,7 @@ from raytrain.core.distributed_context import local_context
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer, write_atomically
 from raytrain.core.signals import interruptible
+from raytrain.core.storage import local_root, push, shown
 from raytrain.data.loader import open_test
 from raytrain.distributed.evaluator_pool import evaluator_pool
 from raytrain.evaluation.examples import examples_table
@@ -103,7 +104,7 @@ class EvalResult(ShownResult, EvaluationRecord):
             **shares,
             "images": f"{self.images:,}",
             "checks": checks,
-            "checkpoint": str(self.file),
+            "checkpoint": shown(self.file),
         }
 
     def json(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -118,7 +119,7 @@ def evaluate(
     *,
     which: str | None = None,
     another_contract: bool = False,
-    storage: Path = Path("runs"),
+    storage: Path | str = Path("runs"),
     watch: Watch | None = None,
     **fields: Any,
 ) -> EvalResult:
@@ -138,8 +139,8 @@ def evaluate(
         TrainingFailed: if the result cannot be written.
     """
     run_changes, settings = _requested(overrides, fields)
-    uri = run_changes.get("tracking_uri")
-    file = checkpoint_file(word_of(run_or_checkpoint), which, storage, uri)
+    uri, root = run_changes.get("tracking_uri"), local_root(storage)
+    file = checkpoint_file(word_of(run_or_checkpoint), which, root, uri)
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)
@@ -197,7 +198,7 @@ def evaluate(
         _write(result, flags, examples)
         if result.run_id is not None:
             seen = as_input(config.data, "test", pixels, labels)
-            with own_tracker(config, storage) as tracker:
+            with own_tracker(config, root) as tracker:
                 log_evaluation(tracker, result, result.run_id, seen)
     return result
 
@@ -250,6 +251,7 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
             pq.write_table(flags.replace_schema_metadata({"raytrain": text}), file)
         with atomic_writer(result.folder / EXAMPLES) as file:
             pq.write_table(examples, file)
+        push(result.folder)
         write_atomically(result.folder / RECORD, text)
     except OSError as error:
         raise TrainingFailed(

@@ -16,6 +16,7 @@ import yaml
 from raytrain.commands.results import Result, ShownResult, word_of
 from raytrain.config.run import RUNTIME
 from raytrain.core.errors import RequestError, TrainingFailed
+from raytrain.core.storage import local_root
 from raytrain.evaluation.record import FOLDER, RECORD
 from raytrain.exporting.check import Checked
 from raytrain.exporting.formats import FORMATS, chosen, possible
@@ -67,7 +68,7 @@ def export(
     *,
     which: str | None = None,
     formats: str | Sequence[str] | None = None,
-    storage: Path = Path("runs"),
+    storage: Path | str = Path("runs"),
     tracking_uri: str | None = None,
     licence: str = "unknown",
 ) -> ExportResult:
@@ -89,7 +90,7 @@ def export(
     _check_licence(licence)
     if to is not None:
         _must_be_free(Path(to))
-    subject = subject_of(word_of(run_or_checkpoint), which, storage, tracking_uri)
+    subject = subject_of(word_of(run_or_checkpoint), which, local_root(storage), tracking_uri)
     target = Path("exports") / subject.name if to is None else Path(to)
     _must_be_free(target)
     wanted, skipped = possible(subject, formats)

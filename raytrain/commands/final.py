@@ -18,6 +18,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.files import write_atomically
 from raytrain.tracking import Tracker
 from raytrain.training.checkpoint import BEST, LAST
+from raytrain.training.run_folder import fetch_checkpoints
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.mlflow_runs import PARENT
@@ -153,8 +154,9 @@ def log_finals(tracker: Tracker, folder: Path, finals: list[FinalRow]) -> None:
     )
 
 
-def test_once(folder: Path, storage: Path) -> dict[str, Any]:
+def test_once(folder: Path, storage: Path | str) -> dict[str, Any]:
     """Test-set accuracy of the training in `folder`; stored there, so that it is evaluated once."""
+    fetch_checkpoints(folder)
     kept = folder / _TEST
     if kept.is_file():
         return json.loads(kept.read_text())

@@ -106,7 +106,7 @@ def write_run_ids(tracker: Tracker, manager: TrialManager) -> dict[str, str]:
             found[handle] = run_id
             folder = manager.folder / "trials" / handle
             if folder.is_dir():
-                (folder / RUN_ID).write_text(run_id)
+                write_atomically(folder / RUN_ID, run_id)
     return found
 
 

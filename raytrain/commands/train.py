@@ -27,6 +27,7 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
 from raytrain.core.files import check_folder
 from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
+from raytrain.core.storage import check, is_url, shown
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_session import (
@@ -48,7 +49,14 @@ from raytrain.training.checkpoint import BEST, LAST, load
 from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
 from raytrain.training.progress import OnStep, StepProgress
-from raytrain.training.run_folder import folder_of, is_run_id, stored_run, to_yaml, write_run_file
+from raytrain.training.run_folder import (
+    fetch_checkpoints,
+    folder_of,
+    is_run_id,
+    stored_run,
+    to_yaml,
+    write_run_file,
+)
 from raytrain.training.setup import check_resumable, network, preflight
 
 Watch = Callable[[RunConfig, EpochMetrics], None]
@@ -85,8 +93,8 @@ class TrainResult(ShownResult):
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Its name, and the numbers of the last epoch."""
-        shown = {name: f"{self.metrics[name]:.4g}" for name in _SHOWN if name in self.metrics}
-        return self.name, {**shown, "run": self.run_id, "checkpoints": str(self.checkpoints)}
+        metrics = {name: f"{self.metrics[name]:.4g}" for name in _SHOWN if name in self.metrics}
+        return self.name, {**metrics, "run": self.run_id, "checkpoints": shown(self.checkpoints)}
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -136,12 +144,12 @@ def train(
         interruptible(),
         continued_by() as offer,
         ExitStack() as cluster,
-        own_tracker(run, run.storage) as tracker,
+        own_tracker(run, run.root) as tracker,
     ):
         on_cluster = cluster.enter_context(_cluster(run))
         handle, name, done = _open(tracker, run, folder)
         run_id = _run_id(tracker, handle)
-        folder = (run.storage / run.experiment / run_id).resolve()
+        folder = (run.root / run.experiment / run_id).resolve()
         write_run_file(run, folder)
         offer(_resume_command(run, folder))
         job = Job.of(run, folder, resume=resume is not None)
@@ -173,6 +181,8 @@ def train(
 
 def _resume_command(run: RunConfig, folder: Path) -> str:
     """The command that continues a training, as a shell takes it: by id, where that suffices."""
+    if is_url(run.storage):
+        return f"raytrain train --resume {folder.name} {quote(f'storage={run.storage}')}"
     ordinary = run.storage == RunConfig.model_fields["storage"].default
     return f"raytrain train --resume {folder.name if ordinary else quote(str(folder))}"
 
@@ -194,7 +204,7 @@ def preview(
     run_id = folder.name if folder is not None and is_run_id(folder.name) else None
     check_store(run.tracking_uri, run.experiment, run_id)
     try:
-        check_folder(run.storage / run.experiment)
+        check_folder(run.root / run.experiment)
     except OSError as error:
         raise RequestError(
             f"storage: {error.filename} cannot be written ({error.strerror}); expected a folder that "
@@ -226,9 +236,8 @@ def _checked(
     folder, epoch = None, 0
     if resume is not None:
         asked = as_run(config, overrides)
-        folder = folder_of(
-            run_of(word_of(resume), asked.storage, asked.tracking_uri), asked.storage
-        )
+        folder = folder_of(run_of(word_of(resume), asked.root, asked.tracking_uri), asked.root)
+        fetch_checkpoints(folder)
         if folder.parent.name == TRIALS:
             raise RequestError(
                 f"--resume: {word_of(resume)} is a trial of a sweep; expected a run of train "
@@ -237,6 +246,7 @@ def _checked(
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits = preflight(run)
+    check(run.root)
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
     if folder is not None and (folder / LAST).is_file():
@@ -258,6 +268,7 @@ def log_model(
 
     `metrics` are those of its last epoch.
     """
+    fetch_checkpoints(folder)
     for name in (BEST, LAST):
         if (folder / name).is_file():
             tracker.artifact(handle, folder / name, "checkpoints")
@@ -314,7 +325,7 @@ def _rows(
         yield from local_rows(job, local_context(run.device), on_step)
         return
     resources = worker_resources(run)
-    group = WorkerGroup(run.workers, resources, "train", run.storage, run.max_failures)
+    group = WorkerGroup(run.workers, resources, "train", run.root, run.max_failures)
     try:
         group.submit(job)
         yield from group.rows()

@@ -25,12 +25,13 @@ from raytrain.config.request import Overrides, with_keywords
 from raytrain.core.errors import RequestError
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import continued_by, interruptible
+from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
 from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.results import BASE
-from raytrain.training.run_folder import to_yaml
+from raytrain.training.run_folder import SPACE, to_yaml
 from raytrain.training.setup import preflight
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.choices import check_choices
@@ -45,7 +46,8 @@ from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.reading import changes_in
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.study import SPACE, check_name, new_name, open_study
+from raytrain.tuning.study import check_name, check_study, new_name, open_study
+from raytrain.tuning.sweep_storage import OUTBOX, SweepStorage, fetch_sweep
 from raytrain.tuning.trial_manager import TrialManager
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ class TuneResult(ShownResult):
             rows["best"] = f"{self.best.handle}: {values}"
             rows["with"] = describe(self.best.params)
         rows["cost"] = f"{self.progress.fe_per_image:,.0f} forward-equivalents per image"
-        return self.name, {**rows, "folder": str(self.folder)}
+        return self.name, {**rows, "folder": shown(self.folder)}
 
     def json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -185,7 +187,7 @@ def tune(
     if space.search.sampler == "pbt":
         check_population(space)
     given = name if resume is None else resume
-    stem, experiment = space.name, base.storage / base.experiment
+    stem, experiment = space.name, base.root / base.experiment
     with new_name(stem, experiment) if given is None else nullcontext(given) as name:
         return _tune(space, splits, name, resume is not None, final, seeds, importance, watch)
 
@@ -201,18 +203,24 @@ def _tune(
     watch: Watch | None,
 ) -> TuneResult:
     base = space.base_run
-    folder = (base.storage / base.experiment / name).resolve()
+    folder = (base.root / base.experiment / name).resolve()
+    check(base.root)
+    if resume:
+        fetch_sweep(folder)
+    check_study(base.storage, space.study)
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
-    outbox = folder / "mlflow.jsonl"
+    outbox = folder / OUTBOX
     # The outbox is locked: a second driver would take the trials of the first for dead. MLflow is closed
     # before Ray, whose shutdown may outlast the time until a SIGKILL.
     with (
         interruptible(),
         continued_by() as offer,
+        ExitStack() as stored,
         ExitStack() as cluster,
         tracked(base.tracking_uri, base.experiment, outbox) as tracker,
     ):
+        stored.callback(SweepStorage(folder).save_all)
         space_file = folder / SPACE
         if not space_file.is_file():  # what --resume finds, also before there is a study
             write_atomically(space_file, _space_yaml(space))

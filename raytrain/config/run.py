@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -34,6 +35,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.network import Precision
 from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
+from raytrain.core.storage import is_url, local_root
 from raytrain.core.threat_models import ThreatModel
 from raytrain.core.types import SCHEDULABLE, Spec
 from raytrain.data.catalogue import SOURCES
@@ -71,6 +73,10 @@ class EarlyStop(Spec):
     min_gain: Annotated[
         NonNegativeFloat, Field(description="a smaller rise than this does not count")
     ] = 0.0
+
+
+def _folder_or_url(value: str | Path) -> str | Path:
+    return value if is_url(value) else Path(value)
 
 
 def _patience(value: Any) -> Any:
@@ -150,7 +156,11 @@ class RunConfig(Spec):
         NonNegativeInt, Field(description="restarts from the last checkpoint after a lost worker")
     ] = 2
     storage: Annotated[
-        Path, Field(description="folder of checkpoints; on a cluster, shared by all nodes")
+        str | Path,
+        AfterValidator(_folder_or_url),
+        Field(
+            description="folder of checkpoints, on a cluster shared by all nodes; or a URL: s3://, gs://, ..."
+        ),
     ] = Path("runs")
     experiment: Annotated[
         str, Field(min_length=1, description="MLflow experiment, and a folder below storage")
@@ -270,6 +280,15 @@ class RunConfig(Spec):
             return f"early_stop: {patience_count} validations without a gain"
         return alarm
 
+    @property
+    def root(self) -> Path:
+        """The folder of `storage` on this machine; of a URL, its working copy.
+
+        Raises:
+            RequestError: naming `storage`, see `local_root`.
+        """
+        return local_root(self.storage)
+
     def check_names(self) -> None:
         """Raise for names that MLflow or a file system refuses; not called for runs that are read.
 
@@ -280,11 +299,12 @@ class RunConfig(Spec):
         if self.run_name:
             check_name("run_name", self.run_name, RUN_NAME)
         check_text("storage", str(self.storage))
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(self.storage)):
+        if not is_url(self.storage) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(self.storage)):
             raise RequestError(
-                f"storage: {str(self.storage)!r} is the address of something else; expected the path "
-                "of a folder, on a cluster of one that all nodes share"
+                f"storage: {str(self.storage)!r} is neither a folder nor a URL; expected a path, or "
+                "s3://BUCKET/FOLDER and the like"
             )
+        local_root(self.storage)
 
     def check_radius(self, shape: tuple[int, ...]) -> None:
         """Raise for a radius that covers the whole pixel cube, which is probably in another unit.

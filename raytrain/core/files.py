@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from raytrain.core.storage import push
+
 
 @contextmanager
 def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Yield a temporary file that is renamed to `path` at the end; flushed to the disk if `durable`.
+    """Yield a temporary file that is renamed to `path` at the end.
 
-    After an error `path` is unchanged and the temporary file is deleted. Missing folders are created.
+    If `durable`, it is flushed to the disk before, and copied to the storage after (`push`). After an error
+    in writing `path` is unchanged and the temporary file is deleted. Missing folders are created.
 
     Raises:
         OSError: if it cannot be written.
@@ -30,6 +33,8 @@ def atomic_writer(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    if durable:
+        push(path)
 
 
 def check_folder(folder: Path) -> None:

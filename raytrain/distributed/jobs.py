@@ -14,6 +14,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
 from raytrain.core.files import write_atomically
+from raytrain.core.storage import is_url, pull
 from raytrain.training.checkpoint import LAST, ROWS, load
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class Job:
     """One training for a group: everything a worker needs, as plain values."""
 
     run: str  # RunConfig as JSON
-    folder: str  # for checkpoints
+    folder: (
+        str  # for checkpoints; of a storage behind a URL, below its working copy on each machine
+    )
     resume: bool  # from last.pt in `folder`, where there is one
     until: float = 1.0  # share of training at which it pauses
 
@@ -33,7 +36,13 @@ class Job:
     def of(cls, run: RunConfig, folder: Path, resume: bool, until: float = 1.0) -> Job:
         """The job of a run, wherever its workers are started."""
         located = run.model_copy(update={"data": run.data.located()})
-        return cls(located.model_dump_json(), str(folder.resolve()), resume, until)
+        where = folder.relative_to(run.root) if is_url(run.storage) else folder.resolve()
+        return cls(located.model_dump_json(), str(where), resume, until)
+
+    @property
+    def path(self) -> Path:
+        """The folder for checkpoints on this machine."""
+        return RunConfig.model_validate_json(self.run).root / self.folder
 
 
 def local_rows(
@@ -62,7 +71,9 @@ def job_rows(
     """The rows of a job on this worker, from its last checkpoint if `resume` and there is one."""
     from raytrain.training.trainer import fit_and_checkpoint
 
-    folder = Path(job.folder)
+    folder = job.path
+    if resume:
+        pull(folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
     recent = RecentRows(folder, resume)
     if saved is not None and recent.reached(saved.epoch, job.until):
@@ -88,6 +99,8 @@ class RecentRows:
     def __init__(self, folder: Path, resume: bool = True) -> None:
         self._file = folder / ROWS
         self.rows: list[EpochMetrics] = []
+        if resume:
+            pull(self._file)
         if resume and self._file.is_file():
             self.rows = [_report(row) for row in json.loads(self._file.read_text())]
 

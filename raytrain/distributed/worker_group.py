@@ -22,6 +22,7 @@ from raytrain.core.distributed_context import DistributedContext, keep_freed_mem
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError, TrainingFailed, WorkersLost
 from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, kind_and_message
+from raytrain.core.storage import for_ray
 from raytrain.distributed.job_queue import job_queue_class
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 
@@ -156,7 +157,7 @@ class WorkerGroup:
 
     def submit(self, job: Job) -> None:
         """Begin a job; one that is running is dropped at its next epoch."""
-        self._folder_of_job = Path(job.folder)
+        self._folder_of_job = job.path
         before = RecentRows(self._folder_of_job, job.resume).rows
         self._delivered = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(asdict(job)))
@@ -208,12 +209,22 @@ class WorkerGroup:
             self._thread.join(1.0)
         with contextlib.suppress(Exception):
             self._ray.kill(self._bus)
-        shutil.rmtree(self._folder, ignore_errors=True)  # Ray Train's own notes: never read again
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove Ray Train's own files, which are never read again."""
+        path, file_system = for_ray(self._folder)
+        with contextlib.suppress(OSError):
+            if file_system is None:
+                shutil.rmtree(path)
+            else:
+                file_system.delete_dir(path)
 
     def _hold(self, workers: int, resources: dict[str, float], failures: int) -> None:
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        storage_path, file_system = for_ray(self._folder.parent)
         trainer = TorchTrainer(
             work,
             train_loop_config={"bus": self._bus},
@@ -224,7 +235,8 @@ class WorkerGroup:
             ),
             run_config=RunConfig(
                 name=self._folder.name,
-                storage_path=str(self._folder.parent),
+                storage_path=storage_path,
+                storage_filesystem=file_system,
                 failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[_announcement(self._bus)],

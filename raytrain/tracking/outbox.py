@@ -25,6 +25,7 @@ from raytrain.tracking.outbox_state import Record, RunIndex
 
 CHUNK = 1 << 18  # bytes read at once
 _COMPACT = 1 << 22  # bytes after which a delivered outbox starts anew
+_EVERYTHING = 1 << 62  # an offset behind all records
 _HELD_BACK = 1 << 23  # bytes kept in memory while the disk takes none
 
 
@@ -181,6 +182,7 @@ class Outbox:
         self.key, self._base, self._start = header["spool"], header["base"], len(first) + 1
         self.end = self._base + os.fstat(self._fd).st_size - self._start
         self.at = min(max(self.at, self._base), self.end)
+        self.tried = min(self.tried, self.end)
         if not state:  # the state was lost: anything may be in MLflow
             self.uri, self.experiment = header["uri"], header["experiment"]
             self._note(self._identity())
@@ -222,6 +224,12 @@ class Outbox:
 def state_of(file: Path) -> Path:
     """The state of an outbox."""
     return file.with_suffix(".state")
+
+
+def mark_as_tried(file: Path) -> None:
+    """Note that all records of an outbox may be in MLflow: for a copy that is older than its original."""
+    with state_of(file).open("a") as state:
+        state.write(json.dumps({"tried": _EVERYTHING}) + "\n")
 
 
 def orphans(folder: Path, uri: str, experiment: str) -> Iterator[Outbox]:

@@ -11,9 +11,11 @@ import yaml
 from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import write_atomically
+from raytrain.core.storage import pull, url_of
 from raytrain.training.checkpoint import LAST, load, short
 
 RUN_FILE = "run.yaml"
+SPACE = "space.yaml"  # in the folder of a sweep
 RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
 
 
@@ -51,8 +53,10 @@ def stored_run(folder: Path) -> RunConfig:
         raise RequestError(f"{file}: not a run file ({short(error)})") from error
 
 
-def folder_of(name: str, storage: Path) -> Path:
+def folder_of(name: str, root: Path) -> Path:
     """The folder of a run's checkpoints (or the file itself), by path or by the id of the run.
+
+    `root` is the folder of a storage on this machine.
 
     Raises:
         RequestError: if there is none.
@@ -60,20 +64,52 @@ def folder_of(name: str, storage: Path) -> Path:
     path = Path(name)
     if os.path.exists(path):
         return path.resolve()
-    found: list[Path] = []
-    if not path.is_absolute() and len(os.fsencode(name)) < 256:
-        exactly = escape(name)
-        found = [*storage.glob(f"*/{exactly}"), *storage.glob(f"*/*/trials/{exactly}")]
-    if is_run_id(name) and not found:
-        # At any depth, since the name of an experiment may have slashes.
-        files = storage.rglob(f"trials/*/{RUN_ID}")
-        found = [file.parent for file in files if file.read_text() == name]
-        found += storage.rglob(name)
+    found = _below(root, name)
+    if not found:
+        fetch_names(root)
+        found = _below(root, name)
     if found:
         return found[0].resolve()
     raise RequestError(
-        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {storage}"
+        f"{name}: neither a checkpoint nor the id of a run with checkpoints below {url_of(root) or root}"
     )
+
+
+def fetch_names(root: Path) -> None:
+    """Bring the files by which runs and sweeps are found from the storage to its working copy.
+
+    Raises:
+        RequestError: naming `storage`, if it does not answer.
+    """
+    try:
+        pull(root, lambda file: file.name in (RUN_FILE, RUN_ID, SPACE))
+    except OSError as error:
+        raise RequestError(f"storage: {error.strerror or error}") from None
+
+
+def fetch_checkpoints(folder: Path) -> None:
+    """Bring what the storage has of the folder of a run to its working copy.
+
+    Raises:
+        RequestError: naming `storage`, if it does not answer or what it has is damaged.
+    """
+    try:
+        pull(folder)
+    except OSError as error:
+        raise RequestError(f"storage: {error.strerror or error}") from None
+
+
+def _below(root: Path, name: str) -> list[Path]:
+    found: list[Path] = []
+    if not Path(name).is_absolute() and len(os.fsencode(name)) < 256:
+        exactly = escape(name)
+        found = [*root.glob(f"*/{exactly}"), *root.glob(f"*/*/trials/{exactly}")]
+    if is_run_id(name) and not found:
+        # At any depth, since the name of an experiment may have slashes.
+        files = root.rglob(f"trials/*/{RUN_ID}")
+        found = [file.parent for file in files if file.read_text() == name]
+        found += root.rglob(name)
+    return found
 
 
 def run_id_of(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ from optuna.distributions import (
 )
 
 from raytrain.core.errors import RequestError
+from raytrain.core.storage import pull, push, remove
 from raytrain.core.types import mix
 from raytrain.distributed.jobs import Job
 from raytrain.training.checkpoint import BEST, LAST, ROWS
@@ -136,6 +137,7 @@ class PopulationManager(TrialManager):
         """
         for name in _STATE:
             source = self._folder_of(live.origin) / name
+            pull(source)
             if source.is_file():
                 kept = self._state(live.origin, self._passed(live), name)
                 kept.unlink(missing_ok=True)
@@ -153,7 +155,7 @@ class PopulationManager(TrialManager):
         for passed in [passed for passed in self._scores if passed < lowest]:
             for member in self._scores.pop(passed):
                 for name in _STATE:
-                    self._state(member, passed, name).unlink(missing_ok=True)
+                    remove(self._state(member, passed, name))
 
     def _keep_score(self, live: Live, value: float) -> None:
         score = (value, live.epoch - live.offset)
@@ -192,7 +194,8 @@ class PopulationManager(TrialManager):
         for name in _STATE:
             copy = self._copy_for(member, params, name)
             if copy.is_file():
-                copy.replace(self._folder_of(member) / name)
+                target = copy.replace(self._folder_of(member) / name)
+                push(target)
 
     def _donor(self, live: Live, scores: Mapping[int, float]) -> int | None:
         sign = self.space.objective[0].sign

@@ -9,6 +9,7 @@ from typing import Any
 
 from raytrain.config.request import Overrides, as_run
 from raytrain.core.errors import RequestError
+from raytrain.training.run_folder import SPACE, fetch_names
 from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.settings import Budget
@@ -45,7 +46,11 @@ def _earlier(name: str, changes: Overrides) -> Path:
     of_run, _ = changes_of(changes)
     own = as_run(None, {path: of_run[path] for path in of_run.keys() & {"storage", "experiment"}})
     experiment = escape(own.experiment) if "experiment" in of_run else "*"
-    found = sorted(own.storage.glob(f"{experiment}/{escape(name)}/space.yaml"))
+    pattern = f"{experiment}/{escape(name)}/{SPACE}"
+    found = sorted(own.root.glob(pattern))
+    if not found:
+        fetch_names(own.root)
+        found = sorted(own.root.glob(pattern))
     if not found:
         raise RequestError(f"--resume: there is no sweep {name} below {own.storage}")
     if len(found) > 1:

@@ -18,13 +18,15 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from raytrain.core.errors import RequestError
+from raytrain.core.storage import is_url, without_secrets
 from raytrain.core.types import mix
 from raytrain.tracking import sqlite_file, sqlite_uri
+from raytrain.training.run_folder import SPACE
 from raytrain.tuning.history import Proposes
 from raytrain.tuning.pruners import pruner_for
 from raytrain.tuning.space.settings import Search, pruner_of
 
-JOURNAL, SPACE = "study.log", "space.yaml"
+JOURNAL = "study.log"
 
 _DRIVERS = {
     "postgresql": "postgresql+psycopg",
@@ -66,6 +68,20 @@ def _is_made(folder: Path) -> bool:
     return True
 
 
+def check_study(storage: Path | str, url: str | None) -> None:
+    """Check that the study of a sweep has a place: a journal cannot be appended to behind a URL.
+
+    Raises:
+        RequestError: naming `study`.
+    """
+    if url is None and is_url(storage):
+        raise RequestError(
+            f"study: storage is {without_secrets(str(storage))}, where no journal can be appended to; "
+            "expected the URL of a database (study=postgresql://HOST/NAME), or a journal file on a file "
+            "system that every driver sees (study=/shared/study.log)"
+        )
+
+
 def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
     """Whether a sweep of this name is or is not there, before anything of a new one is left behind.
 
@@ -78,17 +94,17 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
         place, exists = str(folder.parent), (folder / JOURNAL).is_file()
     else:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = open_database(url)
-        place = _shown(url)
+        storage, place = _storage(url, folder), _shown(url)
         exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
-        storage.remove_session()
-        storage.engine.dispose()
+        if isinstance(storage, optuna.storages.RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
     if resume and not exists and not (folder / SPACE).is_file():
         raise RequestError(f"--resume: there is no sweep {name} in {place}")
     if exists and not resume:
         raise _exists(name)
     longest = len(_name_in(url, f"{name}/{name}-final-000000", folder))
-    if not resume and url is not None and longest > _LONGEST:
+    if not resume and url is not None and not is_journal(url) and longest > _LONGEST:
         raise RequestError(
             f"--name: a name of {len(name)} characters is too long for the experiment "
             f"{folder.parent.name} in a database; expected {(longest - _LONGEST + 1) // 2} fewer"
@@ -150,9 +166,21 @@ def _exists(name: str) -> RequestError:
 
 
 def _storage(url: str | None, folder: Path) -> BaseStorage:
-    if url is None:
-        return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    if url is None or is_journal(url):
+        file = folder / JOURNAL if url is None else Path(url)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+        except OSError as error:
+            raise RequestError(
+                f"study: {file} cannot be used ({error.strerror}); expected a file that can be written"
+            ) from None
     return open_database(url)
+
+
+def is_journal(url: str) -> bool:
+    """Whether a `study` is the path of a journal file and not the URL of a database."""
+    return "://" not in url and url.endswith(".log")
 
 
 def open_database(url: str) -> optuna.storages.RDBStorage:
@@ -228,6 +256,8 @@ def _reason(error: Exception) -> str:
 
 def _shown(url: str) -> str:
     """The URL without what may be secret: its user and its settings."""
+    if is_journal(url):
+        return url
     file = sqlite_file(sqlite_uri(url, "study"))
     if file is not None:
         return f"sqlite:///{file}"

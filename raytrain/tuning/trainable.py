@@ -49,7 +49,7 @@ class AbstractTrainable(tune.Trainable):
             # Libraries that the first trial has loaded are here to stay: to look through them at every
             # collection takes longer than all else that a new trial needs.
             gc.freeze()
-        self._until, folder = job.until, Path(job.folder)
+        self._until, folder = job.until, job.path
         # A driver may have died before the rows up to the last checkpoint reached it.
         self._again = iter(RecentRows(folder).rows if job.resume else [])
         self._folder = folder
@@ -132,7 +132,7 @@ class GroupTrainable(AbstractTrainable):
                 run.workers,
                 worker_resources(run),
                 f"slot-{self.trial_id}",
-                Path(job.folder).parents[1],
+                job.path.parents[1],
                 run.max_failures,
             )
         self._group.submit(job)

@@ -28,6 +28,7 @@ from raytrain.tuning.history import History, Proposes, queued_params
 from raytrain.tuning.mlflow_runs import MlflowRuns
 from raytrain.tuning.outcome import OutcomeRecorder
 from raytrain.tuning.space.settings import sees_stopped
+from raytrain.tuning.sweep_storage import ROW_LOG, SweepStorage
 from raytrain.tuning.trial_rows import RowLog
 
 _TRIES = 1000  # proposals in a row that may break the constraints of the space
@@ -66,7 +67,7 @@ class TrialManager:
     ) -> None:
         self.study, self.space, self.folder = study, space, folder
         self.history = History(study, space, prefix)
-        self.journal = RowLog(folder / "rows.jsonl")
+        self.journal, self._storage = RowLog(folder / ROW_LOG), SweepStorage(folder)
         self._mlflow_runs = MlflowRuns(tracker, study.study_name, folder)
         self.fidelity, self._watch = fidelity, watch
         self._live: dict[str, Live] = {}
@@ -127,6 +128,7 @@ class TrialManager:
             self._diverged(live, str(result["diverged"]))
         else:
             self._ended(live, result)
+        self._storage.save()
         self._tell_watch()
 
     # ---------------------------------------------------------------- queries
@@ -223,6 +225,7 @@ class TrialManager:
         self._live[tune_id] = live
         self._aside.pop(live.origin, None)
         write_run_file(live.run, self._folder_of(live.origin))
+        self._storage.save()
         self._tell_watch()
         return {"job": self._job(live)}
 

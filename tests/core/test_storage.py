@@ -1,0 +1,208 @@
+"""A storage behind a URL: what one machine writes another reads, whole, or the version before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.core import storage
+from raytrain.core.errors import RequestError
+from raytrain.core.files import write_atomically
+from raytrain.core.storage import StorageError, check, local_root, pull, push, remove, url_of
+
+
+class Machines:
+    """Working copies of one storage, each on a machine of its own."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self._patch = folder, patch
+        self.store = folder / "store"
+        self.url = self.store.as_uri()
+
+    def on(self, machine: str) -> Path:
+        self._patch.setenv(storage.CACHE, str(self.folder / machine))
+        return local_root(self.url)
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    return Machines(tmp_path, monkeypatch)
+
+
+def failing(patch: pytest.MonkeyPatch, times: int, what: str = "_write") -> list[str]:
+    """Make the storage fail so many times; returns the paths that were tried."""
+    tried: list[str] = []
+    actual = getattr(storage, what)
+
+    def operation(fs: Any, at: str, *content: Any) -> Any:
+        tried.append(at)
+        if len(tried) <= times:
+            raise OSError(5, "it fails")
+        return actual(fs, at, *content)
+
+    patch.setattr(storage, what, operation)
+    return tried
+
+
+def test_a_plain_folder_is_its_own_root_and_nothing_is_copied(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_atomically(file, "1")
+    push(tmp_path)
+    pull(tmp_path)
+    check(tmp_path)
+    assert local_root(tmp_path) == tmp_path and url_of(file) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_written_file_is_in_the_storage_and_on_another_machine(machines: Machines) -> None:
+    first = machines.on("first")
+    write_atomically(first / "run" / "run.yaml", "seed: 1\n")
+    assert (machines.store / "run" / "run.yaml").read_text() == "seed: 1\n"
+    assert url_of(first / "run") == f"{machines.url}/run"
+    second = machines.on("second")
+    assert second != first and not (second / "run").exists()
+    pull(second / "run")
+    assert (second / "run" / "run.yaml").read_text() == "seed: 1\n"
+
+
+def test_files_that_are_appended_to_are_copied_when_asked_and_hidden_ones_never(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = machines.on("first")
+    (root / ".scratch").mkdir()
+    (root / ".scratch" / "a").write_text("x")
+    (root / "rows.jsonl").write_text("1\n")
+    push(root)
+    with (root / "rows.jsonl").open("a") as rows:
+        rows.write("2\n")
+    tried = failing(monkeypatch, 0)
+    push(root)
+    assert (machines.store / "rows.jsonl").read_text() == "1\n2\n"
+    assert [Path(at).name for at in tried] == ["rows.jsonl.sha256", "rows.jsonl"]
+    push(root)
+    assert len(tried) == 2 and not (machines.store / ".scratch").exists()
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_version_before_it(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = machines.on("first")
+    for content in ("epoch 1", "epoch 2", "epoch 3"):
+        write_atomically(first / "last.pt", content)
+    (machines.store / "last.pt").write_text("epoch 3 with a flipped bit")
+    second = machines.on("second")
+    pull(second)
+    assert (second / "last.pt").read_text() == "epoch 2"
+    assert "does not match its checksum" in capsys.readouterr().err
+    (machines.store / "last.pt.previous").write_text("this one too")
+    third = machines.on("third")
+    with pytest.raises(StorageError, match="no sound version before it"):
+        pull(third)
+    assert not (third / "last.pt").exists()
+
+
+def test_an_upload_that_was_cut_off_leaves_the_version_before_it_sound(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = machines.on("first")
+    write_atomically(first / "last.pt", "epoch 1")
+    actual = storage._write
+
+    def cut_off(fs: Any, at: str, content: Any) -> None:
+        if at.endswith(".pt"):
+            raise KeyboardInterrupt
+        actual(fs, at, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "_write", cut_off)
+        write_atomically(first / "last.pt", "epoch 2")
+    second = machines.on("second")
+    pull(second)
+    assert (second / "last.pt").read_text() == "epoch 1"
+    pull(first)  # here the newer one is whole
+    assert (first / "last.pt").read_text() == "epoch 2"
+    push(first)
+    pull(second)
+    assert (second / "last.pt").read_text() == "epoch 2"
+
+
+def test_what_another_machine_has_written_since_wins_over_what_was_left_here(
+    machines: Machines,
+) -> None:
+    first, second = machines.on("first"), machines.on("second")
+    write_atomically(first / "last.pt", "epoch 1")
+    pull(second)
+    (first / "last.pt").write_text("epoch 2, of a node that died before it was copied")
+    write_atomically(second / "last.pt", "epoch 2")
+    pull(first)
+    assert (first / "last.pt").read_text() == "epoch 2"
+
+
+def test_a_storage_that_fails_for_a_while_is_tried_again(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = machines.on("first")
+    failing(monkeypatch, storage._TRIES - 1)
+    write_atomically(root / "last.pt", "epoch 1")
+    assert (machines.store / "last.pt").read_text() == "epoch 1"
+
+
+def test_a_storage_that_stays_away_is_an_error_of_writing_and_keeps_what_it_had(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = machines.on("first")
+    write_atomically(root / "last.pt", "epoch 1")
+    with monkeypatch.context() as patch:
+        failing(patch, 10**6)
+        with pytest.raises(OSError, match="it fails"):
+            write_atomically(root / "last.pt", "epoch 2")
+        with pytest.raises(RequestError, match="storage: .* cannot be written"):
+            check(root)
+    assert (machines.store / "last.pt").read_text() == "epoch 1"
+    second = machines.on("second")
+    pull(second)
+    assert (second / "last.pt").read_text() == "epoch 1"
+
+
+def test_only_wanted_files_are_brought_and_removed_ones_stay_away(machines: Machines) -> None:
+    first = machines.on("first")
+    for name in ("a/run_id", "a/last.pt", "b/run_id"):
+        write_atomically(first / name, name)
+    second = machines.on("second")
+    pull(second, lambda file: file.name == "run_id")
+    assert sorted(f.relative_to(second).as_posix() for f in second.rglob("*") if f.is_file()) == [
+        ".storage-url",
+        "a/run_id",
+        "b/run_id",
+    ]
+    remove(first / "a" / "last.pt")
+    pull(second)
+    assert not (second / "a" / "last.pt").exists() and not list(machines.store.rglob("last*"))
+
+
+def test_a_file_system_of_fsspec_serves_where_pyarrow_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "first"))
+    url = f"memory://{tmp_path.name}/runs"
+    write_atomically(local_root(url) / "run" / "last.pt", "epoch 1")
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "second"))
+    pull(local_root(url))
+    assert (local_root(url) / "run" / "last.pt").read_text() == "epoch 1"
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/runs", "hdfs+x://a/b"])
+def test_a_url_without_a_file_system_is_refused(url: str) -> None:
+    with pytest.raises(RequestError, match="storage: no file system for .*; expected"):
+        local_root(url)
+
+
+def test_secrets_in_a_url_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(storage.CACHE, str(tmp_path))
+    root = local_root("s3://KEY:SECRET@bucket/runs?endpoint_override=127.0.0.1:1")
+    assert url_of(root / "x") == "s3://bucket/runs/x"
+    assert "SECRET" not in str(root)
+    assert (root / ".storage-url").stat().st_mode & 0o077 == 0
