@@ -25,7 +25,7 @@ from raytrain.core.types import (
     Batch,
     BatchRandom,
     Mask,
-    Number,
+    Pixels,
     Progress,
     Rows,
     mix,
@@ -46,7 +46,7 @@ class Evaluation(PgdSettings):
     ] = "pgd"
     steps: Annotated[PositiveInt, Field(description="steps of the attack")] = 10
     eps: Annotated[
-        Number | None, Field(ge=0, description="radius, where it is not that of training")
+        Pixels | None, Field(ge=0, description="radius, where it is not that of training")
     ] = None
     every: Annotated[
         PositiveInt, Field(description="epochs between validations; the last is always one")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
+from raytrain.core.nearest import nearest
 from raytrain.core.types import RequestError, Spec
 from raytrain.models.checks import check_network, initialised
 from raytrain.models.classifier import Classifier, Normalise
@@ -142,5 +142,5 @@ def _wide(name: str) -> Callable[[int, int], nn.Module] | None:
 
 def _unknown(name: str, theirs: Sequence[str]) -> RequestError:
     names = ["auto", *_OWN, "wideresnet-28-10", *theirs]
-    nearest = get_close_matches(name, names, n=1, cutoff=0)[0]
-    return RequestError(f"model.name: no model is called {name!r}; the nearest name is {nearest}")
+    hint = nearest(name, names) or f"; expected one of {', '.join(MODELS)}"
+    return RequestError(f"model.name: no model is called {name!r}{hint}")

@@ -110,6 +110,10 @@ class Tracker:
         """The name of a run in the store; None if it has none, or does not answer."""
         return self._store.run_name(run_id)
 
+    def is_trial(self, run_id: str) -> bool:
+        """Whether the store has this run as a trial of a sweep; false if it does not answer."""
+        return self._store.is_trial(run_id)
+
     def unused_name(self, name: str) -> str:
         """The name, or `NAME-2` and so on if the experiment has runs of it."""
         taken = self._store.names(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.config.request import Overrides, as_run
+from raytrain.core.nearest import nearest
 from raytrain.core.types import RequestError
 from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
@@ -47,7 +48,10 @@ def _earlier(name: str, changes: Overrides) -> Path:
     experiment = escape(own.experiment) if "experiment" in of_run else "*"
     found = sorted(own.storage.glob(f"{experiment}/{escape(name)}/space.yaml"))
     if not found:
-        raise RequestError(f"--resume: there is no sweep {name} below {own.storage}")
+        known = [file.parent.name for file in own.storage.glob(f"{experiment}/*/space.yaml")]
+        raise RequestError(
+            f"--resume: there is no sweep {name} below {own.storage}{nearest(name, known)}"
+        )
     if len(found) > 1:
         several = " and ".join(file.parent.parent.name for file in found)
         raise RequestError(

@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from raytrain.core.nearest import nearest
 from raytrain.core.types import RequestError, mix
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.tuning.history import Proposes
@@ -83,7 +84,8 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
         storage.remove_session()
         storage.engine.dispose()
     if resume and not exists and not (folder / SPACE).is_file():
-        raise RequestError(f"--resume: there is no sweep {name} in {place}")
+        known = [file.parent.name for file in folder.parent.glob(f"*/{SPACE}")]
+        raise RequestError(f"--resume: there is no sweep {name} in {place}{nearest(name, known)}")
     if exists and not resume:
         raise _exists(name)
     longest = len(_name_in(url, f"{name}/{name}-final-000000", folder))

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from raytrain.core.nearest import nearest
 from raytrain.core.types import RequestError
 from raytrain.tuning.space.base import AbstractSearched
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.lookup import KINDS, paths_of
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.space.variables import Variable, nearest
+from raytrain.tuning.space.variables import Variable
 
 _VALID = 200  # random configurations that must all be valid
 _TRIES = 1000  # to find configurations that a condition or the constraints allow

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raytrain.core.nearest import nearest
 from raytrain.core.types import RequestError
 from raytrain.tuning.space.base import AbstractDimension, AbstractSearched, shown
 from raytrain.tuning.space.dimensions import Branch, Choice, Derived
@@ -166,12 +166,6 @@ def _touches(path: str, name: str) -> bool:
     parent, _, last = path.rpartition(".")
     record = parent if parent and last in KINDS else path
     return path == name or name.startswith(f"{record}.")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; the nearest is X`, if one is near."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]}" if close else ""
 
 
 def _error(variable: Variable, field: str, message: str) -> RequestError:
