@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30.0
-_GROUND = 0.02  # share of training from which its speed says how long the rest takes
+_GROUND = 0.02  # share of training from which its speed gives the time left
 
 
 class Epochs:

@@ -268,7 +268,7 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
 def log_evaluation(tracker: Tracker, result: EvalResult, run_id: str, seen: Input) -> None:
     """Log an evaluation, of the images `seen`, to its run in MLflow, if there is one."""
     failed = [finding.check for finding in result.failed] + Earlier.failed_beside(result.folder)
-    if not tracker.knows(run_id):
+    if not tracker.has_run(run_id):
         log_line(
             f"raytrain: MLflow at {tracker.uri} has no run {run_id}: the numbers are only in "
             f"{result.folder}"

@@ -362,7 +362,7 @@ def _open(
     """
     handle = None if folder is None else run_id_of(folder)
     if handle is not None:
-        if not tracker.knows(handle):
+        if not tracker.has_run(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
         if tracker.is_trial(handle):
             raise RequestError(

@@ -102,7 +102,7 @@ class Tracker:
         self._writer.wait(lambda: handle in self._outbox.ids, seconds)
         return self._outbox.ids.get(handle) or None
 
-    def knows(self, run_id: str) -> bool:
+    def has_run(self, run_id: str) -> bool:
         """Whether the store has this run; true for a store that does not answer."""
         return not self._store.missing(run_id)
 
@@ -135,7 +135,7 @@ class Tracker:
     def unfinished(self, parent: str) -> list[str]:
         """Handles of the children of a run that have not ended, such as those of a driver that died.
 
-        Children that only the store knows get their id as their handle.
+        Children that only the store has get their id as their handle.
         """
         runs = self._outbox.run_index.runs
         parent_id = self._must_know(parent).adopted or self._outbox.ids.get(parent)
@@ -143,7 +143,7 @@ class Tracker:
         if parent_id:
             try:
                 strays = set(self._store.running(parent_id))
-            except Exception as error:  # away: the outbox knows its own
+            except Exception as error:  # away: the outbox has its own
                 self._complain(first_line(error))
             strays -= set(self._outbox.ids.values())
         for run_id in sorted(strays - set(runs)):

@@ -61,7 +61,7 @@ def _earlier(name: str, changes: Overrides) -> Path:
 
 
 def _filled(budget: Budget, space: SearchSpace) -> Budget:
-    """A number of trials, where nothing says when to end; a population is as many as it has members."""
+    """A number of trials, where the budget has no limit; a population is as many as it has members."""
     if space.search.sampler == "pbt":
         return budget.model_copy(update={"trials": space.search.population.size})
     unlimited = budget.trials is None and budget.fe_per_image is None and budget.hours is None

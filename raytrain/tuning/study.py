@@ -33,8 +33,8 @@ _DRIVERS = {
 }
 """Dialects whose driver is an extra of this package, wherever the URL names none itself."""
 _EXTRAS = {"postgresql+psycopg": "postgresql", "mysql+pymysql": "mysql"}
-_PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL says otherwise
-_BUSY = 60.0  # seconds that SQLite waits for other processes, unless the URL says otherwise
+_PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL sets it
+_BUSY = 60.0  # seconds that SQLite waits for other processes, unless the URL sets it
 _LONGEST = 512  # characters of the name of a study, that of a sweep's last trainings included
 _TRIES = 10  # at tables that other processes are making
 

@@ -162,7 +162,7 @@ def _exists(space: SearchSpace, chosen: Mapping[str, Any], name: str) -> bool:
         space.lookup(chosen, name)
     except Absent:
         return False
-    except RequestError:  # not a valid run: for the corners and draws to tell
+    except RequestError:  # not a valid run: corners and draws report it
         return True
     return True
 

@@ -72,7 +72,7 @@ def lay_out(space: Mapping[str, Any]) -> tuple[Variable, ...]:
     """All dimensions of a space in the order in which they are decided.
 
     Raises:
-        RequestError: if one asks for what is decided after it.
+        RequestError: if one depends on what is decided after it.
     """
     variables = _with_keys(list(_flat(space, {}, ("space",))))
     for number, variable in enumerate(variables):
