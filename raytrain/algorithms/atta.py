@@ -18,7 +18,7 @@ from raytrain.core.types import (
     AttackBatchNorm,
     Batch,
     Delta,
-    Number,
+    Pixels,
     Progress,
     StepSize,
 )
@@ -31,7 +31,7 @@ class Accumulated(AbstractInit):
 
     kind: Literal["accumulated"] = "accumulated"
     reset_every: PositiveInt | None
-    std: Number
+    std: Pixels
 
     def delta(
         self,
@@ -90,7 +90,7 @@ class Atta(Smoothed):
         Field(description="epochs after which all perturbations begin anew; null: never"),
     ] = 10
     std: Annotated[
-        Number, Field(gt=0, description="standard deviation of the first perturbation, in pixels")
+        Pixels, Field(gt=0, description="standard deviation of the first perturbation, in pixels")
     ] = 0.001
     attack_bn: AttackBatchNorm = "eval"
 

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat
 from raytrain.core.registry import OneOf, Registry
 from raytrain.core.sample_store import SampleStore
 from raytrain.core.threat_models import AbstractThreatModel, in_box
-from raytrain.core.types import BEGINNING, Batch, Delta, Number, Progress, Spec
+from raytrain.core.types import BEGINNING, Batch, Delta, Pixels, Progress, Spec
 
 
 class AbstractInit(Spec):
@@ -96,7 +96,7 @@ class Gaussian(_Timeless):
     """
 
     kind: Literal["gaussian"] = "gaussian"
-    std: Annotated[Number, Field(gt=0, description="pixels of [0, 1]")] = 0.001
+    std: Annotated[Pixels, Field(gt=0, description="pixels of [0, 1]")] = 0.001
 
     def delta(
         self,

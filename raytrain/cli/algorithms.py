@@ -14,6 +14,7 @@ from rich.table import Table
 from raytrain.algorithms import RECIPES, AbstractRecipe
 from raytrain.core.card import Card, alternatives
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.core.threat_models import THREAT_MODELS
 from raytrain.core.types import SCHEDULABLE
 from raytrain.outer import OUTERS, AbstractOuter
@@ -23,7 +24,8 @@ def _part(name: str) -> type[AbstractRecipe] | type[AbstractOuter]:
     for registry in (RECIPES, OUTERS):
         with suppress(KeyError):
             return registry[name]
-    raise RequestError(f"{name}: expected one of {', '.join([*RECIPES, *OUTERS])}")
+    known = [*RECIPES, *OUTERS]
+    raise RequestError(f"{name}: expected one of {', '.join(known)}{nearest(name, known)}")
 
 
 def catalogue() -> Callable[[], None]:

@@ -299,7 +299,9 @@ def ui(
 
 @app.command()
 def algorithms(
-    name: Annotated[str | None, typer.Argument(help="tell all about this one")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="show the details of this algorithm or outer update")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

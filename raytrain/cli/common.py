@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from raytrain.tracking import tracking_uri
 
 RUNS = Path("runs")
-"""Where commands look for checkpoints unless told otherwise."""
+"""Where commands look for checkpoints by default."""
 
 
 def number(value: Any) -> str:

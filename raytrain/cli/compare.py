@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raytrain.cli.columns import Column, fitting
 from raytrain.cli.common import line
 from raytrain.evaluation.names import attack_title
 from raytrain.report.bands import bands_of
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from raytrain.report.comparable import ComparableRuns
 
 _SHOWN = 15  # rows of a table; the report has them all
+_FOLDED = {"run": 14, "configuration": 13}  # columns of long names, and the least of their widths
+_MARKS = "◆ Pareto front  ⚠ a check failed  † trained for another threat model"
 
 
 def compare_summary(result: Comparison) -> Callable[[], None]:
@@ -34,7 +39,7 @@ def compare_summary(result: Comparison) -> Callable[[], None]:
         for comparable in result.comparables:
             answer = result.answer(comparable)
             line(console, "leader", answer.text)
-            console.print(_table(comparable))
+            console.print(comparison_table(comparable, console.width))
             for note in (*comparable.notes, *filter(None, [answer.next])):
                 line(console, "note", note)
             commands += filter(None, [answer.command])
@@ -56,43 +61,91 @@ def _there(result: Comparison) -> str:
     return "" if uri == tracking_uri(None) else f"MLFLOW_TRACKING_URI={quote(uri)} "
 
 
-def _table(comparable: ComparableRuns) -> Table:
-    """The ranked number with its interval, others without, so that eighty columns are enough."""
-    table = Table(title_justify="left", min_width=72)
-    table.add_column("")
-    for name in ("run", "configuration"):
-        table.add_column(name, overflow="fold", min_width=8)
+def comparison_table(comparable: ComparableRuns, width: int) -> Table:
+    """The ranked number with its interval, others without, in at most `width` characters.
+
+    Columns that there is no room for are named below; names are folded.
+    """
+    rows, more = _rows(comparable)
+    columns, left_out = fitting(_columns(comparable, [row.cells for row in rows]), width)
+    table = Table(title_justify="left", min_width=min(width, 72))
+    for column in columns:
+        table.add_column(
+            column.name,
+            justify="right" if column.right else "left",
+            overflow="fold",
+            min_width=column.width,
+            no_wrap=column.name not in _FOLDED,
+        )
+    for place, row in enumerate(rows):
+        cells = [Text(column.cells[place]) for column in columns]
+        table.add_row(*cells, style=row.style, end_section=row.ends)
+    said = [f"and {more} more"] if more else []
+    said += [f"no room for {', '.join(left_out)}"] if left_out else []
+    table.caption = "\n".join([*filter(None, ["; ".join(said)]), _MARKS])
+    return table
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A row of the table."""
+
+    cells: dict[str, str]  # by column
+    style: str | None
+    ends: bool = False  # whether it is the last of its band
+
+
+def _columns(comparable: ComparableRuns, rows: list[dict[str, str]]) -> list[Column]:
+    """All columns, in the order in which they are shown."""
     attack = comparable.attack
-    titles = ["valid"] if attack == VALID else ["clean", attack_title(attack), "valid"]
-    for name in (*titles, "FE/image", "seeds"):
-        table.add_column(name, justify="right")
-    left = _SHOWN
+    ranked = "valid" if attack == VALID else attack_title(attack)
+    alike = all(row["seeds"] == "1" for row in rows if row["seeds"])
+    orders = {"clean": 1, "seeds": 4 if alike else 2, "valid": 3, ranked: 0}
+    scores = ["valid"] if attack == VALID else ["clean", ranked, "valid"]
+    found = []
+    for name in ("", *_FOLDED, *scores, "FE/image", "seeds"):
+        cells = [row[name] for row in rows]
+        width = _FOLDED.get(name) or max(map(cell_len, [name, *cells]))
+        found.append(Column(name, cells, width, orders.get(name, 0), name not in ("", *_FOLDED)))
+    return found
+
+
+def _rows(comparable: ComparableRuns) -> tuple[list[_Shown], int]:
+    """The rows that are shown, and how many more there are."""
+    attack, left = comparable.attack, _SHOWN
+    ranked = "valid" if attack == VALID else attack_title(attack)
+    rows: list[_Shown] = []
     for band in bands_of(comparable):
+        own: list[_Shown] = []
         for row in band.shown[: max(left, 0)]:
-            ranked = _text(row.ranking_cell(attack), row)
-            values = [_value(row.score("clean"), row), ranked, _value(row.valid(), row)]
-            table.add_row(
-                row.letter + row.marks,
-                Text(row.setting.names),
-                Text(row.label + (" ◆" if row.front else "")),
-                *map(Text, [ranked] if attack == VALID else values),
-                "-" if row.cost is None else f"{row.cost:,.0f}",
-                seeds_of(row, attack),
-                style="bold" if row is comparable.leader else None,
-            )
+            cells = {
+                "": row.letter + row.marks,
+                "run": row.setting.names,
+                "configuration": row.label + (" ◆" if row.front else ""),
+                "clean": _value(row.score("clean"), row),
+                "valid": _value(row.valid(), row),
+                ranked: _text(row.ranking_cell(attack), row),
+                "FE/image": "-" if row.cost is None else f"{row.cost:,.0f}",
+                "seeds": seeds_of(row, attack),
+            }
+            own.append(_Shown(cells, "bold" if row is comparable.leader else None))
         left -= len(band.shown)
         if left >= 0 and band.folded:
             best = band.folded[0]
             said = f"{'best of ' if len(band.folded) > 1 else ''}{band.count}"
-            said += " ◆" if best.front else ""
-            blanks = [""] * (len(titles) - 1)
-            value = _value(best.valid(), best)
-            names = Text(best.setting.names)
-            table.add_row(best.letter, names, said, *blanks, value, band.cost, style="dim")
-        table.add_section()
-    marks = "◆ Pareto front  ⚠ a check failed  † trained for another threat model"
-    table.caption = (f"and {-left} more  " if left < 0 else "") + marks
-    return table
+            cells = {
+                "": best.letter,
+                "run": best.setting.names,
+                "configuration": said + (" ◆" if best.front else ""),
+                "clean": "",
+                ranked: "",
+                "valid": _value(best.valid(), best),
+                "FE/image": band.cost,
+                "seeds": "",
+            }
+            own.append(_Shown(cells, "dim"))
+        rows += [*own[:-1], *(replace(one, ends=True) for one in own[-1:])]
+    return rows, max(0, -left)
 
 
 def _text(cell: Cell | None, row: Row) -> str:

@@ -98,7 +98,7 @@ def check_alone(option: str, **others: object) -> None:
 
 
 def write(text: str) -> None:
-    """Write to stdout as long as somebody reads it: `| head` ends it in silence."""
+    """Write to stdout; a pipe that is closed early, as by `| head`, is no error."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -77,7 +77,7 @@ def evaluate_summary(result: EvalResult) -> Callable[[], None]:
         if result.findings and passed == len(result.findings):
             line(console, "checks", f"{passed} of {passed} passed")
         elif not result.findings:
-            line(console, "checks", "not run: nothing says that these numbers can be believed")
+            line(console, "checks", "not run: false robustness is not excluded")
         line(console, "contract", f"{contract.text}  ({contract.hash})")
         line(console, "checkpoint", f"{shown(result.file)} (epoch {result.epoch})")
         line(console, "per sample", shown(result.folder / "flags.parquet"))

@@ -19,6 +19,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.storage import shown
 from raytrain.training.profiling import TABLE, TRACE
 from raytrain.training.progress import StepProgress
+from raytrain.training.run_folder import short_id
 
 if TYPE_CHECKING:
     from raytrain.commands.train import TrainResult
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30.0
-_ID = 8  # digits of an id that are shown: the beginning of one means the run
-_GROUND = 0.02  # share of training from which its speed says how long the rest takes
+_GROUND = 0.02  # share of training from which its speed gives the time left
 
 
 class Epochs:
@@ -47,11 +47,9 @@ class Epochs:
         return self
 
     def start(self, run: RunConfig, run_id: str, num_images: int) -> None:
-        """Say what is trained."""
-        said = (
-            f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {run_id[:_ID]}"
-        )
-        self._say(f"training: {said}")
+        """Write what is trained, and what a star means in the lines of epochs."""
+        said = f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {short_id(run_id)}"
+        self._say(f"training: {said}; * highest robust accuracy so far")
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
@@ -236,7 +234,11 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
             console.print(Markdown((result.profile / TABLE).read_text(encoding="utf-8")))
             line(console, "trace", str(result.profile / TRACE))
         line(console, "checkpoints", shown(result.checkpoints))
-        line(console, "test set", f"raytrain evaluate {result.run_id[:_ID]}")
-        line(console, "MLflow UI", open_ui(result.tracking_uri, result.run_id[:_ID], result.page))
+        line(console, "test set", f"raytrain evaluate {short_id(result.run_id)}")
+        line(
+            console,
+            "MLflow UI",
+            open_ui(result.tracking_uri, short_id(result.run_id), result.page),
+        )
 
     return show

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from raytrain.cli.columns import Column, fitting
 from raytrain.cli.common import number
 from raytrain.tuning.space.labels import short_names
 
@@ -22,18 +22,11 @@ _LONG = 24  # characters of a value, except in the best row
 _COST = "cost/fe_per_sample"
 
 
-@dataclass(frozen=True)
-class _Column:
-    name: str
-    cells: list[str]
-    order: int  # columns of the highest are left out first where the terminal is narrow
-    right: bool = True
-
-    def width(self, best: int) -> int:
-        """Its widest cell, shortened except in the first `best` rows."""
-        whole = [self.name, *self.cells[:best]]
-        others = (min(cell_len(cell), _LONG) for cell in self.cells[best:])
-        return max(*map(cell_len, whole), *others, 0)
+def _column(name: str, cells: list[str], order: int, best: int, right: bool = True) -> Column:
+    """A column as wide as its widest cell, shortened except in the first `best` rows."""
+    whole = [name, *cells[:best]]
+    others = (min(cell_len(cell), _LONG) for cell in cells[best:])
+    return Column(name, cells, max(*map(cell_len, whole), *others, 0), order, right)
 
 
 def trials_table(result: TuneResult, width: int) -> Table:
@@ -45,14 +38,14 @@ def trials_table(result: TuneResult, width: int) -> Table:
     ranked = _ranked(result, {row.number for row in starred})
     shown = ranked[:_SHOWN]
     best = min(len(starred), len(shown))
-    columns, left_out = _fitting(_columns(result, shown, best), best, width)
+    columns, left_out = fitting(_columns(result, shown, best), width)
     table = Table(title=f"sweep {result.name}", title_justify="left", caption_justify="left")
     for column in columns:
         table.add_column(
             column.name,
             justify="right" if column.right else "left",
-            min_width=column.width(best),
-            max_width=column.width(best),
+            min_width=column.width,
+            max_width=column.width,
             no_wrap=True,
             overflow="ellipsis",
         )
@@ -82,7 +75,7 @@ def _ranked(result: TuneResult, starred: set[int]) -> list[TrialRow]:
     return sorted(result.trials, key=key)
 
 
-def _columns(result: TuneResult, rows: Sequence[TrialRow], best: int) -> list[_Column]:
+def _columns(result: TuneResult, rows: Sequence[TrialRow], best: int) -> list[Column]:
     """All columns, in the order in which they are shown."""
     metrics = [*result.objectives, *(m for m in ("valid/clean",) if m not in result.objectives)]
     names = short_names(dict.fromkeys(path for row in rows for path in row.params))
@@ -90,37 +83,29 @@ def _columns(result: TuneResult, rows: Sequence[TrialRow], best: int) -> list[_C
     handles = [f"{row.handle}{' *' if place < best else ''}" for place, row in enumerate(rows)]
     after = len(metrics) + len(paths)  # what is left out first: the costs, epochs and outcome
     return [
-        _Column("trial", handles, 0, right=False),
+        _column("trial", handles, 0, best, right=False),
         *(
-            _Column(
+            _column(
                 metric.rsplit("/", 1)[-1],
                 [number(row.metrics.get(metric)) for row in rows],
                 0 if metric in result.objectives else after + 1,
+                best,
             )
             for metric in metrics
         ),
         *(
-            _searched(names[path], [row.params.get(path) for row in rows], 1 + place)
+            _searched(names[path], [row.params.get(path) for row in rows], 1 + place, best)
             for place, path in enumerate(paths)
         ),
-        _Column("state", [row.state for row in rows], after + 3, right=False),
-        _Column("epochs", [str(row.epochs) for row in rows], after + 4),
-        _Column("FE/sample", [number(row.metrics.get(_COST)) for row in rows], after + 2),
-        _Column("seconds", [number(row.metrics.get("cost/seconds")) for row in rows], after + 5),
+        _column("state", [row.state for row in rows], after + 3, best, right=False),
+        _column("epochs", [str(row.epochs) for row in rows], after + 4, best),
+        _column("FE/sample", [number(row.metrics.get(_COST)) for row in rows], after + 2, best),
+        _column(
+            "seconds", [number(row.metrics.get("cost/seconds")) for row in rows], after + 5, best
+        ),
     ]
 
 
-def _searched(name: str, values: list[Any], order: int) -> _Column:
+def _searched(name: str, values: list[Any], order: int, best: int) -> Column:
     words = any(isinstance(value, str) for value in values)
-    return _Column(name, [number(value) for value in values], order, right=not words)
-
-
-def _fitting(columns: list[_Column], best: int, width: int) -> tuple[list[_Column], list[str]]:
-    """The columns that there is room for, and the names of the others."""
-    kept = list(columns)
-    while 1 + sum(column.width(best) + 3 for column in kept) > width:
-        last = max(kept, key=lambda column: column.order)
-        if last.order == 0:
-            break
-        kept.remove(last)
-    return kept, [column.name for column in columns if column not in kept]
+    return _column(name, [number(value) for value in values], order, best, right=not words)

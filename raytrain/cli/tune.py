@@ -183,7 +183,7 @@ def _say_next(console: Console, result: TuneResult) -> None:
 
 def _evaluate(result: TuneResult) -> str:
     """The command that evaluates the best trial: by the sweep's name, where that is found."""
-    found = Path(RUNS).resolve() in result.folder.parents or url_of(result.folder) is not None
+    found = RUNS.resolve() in result.folder.parents or url_of(result.folder) is not None
     if _is_store_in_use(result) and found:
         return f"raytrain evaluate {quote(result.name)}"
     assert result.best is not None

@@ -21,10 +21,12 @@ from raytrain.config.request import (
     with_keywords,
 )
 from raytrain.config.run import RunConfig
+from raytrain.config.unknown_field import elsewhere
 from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer, write_atomically
+from raytrain.core.nearest import nearest
 from raytrain.core.signals import interruptible
 from raytrain.core.storage import local_root, push, shown
 from raytrain.data.loader import open_test
@@ -218,12 +220,18 @@ def _requested(
     rest = {path: value for path, value in changes.items() if path not in own}
     for path in rest:
         if path.split(".")[0] not in _RUN_FIELDS:
-            known = ", ".join(EvaluationSettings.model_fields)
-            raise RequestError(
-                f"{path}: expected a field of the evaluation ({known}), or one of "
-                f"{', '.join(_RUN_FIELDS)} of the run; the network is the run's own"
-            )
+            raise RequestError(f"{path}: {_unknown(path)}")
     return rest, validated(EvaluationSettings, own)
+
+
+def _unknown(path: str) -> str:
+    """The refusal of a field that is neither of the evaluation nor one of the run that it may change."""
+    own = list(EvaluationSettings.model_fields)
+    hint = elsewhere(RunConfig, path.split(".")[-1], {}, _RUN_FIELDS)
+    return (
+        f"expected a field of the evaluation ({', '.join(own)}), or one of {', '.join(_RUN_FIELDS)} of the "
+        f"run; the network is the run's own{hint or nearest(path, [*own, *_RUN_FIELDS])}"
+    )
 
 
 def _read(words: Iterable[str]) -> dict[str, Any]:
@@ -262,7 +270,7 @@ def _write(result: EvalResult, flags: pa.Table, examples: pa.Table) -> None:
 def log_evaluation(tracker: Tracker, result: EvalResult, run_id: str, seen: Input) -> None:
     """Log an evaluation, of the images `seen`, to its run in MLflow, if there is one."""
     failed = [finding.check for finding in result.failed] + Earlier.failed_beside(result.folder)
-    if not tracker.knows(run_id):
+    if not tracker.has_run(run_id):
         log_line(
             f"raytrain: MLflow at {tracker.uri} has no run {run_id}: the numbers are only in "
             f"{result.folder}"

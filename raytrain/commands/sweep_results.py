@@ -29,7 +29,7 @@ from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.trial_manager import TrialManager
 
 TABLE = "trials.parquet"
-_FEWEST = 3  # finished trials of an algorithm, below which a sweep says so
+_FEWEST = 3  # finished trials of an algorithm, below which a sweep warns
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def _drawn(manager: TrialManager, weights: WhatMattered) -> list[Path]:
     folder = manager.folder / "figures"
     space = manager.space
     units = space.units() if isinstance(space, SearchSpace) else {}
-    told = weights.curves, weights.finished, weights.equal, units
+    measured = weights.curves, weights.finished, weights.equal, units
     try:
-        return draw(manager.history, manager.fidelity, folder, *told)
+        return draw(manager.history, manager.fidelity, folder, *measured)
     except Exception as error:  # a picture is not worth a sweep
         log_line(f"raytrain: the figures could not be drawn ({type(error).__name__}: {error})")
         return []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
+from shlex import join
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,13 @@ from raytrain.config.request import (
     with_keywords,
 )
 from raytrain.config.run import RunConfig
+from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
 from raytrain.core.files import check_folder
 from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
-from raytrain.core.storage import check, is_url, shown
+from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_session import (
@@ -52,12 +53,13 @@ from raytrain.training.progress import OnStep, StepProgress
 from raytrain.training.run_folder import (
     fetch_checkpoints,
     folder_of,
-    is_run_id,
+    run_id_of,
+    short_id,
     stored_run,
     to_yaml,
     write_run_file,
 )
-from raytrain.training.setup import check_resumable, network, preflight
+from raytrain.training.setup import check_resumable, log_changes, network, preflight
 
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
@@ -117,10 +119,11 @@ def train(
     """One training run, recorded in MLflow, its checkpoints in `storage/experiment/run_id`.
 
     `config` is a RunConfig, a mapping, or a YAML file; `overrides` are `key=value` words or a
-    mapping of dotted paths, `fields` are fields of RunConfig. `resume` is a run to continue in the
-    same MLflow run, as its result or a word that `run_of` takes, with its own configuration unless another
-    is given. `on_start` is called with the id of the run and the number of training images, `watch` after
-    every epoch, `on_step` after every step (a training in this process only, not on workers of Ray).
+    mapping of dotted paths, `fields` are fields of RunConfig. `resume` is a run to continue in its own
+    folder and the MLflow run that is recorded there (a new one, if none is), as its result or a word that
+    `run_of` takes, with its own configuration unless another is given. `on_start` is called with the id of
+    the run and the number of training images, `watch` after every epoch, `on_step` after every step (a
+    training in this process only, not on workers of Ray).
     `profile` leaves a trace and a table of where the time of ten steps goes in the run's folder.
 
     Raises:
@@ -147,11 +150,12 @@ def train(
         own_tracker(run, run.root) as tracker,
     ):
         on_cluster = cluster.enter_context(_cluster(run))
-        handle, name, done = _open(tracker, run, folder)
+        handle, name, done = _open(tracker, run, folder, asked.epoch)
+        asked.log_changes()
         run_id = _run_id(tracker, handle)
-        folder = (run.root / run.experiment / run_id).resolve()
-        write_run_file(run, folder)
-        offer(_resume_command(run, folder))
+        folder = _usual_folder(run, run_id) if folder is None else folder
+        write_run_file(run, folder, run_id)
+        offer(_resume_command(run, folder, run_id))
         job = Job.of(run, folder, resume=resume is not None)
         metrics: dict[str, float] = {}
         tagged: dict[str, str] = {}
@@ -179,12 +183,21 @@ def train(
     return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, page, profiles)
 
 
-def _resume_command(run: RunConfig, folder: Path) -> str:
-    """The command that continues a training, as a shell takes it: by id, where that suffices."""
-    if is_url(run.storage):
-        return f"raytrain train --resume {folder.name} {quote(f'storage={run.storage}')}"
-    ordinary = run.storage == RunConfig.model_fields["storage"].default
-    return f"raytrain train --resume {folder.name if ordinary else quote(str(folder))}"
+def _usual_folder(run: RunConfig, run_id: str) -> Path:
+    return (run.root / run.experiment / run_id).resolve()
+
+
+def _resume_command(run: RunConfig, folder: Path, run_id: str) -> str:
+    """The command that continues a training, as a shell takes it: by the beginning of its id, with what
+    else is needed to find it; by its folder where that was moved.
+    """
+    if folder != _usual_folder(run, run_id):
+        return join(["raytrain", "train", "--resume", str(folder)])
+    words = ["raytrain", "train", "--resume", short_id(run_id)]
+    for field in ("storage", "tracking_uri"):
+        if (value := getattr(run, field)) != RunConfig.model_fields[field].default:
+            words.append(f"{field}={value}")
+    return join(words)
 
 
 def preview(
@@ -201,7 +214,7 @@ def preview(
     """
     asked = _checked(config, overrides, resume)
     run, folder = asked.run, asked.folder
-    run_id = folder.name if folder is not None and is_run_id(folder.name) else None
+    run_id = None if folder is None else run_id_of(folder)
     check_store(run.tracking_uri, run.experiment, run_id)
     try:
         check_folder(run.root / run.experiment)
@@ -210,6 +223,7 @@ def preview(
             f"storage: {error.filename} cannot be written ({error.strerror}); expected a folder that "
             "can be written"
         ) from None
+    asked.log_changes()
     with interruptible():
         workers = None if _is_local(run) else check_fits(run)
         return preview_run(run, asked.splits, workers, asked.epoch)
@@ -222,7 +236,13 @@ class _Request:
     run: RunConfig
     splits: Splits
     folder: Path | None  # of the run that is resumed
+    before: RunConfig  # as it was when it was trained so far
     epoch: int  # finished ones of that
+
+    def log_changes(self) -> None:
+        """Log what is not as it was, if a run is resumed."""
+        if self.epoch:
+            log_changes(self.run, self.before, self.epoch)
 
 
 def _checked(
@@ -245,7 +265,7 @@ def _checked(
             )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
-    splits = preflight(run)
+    splits, before = preflight(run), run
     check(run.root)
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
@@ -253,7 +273,8 @@ def _checked(
         saved = load(folder / LAST)
         check_resumable(run, saved, splits)
         epoch = saved.epoch
-    return _Request(run, splits, folder, epoch)
+        before = saved.run
+    return _Request(run, splits, folder, before, epoch)
 
 
 def _is_local(run: RunConfig) -> bool:
@@ -335,16 +356,31 @@ def _rows(
     group.close()
 
 
-def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, str, int]:
-    """The handle and the name of the MLflow run to write to, and the epochs it already has."""
-    if folder is not None and is_run_id(folder.name):
-        handle = folder.name
-        if not tracker.knows(handle):
+def _open(
+    tracker: Tracker, run: RunConfig, folder: Path | None, epoch: int
+) -> tuple[str, str, int]:
+    """The handle and the name of the MLflow run to write to, and the last epoch that it gets no row of.
+
+    A run that is resumed from the `folder` with a checkpoint after `epoch` is the one recorded there.
+    """
+    handle = None if folder is None else run_id_of(folder)
+    if handle is not None:
+        if not tracker.has_run(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
+        if tracker.is_trial(handle):
+            raise RequestError(
+                f"--resume: {folder} is a trial of a sweep; expected a run of train (raytrain tune --resume "
+                "continues the sweep)"
+            )
         tracker.adopt(handle, handle)
         tracker.reopen(handle)
         name = tracker.run_name(handle) or run.run_name or default_name(run)
         return handle, name, tracker.last_step(handle)
+    if folder is not None:
+        log_line(
+            f"raytrain: --resume: {folder} does not record which run of MLflow it is of; a new run goes on "
+            "from its checkpoint"
+        )
     name = run.run_name or tracker.unused_name(default_name(run))
     tracker.open(
         "run",
@@ -355,7 +391,7 @@ def _open(tracker: Tracker, run: RunConfig, folder: Path | None) -> tuple[str, s
     )
     tracker.text("run", to_yaml(run), "run.yaml")
     tracker.inputs("run", training_inputs(run.data))
-    return "run", name, 0
+    return "run", name, epoch
 
 
 def _run_id(tracker: Tracker, handle: str) -> str:

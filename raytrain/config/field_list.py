@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,8 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytrain.config.json_schema import run_schema
-from raytrain.config.request import sentence
+from raytrain.config.request import override, sentence
 from raytrain.config.run import RunConfig
+from raytrain.config.unknown_field import no_such_field
+from raytrain.config.values import fraction_text, shown
 from raytrain.core.errors import RequestError
 
 ANY_NAME = "NAME"
@@ -24,7 +24,6 @@ Values = Mapping[str, Any]
 _MISSING = object()
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool"}
-_NEAREST = 3
 _NOT_JSON = ("path", "values")
 
 
@@ -88,25 +87,14 @@ def below(fields: Iterable[RunField], path: str) -> list[RunField]:
     """The field at `path` and all below it.
 
     Raises:
-        RequestError: if there is none, with the kind of record that has it, or the nearest paths.
+        RequestError: if there is none, with what `no_such_field` proposes.
     """
     fields, keys = list(fields), path.split(".")
     if found := [one for one in fields if _is_below(one.path.split("."), keys)]:
         return found
-    for holder in fields:
-        rest = path.removeprefix(f"{holder.path}.").split(".")
-        kinds = _kinds_with(holder.path, rest) if path.startswith(f"{holder.path}.") else []
-        if kinds:
-            wanted = " or ".join(f"{holder.path}={kind}" for kind in kinds)
-            raise RequestError(
-                f"{path}: {holder.path}={shown(holder.value)} has no such field; expected {wanted}"
-            )
-    near = difflib.get_close_matches(path, all_paths(), n=_NEAREST)
-    groups = [one.path for one in fields if one.record and "." not in one.path]
-    raise RequestError(
-        f"{path}: no such field; "
-        + (f"the nearest: {', '.join(near)}" if near else f"expected one of {', '.join(groups)}")
-    )
+    chosen = override({}, {one.path: one.value for one in fields if one.selects and one.there})
+    said = no_such_field(RunConfig, tuple(keys), chosen)
+    raise RequestError(f"{path}: {said}")
 
 
 def _is_below(keys: list[str], path: list[str]) -> bool:
@@ -119,25 +107,6 @@ def all_paths() -> dict[str, str]:
     """The path of every field of every kind of record, with its description."""
     paths = dict(_paths(run_schema(), (), ()))
     return {path: text or paths.get(path.rpartition(".")[0], "") for path, text in paths.items()}
-
-
-def shown(value: Any) -> str:
-    """A plain value as YAML has it, text as it is."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, dict):
-        inner = ", ".join(f"{key}: {shown(one)}" for key, one in value.items())
-        return f"{{{inner}}}"
-    return str(value)
-
-
-def fraction_text(value: float) -> str:
-    """A float as `8/255` if that is shorter, and exactly equal."""
-    levels = round(255 * value) if math.isfinite(value) else 0
-    exact = levels / 255 == value and len(repr(value)) > len(f"{levels}/255")
-    return f"{levels}/255" if exact else str(value)
 
 
 def _defaults(run: RunConfig) -> dict[str, Any]:
@@ -292,7 +261,7 @@ def _type(variant: Schema) -> tuple[str, str]:
     if kind == "object":
         return "mapping" if "properties" not in variant else "record", ""
     if kind == "string" and "pattern" in variant:
-        return variant.get("examples", ["module:Class"])[0], ""
+        return next(iter(variant.get("examples", ["module:Class"])), ""), ""
     bounds = [f"{sign} {variant[word]}" for word, sign in _BOUNDS.items() if word in variant]
     return variant.get("format", _TYPES.get(kind, kind)), ", ".join(bounds)
 
@@ -352,23 +321,3 @@ def _paths(
         for _, inner in _inner_records(schema):
             if not any(inner is one for one in around):
                 yield from _paths(inner, (*path, name), (*around, inner))
-
-
-def _kinds_with(holder: str, rest: Iterable[str]) -> list[str]:
-    """The kinds of the record at a path that have a field at `rest`, whatever is chosen within."""
-    schema: Schema = {"anyOf": [run_schema()]}
-    for key in holder.split("."):
-        found = [inner["properties"].get(key) for _, inner in _inner_records(schema)]
-        schema = {"anyOf": [one for one in found if one is not None]}
-    kinds = [(kind, [inner]) for kind, inner in _inner_records(schema) if kind is not None]
-    for key in rest:
-        below = [
-            (kind, [one["properties"][key] for one in records if key in one["properties"]])
-            for kind, records in kinds
-        ]
-        kinds = [
-            (kind, [inner for field in fields for _, inner in _inner_records(field)])
-            for kind, fields in below
-            if fields
-        ]
-    return list(dict.fromkeys(kind for kind, _ in kinds))

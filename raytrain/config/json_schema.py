@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +10,9 @@ from pydantic.json_schema import CoreRef, GenerateJsonSchema, JsonSchemaMode, Js
 from pydantic_core import CoreSchema, core_schema
 
 from raytrain.config.run import RunConfig
-from raytrain.core.errors import RequestError
-from raytrain.core.registry import OneOf, Registry, num_known
+from raytrain.core.registry import OneOf, num_known
 
-_DRAFT = "http://json-schema.org/draft-07/schema#"  # which all editors know
+_DRAFT = "http://json-schema.org/draft-07/schema#"  # which all editors support
 _ADDRESS = r"^[\w.]+:[\w.]+$"  # module:Class
 _KEYWORDS = {
     "ge": "minimum",
@@ -85,7 +83,7 @@ class PartsByName(GenerateJsonSchema):
         registry, key = chosen.registry, chosen.key
         refs = {
             name: self._part(part, None if name == chosen.default else key)
-            for name, part in _parts(registry).items()
+            for name, part in registry.importable().items()
         }
         names: list[JsonSchemaValue] = [{"type": "string", "enum": list(registry)}]
         records = list(refs.values())
@@ -113,15 +111,6 @@ class PartsByName(GenerateJsonSchema):
                 record["required"] = [key, *record.get("required", ())]
             self.definitions[name] = record
         return ref
-
-
-def _parts(registry: Registry[Any]) -> dict[str, type[BaseModel]]:
-    """The classes of a registry by name, without those that cannot be imported."""
-    parts = dict(registry.known)
-    for name in registry.plugins:
-        with suppress(RequestError):  # reported when it is used
-            parts[name] = registry[name]
-    return parts
 
 
 def _without_default(field: JsonSchemaValue) -> JsonSchemaValue:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -15,14 +14,15 @@ from raytrain.config.documents import read_file, read_value
 from raytrain.config.fields import (
     Keys,
     choice_at,
-    fields_at,
     is_open,
     is_text,
     name_key,
     types_at,
 )
 from raytrain.config.run import RunConfig
+from raytrain.config.unknown_field import no_such_field
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 Configuration = RunConfig | Mapping[str, Any] | str | Path
@@ -233,7 +233,7 @@ def sentence(model: type[BaseModel], values: Mapping[str, Any], error: Validatio
     dotted = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"{dotted}: no such field{_nearest(path, model, values)}"
+        return f"{dotted}: {no_such_field(model, tuple(path), values, first['input'])}"
     if first["type"] == "missing":
         return f"{dotted}: missing; it has no default"
     if first["type"].startswith("union_tag"):
@@ -245,8 +245,11 @@ def sentence(model: type[BaseModel], values: Mapping[str, Any], error: Validatio
     if first["type"] == "value_error":
         return f"{dotted}: {message}, found {first['input']!r}"
     # A union has an error for each of its members: 1000 or 0.1.
-    expected = dict.fromkeys(_expected(one) for where, one in errors if where == path)
-    return f"{dotted}: expected {' or '.join(expected)}, found {_short(first['input'])}"
+    about = [one for where, one in errors if where == path]
+    expected = dict.fromkeys(map(_expected, about))
+    found, names = first["input"], [name for one in about for name in _names(one)]
+    hint = nearest(found, names) if isinstance(found, str) else ""
+    return f"{dotted}: expected {' or '.join(expected)}, found {_short(found)}{hint}"
 
 
 def _about(error: ValidationError, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -280,15 +283,20 @@ def _expected(one: Any) -> str:
     return plain.get(one["type"]) or message[0].lower() + message[1:]
 
 
+def _names(one: Any) -> list[str]:
+    """The names that a field with a fixed list of them may have."""
+    listed = one.get("ctx", {}).get("expected", "") if one["type"] == "literal_error" else ""
+    return re.findall(r"'([^']*)'", listed)
+
+
 def _expected_tags(first: Any) -> str:
     context = first.get("ctx", {})
     expected = str(context.get("expected_tags", context.get("discriminator"))).replace("'", "")
     if first["type"] == "union_tag_not_found":
         return f"expected a record with the field {expected}"
     names = expected.split(", ")
-    close = difflib.get_close_matches(context.get("tag", ""), names, n=1)
-    hint = f"; the nearest is {close[0]}" if close else ""
-    return f"expected one of {expected}, found {context.get('tag')!r}{hint}"
+    tag = str(context.get("tag", ""))
+    return f"expected one of {expected}, found {tag!r}{nearest(tag, names)}"
 
 
 def _path(loc: tuple[Any, ...], values: Any) -> list[str]:
@@ -323,16 +331,6 @@ def _lacks(here: Any, part: Any) -> bool:
 def _is_tag(part: Any, here: Mapping[str, Any]) -> bool:
     in_braces = str(part).startswith("{")  # {Real}: a dimension of a search space
     return in_braces or part in {here.get("name"), here.get("kind"), here.get("norm")}
-
-
-def _nearest(path: list[str], model: type[BaseModel], values: Any) -> str:
-    """Return `; the nearest is X` among the known fields beside the unknown one."""
-    *parents, unknown = path
-    fields = fields_at(model, parents, values)
-    close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
-    if close:
-        return f"; the nearest is {'.'.join([*parents, close[0]])}"
-    return f"; expected one of {', '.join(fields)}" if fields else ""
 
 
 def _copy(values: Any) -> Any:

@@ -80,7 +80,7 @@ class EpochMetrics:
         return {**measured, **below, **sentinels, **self.own}
 
     def tags(self) -> dict[str, str]:
-        """Return what this epoch says about the run: how it is executed, why it ended early."""
+        """Return the tags of the run after this epoch: how it is executed, why it ended early."""
         execution = {"execution": self.execution} if self.execution else {}
         return execution | ({} if self.stopped_by is None else {"stopped_by": self.stopped_by})
 

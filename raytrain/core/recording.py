@@ -74,7 +74,7 @@ class RecordedPasses:
 
     A recorded pass has its activations in one place: a pass that begins before the gradients of the
     previous one have been taken is an ordinary one. What cannot be recorded is run ordinarily from
-    there on, and a line on stderr says why.
+    there on, and a line on stderr gives the reason.
 
     `recorder` belongs to this object alone: its recordings share memory.
     """

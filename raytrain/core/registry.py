@@ -77,14 +77,19 @@ class Registry(Mapping[str, type[Part]], Generic[Part]):
     def __len__(self) -> int:
         return len(self._own) + len(self.plugins)
 
+    def importable(self) -> Mapping[str, type[Part]]:
+        """All classes by name, those of other packages imported; without those that cannot be."""
+        for name in self.plugins:
+            with suppress(RequestError):  # reported when it is used
+                self[name]
+        return self.known
+
     def with_field(self, field: str) -> list[type[Part]]:
         """Return the classes that have this field; those of other packages only if none of raytrain's has."""
         own = [part for part in self._own.values() if field in part.model_fields]
         if own:
             return own
-        for name in self.plugins:
-            with suppress(RequestError):  # reported when it is used
-                self[name]
+        self.importable()
         return [part for part in self._loaded.values() if field in part.model_fields]
 
     def _of_plugin(self, plugin: Any) -> type[Part]:

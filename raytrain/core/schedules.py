@@ -9,7 +9,7 @@ from typing import Annotated, Literal, final
 from pydantic import Field, PositiveFloat, model_validator
 
 from raytrain.core.registry import Registry
-from raytrain.core.types import Number, Spec, StepSize, in_pixels
+from raytrain.core.types import Number, Pixels, Spec, StepSize, in_pixels
 
 
 class AbstractShape(Spec):
@@ -132,9 +132,9 @@ class Ramp(Spec):
     '0.375*eps'
     """
 
-    start: Annotated[StepSize | Number, Field(description="the number before it moves")]
+    start: Annotated[StepSize | Pixels, Field(description="the number before it moves")]
     end: Annotated[
-        StepSize | Number | None,
+        StepSize | Pixels | None,
         Field(description="the number afterwards; default: that of the field"),
     ] = None
     after: Annotated[

@@ -26,8 +26,8 @@ from raytrain.core.types import (
     BatchRandom,
     Delta,
     Images,
-    Number,
     PerSample,
+    Pixels,
     Spec,
     over_pixels,
     per_sample_dot,
@@ -41,7 +41,7 @@ class AbstractThreatModel(Spec):
     """The word of AutoAttack's code for the norm; None where AutoAttack is not defined."""
 
     norm: Any  # a literal in each subclass
-    eps: Annotated[Number, Field(ge=0, description="radius, in pixels of [0, 1]")]
+    eps: Annotated[Pixels, Field(ge=0, description="radius, in pixels of [0, 1]")]
 
     @abstractmethod
     def norm_of(self, delta: Delta) -> PerSample:

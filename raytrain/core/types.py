@@ -112,7 +112,8 @@ class Schedulable:
 
 SCHEDULABLE = Schedulable()
 
-_FractionText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=["8/255"])]
+_FractionText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=[])]
+_PixelText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=["8/255"])]
 _StepText = Annotated[
     str, Field(pattern=f"^({_FRACTION.pattern}|{_OF_EPS.pattern})$", examples=["eps/4"])
 ]
@@ -122,7 +123,14 @@ Number = Annotated[
     BeforeValidator(fraction, json_schema_input_type=float | _FractionText),
     AfterValidator(_a_number),
 ]
-"""A float that may be written as a fraction: `8/255`."""
+"""A float that may be written as a fraction: `1/3`."""
+
+Pixels = Annotated[
+    float,
+    BeforeValidator(fraction, json_schema_input_type=float | _PixelText),
+    AfterValidator(_a_number),
+]
+"""The same in pixels of [0, 1], usually written as a fraction: `8/255`."""
 
 StepSize = Annotated[
     float | str,

@@ -5,7 +5,6 @@ All files of a data set, training and test images alike, have the columns of its
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.data.arrays import is_array
 from raytrain.data.encoded import is_encoded
 from raytrain.data.images import Location, Origin
@@ -109,9 +109,8 @@ def _given(
     else:
         return None
     if name not in schema.names:
-        nearest = difflib.get_close_matches(name, schema.names, n=1, cutoff=0)
-        hint = f"; the nearest name is '{nearest[0]}'" if nearest else ""
-        raise RequestError(f"{expected}, found {_listed(schema.names)}{hint}")
+        found = f"found {_listed(schema.names)}{nearest(name, schema.names)}"
+        raise RequestError(f"{expected}, {found}")
     return name
 
 

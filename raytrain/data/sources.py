@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import torch
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
 from raytrain.data.images import ImageSet, Split
@@ -61,11 +61,9 @@ def check_name(name: str) -> None:
     """Check that a name is in `SOURCES`, a path ending in .parquet, or a folder; nothing is read."""
     if name in SOURCES or is_parquet(name):
         return
-    nearest = difflib.get_close_matches(name, SOURCES, n=2, cutoff=0.4)
-    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
     raise RequestError(
         f"data.name: expected {', '.join(SOURCES)}, a path ending in .parquet or a folder of such "
-        f"files, found '{name}'{hint}"
+        f"files, found '{name}'{nearest(name, SOURCES)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Ray, started and stopped by the command, or joined where RAY_ADDRESS says."""
+"""Ray, started and stopped by the command, or joined at RAY_ADDRESS."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def check_fits(run: RunConfig) -> Literal["cpu", "cuda"]:
 
 
 def _local_cores(run: RunConfig, trials: int = 1) -> int:
-    """The cores of a local cluster: at least as many as its workers ask for."""
+    """The cores of a local cluster: at least as many as its workers need."""
     return max(os.cpu_count() or 1, run.workers * run.cpus_per_worker * trials)
 
 

@@ -244,6 +244,6 @@ class WorkerGroup:
         )
         try:
             trainer.fit()
-            self._ended = "it was told to end"
+            self._ended = "it was ended by the driver"
         except Exception as error:  # returned to the poller of rows
             self._ended = _cause(error)

@@ -85,7 +85,9 @@ def wilson(count: int, images: int, level: float = 0.95) -> Share:
     (0.657, 0.75, 0.825)
     """
     if images == 0:
-        raise RequestError("images: no accuracy can be told from 0 images; expected at least one")
+        raise RequestError(
+            "images: no accuracy can be estimated from 0 images; expected at least one"
+        )
     from scipy.stats import binomtest  # imports of scipy take a second: not at start-up
 
     limits = binomtest(count, images).proportion_ci(level, method="wilson")

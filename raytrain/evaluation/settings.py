@@ -54,8 +54,8 @@ class EvaluationSettings(PgdSettings):
     """Attacks on a network, each sample worst-case over all of an attack's attempts.
 
     `fgsm` is one step of eps from the clean image; `pgd` maximises the cross-entropy, `cw` the
-    difference of logits (Carlini & Wagner 2017), both as `PgdSettings` say; `aa` is AutoAttack's standard
-    version, and `apgd` its first two attacks.
+    difference of logits (Carlini & Wagner 2017), both with the fields of `PgdSettings`; `aa` is the
+    standard version of AutoAttack, and `apgd` its first two attacks.
     """
 
     attacks: Annotated[

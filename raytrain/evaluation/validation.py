@@ -21,7 +21,7 @@ from raytrain.core.losses import AbstractLoss, CrossEntropy
 from raytrain.core.network import Precision
 from raytrain.core.oracle import Oracle
 from raytrain.core.threat_models import AbstractThreatModel
-from raytrain.core.types import Batch, BatchRandom, Mask, Number, Progress, Rows, mix
+from raytrain.core.types import Batch, BatchRandom, Mask, Pixels, Progress, Rows, mix
 from raytrain.evaluation.settings import PgdSettings
 
 
@@ -38,7 +38,7 @@ class Evaluation(PgdSettings):
     ] = "pgd"
     steps: Annotated[PositiveInt, Field(description="steps of the attack")] = 10
     eps: Annotated[
-        Number | None, Field(ge=0, description="radius, where it is not that of training")
+        Pixels | None, Field(ge=0, description="radius, where it is not that of training")
     ] = None
     every: Annotated[
         PositiveInt, Field(description="epochs between validations; the last is always one")

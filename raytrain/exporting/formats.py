@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.exporting.check import Checked
 from raytrain.exporting.onnx import check_packages, write_onnx
 from raytrain.exporting.robustbench import namesake, write_robustbench
@@ -28,10 +28,9 @@ def chosen(wanted: Sequence[str] | None) -> tuple[str, ...]:
     """
     for name in wanted or ():
         if name not in FORMATS:
-            near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
             raise RequestError(
-                f"--format: no format is called {name!r}; expected some of {', '.join(FORMATS)} "
-                f"(the nearest is {near})"
+                f"--format: no format is called {name!r}; expected some of {', '.join(FORMATS)}"
+                f"{nearest(name, FORMATS)}"
             )
     if wanted is not None and not wanted:
         raise RequestError(f"--format: expected some of {', '.join(FORMATS)}, found none")

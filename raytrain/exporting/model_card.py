@@ -50,7 +50,7 @@ def _title(subject: Subject) -> str:
 
 {type(subject.model.backbone).__name__} (`{run.model.name}`, {parameters:,} parameters), trained by
 raytrain on {subject.data}.
-It sees images of {source.channels}x{source.size}x{source.size} pixels and tells
+It sees images of {source.channels}x{source.size}x{source.size} pixels and distinguishes
 {len(source.classes)} classes apart: {", ".join(source.classes)}.
 
 - Algorithm: `{run.algorithm.name}`: {known.rule} ({known.paper})
@@ -69,7 +69,7 @@ def _threat(subject: Subject) -> str:
     return f"""\
 ## Threat model
 
-Whoever attacks knows the network and may {_MEANS[norm].format(eps=number)}; pixels are numbers in
+The attacker has the network and may {_MEANS[norm].format(eps=number)}; pixels are numbers in
 [0, 1] and stay there. The normaliser is inside the network: give it pixels in [0, 1], not
 normalised ones. BatchNorm uses its running statistics.
 
@@ -135,7 +135,9 @@ def _footing(subject: Subject, found: EvaluationRecord) -> str:
     elif found.trusted is None:
         words.append("Whether the attacks worked was not checked.")
     if found.epoch is None:
-        words.append("Read from the run's metrics, which do not tell the epoch of the checkpoint.")
+        words.append(
+            "Read from the run's metrics, which do not record the epoch of the checkpoint."
+        )
     if found.hardware:
         words.append(f"Measured on {found.hardware}.")
     return " ".join(words)
@@ -165,7 +167,7 @@ images = np.random.rand(2, {shape}).astype(np.float32)  # yours, in [0, 1]
 print(session.run(["logits"], {{"images": images}})[0].argmax(1))"""
         )
     codes = "\n\n".join(f"```python\n{piece}\n```" for piece in pieces)
-    theirs = f"`{robustbench.FOLDER}/README.md` tells how RobustBench loads it.\n"
+    theirs = f"`{robustbench.FOLDER}/README.md` describes how RobustBench loads it.\n"
     own = ":" in subject.run.model.name and not subject.run.model.name.startswith("torchvision:")
     needs = f"`{subject.run.model.name}` must be importable for `load_exported`.\n" if own else ""
     parts = [codes, theirs if "robustbench" in checked else "", needs]

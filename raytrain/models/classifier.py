@@ -97,7 +97,7 @@ class Classifier(nn.Module):
     def _two_stage(self) -> AbstractTwoStage:
         if not isinstance(self.backbone, AbstractTwoStage):
             raise RequestError(
-                f"model.name: {type(self.backbone).__name__} does not tell its first layer from "
+                f"model.name: {type(self.backbone).__name__} does not separate its first layer from "
                 "the rest; choose a network of raytrain's own, such as resnet18"
             )
         return self.backbone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.core.types import Spec
 from raytrain.models.checks import check_network, initialised
 from raytrain.models.classifier import Classifier, Normalise
@@ -143,5 +143,5 @@ def _wide(name: str) -> Callable[[int, int], nn.Module] | None:
 
 def _unknown(name: str, theirs: Sequence[str]) -> RequestError:
     names = ["auto", *_OWN, "wideresnet-28-10", *theirs]
-    nearest = get_close_matches(name, names, n=1, cutoff=0)[0]
-    return RequestError(f"model.name: no model is called {name!r}; the nearest name is {nearest}")
+    hint = nearest(name, names) or f"; expected one of {', '.join(MODELS)}"
+    return RequestError(f"model.name: no model is called {name!r}{hint}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MANY = 3000  # points or curves at most; larger numbers are subsampled and rasterised
 SMALL, TEXT = 8, 9  # points
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
-"""Of Okabe and Ito, and a brown for their yellow: told apart by colour-blind readers."""
+"""Of Okabe and Ito, and a brown for their yellow: distinguishable for colour-blind readers."""
 GREY, INK = "#8c8c8c", "black"
 
 

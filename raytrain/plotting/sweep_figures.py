@@ -1,8 +1,8 @@
 """Figures of a sweep, for screens and print: PNG and SVG.
 
-Colours are those of Okabe and Ito, told apart by colour-blind readers; outcomes differ in shape too, and
+Colours are those of Okabe and Ito, for colour-blind readers; outcomes differ in shape too, and
 what was stopped early is hollow or dashed everywhere. Where a sweep chooses among algorithms, colours are
-theirs. Optuna's own figures draw on pyplot's global state, and each lacks what the figure here says it
+theirs. Optuna's own figures draw on pyplot's global state, and each lacks what the figure here states it
 adds.
 """
 

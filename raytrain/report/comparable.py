@@ -60,7 +60,7 @@ def comparable_runs(settings: list[ConfigurationGroup]) -> list[ComparableRuns]:
         for key, row in _rows(setting, _cost(setting)):
             found.setdefault(key, []).append(row)
     _join_unevaluated(found)
-    made = _told_apart([(key, _arena(key, rows)) for key, rows in found.items()])
+    made = _distinct_titles([(key, _arena(key, rows)) for key, rows in found.items()])
     made.sort(key=lambda comparable: (-sum(row.home for row in comparable.rows), comparable.title))
     return _lettered(made)
 
@@ -137,7 +137,7 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
     )
 
 
-def _told_apart(made: list[tuple[tuple[str, ...], ComparableRuns]]) -> list[ComparableRuns]:
+def _distinct_titles(made: list[tuple[tuple[str, ...], ComparableRuns]]) -> list[ComparableRuns]:
     """Make titles unique, with hashes where need be."""
     titles = [comparable.title for _, comparable in made]
     done = []

@@ -30,7 +30,7 @@ _TEXTS = {  # kind -> title, caption
     "pairs": (
         "The leader against the others, image by image",
         "Difference on the same test images with its 95 % interval (one seed each), p adjusted by "
-        "Holm. Filled: told apart at 5 %. Networks are paired by seed.",
+        "Holm. Filled: different at 5 %. Networks are paired by seed.",
     ),
     "overfitting": (
         "Best and last epoch",
@@ -52,7 +52,7 @@ _TEXTS = {  # kind -> title, caption
     ),
     "examples": (
         "Perturbed images",
-        "Above an image its class, below it what the network says after the attack (in colour where "
+        "Above an image its class, below it the prediction after the attack (in colour where "
         "it is wrong). Grey in the perturbation is no change; the range is the whole ball.",
     ),
     "importances": (

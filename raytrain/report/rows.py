@@ -168,7 +168,7 @@ def notes_on(rows: list[Row]) -> list[str]:
     if unchecked:
         notes.append(
             f"{unchecked} of {len(rows)} configurations were evaluated without checks, or the findings "
-            "are missing: nothing says that their robust accuracy can be believed."
+            "are missing: there is no evidence that their robust accuracy holds."
         )
     if any(not row.home for row in rows):
         notes.append(

@@ -12,6 +12,7 @@ from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.evaluation.confidence import Share, wilson
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.tracking.run_search import parent_of
+from raytrain.training.run_folder import short_id
 
 Curve = dict[int, float]  # by epoch
 
@@ -179,7 +180,7 @@ def read(client: Any, run: Any, evaluations: tuple[EvaluatedRun, ...]) -> Traine
     metrics = {name: float(value) for name, value in run.data.metrics.items()}
     return Trained(
         id=run.info.run_id,
-        name=run.info.run_name or run.info.run_id[:8],
+        name=run.info.run_name or short_id(run.info.run_id),
         began=int(run.info.start_time or 0),
         status=str(run.info.status),
         params={name: v for name, v in run.data.params.items() if not name.endswith(IN_EPS)},

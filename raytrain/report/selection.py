@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.core.errors import RequestError
-from raytrain.tracking.run_names import matching
+from raytrain.core.nearest import nearest
+from raytrain.tracking.run_names import NEAR_RUNS, matching
 from raytrain.tracking.run_search import (
     every_experiment,
     existing,
     is_sweep,
-    nearest,
     parent_of,
     quoted,
     search,
     trials_of,
 )
-from raytrain.training.run_folder import run_id_of
+from raytrain.training.run_folder import run_id_of, short_id
 
 DEFAULT = "raytrain"
 """The experiment that is compared where no word is given: the one that `train` and `tune` record in."""
@@ -121,7 +121,9 @@ def _begun(client: Any, word: str, name: str) -> Any | None:
 
 
 def _ids(runs: Sequence[Any]) -> str:
-    return ", ".join(run.info.run_id for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+    return ", ".join(short_id(run.info.run_id) for run in runs[:3]) + (
+        ", ..." if len(runs) > 3 else ""
+    )
 
 
 def _by_name(client: Any, kind: str, name: str) -> list[Any] | None:
@@ -157,4 +159,5 @@ def _unknown(client: Any, word: str, name: str, kinds: Sequence[str]) -> str:
         wanted = "sweep" if is_sweep(run) else "run"
         if wanted in kinds:
             known.append(run.data.tags["sweep"] if wanted == "sweep" else run.info.run_name)
-    return f"{word}: MLflow has no {' and no '.join(kinds)} of this name{nearest(name, known)}"
+    near = nearest(name, known, NEAR_RUNS)
+    return f"{word}: MLflow has no {' and no '.join(kinds)} of this name{near}"

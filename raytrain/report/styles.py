@@ -35,7 +35,7 @@ def best_first(comparable: ComparableRuns) -> list[Row]:
 
 
 def looks_of(comparable: ComparableRuns) -> dict[str, Look]:
-    """By letter. Colour and marker are those of the algorithm, lines tell its configurations apart; of a
+    """By letter. Colour and marker are those of the algorithm, lines distinguish its configurations; of a
     single algorithm, each of the named configurations has its own. Named are the best, and the Pareto front.
     """
     rows = best_first(comparable)

@@ -1,7 +1,7 @@
 """MLflow, written by one thread of the driver from a file, so that training never waits for it.
 
 A sweep is a parent run and its trials are the children; a single training is a run of its own.
-Workers never import mlflow. From the bottom up: `outbox_state` (what a file says about its runs),
+Workers never import mlflow. From the bottom up: `outbox_state` (the runs in a file),
 `outbox` (the file), `address` (which store is meant), `schema` (its tables), `stores` (MLflow),
 `delivery` (from an outbox to a store), `tracker` (what the commands use), `store_check` (whether a
 store can be used, without changing it). For the UI: `experiment`, `views`, `notes`, `mlflow_inputs`,

@@ -32,7 +32,7 @@ def look_up(uri: str | None, run_id: str, folder: str, file: str) -> Seen | None
     except RequestError as error:
         log_line(f"raytrain: {error}; going on without it")
     except Exception as error:  # no such run, or an artifact that went away: each store its own
-        log_line(f"raytrain: MLflow at {uri} does not tell of run {run_id} ({first_line(error)})")
+        log_line(f"raytrain: MLflow at {uri} does not return run {run_id} ({first_line(error)})")
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from raytrain.tracking.experiment import NOTE
 
 DIGEST = "raytrain.note"
-"""The tag that tells whether a description is still the one that was written here."""
+"""The tag that records whether a description is still the one that was written here."""
 
 _LONGEST = 8000  # characters of a tag
 

@@ -2,7 +2,7 @@
 
 Its state is a file beside it: how far it was delivered, and the MLflow run of each handle.
 Offsets count from the first record that was ever written; once everything is delivered the file
-starts anew, and its header says at which offset. A lock on the file, held for the lifetime of
+starts anew, and its header holds the offset. A lock on the file, held for the lifetime of
 the process, distinguishes an outbox in use from an orphan.
 """
 

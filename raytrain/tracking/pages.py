@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain.core.errors import RequestError
-from raytrain.tracking.run_names import LAST_RUN, matching, single
-from raytrain.tracking.run_search import every_experiment, existing, is_sweep, nearest, search
+from raytrain.core.nearest import nearest
+from raytrain.tracking.run_names import LAST_RUN, NEAR_RUNS, matching, single
+from raytrain.tracking.run_search import every_experiment, existing, is_sweep, search
 from raytrain.tracking.views import EVERY, TAG, key_of, link, run_link
 from raytrain.training.run_folder import is_run_id
 
@@ -63,5 +64,5 @@ def _unknown(client: Any, word: str) -> str:
     names += [run.info.run_name for run in runs]
     return (
         f"{word}: there is no such experiment, sweep or run; expected a name, an id or its beginning, "
-        f"or last{nearest(word, names)}"
+        f"or last{nearest(word, names, NEAR_RUNS)}"
     )

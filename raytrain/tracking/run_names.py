@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.tracking.run_search import (
     every_experiment,
     is_sweep,
-    nearest,
     parent_of,
     quoted,
     search,
     trials_of,
 )
 from raytrain.tracking.stores import reader
-from raytrain.training.run_folder import folder_of, is_run_id
+from raytrain.training.run_folder import folder_of, is_run_id, short_id
 
 LAST_RUN = "last"
 TRIALS = "trials"  # in the folder of a sweep
 _BEGINNING = re.compile(r"[0-9a-f]{4,31}")
+NEAR_RUNS = 3  # names of runs that a refusal proposes
 _NAMES = 5000  # runs whose names are compared to find a near one
 
 
@@ -71,11 +72,11 @@ def single(word: str, found: Sequence[Any]) -> Any:
         RequestError: if there are several.
     """
     if len(found) > 1:
-        ids = ", ".join(run.info.run_id[:8] for run in found[:3])
+        ids = ", ".join(short_id(run.info.run_id) for run in found[:3])
         more = ", ..." if len(found) > 3 else ""
         raise RequestError(
             f"{word}: {len(found)} runs have this name ({ids}{more}); expected one, such as "
-            f"{found[0].info.run_id[:8]}"
+            f"{short_id(found[0].info.run_id)}"
         )
     return found[0]
 
@@ -118,5 +119,5 @@ def _unknown(client: Any, word: str) -> str:
     names = (run.data.tags["sweep"] if is_sweep(run) else run.info.run_name for run in runs)
     return (
         f"{word}: neither a checkpoint nor a run; expected a path, an id or its beginning, the name of a "
-        f"run or sweep, or last{nearest(word, names)}"
+        f"run or sweep, or last{nearest(word, names, NEAR_RUNS)}"
     )

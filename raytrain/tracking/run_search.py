@@ -1,9 +1,8 @@
-"""Runs in an MLflow store: searched, and told apart."""
+"""Runs in an MLflow store: searched, and those of sweeps distinguished from others."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _PAGE = 1000  # runs in one answer
@@ -66,9 +65,3 @@ def quoted(name: str) -> str | None:
         if quote not in name:
             return f"{quote}{name}{quote}"
     return None
-
-
-def nearest(name: str, known: Iterable[str | None]) -> str:
-    """A clause with the names that are nearest to this one; empty if none is near."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(filter(None, known))), 3, 0.4)
-    return f"; the nearest names are {', '.join(close)}" if close else ""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from raytrain.core.errors import RequestError
 from raytrain.tracking.address import artifacts_beside, sqlite_file, tracking_uri
 from raytrain.tracking.experiment import MADE, NOTE, note
-from raytrain.tracking.run_search import search
+from raytrain.tracking.run_search import parent_of, search
 from raytrain.tracking.schema import make_tables
 from raytrain.tracking.views import EVERY, TAG
 
@@ -123,6 +123,13 @@ class Store:
             return self.client.get_run(run_id).info.run_name
         except Exception:  # away, or no such run
             return None
+
+    def is_trial(self, run_id: str) -> bool:
+        """Whether a run is below that of a sweep; false without an answer."""
+        try:
+            return parent_of(self.client.get_run(run_id)) is not None
+        except Exception:  # away, or no such run
+            return False
 
     def names(self, beginning: str) -> set[str]:
         """Names of the experiment's runs that may begin so, `_` standing for any character; empty without

@@ -102,13 +102,17 @@ class Tracker:
         self._writer.wait(lambda: handle in self._outbox.ids, seconds)
         return self._outbox.ids.get(handle) or None
 
-    def knows(self, run_id: str) -> bool:
+    def has_run(self, run_id: str) -> bool:
         """Whether the store has this run; true for a store that does not answer."""
         return not self._store.missing(run_id)
 
     def run_name(self, run_id: str) -> str | None:
         """The name of a run in the store; None if it has none, or does not answer."""
         return self._store.run_name(run_id)
+
+    def is_trial(self, run_id: str) -> bool:
+        """Whether the store has this run as a trial of a sweep; false if it does not answer."""
+        return self._store.is_trial(run_id)
 
     def unused_name(self, name: str) -> str:
         """The name, or `NAME-2` and so on if the experiment has runs of it."""
@@ -131,7 +135,7 @@ class Tracker:
     def unfinished(self, parent: str) -> list[str]:
         """Handles of the children of a run that have not ended, such as those of a driver that died.
 
-        Children that only the store knows get their id as their handle.
+        Children that only the store has get their id as their handle.
         """
         runs = self._outbox.run_index.runs
         parent_id = self._must_know(parent).adopted or self._outbox.ids.get(parent)
@@ -139,7 +143,7 @@ class Tracker:
         if parent_id:
             try:
                 strays = set(self._store.running(parent_id))
-            except Exception as error:  # away: the outbox knows its own
+            except Exception as error:  # away: the outbox has its own
                 self._complain(first_line(error))
             strays -= set(self._outbox.ids.values())
         for run_id in sorted(strays - set(runs)):

@@ -16,17 +16,20 @@ from raytrain.training.checkpoint import LAST, load, short
 
 RUN_FILE = "run.yaml"
 SPACE = "space.yaml"  # in the folder of a sweep
-RUN_ID = "run_id"  # beside the checkpoints of a trial: the id of its run in MLflow
+RUN_ID = "run_id"  # beside the checkpoints: the id of their run in MLflow
+_SHORT = 8  # digits
 
 
-def write_run_file(run: RunConfig, folder: Path) -> None:
-    """`run.yaml` in the folder where the checkpoints are going to be.
+def write_run_file(run: RunConfig, folder: Path, run_id: str | None = None) -> None:
+    """Write `run.yaml`, and the id of the run if given, to the folder where the checkpoints are going to be.
 
     Raises:
         TrainingFailed: if it cannot be written.
     """
     try:
         write_atomically(folder / RUN_FILE, to_yaml(run))
+        if run_id is not None:
+            write_atomically(folder / RUN_ID, run_id)
     except OSError as error:
         raise TrainingFailed(
             f"storage: {folder} could not be written ({error.strerror or error})"
@@ -106,7 +109,7 @@ def _below(root: Path, name: str) -> list[Path]:
         found = [*root.glob(f"*/{exactly}"), *root.glob(f"*/*/trials/{exactly}")]
     if is_run_id(name) and not found:
         # At any depth, since the name of an experiment may have slashes.
-        files = root.rglob(f"trials/*/{RUN_ID}")
+        files = root.rglob(RUN_ID)
         found = [file.parent for file in files if file.read_text() == name]
         found += root.rglob(name)
     return found
@@ -117,6 +120,11 @@ def run_id_of(folder: Path) -> str | None:
     if (folder / RUN_ID).is_file():
         return (folder / RUN_ID).read_text()
     return folder.name if is_run_id(folder.name) else None
+
+
+def short_id(run_id: str) -> str:
+    """The beginning of an id that commands and lines show; `run_of` takes it for the run."""
+    return run_id[:_SHORT]
 
 
 def is_run_id(name: str) -> bool:

@@ -36,18 +36,19 @@ def splits_of(run: RunConfig, context: DistributedContext) -> Splits:
 def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
     """Check that the checkpoint is of this run and that training from it is not complete.
 
-    The length, the evaluation and numbers such as the learning rate may change, with a line that says so.
+    The length, the evaluation and numbers such as the learning rate may change: see `log_changes`.
 
     Raises:
         RequestError: naming what was expected.
     """
-    check_same(run, saved.run)
+    check_kinds(run, saved.run)
     state = start(run, splits, DistributedContext())
     restore(state, saved, DistributedContext())
     if build_progress(run, splits, DistributedContext()).is_complete(state):
         by_epochs = run.fe_per_image is None
-        end = f"epochs: {run.epochs}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
-        raise RequestError(f"{end} have been trained already; expected more, to go on")
+        end = f"epochs: {saved.epoch}" if by_epochs else f"fe_per_image: {run.fe_per_image:g}"
+        found = f"; found {run.epochs}" if by_epochs and run.epochs < saved.epoch else ""
+        raise RequestError(f"{end} have been trained already; expected more, to go on{found}")
     if why := run.reason_to_stop(saved.patience_count, saved.sentinel_values):
         rule = why.partition(":")[0]
         raise RequestError(
@@ -60,13 +61,8 @@ _IDENTITY = ("algorithm", "outer", "model", "threat")
 _FREE = RUNTIME | {"data", "epochs", "fe_per_image", "early_stop", "evaluation", "sentinels"}
 
 
-def check_same(run: RunConfig, before: RunConfig) -> None:
-    """Refuse another kind of algorithm, outer update, network or threat model; name other changes."""
-    changed = [
-        field
-        for field in RunConfig.model_fields
-        if field not in _FREE and getattr(run, field) != getattr(before, field)
-    ]
+def check_kinds(run: RunConfig, before: RunConfig) -> None:
+    """Refuse another kind of algorithm, outer update, network or threat model."""
     for field in _IDENTITY:
         key = "norm" if field == "threat" else "name"
         now, then = (getattr(getattr(one, field), key) for one in (run, before))
@@ -75,11 +71,36 @@ def check_same(run: RunConfig, before: RunConfig) -> None:
                 f"{field}: the run to continue was trained with {then}, found {now}; expected the "
                 "same, or a new run"
             )
+
+
+def log_changes(run: RunConfig, before: RunConfig, epoch: int) -> None:
+    """Log a line for another length, which changes all schedules, and one for other changed fields.
+
+    `epoch` epochs of the run were trained as it was `before`.
+    """
+    changed = [
+        field
+        for field in RunConfig.model_fields
+        if field not in _FREE and getattr(run, field) != getattr(before, field)
+    ]
+    if _length(run) != _length(before):
+        log_line(
+            f"raytrain: --resume: {_length(before)} changed to {_length(run)}; after epoch {epoch} "
+            "the learning rate and other schedules continue as in a run of this length"
+        )
     if changed:
         log_line(
             f"raytrain: --resume: {', '.join(changed)} changed since the run began; its parameters in "
             "MLflow are those of its beginning"
         )
+
+
+def _length(run: RunConfig) -> str:
+    return (
+        f"epochs={run.epochs}"
+        if run.fe_per_image is None
+        else f"fe_per_image={run.fe_per_image:g}"
+    )
 
 
 def preflight(run: RunConfig) -> Splits:

@@ -45,8 +45,8 @@ def importances(study: optuna.Study, method: Method = "ped-anova") -> list[Impor
     up. A parameter is left out if fewer than four such trials have it, if they have fewer than four
     values of the objective, or if it never varied.
 
-    PED-ANOVA (arXiv 2304.10255, for conditional parameters 2601.20800) tells what it took to be among
-    the best (see `best_share`). fANOVA shares out the variance; it knows no
+    PED-ANOVA (arXiv 2304.10255, for conditional parameters 2601.20800) measures what it took to be among
+    the best (see `best_share`). fANOVA shares out the variance; it has no
     conditions, so a conditional parameter is judged among the trials that have it, together with all that
     these share, and counts by their number.
     """
@@ -94,12 +94,12 @@ def _shares(
     done: list[FrozenTrial], direction: optuna.study.StudyDirection, method: Method
 ) -> list[Importance]:
     having = {key: [t for t in done if key in t.params] for key in _keys(done)}
-    having = {key: trials for key, trials in having.items() if _tells(key, trials)}
-    tell = _by_ped_anova if method == "ped-anova" else _by_fanova
+    having = {key: trials for key, trials in having.items() if _is_informative(key, trials)}
+    method_of = _by_ped_anova if method == "ped-anova" else _by_fanova
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about few trials, and about what is experimental
         try:
-            raw = tell(done, having, direction)
+            raw = method_of(done, having, direction)
         except Exception:  # of whatever kind: a degenerate study must not fail a sweep at its end
             return []
     raw = {key: value for key, value in raw.items() if math.isfinite(value)}
@@ -119,7 +119,7 @@ def _keys(trials: list[FrozenTrial]) -> list[str]:
     return sorted({key for trial in trials for key in trial.params})
 
 
-def _tells(key: str, trials: list[FrozenTrial]) -> bool:
+def _is_informative(key: str, trials: list[FrozenTrial]) -> bool:
     """Whether there are enough trials and values to evaluate a parameter."""
     values = {trial.value for trial in trials}
     return len(values) >= _FEWEST and len({repr(trial.params[key]) for trial in trials}) > 1

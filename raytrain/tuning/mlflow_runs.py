@@ -59,7 +59,7 @@ class MlflowRuns:
         self._tracker.log(handle, metrics, epoch)
 
     def tag(self, handle: str, tags: dict[str, str]) -> None:
-        """Log what an epoch says about its run, unless the one before said so too."""
+        """Log the tags of an epoch that are not those of the one before."""
         if self._tags.get(handle) != tags:
             self._tracker.tag(handle, tags)
             self._tags[handle] = tags

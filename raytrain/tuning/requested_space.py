@@ -9,6 +9,7 @@ from typing import Any
 
 from raytrain.config.request import Overrides, as_run
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.training.run_folder import SPACE, fetch_names
 from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
@@ -52,7 +53,10 @@ def _earlier(name: str, changes: Overrides) -> Path:
         fetch_names(own.root)
         found = sorted(own.root.glob(pattern))
     if not found:
-        raise RequestError(f"--resume: there is no sweep {name} below {own.storage}")
+        known = [file.parent.name for file in own.root.glob(f"{experiment}/*/space.yaml")]
+        raise RequestError(
+            f"--resume: there is no sweep {name} below {own.storage}{nearest(name, known)}"
+        )
     if len(found) > 1:
         several = " and ".join(file.parent.parent.name for file in found)
         raise RequestError(
@@ -62,7 +66,7 @@ def _earlier(name: str, changes: Overrides) -> Path:
 
 
 def _filled(budget: Budget, space: SearchSpace) -> Budget:
-    """A number of trials, where nothing says when to end; a population is as many as it has members."""
+    """A number of trials, where the budget has no limit; a population is as many as it has members."""
     if space.search.sampler == "pbt":
         return budget.model_copy(update={"trials": space.search.population.size})
     unlimited = budget.trials is None and budget.fe_per_image is None and budget.hours is None

@@ -18,6 +18,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.core.storage import is_url, without_secrets
 from raytrain.core.types import mix
 from raytrain.tracking import sqlite_file, sqlite_uri
@@ -35,8 +36,8 @@ _DRIVERS = {
 }
 """Dialects whose driver is an extra of this package, wherever the URL names none itself."""
 _EXTRAS = {"postgresql+psycopg": "postgresql", "mysql+pymysql": "mysql"}
-_PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL says otherwise
-_BUSY = 60.0  # seconds that SQLite waits for other processes, unless the URL says otherwise
+_PATIENCE = "10"  # seconds that psycopg waits for a server, unless the URL sets it
+_BUSY = 60.0  # seconds that SQLite waits for other processes, unless the URL sets it
 _LONGEST = 512  # characters of the name of a study, that of a sweep's last trainings included
 _TRIES = 10  # at tables that other processes are making
 
@@ -100,7 +101,8 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
             storage.remove_session()
             storage.engine.dispose()
     if resume and not exists and not (folder / SPACE).is_file():
-        raise RequestError(f"--resume: there is no sweep {name} in {place}")
+        known = [file.parent.name for file in folder.parent.glob(f"*/{SPACE}")]
+        raise RequestError(f"--resume: there is no sweep {name} in {place}{nearest(name, known)}")
     if exists and not resume:
         raise _exists(name)
     longest = len(_name_in(url, f"{name}/{name}-final-000000", folder))

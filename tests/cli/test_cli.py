@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
 from raytrain.outer import OUTERS
 from raytrain.tracking import tracking_uri
+from raytrain.tracking.run_names import run_of
+from raytrain.training.checkpoint import load
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
 pytestmark = [
@@ -189,6 +192,32 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
     assert said.startswith("nope: ") and all(name in said for name in RECIPES)
 
 
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (("algorithms", "dynamik"), "dynamic"),
+        (("algorithms", "AWP"), "awp"),
+        (("tune", "--resume", "lrstpe"), "lrstep"),
+        (("tune", "--resume", "lrstpe", "experiment=raytrain"), "lrstep"),
+        (("train", "data=cifra10"), "cifar10"),
+        (("train", "model=resnt18"), "resnet18"),
+        (("evaluate", "last", "attacks=pgdd"), "pgd"),
+        (("evaluate", "last", "stepz=50"), "steps"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_answered_with_the_nearest(
+    words: tuple[str, ...], near: str, here: Path
+) -> None:
+    file = here / "runs/raytrain/lrstep/space.yaml"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert refusal(*words).endswith(f"; the nearest is {near}")
+
+
+def test_a_field_of_a_run_that_an_evaluation_may_change_is_named_by_its_path(here: Path) -> None:
+    assert refusal("evaluate", "last", "eps=8/255").endswith("; expected threat.eps")
+
+
 # --- wrong requests ---------------------------------------------------------------------------
 
 
@@ -337,7 +366,7 @@ def test_training_tells_its_progress_in_plain_lines_where_there_is_no_terminal(
 ) -> None:
     told = last_object((home / "train.json").read_text())
     first, epoch = (home / "train.err").read_text().splitlines()
-    assert first.startswith("training: ") and first.endswith(f"run {told['run_id'][:8]}")
+    assert first.startswith("training: ") and f"run {told['run_id'][:8]};" in first
     assert epoch.startswith("epoch 1/1 *")  # the best so far
 
 
@@ -421,6 +450,27 @@ def test_a_finished_training_is_not_resumed_but_may_be_lengthened(
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     rows = [p.step for p in client.get_metric_history(run_id, "train/loss")]
     assert (run.info.status, rows) == ("FINISHED", [1, 2])
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_moved_run_is_continued_from_its_checkpoint(recorded: bool, here: Path) -> None:
+    run_id = last_object(answer("train", *SMALL, "--json"))["run_id"]
+    Path("runs/raytrain", run_id).rename("mine")
+    if not recorded:  # as by an earlier version
+        Path("mine/run_id").unlink()
+    result = CliRunner().invoke(app, ["train", "--resume", "mine", "epochs=2", "--json"])
+    assert result.exit_code == 0, result.output
+    told = last_object(result.stdout)
+    assert (told["run_id"] == run_id) == recorded
+    assert ("a new run goes on from its checkpoint" in result.stderr) != recorded
+    assert told["checkpoints"] == str(here / "mine") and load(Path("mine/last.pt")).epoch == 2
+    assert Path("mine/run_id").read_text() == told["run_id"]
+    assert "epoch 1/2" not in result.stderr  # it was not trained again
+
+
+def test_a_star_is_explained_once(home: Path) -> None:
+    lines = (home / "train.err").read_text().splitlines()
+    assert sum("* highest robust accuracy so far" in one for one in lines) == 1
 
 
 def test_a_trial_of_a_sweep_is_not_continued_as_a_run(here: Path) -> None:
@@ -538,21 +588,23 @@ def test_a_browser_is_opened_only_where_it_is_seen(monkeypatch: pytest.MonkeyPat
         assert somebody_sits_here() == seen
 
 
+@pytest.mark.parametrize("words", [[], ["storage=my runs"]])
 def test_an_interrupted_training_ends_with_the_command_that_continues_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from raytrain.cli.train import Epochs
 
     monkeypatch.setattr(Epochs, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        ended = CliRunner().invoke(app, ["train", *QUICK, "epochs=3", "storage=my runs"])
+        ended = CliRunner().invoke(app, ["train", *QUICK, "epochs=3", *words])
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.exit_code == 130, ended.output
     (run,) = runs_in(here)
-    folder = here / "my runs" / "raytrain" / run.info.run_id
-    assert ended.stderr.splitlines()[-1] == f"raytrain train --resume '{folder}'"
+    command = shlex.split(ended.stderr.splitlines()[-1])
+    assert command == ["raytrain", "train", "--resume", run.info.run_id[:8], *words]
+    assert run_of(command[3], here / "my runs", None) == run.info.run_id
 
 
 def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:

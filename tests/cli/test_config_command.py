@@ -80,7 +80,7 @@ def test_fields_are_one_json_object() -> None:
     ("words", "parts"),
     [
         (("config", "trainsize"), ("trainsize: no such field", "data.train_size")),
-        (("config", "algorithm.c_max"), ("expected algorithm=dynamic",)),
+        (("config", "algorithm.c_max"), ("dynamic has it: algorithm=dynamic",)),
         (("config", "algorithm", "algorithm=dynamc"), ("algorithm: ", "dynamic")),
         (("config", "epochs", "epochs=many"), ("epochs: ", "an integer")),
         (("config", "epochs", "seed"), ("seed: expected key=value",)),

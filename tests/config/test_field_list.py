@@ -142,17 +142,20 @@ def test_a_path_is_a_field_or_a_group() -> None:
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("trainsize", "trainsize: no such field; the nearest: data.train_size"),
-        ("algorithm.c_max", "algorithm=pgd has no such field; expected algorithm=dynamic"),
-        ("algorithm.decay.factor", "algorithm=pgd has no such field; expected algorithm=dynamic"),
-        ("optimizer.schedule.milestones", "expected optimizer.schedule=piecewise"),
+        ("trainsize", "trainsize: no such field; the nearest is data.train_size"),
+        ("algorithm.c_max", "no such field of algorithm pgd; dynamic has it: algorithm=dynamic"),
+        (
+            "algorithm.decay.factor",
+            "of algorithm pgd; dynamic has it: algorithm=dynamic algorithm.decay=",
+        ),
+        ("optimizer.schedule.milestones", "piecewise has it: optimizer.schedule=piecewise"),
         (
             "algorithm.beta",
-            "expected algorithm=trades or algorithm=mart or algorithm=l2l",
+            "algorithm pgd; trades, mart and l2l have it: algorithm=trades",
         ),
-        ("algorithm.betta", "the nearest: algorithm.beta"),
+        ("algorithm.betta", "the nearest is algorithm.beta with algorithm=trades, "),
         ("zzz", "zzz: no such field; expected one of data, model, threat, algorithm"),
-        ("epochs.first", "epochs.first: no such field; the nearest: epochs"),
+        ("epochs.first", "epochs.first: no such field; the nearest is epochs"),
         ("", ": no such field; expected one of data"),
     ],
 )
@@ -183,6 +186,24 @@ def test_every_field_of_a_part_has_a_description(registry: Registry[Any]) -> Non
 def test_every_field_of_a_run_has_a_description() -> None:
     bare = [one.path for one in fields_of(as_run(None)) if not one.description]
     assert bare == ["curriculum.NAME"]
+
+
+def test_fractions_are_shown_in_pixel_units_only() -> None:
+    fields = of(
+        "algorithm=dynamic", "outer=engm", "algorithm.start=gaussian", "curriculum.eps.start=0"
+    )
+    with_fraction = {path for path, one in fields.items() if "8/255" in one.type}
+    assert with_fraction == {
+        "threat.eps",
+        "evaluation.eps",
+        "algorithm.start.std",
+        "curriculum.eps.start",
+        "curriculum.eps.end",
+    }
+    assert fields["algorithm.c_max"].type == fields["outer.alpha"].type == "float"
+    assert fields["algorithm.c_max"].shown(8 / 255) == str(8 / 255)
+    run = as_run(None, ["algorithm=dynamic", "algorithm.c_max=1/4"])
+    assert run.algorithm.model_dump()["c_max"] == 0.25
 
 
 def test_fractions_of_255_are_written_as_such_where_that_is_shorter() -> None:

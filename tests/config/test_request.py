@@ -92,9 +92,9 @@ def test_an_unknown_field_is_named_together_with_the_nearest_one(
 @pytest.mark.parametrize(
     ("words", "unknown", "fields"),
     [
-        ("algorithm=natural algorithm.steps=3", "algorithm.steps", {"name"}),
+        ("algorithm=natural algorithm.qqqqqq=3", "algorithm.qqqqqq", {"name"}),
         ("optimizer.qqqqqq=3", "optimizer.qqqqqq", {"lr", "momentum", "schedule"}),
-        ("optimizer.schedule.milestones=[0.5]", "optimizer.schedule.milestones", {"peak"}),
+        ("optimizer.schedule.qqqqqq=[0.5]", "optimizer.schedule.qqqqqq", {"peak"}),
     ],
 )
 def test_an_unknown_field_that_is_near_to_none_is_answered_with_all_of_them(
@@ -103,6 +103,53 @@ def test_an_unknown_field_that_is_near_to_none_is_answered_with_all_of_them(
     said = complaint(words=words)
     assert said.startswith(f"{unknown}: ")
     assert fields <= set(re.findall(r"\w+", said.partition(": ")[2]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "algorithm.c_max=0.3",
+            "of algorithm pgd; dynamic has it: algorithm=dynamic algorithm.c_max=0.3",
+        ),
+        (
+            "algorithm=fat algorithm.beta=6",
+            "of algorithm fat; trades, mart and l2l have it: algorithm=trades algorithm.beta=6",
+        ),
+        ("outer=awp outer.rho=0.1", "of outer awp; sam has it: outer=sam outer.rho=0.1"),
+        (
+            "optimizer.schedule=cosine optimizer.schedule.milestones=[0.5]",
+            "of optimizer.schedule cosine; piecewise has it: optimizer.schedule=piecewise "
+            "optimizer.schedule.milestones='[0.5]'",
+        ),
+    ],
+)
+def test_an_unknown_field_of_other_kinds_of_the_part_names_them_and_how(
+    words: str, said: str
+) -> None:
+    assert complaint(words=words).endswith(f": no such field {said}")
+    if "[" not in said:  # the command that is proposed is one
+        run_of(said.partition("it: ")[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("lr=0.1", "lr: no such field; expected optimizer.lr"),
+        ("algorithm.lr=0.1", "algorithm.lr: no such field; expected optimizer.lr"),
+        ("steps=3", "steps: no such field; expected algorithm.steps or evaluation.steps"),
+        ("optimizer.epochs=3", "optimizer.epochs: no such field; expected epochs"),
+        ("c_max=1", "c_max: no such field; expected algorithm.c_max with algorithm=dynamic"),
+        ("algorithm=dynamic c_max=1", "c_max: no such field; expected algorithm.c_max"),
+        ("trainsize=9", "trainsize: no such field; the nearest is data.train_size"),
+    ],
+)
+def test_a_field_at_the_wrong_place_is_answered_with_its_paths(words: str, said: str) -> None:
+    assert complaint(words=words) == said
+
+
+def test_a_name_of_a_fixed_list_is_answered_with_the_nearest() -> None:
+    assert complaint(words="device=cud").endswith("found 'cud'; the nearest is cuda")
 
 
 def test_an_unknown_field_in_a_file_is_named_by_its_dotted_path(tmp_path: Path) -> None:

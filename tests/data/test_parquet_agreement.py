@@ -220,7 +220,7 @@ def test_a_file_without_the_column_of_the_first_is_refused(
     _write(tmp_path / second, label="fine_label")
     assert _refusal(tmp_path, _split(second)) == (
         f"{second}: expected a column 'label' of labels as in {first}, "
-        "found 'image', 'fine_label'; the nearest name is 'fine_label'"
+        "found 'image', 'fine_label'; the nearest is fine_label"
     )
 
 

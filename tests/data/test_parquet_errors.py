@@ -117,13 +117,13 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {"img": [SQUARE], "label": [0]},
         {"image_column": "imgs"},
         "data.image_column: expected a column 'imgs' in FILE, found 'img', 'label'; "
-        "the nearest name is 'img'",
+        "the nearest is img",
     ),
     "no_such_label": (
         {"img": [SQUARE], "lable": [0]},
         {"label_column": "label"},
         "data.label_column: expected a column 'label' in FILE, found 'img', 'lable'; "
-        "the nearest name is 'lable'",
+        "the nearest is lable",
     ),
     "no_image": (
         {"name": ["x"], "label": [0]},

@@ -76,7 +76,7 @@ def test_the_prefix_tells_torchvisions_resnet18_from_ours() -> None:
     ],
 )
 def test_an_unknown_name_gets_the_nearest_one(name: str, nearest: str) -> None:
-    sentence = f"^model.name: no model is called '{name}'; the nearest name is {nearest}$"
+    sentence = f"^model.name: no model is called '{name}'; the nearest is {nearest}$"
     with pytest.raises(RequestError, match=sentence):
         build(name)
 

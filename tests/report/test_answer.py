@@ -105,7 +105,7 @@ def test_the_only_configuration_leads_nothing() -> None:
 def test_the_next_is_the_best_in_validation_of_what_was_not_evaluated() -> None:
     runs = [trained(n, robust=[v], id=n * 32) for n, v in (("a", 0.3), ("b", 0.9), ("c", 0.6))]
     answer = answered(*runs)
-    assert answer.command == f"raytrain evaluate {'b' * 32}"
+    assert answer.command == f"raytrain evaluate {'b' * 8}"
     assert answer.next.startswith("none of 3 configurations was evaluated on the test set")
     stopped = trained("d", robust=[0.95], id="d" * 32, tags={"outcome": "stopped"})
     assert answered(*runs, stopped).command == answer.command
@@ -115,15 +115,15 @@ def test_the_next_evaluation_is_the_one_that_others_had() -> None:
     part = evaluated(shares={"pgd50x5-eps_8": (9, 20)}, scope="test_20")
     answer = answered(trained("a", evaluations=[part]), trained("b", id="b" * 32))
     words = "attacks=pgd steps=50 restarts=5 step_size=eps/8 images=20"
-    assert answer.command == f"raytrain evaluate {'b' * 32} {words}"
+    assert answer.command == f"raytrain evaluate {'b' * 8} {words}"
 
 
 def test_seeds_that_were_not_evaluated_come_last() -> None:
     told = evaluated(shares=shares(60))
     seeds = [trained("a", 0, evaluations=[told]), trained("a", 1, id="a" * 32)]
-    assert answered(*seeds).command == f"raytrain evaluate {'a' * 32} attacks=pgd"
+    assert answered(*seeds).command == f"raytrain evaluate {'a' * 8} attacks=pgd"
     assert "with all seeds; the next is A (run a of seed 1)" in answered(*seeds).next
-    assert answered(*seeds, trained("b", id="b" * 32)).command.split()[2] == "b" * 32
+    assert answered(*seeds, trained("b", id="b" * 32)).command.split()[2] == "b" * 8
 
 
 @pytest.mark.parametrize(

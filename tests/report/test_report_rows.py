@@ -208,7 +208,7 @@ def test_what_was_not_evaluated_stands_unranked_beside_what_was_and_says_how() -
         ("b", None, True),
     ]
     part = section_of(comparable, [], [])
-    assert answer_of(comparable, []).command == f"raytrain evaluate {'0' * 32} attacks=pgd"
+    assert answer_of(comparable, []).command == f"raytrain evaluate {'0' * 8} attacks=pgd"
     cells = next(row["cells"] for row in shown_rows(part) if row["label"] == "b")
     assert part.heads[0] == "PGD-20, %" and cells[0]["value"] == "-"
 

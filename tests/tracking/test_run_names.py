@@ -90,7 +90,7 @@ def test_a_word_of_several_runs_names_them(store: Store) -> None:
 def test_a_word_of_no_run_is_refused_with_the_nearest(word: str, store: Store) -> None:
     with pytest.raises(RequestError, match="neither a checkpoint nor a run") as error:
         store.meant(word)
-    assert ("nearest names are first" in str(error.value)) == (word == "frist")
+    assert ("nearest is first" in str(error.value)) == (word == "frist")
 
 
 def test_compare_takes_the_same_words(store: Store) -> None:

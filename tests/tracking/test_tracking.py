@@ -355,7 +355,7 @@ def test_a_run_of_an_earlier_launch_is_adopted_at_the_last_epoch_it_has(
     tracker.close("again", "KILLED")
     assert tracker.flush()
     other = Tracker(store, "tests", tmp_path / "other.jsonl")
-    assert other.knows(run_id) and not other.knows("0" * 32)
+    assert other.has_run(run_id) and not other.has_run("0" * 32)
     other.adopt("x", run_id)
     assert (other.run_id("x", 0.0), other.last_step("x")) == (run_id, 3)
     assert other.flush() and status(other, "x") == "KILLED"

@@ -28,7 +28,7 @@ from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.train_state import TrainState
 from raytrain.data.loader import open_splits
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
-from raytrain.training.setup import check_resumable, check_same, preflight
+from raytrain.training.setup import check_kinds, check_resumable, log_changes, preflight
 from raytrain.training.trainer import fit, fit_and_checkpoint
 
 EVERYWHERE = METRICS.keys() - OWN_METRICS.keys() - GPU_METRICS.keys()
@@ -724,11 +724,27 @@ def test_signature_is_twelve_hexadecimal_digits_and_survives_a_checkpoint(
 )
 def test_another_method_does_not_continue_a_run(change: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        check_same(as_run({"model": "small_cnn", **change}), as_run({"model": "small_cnn"}))
+        check_kinds(as_run({"model": "small_cnn", **change}), as_run({"model": "small_cnn"}))
 
 
 def test_other_numbers_continue_a_run_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    check_same(as_run({"optimizer": {"lr": 0.01}, "epochs": 60}), as_run({}))
+    log_changes(as_run({"optimizer": {"lr": 0.01}}), as_run({}), 3)
     assert "raytrain: --resume: optimizer changed" in capsys.readouterr().err
-    check_same(as_run({"epochs": 60, "workers": 2, "evaluation": {"steps": 3}}), as_run({}))
+    log_changes(as_run({"workers": 2, "evaluation": {"steps": 3}}), as_run({}), 3)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 5}, "epochs=15 changed to epochs=5; after epoch 3 the learning rate"),
+        ({"epochs": 60}, "epochs=15 changed to epochs=60; after epoch 3 the learning rate"),
+        ({"fe_per_image": 40}, "epochs=15 changed to fe_per_image=40; after epoch 3 the"),
+    ],
+)
+def test_another_length_continues_a_run_with_a_line_about_its_schedules(
+    change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_changes(as_run(change), as_run({}), 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"raytrain: --resume: {said}")

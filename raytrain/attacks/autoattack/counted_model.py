@@ -84,7 +84,7 @@ def fast_copy(
 ) -> tuple[nn.Module, torch.memory_format]:
     """The fastest copy that answers as the network does, and the layout of its images.
 
-    Asked about some of `images` and about noise: `short`, what was traced of it, may be another function
+    Evaluated on some of `images` and on noise: `short`, what was traced of it, may be another function
     (weights used twice, activations overwritten, branches on types), and some networks do not take
     channels last.
     """

@@ -1,4 +1,4 @@
-"""Square that does not ask about the same image twice."""
+"""Square that does not evaluate the same image twice."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Square(SquareAttack):
         return queries, best
 
     def _judged(self, margin: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Margins of which none says that an image has fallen if only the attacked copy thinks so."""
+        """Margins of which none marks an image as fallen that only the attacked copy misclassifies."""
         over = (margin <= 0).nonzero().flatten()
         if len(over):
             stands = self.predict.classes(images[over]) == labels[over]

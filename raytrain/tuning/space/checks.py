@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.tuning.space.base import AbstractSearched
 from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.lookup import KINDS, paths_of
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.space.variables import Variable, nearest
+from raytrain.tuning.space.variables import Variable
 
 _VALID = 200  # random configurations that must all be valid
 _TRIES = 1000  # to find configurations that a condition or the constraints allow
@@ -161,7 +162,7 @@ def _exists(space: SearchSpace, chosen: Mapping[str, Any], name: str) -> bool:
         space.lookup(chosen, name)
     except Absent:
         return False
-    except RequestError:  # not a valid run: for the corners and draws to tell
+    except RequestError:  # not a valid run: corners and draws report it
         return True
     return True
 

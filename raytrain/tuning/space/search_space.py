@@ -309,5 +309,5 @@ def _levels(base: Any) -> dict[str, float]:
         return {}
     try:
         return Sentinels.model_validate(sentinels).stop.limits()
-    except ValidationError:  # for the base run itself to tell
+    except ValidationError:  # the validation of the base run reports it
         return {}

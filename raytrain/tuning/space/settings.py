@@ -211,4 +211,4 @@ def check_limits(limits: dict[str, Limit]) -> None:
 
 
 CATASTROPHIC: dict[str, Limit] = {"valid/robust_drop": Limit(max=0.5)}
-"""Half of the robustness that was there has been lost: infeasible, unless the sweep says otherwise."""
+"""Half of the robustness that was there has been lost: infeasible, unless the sweep sets another limit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrain.core.errors import RequestError
+from raytrain.core.nearest import nearest
 from raytrain.tuning.space.base import AbstractDimension, AbstractSearched, shown
 from raytrain.tuning.space.dimensions import Branch, Choice, Derived
 from raytrain.tuning.space.expressions import Absent, Expression
@@ -72,7 +72,7 @@ def lay_out(space: Mapping[str, Any]) -> tuple[Variable, ...]:
     """All dimensions of a space in the order in which they are decided.
 
     Raises:
-        RequestError: if one asks for what is decided after it.
+        RequestError: if one depends on what is decided after it.
     """
     variables = _with_keys(list(_flat(space, {}, ("space",))))
     for number, variable in enumerate(variables):
@@ -166,12 +166,6 @@ def _touches(path: str, name: str) -> bool:
     parent, _, last = path.rpartition(".")
     record = parent if parent and last in KINDS else path
     return path == name or name.startswith(f"{record}.")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; the nearest is X`, if one is near."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]}" if close else ""
 
 
 def _error(variable: Variable, field: str, message: str) -> RequestError:
