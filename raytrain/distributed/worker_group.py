@@ -25,6 +25,7 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, kind_and_message
 from raytrain.core.types import RequestError, TrainingFailed, WorkersLost
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
+from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
 _ABORTS = 20  # tries to end a group that is being started, a second apart
 _IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
@@ -37,6 +38,7 @@ class _JobQueue:
         self.number, self.job = 0, None
         self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self.changed = asyncio.Condition()
+        self.step: dict[str, Any] | None = None  # the newest since the last row, not polled yet
         self.taken, self.max_failures = 0, max_failures
         self.failed = 0  # the last job that one of its workers gave up
         self.controller: Any = None  # Ray Train's actor that runs the group
@@ -45,7 +47,7 @@ class _JobQueue:
         """A new job in place of the present one; None ends the group."""
         async with self.changed:
             self.number, self.job, self.taken = self.number + 1, job, 0
-            self.rows = asyncio.Queue()
+            self.rows, self.step = asyncio.Queue(), None
             self.changed.notify_all()
         return self.number
 
@@ -74,11 +76,17 @@ class _JobQueue:
         if kind == "failed":
             self.failed = number
         self.rows.put_nowait((kind, value))
+        self.step = None
         async with self.changed:
             await self.changed.wait_for(
                 lambda: number != self.number or self.rows.qsize() <= ahead
             )
         return number == self.number
+
+    async def note(self, number: int, step: dict[str, Any]) -> None:
+        """Keep the newest step of a job; the sender does not wait."""
+        if number == self.number and number != self.failed:
+            self.step = step
 
     async def controlled_by(self, controller: Any) -> None:
         """Keep the actor that runs the group."""
@@ -92,11 +100,12 @@ class _JobQueue:
             ray.kill(self.controller)
 
     async def poll(self, seconds: float) -> tuple[str, Any] | None:
-        """The next row of the present job; None if there is none for so long."""
+        """The next row of the present job; if there is none for so long its newest step, or None."""
         try:
             row = await asyncio.wait_for(self.rows.get(), seconds)
         except TimeoutError:
-            return None
+            step, self.step = self.step, None
+            return None if step is None else ("step", step)
         async with self.changed:
             self.changed.notify_all()
         return row
@@ -164,7 +173,7 @@ class _Worker:
             Exception: after which the group has to start anew.
         """
         try:
-            for report in job_rows(job, self.context, resume):
+            for report in job_rows(job, self.context, resume, self._on_step(number)):
                 if not self._report(number, "row", asdict(report)):
                     break
             else:
@@ -177,6 +186,16 @@ class _Worker:
             if not is_lost(error):
                 self._call("report", number, "failed", kind_and_message(as_failure(error)), 10)
             raise
+
+    def _on_step(self, number: int) -> OnStep:
+        """What sends the steps of rank 0 to the bus, without waiting for it."""
+        due = RateLimit(SECONDS_BETWEEN_STEPS)
+
+        def send(done: StepProgress) -> None:
+            if self.context.leads and due():
+                self.bus.note.remote(number, asdict(done))
+
+        return send
 
     def _report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
         leads = self.context.leads
@@ -239,9 +258,9 @@ class WorkerGroup:
         self._delivered = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(job))
 
-    def rows(self) -> Iterator[EpochMetrics]:
+    def rows(self, on_step: OnStep = lambda done: None) -> Iterator[EpochMetrics]:
         """The rows of the job until it ends; after a restart of the group an epoch may come twice,
-        and none is missing.
+        and none is missing. In between `on_step` is called about once a second with the newest step.
 
         Raises:
             RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
@@ -260,6 +279,9 @@ class WorkerGroup:
                 return
             if kind == "failed":
                 raise from_kind_and_message(*value)
+            if kind == "step":
+                on_step(StepProgress(**value))
+                continue
             report = EpochMetrics(**value)
             if report.epoch > last + 1:  # a worker died between a checkpoint and its row
                 yield from RecentRows(folder).between(last, report.epoch)
