@@ -64,6 +64,8 @@ TAIL = """## Go on
 - A run that was interrupted: `raytrain train --resume last`; a sweep: `raytrain tune --resume steps`.
 - On CIFAR-10: `raytrain train data=cifar10 model=resnet18 threat.eps=8/255`, on 2,000 of its images
   with `data.train_size=2000`.
+- Two recordings of a terminal: `asciinema play .github/train.cast`, `asciinema play .github/tune.cast`
+  ([how they are made](../../benchmarks/recordings.py)).
 - In Python: `help(raytrain)` is the same tour.
 - What each command does: [commands](README.md). Choose an algorithm:
   [algorithms](../algorithms/README.md).

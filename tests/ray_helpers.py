@@ -42,10 +42,12 @@ main()
 
 
 @contextmanager
-def started(folder: Path, ray_folder: str, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """The real command at work in `folder`; what is left of it in the end is killed."""
+def started(
+    folder: Path, ray_folder: str, *words: str, before: str = ""
+) -> Iterator[subprocess.Popen[str]]:
+    """The real command at work in `folder`, after `before`; what is left of it in the end is killed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *words],
+        [sys.executable, "-c", before + COMMAND, *words],
         cwd=folder,
         env={**os.environ, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -78,11 +80,16 @@ def ended_here(folder: Path, *words: str) -> Result:
 
 def wait_for_trial(number: int, stderr: IO[str] | None) -> None:
     """Return once so many trials have ended."""
+    wait_for_line(f"trial {number}/", stderr)
+
+
+def wait_for_line(part: str, stderr: IO[str] | None) -> None:
+    """Return once a line has this part."""
     assert stderr is not None
     said = []
     for line in stderr:
         said.append(line)
-        if line.startswith(f"trial {number}/"):
+        if part in line:
             return
     raise AssertionError("the sweep ended early: " + "".join(said))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +75,16 @@ def test_the_attack_that_is_measured_is_that_of_the_package(
         )
     assert torch.equal(found, wanted)
     assert (found - images).abs().max() == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("name", ["train", "tune"])
+def test_a_recording_is_a_small_asciicast_without_paths_of_a_machine(name: str) -> None:
+    file = FOLDER.parent / ".github" / f"{name}.cast"
+    header, *events = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert header["version"] == 2 and header["title"].startswith(f"raytrain {name} ")
+    assert {kind for _, kind, _ in events} == {"o"}
+    times = [at for at, _, _ in events]
+    assert times == sorted(times) and times[-1] < 60
+    assert file.stat().st_size < 100_000
+    shown = "".join(text for _, _, text in events)
+    assert re.findall(r"(?<![\w.])/(?:tmp|home|root|work|usr|var|mnt|opt)/", shown) == []

@@ -30,11 +30,11 @@ _MORE = 20  # trials of a continuation that is proposed
 _ERRORS = 3  # of different kinds
 _IMPORTANT = 6  # parameters
 _SECONDS = 0.2  # between two drawings
-_SECONDS_BETWEEN_LINES = 30.0  # at most, as long as epochs end
+_SECONDS_BETWEEN_LINES = 30.0  # at most
 
 
 class Trials:
-    """Progress of a sweep: call it after every result."""
+    """Progress of a sweep: call it after every result, and about once a second in between."""
 
     def __init__(self) -> None:
         self._live = Live(
@@ -76,7 +76,10 @@ def _running(progress: SweepProgress) -> str:
     if not progress.running:
         return ""
     done = sum(one.progress for one in progress.running) / len(progress.running)
-    return f"  {len(progress.running)} running ({done:.0%})"
+    epochs = [one.epoch for one in progress.running]
+    first, last = min(epochs), max(epochs)
+    where = f"epoch {last}" if first == last else f"epochs {first} to {last}"
+    return f"  {len(progress.running)} running ({where}, {done:.1%} of training)"
 
 
 def screen(progress: SweepProgress) -> Group:

@@ -49,7 +49,7 @@ from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
 from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
-from raytrain.training.progress import OnStep, StepProgress
+from raytrain.training.progress import OnStep, StepMetrics, StepProgress
 from raytrain.training.run_folder import (
     fetch_checkpoints,
     folder_of,
@@ -63,8 +63,6 @@ from raytrain.training.setup import check_resumable, log_changes, network, prefl
 
 Watch = Callable[[RunConfig, EpochMetrics], None]
 
-
-_BETWEEN_METRICS = 60.0  # seconds between metrics within an epoch
 
 _SHOWN = ("valid/clean", "valid/robust", "cost/fe_per_sample")
 _GRACE = 2.0  # seconds for workers to exit after a failure, before Ray ends them
@@ -122,8 +120,8 @@ def train(
     mapping of dotted paths, `fields` are fields of RunConfig. `resume` is a run to continue in its own
     folder and the MLflow run that is recorded there (a new one, if none is), as its result or a word that
     `run_of` takes, with its own configuration unless another is given. `on_start` is called with the id of
-    the run and the number of training images, `watch` after every epoch, `on_step` after every step (a
-    training in this process only, not on workers of Ray).
+    the run and the number of training images, `watch` after every epoch, `on_step` after every step; of
+    workers of Ray once a second.
     `profile` leaves a trace and a table of where the time of ten steps goes in the run's folder.
 
     Raises:
@@ -317,18 +315,16 @@ def _followed(
     tracker: Tracker,
     handle: str,
 ) -> OnStep:
-    """What is called after every step."""
-    logged = time.monotonic()
+    """What is called after a step."""
+    metrics_of = StepMetrics()
 
     def call(done: StepProgress) -> None:
-        nonlocal logged
         if on_step is not None:
             on_step(run, done)
         if profiled is not None:
             profiled.step()
-        if done.loss is not None and time.monotonic() - logged >= _BETWEEN_METRICS:
-            logged = time.monotonic()
-            tracker.log(handle, {"step/loss": done.loss, "step/share": done.share}, done.epoch - 1)
+        if (metrics := metrics_of(done.share, done.loss)) is not None:
+            tracker.log(handle, metrics, done.epoch - 1)
 
     return call
 
@@ -349,7 +345,7 @@ def _rows(
     group = WorkerGroup(run.workers, resources, "train", run.root, run.max_failures)
     try:
         group.submit(job)
-        yield from group.rows()
+        yield from group.rows(on_step)
     except BaseException:  # a signal, or a job that failed: nothing is left to wait for
         group.close(_GRACE)
         raise

@@ -20,6 +20,7 @@ class JobQueue:
         self.job: dict[str, Any] | None = None
         self.rows: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self.changed = asyncio.Condition()
+        self.step: dict[str, Any] | None = None  # the newest since the last row, not polled yet
         self.taken, self.max_failures = 0, max_failures
         self.failed = 0  # the last job that one of its workers gave up
         self.controller: Any = None  # Ray Train's actor that runs the group
@@ -28,7 +29,7 @@ class JobQueue:
         """A new job in place of the present one; None ends the group."""
         async with self.changed:
             self.number, self.job, self.taken = self.number + 1, job, 0
-            self.rows = asyncio.Queue()
+            self.rows, self.step = asyncio.Queue(), None
             self.changed.notify_all()
         return self.number
 
@@ -57,11 +58,17 @@ class JobQueue:
         if kind == "failed":
             self.failed = number
         self.rows.put_nowait((kind, value))
+        self.step = None
         async with self.changed:
             await self.changed.wait_for(
                 lambda: number != self.number or self.rows.qsize() <= ahead
             )
         return number == self.number
+
+    async def note(self, number: int, step: dict[str, Any]) -> None:
+        """Keep the newest step of a job; the sender does not wait."""
+        if number == self.number and number != self.failed:
+            self.step = step
 
     async def controlled_by(self, controller: Any) -> None:
         """Keep the actor that runs the group."""
@@ -75,11 +82,12 @@ class JobQueue:
             ray.kill(self.controller)
 
     async def poll(self, seconds: float) -> tuple[str, Any] | None:
-        """The next row of the present job; None if there is none for so long."""
+        """The next row of the present job; if there is none for so long its newest step, or None."""
         try:
             row = await asyncio.wait_for(self.rows.get(), seconds)
         except TimeoutError:
-            return None
+            step, self.step = self.step, None
+            return None if step is None else ("step", step)
         async with self.changed:
             self.changed.notify_all()
         return row

@@ -25,6 +25,7 @@ from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, k
 from raytrain.core.storage import for_ray
 from raytrain.distributed.job_queue import job_queue_class
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
+from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
 _ABORTS = 20  # tries to end a group that is being started, a second apart
 
@@ -87,7 +88,7 @@ class _Worker:
             Exception: after which the group has to start anew.
         """
         try:
-            for report in job_rows(job, self.context, resume):
+            for report in job_rows(job, self.context, resume, self._on_step(number)):
                 if not self._report(number, "row", asdict(report)):
                     break
             else:
@@ -100,6 +101,16 @@ class _Worker:
             if not is_lost(error):
                 self._call("report", number, "failed", kind_and_message(as_failure(error)), 10)
             raise
+
+    def _on_step(self, number: int) -> OnStep:
+        """What sends the steps of rank 0 to the bus, without waiting for it."""
+        due = RateLimit(SECONDS_BETWEEN_STEPS)
+
+        def send(done: StepProgress) -> None:
+            if self.context.leads and due():
+                self.bus.note.remote(number, asdict(done))
+
+        return send
 
     def _report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
         leads = self.context.leads
@@ -162,9 +173,9 @@ class WorkerGroup:
         self._delivered = max((row.epoch for row in before), default=0)
         self._ray.get(self._bus.submit.remote(asdict(job)))
 
-    def rows(self) -> Iterator[EpochMetrics]:
+    def rows(self, on_step: OnStep = lambda done: None) -> Iterator[EpochMetrics]:
         """The rows of the job until it ends; after a restart of the group an epoch may come twice,
-        and none is missing.
+        and none is missing. In between `on_step` is called about once a second with the newest step.
 
         Raises:
             RequestError, TrainingFailed: as the job did, at once; or if its workers died too often.
@@ -183,6 +194,9 @@ class WorkerGroup:
                 return
             if kind == "failed":
                 raise from_kind_and_message(*value)
+            if kind == "step":
+                on_step(StepProgress(**value))
+                continue
             report = EpochMetrics(**value)
             if report.epoch > last + 1:  # a worker died between a checkpoint and its row
                 yield from RecentRows(folder).between(last, report.epoch)

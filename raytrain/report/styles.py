@@ -75,8 +75,11 @@ def _worth_a_name(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row in chosen]
 
 
-def title_of(row: Row, longest: int = 54) -> str:
-    """`A  t0008: pgd steps=10`, with the marks that every number of the row has."""
+def title_of(row: Row, longest: int = 44) -> str:
+    """`A  t0008: pgd steps=10`, with the marks that every number of the row has.
+
+    Two titles fit side by side into the width of a figure.
+    """
     marks = f" {row.marks}" if row.marks else ""
     names = "" if row.setting.names == row.label else f"{short(row.setting.names, 24)}: "
     return f"{row.letter}  {short(names + row.label, longest)}{marks}"

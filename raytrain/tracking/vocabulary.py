@@ -38,7 +38,7 @@ STEP_METRICS = {
     "step/loss": "mean training loss of the epoch under way, nats; its step is the epochs done",
     "step/share": "share of training that is done",
 }
-"""Of a training in one process, once a minute within an epoch: look at them over time, not steps."""
+"""Once a minute within an epoch: look at them over time, not steps."""
 
 TAGS = {
     "kind": "`train`, `sweep`, `trial`, `final` (a sweep's best on a new seed)",

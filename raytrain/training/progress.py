@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,39 @@ class StepProgress:
 
 OnStep = Callable[[StepProgress], None]
 """Called after every step."""
+
+SECONDS_BETWEEN_STEPS = 1.0
+"""Between two steps that another process sends to the driver."""
+
+_BETWEEN_METRICS = 60.0  # seconds
+
+
+class RateLimit:
+    """True at most once in `seconds`: at the first call, or with `wait` after so many seconds."""
+
+    def __init__(self, seconds: float, wait: bool = False) -> None:
+        self._seconds = seconds
+        self._due = time.monotonic() + seconds if wait else -math.inf
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        self._due = now + self._seconds
+        return True
+
+
+class StepMetrics:
+    """Metrics of a training within an epoch, at most once a minute."""
+
+    def __init__(self) -> None:
+        self._due = RateLimit(_BETWEEN_METRICS, wait=True)
+
+    def __call__(self, share: float, loss: float | None) -> dict[str, float] | None:
+        """The metrics, where they are due; None otherwise, and as long as there is no loss."""
+        if loss is None or not self._due():
+            return None
+        return {"step/loss": loss, "step/share": share}
 
 
 class AbstractProgress(ABC):

@@ -37,7 +37,8 @@ class Running:
     """A trial under way."""
 
     number: int
-    progress: float
+    epoch: int  # under way, from 1
+    progress: float  # share of training that is done
     value: float | None
     params: dict[str, Any]
 

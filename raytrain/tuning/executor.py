@@ -15,6 +15,8 @@ from ray.tune.search import Searcher
 from raytrain.config.run import RunConfig
 from raytrain.core.signals import raise_if_interrupted
 from raytrain.distributed.ray_session import worker_resources
+from raytrain.distributed.trial_steps import TrialStepsReader
+from raytrain.training.progress import SECONDS_BETWEEN_STEPS, RateLimit
 from raytrain.tuning.trainable import GroupTrainable, SingleTrainable
 from raytrain.tuning.trial_manager import TrialManager
 
@@ -24,7 +26,8 @@ def execute(manager: TrialManager, slot: Any, concurrent: int) -> None:
 
     Tune is started afresh at every launch; all state is the trial manager's.
     """
-    notes = manager.folder / "ray"
+    notes, name = manager.folder / "ray", f"launch-{time.time_ns():x}"
+    steps = TrialStepsReader(name)
     try:
         ray_tune.Tuner(
             slot,
@@ -32,19 +35,21 @@ def execute(manager: TrialManager, slot: Any, concurrent: int) -> None:
                 num_samples=-1,
                 metric="epoch",
                 mode="max",
-                search_alg=_Search(manager),
+                search_alg=_Search(manager, name),
                 scheduler=_Pruning(manager),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),
             run_config=ray_tune.RunConfig(
-                name=f"launch-{time.time_ns():x}",
+                name=name,
                 storage_path=str(notes),
                 verbose=0,
                 failure_config=ray_tune.FailureConfig(max_failures=0),
+                callbacks=[_WithinEpochs(manager, steps)],
             ),
         ).fit()
     finally:
+        steps.close()
         shutil.rmtree(notes, ignore_errors=True)  # Tune's notes: never read again
 
 
@@ -62,9 +67,9 @@ def trainable_for(base: RunConfig) -> Any:
 class _Search(Searcher):
     """Tune's searcher interface over the trial manager."""
 
-    def __init__(self, manager: TrialManager) -> None:
+    def __init__(self, manager: TrialManager, steps: str) -> None:
         super().__init__(metric="epoch", mode="max")
-        self._manager = manager
+        self._manager, self._steps = manager, steps
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         del metric, mode, config, spec
@@ -73,9 +78,10 @@ class _Search(Searcher):
     def suggest(self, trial_id: str) -> Any:
         raise_if_interrupted()
         try:
-            return self._manager.begin(trial_id)
+            job = self._manager.begin(trial_id)
         except StopIteration:
             return Searcher.FINISHED
+        return None if job is None else {**job, "steps": self._steps}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -90,6 +96,22 @@ class _Search(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher; the trial manager holds files and threads
+
+
+class _WithinEpochs(ray_tune.Callback):
+    """Passes on how far trials are within their epochs; Tune's loop calls it ten times a second."""
+
+    def __init__(self, manager: TrialManager, steps: TrialStepsReader) -> None:
+        self._manager, self._steps = manager, steps
+        self._due = RateLimit(SECONDS_BETWEEN_STEPS)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        del iteration, trials, info
+        if self._due():
+            self._manager.within_epochs(self._steps.read())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 class _Pruning(FIFOScheduler):

@@ -21,7 +21,9 @@ from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import Diverged, RequestError, TrainingFailed, WorkersLost
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
+from raytrain.distributed.trial_steps import TrialStepsWriter
 from raytrain.distributed.worker_group import WorkerGroup
+from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
 
 class AbstractTrainable(tune.Trainable):
@@ -34,7 +36,7 @@ class AbstractTrainable(tune.Trainable):
     _begun = 0  # trials in this process
 
     @abstractmethod
-    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
+    def begin(self, job: Job, run: RunConfig, on_step: OnStep) -> Iterator[EpochMetrics]:
         """Start a trial, dropping the one before it."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -53,7 +55,8 @@ class AbstractTrainable(tune.Trainable):
         # A driver may have died before the rows up to the last checkpoint reached it.
         self._again = iter(RecentRows(folder).rows if job.resume else [])
         self._folder = folder
-        self._rows = self.begin(job, RunConfig.model_validate_json(job.run))
+        on_step = _sender(new_config.get("steps"), self.trial_id)
+        self._rows = self.begin(job, RunConfig.model_validate_json(job.run), on_step)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -97,6 +100,19 @@ def _row_of(report: EpochMetrics) -> dict[str, Any]:
     return {**row, "tags": json.dumps(tags)} if tags else row
 
 
+def _sender(steps: str | None, trial: str) -> OnStep:
+    """What sends steps of a trial to the actor of this name, if any, without waiting for it."""
+    if steps is None:
+        return lambda done: None
+    writer, due = TrialStepsWriter(steps), RateLimit(SECONDS_BETWEEN_STEPS)
+
+    def send(done: StepProgress) -> None:
+        if due():
+            writer.put(trial, (done.share, done.loss))
+
+    return send
+
+
 def _as_new() -> None:
     """What a trial may have changed in its process, as it was before: settings, graphs, memory."""
     gc.collect()
@@ -111,8 +127,8 @@ def _as_new() -> None:
 class SingleTrainable(AbstractTrainable):
     """Trials of one worker, in this process."""
 
-    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
-        return local_rows(job, local_context(run.device))
+    def begin(self, job: Job, run: RunConfig, on_step: OnStep) -> Iterator[EpochMetrics]:
+        return local_rows(job, local_context(run.device), on_step)
 
     def cleanup(self) -> None:
         self._rows = iter(())
@@ -124,7 +140,7 @@ class GroupTrainable(AbstractTrainable):
 
     _group: WorkerGroup | None = None
 
-    def begin(self, job: Job, run: RunConfig) -> Iterator[EpochMetrics]:
+    def begin(self, job: Job, run: RunConfig, on_step: OnStep) -> Iterator[EpochMetrics]:
         from raytrain.distributed.ray_session import worker_resources
 
         if self._group is None or self._group.ended:
@@ -136,7 +152,7 @@ class GroupTrainable(AbstractTrainable):
                 run.max_failures,
             )
         self._group.submit(job)
-        return self._group.rows()
+        return self._group.rows(on_step)
 
     def cleanup(self) -> None:
         if self._group is not None:

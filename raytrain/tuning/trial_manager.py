@@ -20,7 +20,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.distributed.jobs import Job
+from raytrain.distributed.trial_steps import Step
 from raytrain.tracking import Tracker
+from raytrain.training.progress import StepMetrics
 from raytrain.training.run_folder import write_run_file
 from raytrain.tuning.budget import ENDED, BudgetState, Running, SweepProgress, TrialRow
 from raytrain.tuning.fidelity import Fidelity
@@ -49,7 +51,14 @@ class Live:
     progress: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     cut: bool = False  # by the end of the budget
+    share: float = 0.0  # of training, also within the epoch under way; decides nothing
+    step_metrics: StepMetrics = field(default_factory=StepMetrics)
     offset: int = 0  # epochs it has trained that its checkpoint does not know of
+
+    @property
+    def shown(self) -> float:
+        """Share of training that is done, for the display."""
+        return max(self.progress, self.share)
 
 
 class TrialManager:
@@ -109,6 +118,17 @@ class TrialManager:
             return True
         return finite and len(self.space.objective) == 1 and live.trial.should_prune()
 
+    def within_epochs(self, steps: Mapping[str, Step]) -> None:
+        """How far trials are within their epochs, by Tune's ids; also called where there is no news."""
+        for tune_id, (share, loss) in steps.items():
+            if (live := self._live.get(tune_id)) is None:
+                continue
+            live.share = share
+            if (metrics := live.step_metrics(share, loss)) is not None:
+                # Its step is an epoch that is recorded: rows of later ones are still to come.
+                self._mlflow_runs.note(self._handle(live), metrics, live.epoch)
+        self._tell_watch()
+
     def note_loss(self, tune_id: str, reason: str) -> None:
         """Record why a trial's process died, before its `end`."""
         if (live := self._live.get(tune_id)) is not None:
@@ -140,7 +160,13 @@ class TrialManager:
     def progress(self) -> SweepProgress:
         """For the display."""
         running = tuple(
-            Running(live.origin, live.progress, self._value(live), live.values)
+            Running(
+                live.origin,
+                live.epoch + 1,
+                live.shown,
+                self._value(live),
+                live.values,
+            )
             for live in self._under_way()
         )
         return self._budget_state.progress(running, self._live_fe(), self._begun_share())
@@ -222,7 +248,7 @@ class TrialManager:
         return live
 
     def _start(self, tune_id: str, live: Live) -> dict[str, Any]:
-        self._live[tune_id] = live
+        self._live[tune_id], live.share = live, 0.0
         self._aside.pop(live.origin, None)
         write_run_file(live.run, self._folder_of(live.origin))
         self._storage.save()
@@ -296,7 +322,7 @@ class TrialManager:
 
     def _begun_share(self) -> float:
         """How many runs' worth of training they have had."""
-        shares = [live.progress for live in self._under_way()]
+        shares = [live.shown for live in self._under_way()]
         shares += [last.get("progress", 0.0) for last in self._aside.values()]
         return math.fsum(shares)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from optuna.trial import TrialState
-from ray_helpers import ended, runs_of, space_in, started, trials_of, wait_for_trial
+from ray_helpers import ended, runs_of, space_in, started, trials_of, wait_for_line, wait_for_trial
 
 from raytrain.config.request import as_run, read_yaml
 from raytrain.tracking import provenance
@@ -161,9 +161,32 @@ def test_a_sweep_whose_driver_was_killed_resumes_without_repeating_a_trial(
 
 
 MINE = """
+import time
+from pathlib import Path
+
+from torch import nn
+
 from raytrain.algorithms import Nested
 from raytrain.algorithms.base import Iterated, Smoothed
 from raytrain.core.card import Card
+
+
+class Net(nn.Module):
+    # Three passes a step; the fourth waits for a file.
+
+    def __init__(self, classes):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(64, classes), 0
+
+    def forward(self, x):
+        self.calls += len(x) == 64
+        while self.calls > 3 and not Path(__file__).with_name("go").exists():
+            time.sleep(0.01)
+        return self.linear(x.flatten(1))
+
+
+def net(num_classes):
+    return Net(num_classes)
 
 
 class Twice(Smoothed, Iterated):
@@ -175,12 +198,24 @@ class Twice(Smoothed, Iterated):
 """
 
 
-def test_an_algorithm_of_the_user_is_swept(tmp_path: Path, ray_folder: str) -> None:
+ALL_LINES = """
+import raytrain.cli.tune
+raytrain.cli.tune._SECONDS_BETWEEN_LINES = 0.0
+"""
+
+
+def test_an_algorithm_of_the_user_is_swept_and_shown_within_its_first_epoch(
+    tmp_path: Path, ray_folder: str
+) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     space = space_in(tmp_path, 2)
-    words = ["algorithm=mine:Twice", "algorithm.steps=1"]
-    done = ended(tmp_path, ray_folder, "tune", space, *words, "--name", "s", "--json")
-    assert done.returncode == 0, done.stderr
+    words = ["algorithm=mine:Twice", "algorithm.steps=1", "model=mine:net", "--name", "s"]
+    with started(tmp_path, ray_folder, "tune", space, *words, before=ALL_LINES) as process:
+        # The middle of the first of two steps in three epochs.
+        wait_for_line("1 running (epoch 1, 8.3% of training)", process.stderr)
+        (tmp_path / "go").touch()
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     _, children = runs_of(tmp_path)
     assert {run.data.params["algorithm.name"] for run in children} == {"mine:Twice"}
     # Two steps where one is given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,9 +24,12 @@ from ray_helpers import runs_of, started, trials_of
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.distributed import worker_group
+from raytrain.distributed.job_queue import JobQueue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
-from raytrain.distributed.worker_group import WorkerGroup
+from raytrain.distributed.worker_group import WorkerGroup, _Worker
 from raytrain.training.checkpoint import LAST
+from raytrain.training.progress import StepProgress
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 stage: Any = importlib.import_module("faults_stage")  # scripts, no package
@@ -42,7 +47,7 @@ pytestmark = [
 class Spoken:
     """Ray, and a bus that says what it was given to say."""
 
-    def __init__(self, *said: tuple[str, Any]) -> None:
+    def __init__(self, *said: tuple[str, Any] | None) -> None:
         self._said, self.submit, self.poll = list(said), self, self
         self.jobs: list[dict[str, Any]] = []
 
@@ -117,6 +122,59 @@ def test_a_resumed_group_tells_what_came_after_it_was_resumed(
     tmp_path: Path, said: tuple[int, ...], heard: list[int]
 ) -> None:
     assert told(tmp_path, 4, *said, before=2) == heard
+
+
+# --- steps within an epoch --------------------------------------------------------------------
+
+
+def test_steps_are_passed_on_between_rows_and_are_none(tmp_path: Path) -> None:
+    group: Any = object.__new__(WorkerGroup)
+    group._ended = None
+    steps = [StepProgress(0.1 * step, 1, step, 64 * step, None) for step in (1, 2)]
+    one, other = (("step", asdict(step)) for step in steps)
+    row = ("row", asdict(report_of(1)))
+    group._ray = group._bus = Spoken(one, None, other, row, ("done", None))
+    group.submit(Job("{}", str(tmp_path), resume=False))
+    found: list[StepProgress] = []
+    assert [report.epoch for report in group.rows(found.append)] == [1]
+    assert found == steps
+
+
+def test_the_newest_step_of_a_job_is_polled_once_and_gives_way_to_a_row() -> None:
+    async def polled() -> list[Any]:
+        bus, found = JobQueue(0), []
+        number = await bus.submit(Job("{}", "", resume=False))
+        for step in (1, 2):
+            await bus.note(number, {"step": step})
+        found += [await bus.poll(0.01), await bus.poll(0.01)]
+        await bus.note(number, {"step": 3})
+        await bus.report(number, "row", "first")
+        found += [await bus.poll(0.01), await bus.poll(0.01)]
+        await bus.note(number, {"step": 4})
+        await bus.submit(Job("{}", "", resume=False))
+        await bus.note(number, {"step": 5})
+        return [*found, await bus.poll(0.01)]
+
+    assert asyncio.run(polled()) == [("step", {"step": 2}), None, ("row", "first"), None, None]
+
+
+@pytest.mark.parametrize(("rank", "sent"), [(0, [1]), (1, [])])
+def test_rank_0_alone_sends_steps_and_no_more_than_one_a_second(
+    rank: int, sent: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_group, "SECONDS_BETWEEN_STEPS", 1e9)
+    found: list[int] = []
+    bus: Any = SimpleNamespace(
+        note=SimpleNamespace(remote=lambda number, step: found.append(step["step"]))
+    )
+    worker = _Worker(bus, DistributedContext(rank=rank))
+    on_step = worker._on_step(1)
+    for step in (1, 2, 3):
+        on_step(StepProgress(0.1, 1, step, 64, None))
+    assert found == sent
+
+
+# --- a pause ----------------------------------------------------------------------------------
 
 
 def test_workers_that_start_anew_do_not_train_beyond_a_pause(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
 from raytrain.core.schedules import Ramp
 from raytrain.core.types import in_pixels
+from raytrain.training import progress
+from raytrain.training.progress import RateLimit, StepMetrics
 from raytrain.training.trainer import fit
 
 IMAGES = 128
@@ -43,6 +45,45 @@ def trained(run: RunConfig) -> tuple[list[EpochMetrics], Tensor]:
     rows = list(fit(run, DistributedContext()))
     state = rows[-1][1]
     return [row for row, _ in rows], torch.cat([p.flatten() for p in state.model.parameters()])
+
+
+# --- within an epoch ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wait", "due"), [(False, [0, 10, 21]), (True, [10, 21])], ids=["at once", "later"]
+)
+def test_a_rate_limit_is_due_once_in_its_seconds(
+    wait: bool, due: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    limit, found = RateLimit(10, wait=wait), list[int]()
+    for now[0] in (0, 1, 9, 10, 19, 21, 30):
+        if limit():
+            found.append(now[0])
+    assert found == due
+
+
+def test_metrics_within_an_epoch_are_due_once_a_minute_and_need_a_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    metrics = StepMetrics()
+    given = [(0, 1.0), (59, 1.0), (61, None), (62, 1.5), (100, 1.0), (123, 2.0)]
+    found = []
+    for now[0], loss in given:
+        found.append(metrics(now[0] / 1000, loss))
+    assert found == [
+        *[None] * 3,
+        {"step/loss": 1.5, "step/share": 0.062},
+        None,
+        {"step/loss": 2.0, "step/share": 0.123},
+    ]
+
+
+# --- by epochs, by cost ------------------------------------------------------------------------
 
 
 def test_the_cost_of_so_many_epochs_is_so_many_epochs() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raytrain.config.request import as_run
 from raytrain.core.epoch_metrics import TIMED
 from raytrain.distributed.jobs import Job
+from raytrain.tuning import trainable
 from raytrain.tuning.trainable import SingleTrainable
 
 
@@ -128,3 +129,23 @@ def test_a_process_whose_device_is_broken_is_given_up(
     assert slot.reset_config(job_of(tmp_path / "a", model=f"{__name__}:OnABrokenDevice"))
     with pytest.raises(RuntimeError, match="CUDA error"):
         slot.step()
+
+
+def test_the_first_step_of_a_trial_is_sent_and_no_more_than_one_a_second(
+    slot: SingleTrainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, str, float]] = []
+
+    class Writer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def put(self, trial: str, step: tuple[float, float | None]) -> None:
+            sent.append((self.name, trial, step[0]))
+
+    monkeypatch.setattr(trainable, "TrialStepsWriter", Writer)
+    monkeypatch.setattr(trainable, "SECONDS_BETWEEN_STEPS", 1e9)
+    rows(slot, {**job_of(tmp_path / "a"), "steps": "board"})
+    rows(slot, {**job_of(tmp_path / "b"), "steps": "board"})
+    # Two epochs of two steps: the middle of the first step is an eighth of training.
+    assert sent == [("board", slot.trial_id, 1 / 8)] * 2

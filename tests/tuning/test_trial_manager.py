@@ -13,6 +13,7 @@ from sweep_helpers import METRIC, SPACE, Launch, diverged, opened, row, space_of
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError
+from raytrain.training import progress
 
 
 @pytest.fixture
@@ -419,3 +420,34 @@ def test_a_larger_budget_may_be_resumed(launch: Launch) -> None:
     launch.complete("a", 0.1)
     study = opened(launch.folder, space_of(budget={"trials": 50}), resume=True)
     assert len(study.get_trials()) == 1
+
+
+# --- within epochs ----------------------------------------------------------------------------
+
+
+def test_a_trial_within_its_epoch_is_shown_there_and_nothing_is_decided_by_it(
+    launch: Launch,
+) -> None:
+    launch.begin("a")
+    launch.manager.within_epochs({"a": (0.1, None), "unknown": (0.9, 1.0)})
+    (running,) = launch.seen[-1].running
+    assert (running.epoch, running.progress) == (1, 0.1)
+    assert launch.seen[-1].seconds_left is not None
+    launch.manager.row("a", {**row(1, 0.3), "progress": 0.25})
+    (running,) = launch.seen[-1].running
+    assert (running.epoch, running.progress) == (2, 0.25)
+    assert launch.trials()[0].user_attrs["last"]["progress"] == 0.25
+    calls = len(launch.seen)
+    launch.manager.within_epochs({})
+    assert len(launch.seen) == calls + 1
+
+
+def test_metrics_within_an_epoch_lose_no_row_that_is_still_to_come(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch.begin("a")
+    launch.manager.row("a", row(1, 0.3))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 1e12)
+    launch.manager.within_epochs({"a": (0.7, 1.5)})  # in its third epoch; the second row is behind
+    launch.manager.row("a", row(2, 0.3))
+    assert launch.store.rows["t0000"] == [1, 1, 2]
