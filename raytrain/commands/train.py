@@ -38,6 +38,7 @@ from raytrain.distributed.ray_session import (
     wanted_cluster,
     worker_resources,
 )
+from raytrain.distributed.shared_storage import check_shared
 from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.tracking import Tracker, provenance, run_link, tracked
 from raytrain.tracking.data_sets import training_inputs
@@ -305,6 +306,7 @@ def _cluster(run: RunConfig) -> Iterator[bool]:
         return
     with session(run):
         concurrent_trials(run, 1)
+        check_shared(run)
         yield True
 
 

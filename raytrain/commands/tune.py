@@ -28,6 +28,7 @@ from raytrain.core.signals import continued_by, interruptible
 from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_session import concurrent_trials, session
+from raytrain.distributed.shared_storage import check_shared
 from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.results import BASE
@@ -228,6 +229,7 @@ def _tune(
         offer(again)
         cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
         concurrent = concurrent_trials(base, space.budget.concurrent)
+        check_shared(base)
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
         write_atomically(space_file, _space_yaml(space))

@@ -143,7 +143,7 @@ def test_steps_are_passed_on_between_rows_and_are_none(tmp_path: Path) -> None:
 def test_the_newest_step_of_a_job_is_polled_once_and_gives_way_to_a_row() -> None:
     async def polled() -> list[Any]:
         bus, found = JobQueue(0), []
-        number = await bus.submit(Job("{}", "", resume=False))
+        number = await bus.submit(asdict(Job("{}", "", resume=False)))
         for step in (1, 2):
             await bus.note(number, {"step": step})
         found += [await bus.poll(0.01), await bus.poll(0.01)]
@@ -151,7 +151,7 @@ def test_the_newest_step_of_a_job_is_polled_once_and_gives_way_to_a_row() -> Non
         await bus.report(number, "row", "first")
         found += [await bus.poll(0.01), await bus.poll(0.01)]
         await bus.note(number, {"step": 4})
-        await bus.submit(Job("{}", "", resume=False))
+        await bus.submit(asdict(Job("{}", "", resume=False)))
         await bus.note(number, {"step": 5})
         return [*found, await bus.poll(0.01)]
 
