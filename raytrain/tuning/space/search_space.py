@@ -79,7 +79,10 @@ class SearchSpace(Spec):
     search: Annotated[Search, Field(description="how configurations are proposed")] = Search()
     budget: Annotated[Budget, Field(description="when the sweep ends")] = Budget()
     study: Annotated[
-        str | None, Field(description="database URL of the study; default: a journal file")
+        str | None,
+        Field(
+            description="where the study is: a database URL, or a path that ends in .log; default: a journal beside the trials"
+        ),
     ] = None
 
     _laid_out: tuple[Any, Any, tuple[Variable, ...], Lookup] | None = PrivateAttr(None)

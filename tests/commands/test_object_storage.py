@@ -1,0 +1,94 @@
+"""Training with its checkpoints in an S3 bucket, continued on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from pyarrow.fs import S3FileSystem
+
+import raytrain
+from raytrain.core.errors import RequestError
+from raytrain.core.storage import CACHE, local_root
+from raytrain.training.checkpoint import load
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*noload.*loader strategy"),
+    pytest.mark.slow,
+]
+
+RUN: dict[str, Any] = {
+    "data": {"name": "digits", "train_size": 128},
+    "algorithm": {"name": "pgd", "steps": 1},
+    "batch_size": 64,
+    "evaluation": {"steps": 1},
+    "device": "cpu",
+    "registry": False,
+    "epochs": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a folder in a bucket of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv(CACHE, str(tmp_path / "first"))
+    name = "b" + tmp_path.name.replace("_", "-").lower()[:40]
+    fs = S3FileSystem(
+        endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    fs.create_dir(name)
+    return f"s3://{name}/runs?endpoint_override={server}&scheme=http&region=us-east-1"
+
+
+def weights(url: str, run_id: str) -> dict[str, torch.Tensor]:
+    return load(local_root(url) / "raytrain" / run_id / "last.pt").content["model"]
+
+
+def test_a_training_goes_on_from_the_bucket_alone_bit_by_bit(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def watch(run: Any, row: Any) -> None:
+        if row.epoch == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        raytrain.train(RUN, {"storage": bucket}, watch=watch)
+    run_id = next((tmp_path / "first").glob("*/raytrain/*/last.pt")).parent.name
+    monkeypatch.setenv(CACHE, str(tmp_path / "second"))
+    resumed = raytrain.train(None, {"storage": bucket}, resume=run_id)
+    assert resumed.run_id == run_id and "s3://" in dict(resumed.summary()[1])["checkpoints"]
+    whole = raytrain.train(RUN, {"storage": str(tmp_path / "plain")})
+    expected = load(whole.checkpoints / "last.pt").content["model"]
+    monkeypatch.setenv(CACHE, str(tmp_path / "third"))
+    raytrain.evaluate(run_id, {"attacks": "fgsm", "images": 8}, storage=bucket, which="last")
+    found = weights(bucket, run_id)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_anything_begins(
+    bucket: str, tmp_path: Path
+) -> None:
+    wrong = bucket.replace("s3://b", "s3://c", 1)
+    with pytest.raises(RequestError, match="storage: s3://c.*cannot be written"):
+        raytrain.train(RUN, {"storage": wrong})
+    assert not (tmp_path / "mlflow.db").exists()
