@@ -81,7 +81,7 @@ class SearchSpace(Spec):
     study: Annotated[
         str | None,
         Field(
-            description="database URL, or the path of a journal, PATH.log; default: a journal beside the trials"
+            description="database URL, or a journal file, PATH.log; default: a journal beside the trials"
         ),
     ] = None
 
