@@ -58,6 +58,7 @@ RUNTIME = frozenset(
         "tracking_uri",
         "registry",
         "checkpoint_every",
+        "checkpoint_minutes",
         "performance",
     }
 )
@@ -174,6 +175,10 @@ class RunConfig(Spec):
         bool, Field(description="make the network a version of a registered model in MLflow")
     ] = True
     checkpoint_every: Annotated[PositiveInt, Field(description="epochs; the last is always")] = 1
+    checkpoint_minutes: Annotated[
+        PositiveFloat | None,
+        Field(description="minutes between checkpoints within a long epoch; null: none"),
+    ] = 10.0
     performance: Annotated[
         Performance, Field(description="how steps are executed; graph needs a GPU")
     ] = Performance()

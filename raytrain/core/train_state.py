@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -39,6 +39,7 @@ class TrainState:
     meter: Meter = field(default_factory=Meter)
     ema: AveragedModel | None = None
     epoch: int = 0  # epochs finished
+    part_epoch: Any = None  # the next epoch, as far as it is done; None between epochs
     step: int = 0  # batches trained on
     progress: Progress = BEGINNING
     seconds: float = 0.0  # spent training and compiling, evaluation left out

@@ -115,13 +115,15 @@ def num_steps(part: SplitShard, batch_size: int) -> int:
 
 
 def iter_train(
-    part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool
+    part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool, first: int = 0
 ) -> Iterator[Batch]:
-    """Yield the training batches of one epoch for this worker: a function of seed and epoch alone."""
+    """Yield the training batches of one epoch for this worker, from the `first` on: a function of seed and
+    epoch alone.
+    """
     context, device = part.context, part.pixels.device
     order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
     slots = slice(context.rank, None, context.world)
-    for step, index in enumerate(order[:, slots].to(device)):
+    for step, index in enumerate(order[first:, slots].to(device), first):
         rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, device)
         with region(DATA):
             batch = part.batch(index, rng, random_view(rng, pad, flip))

@@ -16,6 +16,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer
 from raytrain.core.train_state import TrainState
+from raytrain.training.part_epoch import PartEpoch, set_statistics, statistics
 
 LAST, BEST = "last.pt", "best.pt"
 ROWS = "rows.json"  # the last rows, up to the last checkpoint
@@ -101,9 +102,11 @@ def save(state: TrainState, run: RunConfig, path: Path, context: DistributedCont
     parts = {name: part.state_dict() for name, part in state.parts.items()}
     randomness = _random_states(context)
     cost = asdict(state.meter.total(context))
+    # Between epochs they are the same on all workers, and part of the network.
+    kept = {} if state.part_epoch is None else _statistics(state, context)
     problem = None
     if context.leads:
-        problem = _write(path, _content(state, run, parts, randomness, cost))
+        problem = _write(path, _content(state, run, parts, randomness, cost, kept))
     # All workers learn of a full disk, or the others would wait for the leading one for ever.
     failed = context.total(
         torch.tensor(problem is not None, dtype=torch.int64, device=context.device)
@@ -121,6 +124,7 @@ def _content(
     parts: dict[str, Any],
     randomness: dict[str, torch.Tensor],
     cost: dict[str, int | float],
+    statistics: dict[str, dict[str, torch.Tensor]],
 ) -> dict[str, Any]:
     return {
         "format": _FORMAT,
@@ -141,6 +145,8 @@ def _content(
             "seen": dict(state.sentinel_values),
         },
         "classes": list(state.classes),
+        "part_epoch": None if state.part_epoch is None else asdict(state.part_epoch),
+        "statistics": statistics,
     }
 
 
@@ -233,7 +239,22 @@ def restore(state: TrainState, saved: Saved, context: DistributedContext) -> Non
         counters["waited"],
         dict(counters.get("seen", {})),
     )
+    state.part_epoch = PartEpoch.of(content.get("part_epoch"))
+    for name, model in _networks(state).items():
+        if values := content.get("statistics", {}).get(name):
+            set_statistics(model, values, context)
     _set_random_states(content["random"], context)
+
+
+def _networks(state: TrainState) -> dict[str, torch.nn.Module]:
+    averaged = {} if state.ema is None else {"ema": state.ema.module}
+    return {"model": state.model, **averaged}
+
+
+def _statistics(
+    state: TrainState, context: DistributedContext
+) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: statistics(model, context) for name, model in _networks(state).items()}
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,11 @@ class AbstractProgress(ABC):
     """
 
     @abstractmethod
-    def start_epoch(self, state: TrainState) -> None:
-        """Prepare for the steps of the next epoch."""
+    def start_epoch(self, state: TrainState, began: float | None = None) -> float:
+        """Prepare for the steps of the next epoch, or for what is left of one that began at a share.
+
+        Returns the share at which the epoch began.
+        """
 
     @abstractmethod
     def before_step(self, state: TrainState, done: int) -> Progress:
@@ -95,8 +98,9 @@ class ByEpochs(AbstractProgress):
     epochs: int
     steps: int
 
-    def start_epoch(self, state: TrainState) -> None:
-        del state
+    def start_epoch(self, state: TrainState, began: float | None = None) -> float:
+        del began
+        return self.share(state)
 
     def before_step(self, state: TrainState, done: int) -> Progress:
         begun, now = state.epoch / self.epochs, (state.epoch + done / self.steps) / self.epochs
@@ -128,8 +132,10 @@ class ByCost(AbstractProgress):
     def __post_init__(self) -> None:
         self._spent = self._began = 0.0
 
-    def start_epoch(self, state: TrainState) -> None:
-        self._began = self._spent = self._cost_share(state)
+    def start_epoch(self, state: TrainState, began: float | None = None) -> float:
+        self._spent = self._cost_share(state)
+        self._began = self._spent if began is None else began
+        return self._began
 
     def before_step(self, state: TrainState, done: int) -> Progress:
         del done

@@ -35,6 +35,7 @@ from raytrain.training.acceleration import accelerate, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
 from raytrain.training.compilation import CompileCounter
 from raytrain.training.device_peak import seconds_at_peak
+from raytrain.training.part_epoch import PartEpoch, WithinEpoch
 from raytrain.training.progress import (
     AbstractProgress,
     OnStep,
@@ -58,15 +59,32 @@ class _Sums:
     steps: Tensor
     samples: int = 0
 
+    @classmethod
+    def of(cls, part: PartEpoch | None, context: DistributedContext) -> _Sums:
+        """The totals at the start of an epoch, or of the part of one that is done: on the leading worker."""
+        have = part if context.leads else None
+        device = context.device
+        return cls(
+            torch.tensor(have.loss if have else 0.0, dtype=torch.float64, device=device),
+            torch.tensor(have.inner_steps if have else 0, device=device),
+            int(have.samples) if have else 0,
+        )
+
     def add(self, result: StepResult) -> None:
         self.loss += result.losses.sum(dtype=torch.float64)
         self.steps += result.steps.sum()
         self.samples += len(result.losses)
 
-    def means(self, context: DistributedContext) -> tuple[float, float]:
+    def totals(self, context: DistributedContext) -> tuple[float, float, float]:
+        """Loss, inner steps and samples, over all workers: a collective."""
         loss, steps, samples = context.total(
             torch.stack([self.loss, self.steps.double(), self.loss.new_tensor(self.samples)])
         ).tolist()
+        return loss, steps, samples
+
+    def means(self, context: DistributedContext) -> tuple[float, float]:
+        """Loss and inner steps per sample, over all workers: a collective."""
+        loss, steps, samples = self.totals(context)
         return loss / samples, steps / samples
 
 
@@ -81,6 +99,7 @@ class _Training:
     on_step: OnStep
     compiler: CompileCounter = field(default_factory=CompileCounter)
     seconds_at_peak: float | None = None  # of one forward-equivalent; None: not known
+    within: WithinEpoch = WithinEpoch()
 
 
 def fit(
@@ -88,10 +107,12 @@ def fit(
     context: DistributedContext,
     resume: Saved | None = None,
     on_step: OnStep = lambda done: None,
+    within: WithinEpoch | None = None,
 ) -> Iterator[tuple[EpochMetrics, TrainState]]:
     """Train to the end of `run`, yielding once per epoch; iterate on all workers alike.
 
-    The yielded state is not a copy: save it before the next iteration.
+    The yielded state is not a copy: save it before the next iteration. Checkpoints are also written
+    `within` epochs, if given.
 
     Raises:
         RequestError: if the configuration does not fit the data.
@@ -109,7 +130,9 @@ def fit(
     compiler = CompileCounter()
     steps = accelerate(run, state, splits)
     _count_compiling(state, compiler.read().seconds)
-    training = _Training(run, splits, progress, steps, on_step, compiler, at_peak)
+    training = _Training(
+        run, splits, progress, steps, on_step, compiler, at_peak, within or WithinEpoch()
+    )
     while not (progress.is_complete(state) or state.stopped_by):
         yield _epoch(training, state), state
 
@@ -129,13 +152,17 @@ def fit_and_checkpoint(
     Raises:
         TrainingFailed: on every worker, also if the folder cannot be written.
     """
-    for report, state in fit(run, context, resume, on_step):
+    within = WithinEpoch(
+        run.checkpoint_minutes, lambda state: save(state, run, folder / LAST, context)
+    )
+    for report, state in fit(run, context, resume, on_step, within):
         if note is not None:
             note(report)
         if report.improved:
             save(state, run, folder / BEST, context)
         if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, context)
+        within.restart()
         yield report
 
 
@@ -148,7 +175,8 @@ def train_epoch(
         Diverged: as `fit` does.
     """
     progress = build_progress(run, splits, state.context)
-    _train(_Training(run, splits, progress, steps, on_step), state)
+    training = _Training(run, splits, progress, steps, on_step)
+    _train(training, state, _Clock(training.compiler))
 
 
 def _epoch(training: _Training, state: TrainState) -> EpochMetrics:
@@ -253,15 +281,11 @@ class _Speed:
 
 def _timed(training: _Training, state: TrainState) -> tuple[_EpochResult, _Speed]:
     """Run and time the steps of one epoch."""
-    began, first, fe = time.perf_counter(), state.step, state.meter.fe
-    before = training.compiler.read()
-    trained = _train(training, state)
+    first, fe, clock = state.step, state.meter.fe, _Clock(training.compiler)
+    trained = _train(training, state, clock)
     _synchronise(state.context)
-    compiled = training.compiler.read()
-    compiling = compiled.seconds - before.seconds
-    seconds = time.perf_counter() - began - compiling
-    state.seconds += seconds
-    _count_compiling(state, compiling)
+    clock.add(state)
+    seconds, compiled = clock.training, training.compiler.read()
     at_peak = training.seconds_at_peak
     speed = _Speed(
         seconds_per_step=seconds / (state.step - first),
@@ -276,21 +300,45 @@ def _count_compiling(state: TrainState, seconds: float) -> None:
     state.compile_seconds += seconds
 
 
-def _train(training: _Training, state: TrainState) -> _EpochResult:
-    """Run the steps of one epoch, or fewer if training is complete within it."""
+class _Clock:
+    """The seconds of an epoch so far."""
+
+    def __init__(self, compiler: CompileCounter) -> None:
+        self.training = 0.0  # compiling left out
+        self._compiler, self._compiled = compiler, compiler.read().seconds
+        self._last = time.perf_counter()
+
+    def add(self, state: TrainState) -> None:
+        """Add the seconds since the last call to those of the state."""
+        now, compiled = time.perf_counter(), self._compiler.read().seconds
+        compiling = compiled - self._compiled
+        seconds = now - self._last - compiling
+        state.seconds += seconds
+        _count_compiling(state, compiling)
+        self.training += seconds
+        self._last, self._compiled = now, compiled
+
+
+def _train(training: _Training, state: TrainState, clock: _Clock) -> _EpochResult:
+    """Run the steps of one epoch, or what is left of one, or fewer if training is complete within it."""
     run, progress, context = training.run, training.progress, state.context
     source, spec, epoch = training.splits.source, run.data, state.epoch
     pad = source.pad if spec.pad is None else spec.pad
     flip = source.flip if spec.flip is None else spec.flip
     state.model.train()
-    zero = torch.zeros((), dtype=torch.float64, device=context.device)
-    sums = _Sums(zero.clone(), zero.clone().long())
+    part, state.part_epoch = state.part_epoch, None
+    sums = _Sums.of(part, context)
     scheduled: dict[str, float | str] = {}
     algorithm, batch, result, rate = run.algorithm_with({}), None, None, 0.0
     loss, every = None, _CHECK_EVERY[context.device.type]
-    progress.start_epoch(state)
+    first, began = (
+        part.done if part else 0,
+        progress.start_epoch(state, part.began if part else None),
+    )
+    train = training.splits.train
+    last = train.num_images // run.batch_size - 1
     for done, batch in enumerate(
-        iter_train(training.splits.train, run.batch_size, run.seed, epoch, pad, flip)
+        iter_train(train, run.batch_size, run.seed, epoch, pad, flip, first), first
     ):
         rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
         state.progress = progress.before_step(state, done)
@@ -310,6 +358,11 @@ def _train(training: _Training, state: TrainState) -> _EpochResult:
         training.on_step(StepProgress(share, epoch + 1, state.step, state.meter.samples, loss))
         if progress.is_complete(state):
             break
+        if (done + 1) % every == 0 and done < last and training.within.is_due(context):
+            clock.add(state)
+            state.part_epoch = PartEpoch(done + 1, began, *sums.totals(context))
+            training.within.save(state)
+            state.part_epoch = None
     assert batch is not None and result is not None
     loss, inner_steps = sums.means(context)
     _check_finite(loss, epoch)
