@@ -9,7 +9,7 @@
 # One Ray per node, and no other: symmetric-run refuses a node with a Ray, and stops all of the user's at its end.
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
-# Five minutes before the end of its time the sweep is told to stop; with --load-if-exists it is queued again.
+# A signal five minutes before the end of the job's time: raytrain is stopped, and with --load-if-exists queued again.
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -69,7 +69,7 @@ PODS = dict(pods())
 
 
 def unknown(value: Any, schema: Object, path: str = "") -> Iterator[str]:
-    """Fields that a schema does not name: an API server drops them without a word."""
+    """Fields that a schema does not name: an API server drops them silently."""
     if isinstance(value, list):
         for number, one in enumerate(value):
             yield from unknown(one, schema.get("items", {}), f"{path}[{number}]")
@@ -134,7 +134,7 @@ def test_every_object_is_in_one_part() -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_pods_have_no_privileges(name: str) -> None:
-    """As the policy `restricted`, which the namespace enforces, wants it."""
+    """What the policy `restricted`, which the namespace enforces, requires."""
     pod = PODS[name]
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -170,11 +170,11 @@ def test_nothing_is_reached_that_no_policy_allows() -> None:
     policies = {
         one["metadata"]["name"]: one["spec"] for one in CORE if one["kind"] == "NetworkPolicy"
     }
-    assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     ports = {
         name: [port["port"] for rule in spec["ingress"] for port in rule.get("ports", [])]
         for name, spec in policies.items()
-        if name != "nobody"
+        if name != "default-deny"
     }
     assert ports == {"ray": [8265], "mlflow": [5000], "postgres": [5432]}
     for name in ports:
