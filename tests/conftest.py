@@ -25,7 +25,7 @@ keep_freed_memory()
 
 def _forget_outside() -> None:
     """No store and no cluster but a test's own; MLflow leaves the store it used last in a variable."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "GIT_COMMIT"):
         os.environ.pop(name, None)
 
 

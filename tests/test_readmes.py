@@ -24,7 +24,7 @@ QUICKSTART = ROOT / "search_spaces" / "quickstart.yaml"
 PAGES = sorted(
     [
         ROOT / "README.md",
-        ROOT / ".github" / "CONTRIBUTING.md",
+        *(ROOT / ".github" / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
         *(ROOT / "raytrain").rglob("README.md"),
         *(ROOT / folder / "README.md" for folder in ("benchmarks", "cluster", "search_spaces")),
     ]
@@ -54,7 +54,10 @@ def commands() -> list[tuple[str, ...]]:
     found: dict[tuple[str, ...], None] = {}
     for page in PAGES:
         text = "\n".join(blocks(page, "sh")).replace("$name", "pgd")
-        for line in re.findall(r"^(?:\s*|.* do )(raytrain .*?)(?:; done)?$", text, re.MULTILINE):
+        text = re.sub(r"^sbatch .*slurm\.sh ", "raytrain ", text, flags=re.MULTILINE)
+        for line in re.findall(
+            r"^(?:\s*|.* (?:do|--) )(raytrain .*?)(?:; done)?$", text, re.MULTILINE
+        ):
             found[tuple(shlex.split(line.partition(" > ")[0], comments=True))] = None
     return list(found)
 

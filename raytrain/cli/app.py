@@ -124,6 +124,10 @@ def tune(
         str | None, typer.Option(metavar="NAME", help="continue the sweep of this name")
     ] = None,
     name: Annotated[str | None, typer.Option(help="name of the sweep")] = None,
+    load_if_exists: Annotated[
+        bool,
+        typer.Option("--load-if-exists", help="continue the sweep of --name if there is one"),
+    ] = False,
     trials: Annotated[
         int | None, typer.Option(min=1, help="trials in all, instead of the file's")
     ] = None,
@@ -161,6 +165,7 @@ def tune(
                 overrides,
                 resume=resume,
                 name=name,
+                load_if_exists=load_if_exists,
                 trials=trials,
                 final=final,
                 seeds=seeds,

@@ -47,7 +47,7 @@ from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.reading import changes_in
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.study import check_name, check_study, new_name, open_study
+from raytrain.tuning.study import SPACE, check_name, check_study, is_begun, new_name, open_study
 from raytrain.tuning.sweep_storage import OUTBOX, SweepStorage, fetch_sweep
 from raytrain.tuning.trial_manager import TrialManager
 
@@ -152,6 +152,7 @@ def tune(
     *,
     resume: str | None = None,
     name: str | None = None,
+    load_if_exists: bool = False,
     trials: int | None = None,
     final: int = 0,
     seeds: int = 3,
@@ -163,6 +164,7 @@ def tune(
 
     `space` is a SearchSpace, a mapping or a YAML file, and may be left out with `resume`, the name of a
     sweep to continue: nothing that finished is repeated, what was under way goes on from its checkpoint.
+    With `load_if_exists` the sweep `name` is continued if there is one, and begun otherwise.
     `overrides` are `key=value` words or a mapping of dotted paths, for the base run, or for `search` and
     `budget`; `fields` are such fields too. `trials` replaces the number in the file. With `final`, the best
     so many configurations are trained again on `seeds` seeds that the search did not use, and evaluated
@@ -175,6 +177,8 @@ def tune(
     Traceback (most recent call last):
     raytrain.core.errors.RequestError: SPACE.yaml: expected a search space, or --resume NAME
     """
+    if load_if_exists and (name is None or resume is not None):
+        raise RequestError("--load-if-exists: expected --name NAME, and no --resume")
     for option, given in (("--name", name), ("--resume", resume)):
         if given is not None:
             check_folder_name(option, given, RUN_NAME)
@@ -187,10 +191,16 @@ def tune(
     check_choices(space)
     if space.search.sampler == "pbt":
         check_population(space)
+    check(base.root)
+    check_study(base.storage, space.study)
     given = name if resume is None else resume
     stem, experiment = space.name, base.root / base.experiment
     with new_name(stem, experiment) if given is None else nullcontext(given) as name:
-        return _tune(space, splits, name, resume is not None, final, seeds, importance, watch)
+        folder = (experiment / name).resolve()
+        if resume is not None or load_if_exists:
+            fetch_sweep(folder)
+        again = resume is not None or (load_if_exists and is_begun(name, folder, space.study))
+        return _tune(space, splits, name, again, final, seeds, importance, watch)
 
 
 def _tune(
@@ -205,10 +215,6 @@ def _tune(
 ) -> TuneResult:
     base = space.base_run
     folder = (base.root / base.experiment / name).resolve()
-    check(base.root)
-    if resume:
-        fetch_sweep(folder)
-    check_study(base.storage, space.study)
     check_name(name, folder, resume, space.study)
     fidelity = Fidelity.of(base, splits.train.num_images)
     outbox = folder / OUTBOX

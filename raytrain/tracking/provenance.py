@@ -107,8 +107,8 @@ def _processor() -> str:
 
 @lru_cache(maxsize=1)
 def _machine(folder: Path) -> dict[str, str]:
-    """Hardware, versions, and the commit of the working directory, which is `folder`."""
-    commit = git(folder, "rev-parse", "HEAD")
+    """Hardware, versions, and the commit of the working directory, which is `folder`, or $GIT_COMMIT."""
+    commit = git(folder, "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT", "").strip()
     clean = {} if not commit else {"mlflow.source.git.commit": commit, "git_commit": commit}
     if commit and git(folder, "status", "--porcelain", "--untracked-files=no"):
         clean["git_dirty"] = "true"

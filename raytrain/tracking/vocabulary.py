@@ -68,7 +68,7 @@ TAGS = {
     "hardware": "the accelerator, or else the processor",
     "python": "version of Python",
     "raytrain_version": "version of raytrain; `torch_version` and `ray_version` likewise",
-    "git_commit": "commit of the working directory",
+    "git_commit": "commit of the working directory; outside a clone that of `$GIT_COMMIT`",
     "git_dirty": "`true` where tracked files differ from it",
 }
 """Of runs. MLflow's own tags begin with `mlflow.`."""

@@ -91,15 +91,8 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
     Raises:
         RequestError: if it is the other way round, or the database at `url` cannot be used.
     """
-    if url is None:
-        place, exists = str(folder.parent), (folder / JOURNAL).is_file()
-    else:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage, place = _storage(url, folder), _shown(url)
-        exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
-        if isinstance(storage, optuna.storages.RDBStorage):
-            storage.remove_session()
-            storage.engine.dispose()
+    place = str(folder.parent) if url is None else _shown(url)
+    exists = _has_study(name, folder, url)
     if resume and not exists and not (folder / SPACE).is_file():
         known = [file.parent.name for file in folder.parent.glob(f"*/{SPACE}")]
         raise RequestError(f"--resume: there is no sweep {name} in {place}{nearest(name, known)}")
@@ -111,6 +104,27 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
             f"--name: a name of {len(name)} characters is too long for the experiment "
             f"{folder.parent.name} in a database; expected {(longest - _LONGEST + 1) // 2} fewer"
         )
+
+
+def is_begun(name: str, folder: Path, url: str | None) -> bool:
+    """Whether `--resume` finds a sweep of this name: its study, or the search space it was begun with.
+
+    Raises:
+        RequestError: if the database at `url` cannot be used.
+    """
+    return (folder / SPACE).is_file() or _has_study(name, folder, url)
+
+
+def _has_study(name: str, folder: Path, url: str | None) -> bool:
+    if url is None:
+        return (folder / JOURNAL).is_file()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = _storage(url, folder)
+    exists = _name_in(url, name, folder) in optuna.get_all_study_names(storage)
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+    return exists
 
 
 def open_study(

@@ -995,6 +995,18 @@ def test_tags_say_what_runs_are_searched_by() -> None:
     assert all(isinstance(value, str) for value in tags.values())
 
 
+def test_the_commit_of_an_image_is_that_of_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setenv("GIT_COMMIT", "c0ffee")
+    inside = tmp_path / "inside"
+    commit = repository(inside)
+    for folder, expected in ((tmp_path, "c0ffee"), (inside, commit)):
+        monkeypatch.chdir(folder)
+        assert provenance.tags(as_run(None))["git_commit"] == expected
+
+
 def test_the_commit_is_a_tag_inside_a_repository_and_absent_outside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

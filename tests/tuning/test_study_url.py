@@ -19,7 +19,7 @@ from test_address import UGLY
 from raytrain.core.errors import RequestError
 from raytrain.tuning import study
 from raytrain.tuning.fidelity import Fidelity
-from raytrain.tuning.study import JOURNAL, check_name, new_name, open_study
+from raytrain.tuning.study import JOURNAL, SPACE, check_name, is_begun, new_name, open_study
 from raytrain.tuning.trial_manager import TrialManager
 
 SERVER = "RAYTRAIN_TEST_STUDY_URL"
@@ -108,11 +108,20 @@ def test_a_database_knows_which_sweeps_there_are(tmp_path: Path, url: str, name:
         check_name(name, folder, True, url)
     check_name(name, folder, False, url)
     assert not folder.exists()
+    assert not is_begun(name, folder, url)
     driver(folder, url, Store(), resume=False)
     check_name(name, folder, True, url)
+    assert is_begun(name, folder, url)
     check_name(name, tmp_path / "other" / name, False, url)
     with pytest.raises(RequestError, match=rf"^--name: a sweep {name} exists; .*--resume {name}$"):
         check_name(name, folder, False, url)
+
+
+@pytest.mark.parametrize("file", [JOURNAL, SPACE])
+def test_a_folder_shows_that_a_sweep_was_begun(tmp_path: Path, file: str) -> None:
+    assert not is_begun(tmp_path.name, tmp_path, None)
+    (tmp_path / file).touch()
+    assert is_begun(tmp_path.name, tmp_path, None)
 
 
 def test_a_sweep_that_another_process_has_just_begun_is_not_joined(
