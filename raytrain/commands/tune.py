@@ -47,7 +47,7 @@ from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.reading import changes_in
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.study import SPACE, check_name, check_study, is_begun, new_name, open_study
+from raytrain.tuning.study import check_name, check_study, is_begun, new_name, open_study
 from raytrain.tuning.sweep_storage import OUTBOX, SweepStorage, fetch_sweep
 from raytrain.tuning.trial_manager import TrialManager
 

@@ -56,7 +56,7 @@ class WithinEpoch:
 
 
 def statistics(model: nn.Module, context: DistributedContext) -> dict[str, Tensor]:
-    """The BatchNorm statistics of all workers, one row each: they differ until the epoch ends. A collective."""
+    """The BatchNorm statistics of all workers, one row each; they differ within an epoch. A collective."""
     return {name: context.gather(value[None]).cpu() for name, value in _floating(model)}
 
 

@@ -18,7 +18,9 @@ from raytrain.core.errors import TrainingFailed
 from raytrain.core.train_state import TrainState
 from raytrain.data.loader import iter_train, open_splits
 from raytrain.testing.recorded import RecordedOperations
+from raytrain.training import trainer
 from raytrain.training.checkpoint import LAST, load, save
+from raytrain.training.part_epoch import WithinEpoch
 from raytrain.training.replay import ReplayedWherePossible, eager_steps
 from raytrain.training.setup import start
 from raytrain.training.trainer import fit
@@ -182,8 +184,24 @@ def work(rank: int, folder: Path) -> None:
         found["recorded"] = stepwise(context, recorded=True)
         dropping = run_of("natural", model=f"{__name__}:dropping_net", ema=0.5)
         found["dropping"] = trained(dropping, context, unused)
+        found["within"] = within_an_epoch(context, folder / "within" / LAST)
         found["failed"] = failure(context, folder / "full")
         torch.save(found, folder / f"found-{rank}.pt")
+
+
+def within_an_epoch(context: DistributedContext, at: Path) -> tuple[dict[str, Tensor], ...]:
+    """Weights and statistics after a run, and after one that goes on from a checkpoint within an epoch."""
+    run = run_of("natural", model="small_cnn", ema=0.5)
+
+    trainer._CHECK_EVERY["cpu"] = 1
+    states = []
+    for resume in (False, True):
+        within = None if resume else WithinEpoch(1e-9, lambda state: save(state, run, at, context))
+        rows = list(fit(run, context, load(at) if resume else None, within=within))
+        states.append(
+            {**rows[-1][1].model.state_dict(), **rows[-1][1].eval_model.state_dict(prefix="ema.")}
+        )
+    return tuple(states)
 
 
 def stepwise(context: DistributedContext, *, recorded: bool) -> dict[str, Tensor]:
@@ -319,6 +337,14 @@ def test_two_ranks_go_on_from_their_own_checkpoint(
     for found in together:
         wanted = found[name]
         assert_same_run(found[f"{name} back"], {**wanted, "metrics": wanted["metrics"][1:]})
+
+
+def test_two_ranks_go_on_from_a_checkpoint_within_an_epoch_bit_by_bit(
+    together: list[dict[str, Any]],
+) -> None:
+    for found in together:
+        whole, resumed = found["within"]
+        assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 def test_recorded_passes_of_two_ranks_are_the_passes_of_one(

@@ -27,9 +27,12 @@ from raytrain.core.epoch_metrics import (
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.train_state import TrainState
 from raytrain.data.loader import open_splits
+from raytrain.training import part_epoch
 from raytrain.training.checkpoint import BEST, LAST, Saved, find, load, save
+from raytrain.training.part_epoch import WithinEpoch
+from raytrain.training.progress import StepProgress
 from raytrain.training.setup import check_kinds, check_resumable, log_changes, preflight
-from raytrain.training.trainer import fit, fit_and_checkpoint
+from raytrain.training.trainer import _CHECK_EVERY, fit, fit_and_checkpoint
 
 EVERYWHERE = METRICS.keys() - OWN_METRICS.keys() - GPU_METRICS.keys()
 """The metrics of every run."""
@@ -182,6 +185,59 @@ def test_resumed_run_is_bit_identical(kind: str, tmp_path: Path) -> None:
     found = content(state)
     assert found.keys() == wanted.keys()
     assert [path for path in wanted if not torch.equal(found[path], wanted[path])] == []
+
+
+class Ended(Exception):
+    """A process that died."""
+
+
+def ended_within(run: RunConfig, path: Path, step: int) -> list[EpochMetrics]:
+    """The epochs of `run` before a step within which it dies, its checkpoints within epochs at `path`."""
+    context, reports = DistributedContext(), list[EpochMetrics]()
+
+    def on_step(done: StepProgress) -> None:
+        if done.step == step:
+            raise Ended
+
+    within = WithinEpoch(1e-9, lambda state: save(state, run, path, context))
+    with pytest.raises(Ended):
+        for report, _ in fit(run, context, on_step=on_step, within=within):
+            reports.append(report)
+    return reports
+
+
+WITHIN = ("plain", "averaged", "by_cost", "curriculum", "remembered", "dropout")
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+def test_run_that_ended_within_an_epoch_goes_on_bit_by_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_CHECK_EVERY, "cpu", 1)
+    run = run_of(**KINDS[kind])
+    with unchecked():
+        whole, state = to_the_end(run)
+        wanted = content(state)
+        first = ended_within(run, tmp_path / LAST, step=4)  # the second of the second epoch
+        torch.manual_seed(12345)
+        saved = load(tmp_path / LAST)
+        assert saved.epoch == 1 and saved.content["part_epoch"]["done"] == 1
+        rest, state = to_the_end(saved.run, saved)
+    assert [numbers(r) for r in first + rest] == [numbers(r) for r in whole]
+    found = content(state)
+    assert [path for path in wanted if not torch.equal(found[path], wanted[path])] == []
+
+
+def test_checkpoints_within_epochs_come_by_the_clock_of_the_leading_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter((0.0, 119.0, 120.0, 120.0, 121.0, 239.0, 240.0, 240.0))
+    monkeypatch.setattr(part_epoch.time, "monotonic", lambda: next(times))
+    within = WithinEpoch(2.0)
+    due = [within.is_due(DistributedContext()) for _ in range(5)]
+    assert due == [False, True, False, False, True]
+    monkeypatch.setattr(part_epoch.time, "monotonic", lambda: 1e9)
+    assert not WithinEpoch(None).is_due(DistributedContext())
 
 
 def halted(run: RunConfig) -> list[EpochMetrics]:
