@@ -56,7 +56,7 @@ class Epochs:
 
     def step(self, run: RunConfig, done: StepProgress) -> None:
         """Show where training is within an epoch; where stderr is no terminal, now and then."""
-        rate = self._speed.at(done.samples * run.workers)
+        rate = self._speed.at(done.step * run.batch_size)
         left = self._speed.seconds_left(done.share)
         note = f"epoch {done.epoch}" if run.fe_per_image else f"epoch {done.epoch}/{run.epochs}"
         note += "" if done.loss is None else f"  loss {done.loss:.3f}"

@@ -344,7 +344,7 @@ def _rows(
         yield from local_rows(job, local_context(run.device), on_step)
         return
     resources = worker_resources(run)
-    group = WorkerGroup(run.workers, resources, "train", run.root, run.max_failures)
+    group = WorkerGroup(run.worker_range, resources, "train", run.root, run.max_failures)
     try:
         group.submit(job)
         yield from group.rows(on_step)

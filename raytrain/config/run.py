@@ -48,6 +48,7 @@ from raytrain.outer import Outer, Plain
 RUNTIME = frozenset(
     {
         "workers",
+        "min_workers",
         "device",
         "cpus_per_worker",
         "gpus_per_worker",
@@ -144,6 +145,10 @@ class RunConfig(Spec):
     evaluation: Annotated[Evaluation, Field(description="the attack of validation")] = Evaluation()
 
     workers: Annotated[PositiveInt, Field(description="processes, one model replica each")] = 1
+    min_workers: Annotated[
+        PositiveInt | None,
+        Field(description="fewest workers that training goes on with; null: always `workers`"),
+    ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Field(description="auto: a GPU where there is one")
     ] = "auto"
@@ -154,7 +159,8 @@ class RunConfig(Spec):
         PositiveFloat | None, Field(description="default: 1 on GPUs; below 1 shares one")
     ] = None
     max_failures: Annotated[
-        NonNegativeInt, Field(description="restarts from the last checkpoint after a lost worker")
+        NonNegativeInt,
+        Field(description="restarts in a row after lost workers, without an epoch in between"),
     ] = 2
     storage: Annotated[
         str | Path,
@@ -203,11 +209,7 @@ class RunConfig(Spec):
                 f"threat.eps: {self.threat.eps:g} is not in pixels of [0, 1]; did you mean "
                 f"{self.threat.eps:g}/255?"
             )
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
-                "equally; expected a divisor of it"
-            )
+        self._check_workers()
         if self.performance.mode == "graph" and self.device == "cpu":
             raise ValueError(
                 "performance.mode: graph needs a GPU; expected auto, eager or compile"
@@ -219,6 +221,22 @@ class RunConfig(Spec):
         for name in self.curriculum:
             self._check_ramp(name)
         return self
+
+    def _check_workers(self) -> None:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"workers: {self.workers} workers cannot share a batch_size of {self.batch_size} "
+                "equally; expected a divisor of it"
+            )
+        least = self.workers if self.min_workers is None else self.min_workers
+        if least > self.workers:
+            raise ValueError(f"min_workers: expected at most the {self.workers} of workers")
+        for count in range(least, self.workers):
+            if self.batch_size % count:
+                raise ValueError(
+                    f"min_workers: {count} workers cannot share a batch_size of {self.batch_size} equally; "
+                    "expected a batch_size that every number from min_workers to workers divides"
+                )
 
     def _check_ramp(self, name: str) -> None:
         has = ["eps", *_schedulable(self.algorithm)]
@@ -284,6 +302,11 @@ class RunConfig(Spec):
         ):
             return f"early_stop: {patience_count} validations without a gain"
         return alarm
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers of a group."""
+        return self.workers if self.min_workers is None else self.min_workers, self.workers
 
     @property
     def root(self) -> Path:

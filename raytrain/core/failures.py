@@ -11,16 +11,10 @@ from raytrain.core.errors import Diverged, ModelFailed, RequestError, TrainingFa
 
 _PACKAGES = ("site-packages", "dist-packages")
 _PYTHON = sysconfig.get_paths()["stdlib"]
-
-
-def _folder(package: str) -> str:
-    """The folder of a package, which is not imported for it."""
-    spec = find_spec(package)
-    assert spec is not None and spec.origin is not None
-    return str(Path(spec.origin).parent)
-
-
-_OURS = tuple(_folder(package) for package in ("raytrain", "torch", "torchvision"))
+_TORCH = find_spec("torch")  # not imported for it
+assert _TORCH is not None and _TORCH.origin is not None
+_OURS = [str(Path(__file__).parents[1]), str(Path(_TORCH.origin).parent)]
+_OURS.append(f"{_OURS[-1]}vision")
 _LONGEST = 300  # characters of a message
 
 _LOST = (

@@ -321,7 +321,7 @@ def _stamp(status: os.stat_result) -> str:
 
 def _reason(error: OSError) -> str:
     text = " ".join(str(error.strerror or error).split())
-    return text[:200]
+    return text[:100]
 
 
 def _cache() -> Path:
@@ -361,10 +361,13 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         fs, path = FileSystem.from_uri(url)
         return fs, path.rstrip("/")
-    except (
-        Exception
-    ) as error:  # pyarrow's kinds: unknown scheme, a build without it, a missing library
+    except (ValueError, NotImplementedError) as error:  # a scheme that it does not have
         reason = str(error).splitlines()[0]
+    except OSError as error:  # a library is missing, or the bucket cannot be found
+        raise RequestError(
+            f"storage: {without_secrets(url)} cannot be used ({_reason(error)}); expected a storage that "
+            "answers"
+        ) from None
     try:
         from fsspec.core import url_to_fs
 
@@ -372,7 +375,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         return PyFileSystem(FSSpecHandler(other)), path.rstrip("/")
     except Exception:  # fsspec's own, and those of the package it needs
         raise RequestError(
-            f"storage: no file system for {scheme}:// ({reason[:160]}); expected the path of a folder, or "
+            f"storage: no file system for {scheme}:// ({reason[:100]}); expected the path of a folder, or "
             "a URL such as s3://BUCKET/FOLDER, gs://, abfs:// or hdfs://"
         ) from None
 

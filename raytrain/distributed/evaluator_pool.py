@@ -54,7 +54,7 @@ def evaluator_pool(
     import ray
 
     # Each process is a worker group of one.
-    alone = config.model_copy(update={"workers": 1})
+    alone = config.model_copy(update={"workers": 1, "min_workers": None})
     with session(alone, trials=config.workers):
         count = concurrent_trials(alone, config.workers)
         needs = worker_resources(config)

@@ -57,6 +57,8 @@ class JobQueue:
             return False
         if kind == "failed":
             self.failed = number
+        if kind == "row":
+            self.taken = 1  # it makes progress
         self.rows.put_nowait((kind, value))
         self.step = None
         async with self.changed:

@@ -188,11 +188,12 @@ def _num_fitting(run: RunConfig, have: Mapping[str, float]) -> int:
             "performance.mode: graph needs a GPU and the cluster has none; expected auto, eager or compile"
         )
     fits = int(min(have.get(name, 0) / need for name, need in each.items() if need) + 1e-9)
-    trials = fits // run.workers
+    trials = fits // run.workers or int(fits >= run.worker_range[0])
     if trials == 0:
+        field = "workers" if run.min_workers is None else "min_workers"
         needs = " and ".join(f"{need:g} {name}" for name, need in each.items() if need)
         raise RequestError(
-            f"workers: {run.workers} workers of {needs} each were asked for and the cluster has "
+            f"{field}: {run.worker_range[0]} workers of {needs} each were asked for and the cluster has "
             f"room for {fits}"
         )
     return trials

@@ -27,6 +27,7 @@ from raytrain.distributed.job_queue import job_queue_class
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
+_RESIZE_SECONDS = 30.0  # at least, between two looks for room for more workers
 _ABORTS = 20  # tries to end a group that is being started, a second apart
 
 
@@ -142,12 +143,19 @@ def _cause(error: Exception) -> str:
 class WorkerGroup:
     """A living Ray Train worker group, from the driver's side.
 
-    `resources` are those of one worker. Its name is made unique, since Ray Train restores a run whose
-    name it has seen.
+    `resources` are those of one worker. The group has as many workers as there is room for, from the
+    first to the second of `workers`, and is started anew from the last checkpoint when that changes.
+    Its name is made unique, since Ray Train restores a run whose name it has seen. A job fails when it
+    was restarted `failures` times in a row without an epoch in between.
     """
 
     def __init__(
-        self, workers: int, resources: dict[str, float], name: str, storage: Path, failures: int
+        self,
+        workers: tuple[int, int],
+        resources: dict[str, float],
+        name: str,
+        storage: Path,
+        failures: int,
     ) -> None:
         import ray
 
@@ -160,7 +168,7 @@ class WorkerGroup:
         self._ended: str | None = None  # why the group is gone, if it is
         self._thread = threading.Thread(
             target=self._hold,
-            args=(workers, resources, failures),
+            args=(workers, resources),
             name="group",
             daemon=True,
         )
@@ -234,7 +242,7 @@ class WorkerGroup:
             else:
                 file_system.delete_dir(path)
 
-    def _hold(self, workers: int, resources: dict[str, float], failures: int) -> None:
+    def _hold(self, workers: tuple[int, int], resources: dict[str, float]) -> None:
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -243,7 +251,8 @@ class WorkerGroup:
             work,
             train_loop_config={"bus": self._bus},
             scaling_config=ScalingConfig(
-                num_workers=workers,
+                num_workers=workers if workers[0] < workers[1] else workers[1],
+                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
                 use_gpu=resources["GPU"] > 0,
                 resources_per_worker={k: v for k, v in resources.items() if v},
             ),
@@ -251,7 +260,7 @@ class WorkerGroup:
                 name=self._folder.name,
                 storage_path=storage_path,
                 storage_filesystem=file_system,
-                failure_config=FailureConfig(max_failures=failures, controller_failure_limit=3),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[_announcement(self._bus)],
             ),

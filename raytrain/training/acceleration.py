@@ -179,7 +179,7 @@ def accelerate(run: RunConfig, state: TrainState, splits: Splits) -> Steps:
 
 def _probe_images(run: RunConfig, splits: Splits, context: DistributedContext) -> Tensor:
     """Random images in the form of a training batch of this worker."""
-    count, train = run.batch_size // run.workers, splits.train
+    count, train = run.batch_size // context.world, splits.train
     images = torch.rand(count, *train.shape, generator=torch.Generator().manual_seed(0))
     return images.to(context.device, train.dtype).contiguous(memory_format=train.memory_format)
 

@@ -145,7 +145,7 @@ class GroupTrainable(AbstractTrainable):
 
         if self._group is None or self._group.ended:
             self._group = WorkerGroup(
-                run.workers,
+                run.worker_range,
                 worker_resources(run),
                 f"slot-{self.trial_id}",
                 job.path.parents[1],

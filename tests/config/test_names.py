@@ -97,11 +97,17 @@ def test_without_a_name_a_run_has_one() -> None:
     as_run(None).check_names()
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/runs", "file:///tmp/runs", "gs://b", "hdfs://h/x"])
-def test_storage_is_a_folder_and_no_address(url: str) -> None:
-    assert "is the address of something else; expected the path of a folder" in refusal(
-        "storage", url
-    )
+@pytest.mark.parametrize("url", ["s3://bucket/runs?region=eu-west-1", "file:///tmp/runs"])
+def test_storage_may_be_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path))
+    run = as_run({"storage": url})
+    run.check_names()
+    assert run.storage == url and run.root.parent == tmp_path
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/runs", "s3:/bucket/runs"])
+def test_storage_that_is_neither_a_folder_nor_a_url_of_a_file_system_is_refused(url: str) -> None:
+    assert "; expected" in refusal("storage", url)
 
 
 def test_a_run_of_an_earlier_version_is_read_whatever_its_names() -> None:

@@ -806,6 +806,8 @@ def test_a_signature_does_not_change_with_where_a_run_happens() -> None:
         "tracking_uri": "u",
         "registry": False,
         "checkpoint_every": 3,
+        "checkpoint_minutes": 1.5,
+        "min_workers": 1,
         "performance": {"mode": "eager", "channels_last": False},
     }
     assert set(elsewhere) == RUNTIME

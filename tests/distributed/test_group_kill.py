@@ -24,7 +24,7 @@ from ray_helpers import runs_of, started, trials_of
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.distributed import worker_group
+from raytrain.distributed import job_queue, worker_group
 from raytrain.distributed.job_queue import JobQueue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 from raytrain.distributed.worker_group import WorkerGroup, _Worker
@@ -156,6 +156,30 @@ def test_the_newest_step_of_a_job_is_polled_once_and_gives_way_to_a_row() -> Non
         return [*found, await bus.poll(0.01)]
 
     assert asyncio.run(polled()) == [("step", {"step": 2}), None, ("row", "first"), None, None]
+
+
+@pytest.mark.parametrize(("rows", "given_up"), [(False, True), (True, False)])
+def test_a_job_is_given_up_after_restarts_in_a_row_without_a_row(
+    rows: bool, given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_queue, "_IDLE_SECONDS", 0.01)
+
+    async def starts() -> list[int]:
+        queue, begun = JobQueue(2), []
+        number = await queue.submit(asdict(Job("{}", "", resume=False)))
+        for _ in range(6):
+            next_job = asyncio.create_task(queue.next_job(0))
+            done, _ = await asyncio.wait([next_job], timeout=0.05)
+            if not done:  # given up: nothing is begun any more
+                next_job.cancel()
+                break
+            begun.append(next_job.result()[2])
+            if rows:
+                await queue.report(number, "row", {}, ahead=10)
+        return begun
+
+    begun = asyncio.run(starts())
+    assert begun == ([0, 1, 2] if given_up else [0, 1, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(("rank", "sent"), [(0, [1]), (1, [])])

@@ -150,7 +150,9 @@ def test_a_torchvision_network_gives_logits_of_the_wanted_classes(name: str) -> 
 
 def test_a_foreign_network_has_no_stages() -> None:
     model = build("mnasnet0_5", size=32)
-    with pytest.raises(RequestError, match="^model.name: MNASNet does not tell its first layer"):
+    with pytest.raises(
+        RequestError, match="^model.name: MNASNet does not separate its first layer"
+    ):
         model.stem(torch.rand(2, 3, 32, 32))
     with pytest.raises(RequestError, match="choose a network of raytrain's own"):
         model.rest(torch.rand(2, 32, 16, 16))
