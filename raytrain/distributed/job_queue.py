@@ -95,9 +95,17 @@ class JobQueue:
         return row
 
 
+def started_queue(max_failures: int) -> Any:
+    """A `JobQueue` as an actor on the node of this process, so that no other node takes it along."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _queue_class().options(scheduling_strategy=here).remote(max_failures)
+
+
 @lru_cache(maxsize=1)
-def job_queue_class() -> Any:
-    """`JobQueue` as a class of Ray actors."""
+def _queue_class() -> Any:
     import ray
 
     return ray.remote(num_cpus=0)(JobQueue)

@@ -18,16 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from raytrain.core.console import log_line
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError, TrainingFailed, WorkersLost
 from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, kind_and_message
 from raytrain.core.storage import for_ray
-from raytrain.distributed.job_queue import job_queue_class
+from raytrain.distributed.job_queue import started_queue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
 _RESIZE_SECONDS = 30.0  # at least, between two looks for room for more workers
+_QUIET_SECONDS = 60.0  # without a step, after which a line says so
 _ABORTS = 20  # tries to end a group that is being started, a second apart
 
 
@@ -160,7 +162,7 @@ class WorkerGroup:
         import ray
 
         self._ray = ray
-        self._bus = job_queue_class().remote(failures)
+        self._bus = started_queue(failures)
         name = f"{name}-{time.time_ns():x}"
         self._folder = storage.resolve() / "ray" / name
         self._folder_of_job = Path()
@@ -190,12 +192,19 @@ class WorkerGroup:
             WorkersLost: if the group is gone.
         """
         folder, last = self._folder_of_job, self._delivered
+        quiet = RateLimit(_QUIET_SECONDS, wait=True)
         while True:
             polled = self._ray.get(self._bus.poll.remote(1.0))
             if polled is None and self._ended is not None:
                 raise WorkersLost(f"the worker group is gone: {self._ended}")
             if polled is None:
+                if quiet():
+                    log_line(
+                        f"raytrain: no step for {_QUIET_SECONDS:.0f} s: the workers are being started, or "
+                        "wait for room on the cluster (ray status)"
+                    )
                 continue
+            quiet = RateLimit(_QUIET_SECONDS, wait=True)
             kind, value = polled
             if kind == "done":
                 yield from RecentRows(folder).between(last)
@@ -260,7 +269,7 @@ class WorkerGroup:
                 name=self._folder.name,
                 storage_path=storage_path,
                 storage_filesystem=file_system,
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[_announcement(self._bus)],
             ),
