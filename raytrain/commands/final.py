@@ -105,7 +105,7 @@ def train_finals(
     tracker: Tracker,
     count: int,
     seeds: int,
-    concurrent: int,
+    concurrent: int | None,
     watch: Callable[[SweepProgress], None] | None,
 ) -> list[FinalRow]:
     """Train the best again and evaluate them; what an earlier launch did is not done twice."""

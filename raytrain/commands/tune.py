@@ -22,12 +22,13 @@ from raytrain.commands.sweep_results import (
 )
 from raytrain.config.names import RUN_NAME, check_folder_name
 from raytrain.config.request import Overrides, with_keywords
+from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import continued_by, interruptible
 from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits
-from raytrain.distributed.ray_session import concurrent_trials, session
+from raytrain.distributed.ray_session import concurrent_trials, session, wanted_cluster
 from raytrain.distributed.shared_storage import check_shared
 from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
@@ -234,7 +235,7 @@ def _tune(
         again = resume_command(base, name)
         offer(again)
         cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
-        concurrent = concurrent_trials(base, space.budget.concurrent)
+        concurrent = _concurrent(base, space.budget.concurrent)
         check_shared(base)
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
@@ -278,6 +279,16 @@ def _tune(
         again=again,
         extensible=space.search.sampler not in ("grid", "pbt"),
     )
+
+
+def _concurrent(base: RunConfig, wanted: int | None) -> int | None:
+    """How many trials run at a time; None on a cluster that was joined, which may grow and shrink.
+
+    Raises:
+        RequestError: if there is no room for one.
+    """
+    room = concurrent_trials(base, wanted)
+    return room if wanted_cluster() is None else wanted
 
 
 def _open_parent(

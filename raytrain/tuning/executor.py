@@ -21,8 +21,9 @@ from raytrain.tuning.trainable import GroupTrainable, SingleTrainable
 from raytrain.tuning.trial_manager import TrialManager
 
 
-def execute(manager: TrialManager, slot: Any, concurrent: int) -> None:
-    """Run the trial manager's jobs, `concurrent` at a time, until there are none.
+def execute(manager: TrialManager, slot: Any, concurrent: int | None) -> None:
+    """Run the trial manager's jobs until there are none: `concurrent` at a time, or as many as the cluster
+    has room for, which may change, and one that waits for more.
 
     Tune is started afresh at every launch; all state is the trial manager's.
     """
