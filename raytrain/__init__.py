@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from raytrain.commands.evaluate import evaluate as evaluate
     from raytrain.commands.export import ExportResult as ExportResult
     from raytrain.commands.export import export as export
+    from raytrain.commands.status import status as status
     from raytrain.commands.train import TrainResult as TrainResult
     from raytrain.commands.train import train as train
     from raytrain.commands.tune import TuneResult as TuneResult
@@ -59,6 +60,7 @@ _HOMES = {
     "evaluate": "raytrain.commands.evaluate",
     "TrainResult": "raytrain.commands.train",
     "EvalResult": "raytrain.commands.evaluate",
+    "status": "raytrain.commands.status",
     "tune": "raytrain.commands.tune",
     "TuneResult": "raytrain.commands.tune",
     "compare": "raytrain.commands.compare",

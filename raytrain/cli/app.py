@@ -178,6 +178,38 @@ def tune(
 
 
 @app.command()
+def status(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="a sweep or a training: its name, its folder, the beginning of its id, or last",
+            autocompletion=run_completions,
+        ),
+    ] = "last",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="where to look: storage=, experiment=, tracking_uri="
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="the same as storage=: a folder or a URL (default: runs)")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """How a sweep or a training is doing, also from another machine: `raytrain status SWEEP`."""
+    with outcome(debug):
+        from raytrain.cli.status import places, status_report
+        from raytrain.commands import status as api
+
+        name, fields = places(name, words or [], storage)
+        found = api.status(name, **fields)
+        say(status_report(found), found.json(), as_json)
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     overrides: Annotated[

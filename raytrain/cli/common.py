@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from raytrain.config.names import STORAGE
 from raytrain.tracking import tracking_uri
 
-RUNS = Path("runs")
+RUNS = Path(STORAGE)
 """Where commands look for checkpoints by default."""
 
 

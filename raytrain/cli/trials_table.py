@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -14,8 +14,25 @@ from raytrain.cli.common import number
 from raytrain.tuning.space.labels import short_names
 
 if TYPE_CHECKING:
-    from raytrain.commands.tune import TuneResult
     from raytrain.tuning.budget import TrialRow
+
+
+class Sweep(Protocol):
+    """What the table is made of: a sweep that has ended, or the status of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def objectives(self) -> list[str]: ...
+    @property
+    def directions(self) -> list[int]: ...
+    @property
+    def best(self) -> TrialRow | None: ...
+    @property
+    def front(self) -> list[TrialRow]: ...
+    @property
+    def trials(self) -> list[TrialRow]: ...
+
 
 _SHOWN = 20  # trials; the Parquet file has them all
 _LONG = 24  # characters of a value, except in the best row
@@ -29,7 +46,7 @@ def _column(name: str, cells: list[str], order: int, best: int, right: bool = Tr
     return Column(name, cells, max(*map(cell_len, whole), *others, 0), order, right)
 
 
-def trials_table(result: TuneResult, width: int) -> Table:
+def trials_table(result: Sweep, width: int) -> Table:
     """The best trials by the first objective with what was searched, in at most `width` characters.
 
     Columns that there is no room for are named below; a value of the best trial is never shortened.
@@ -59,7 +76,7 @@ def trials_table(result: TuneResult, width: int) -> Table:
     return table
 
 
-def _ranked(result: TuneResult, starred: set[int]) -> list[TrialRow]:
+def _ranked(result: Sweep, starred: set[int]) -> list[TrialRow]:
     """The best first, then by the first objective: those that were trained to the end, then others."""
     sign = result.directions[0]
 
@@ -75,7 +92,7 @@ def _ranked(result: TuneResult, starred: set[int]) -> list[TrialRow]:
     return sorted(result.trials, key=key)
 
 
-def _columns(result: TuneResult, rows: Sequence[TrialRow], best: int) -> list[Column]:
+def _columns(result: Sweep, rows: Sequence[TrialRow], best: int) -> list[Column]:
     """All columns, in the order in which they are shown."""
     metrics = [*result.objectives, *(m for m in ("valid/clean",) if m not in result.objectives)]
     names = short_names(dict.fromkeys(path for row in rows for path in row.params))

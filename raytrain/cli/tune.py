@@ -97,9 +97,8 @@ def screen(progress: SweepProgress) -> Group:
     for one in progress.running[:_RUNNING]:
         value = "" if one.value is None else f"{one.value:.4f}"
         bar = ProgressBar(total=1.0, completed=one.progress, width=20)
-        table.add_row(
-            f"t{one.number:04d}", bar, value, Text(describe(one.params, "  "), no_wrap=True)
-        )
+        params = Text(describe(one.params, "  "), no_wrap=True)
+        table.add_row(f"t{one.number:04d}", bar, f"epoch {one.epoch}", value, params)
     more = len(progress.running) - _RUNNING
     tail = [Text(f"and {more} more", style="dim")] if more > 0 else []
     return Group(*rows, table, *tail)

@@ -31,6 +31,7 @@ from raytrain.core.signals import continued_by, interruptible, raise_if_interrup
 from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
+from raytrain.distributed.ray_metrics import DriverMetrics
 from raytrain.distributed.ray_session import (
     check_fits,
     concurrent_trials,
@@ -44,7 +45,7 @@ from raytrain.tracking import Tracker, provenance, run_link, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.default_name import default_name
 from raytrain.tracking.registered_model import registered
-from raytrain.tracking.run_names import TRIALS, run_of
+from raytrain.tracking.run_names import run_of
 from raytrain.tracking.store_check import check_store
 from raytrain.training.acceleration import check_mode
 from raytrain.training.checkpoint import BEST, LAST, load
@@ -52,10 +53,11 @@ from raytrain.training.preview import RunPreview, preview_run
 from raytrain.training.profiling import StepProfile
 from raytrain.training.progress import OnStep, StepMetrics, StepProgress
 from raytrain.training.run_folder import (
+    TRIALS,
     fetch_checkpoints,
     folder_of,
+    resume_run,
     run_id_of,
-    short_id,
     stored_run,
     to_yaml,
     write_run_file,
@@ -160,6 +162,7 @@ def train(
         tagged: dict[str, str] = {}
         if on_start is not None:
             on_start(run, run_id, splits.train.num_images)
+        publish = _publishing(run, name, on_cluster, splits, tracker)
         profiled = cluster.enter_context(StepProfile(folder / "profile")) if profile else None
         for report in _rows(
             run, job, on_cluster, _followed(run, on_step, profiled, tracker, handle)
@@ -173,6 +176,7 @@ def train(
             if (tags := report.tags()) != tagged:
                 tracker.tag(handle, tags)
                 tagged = tags
+            publish(report)
             if watch is not None:
                 watch(run, report)
         cluster.close()
@@ -192,11 +196,7 @@ def _resume_command(run: RunConfig, folder: Path, run_id: str) -> str:
     """
     if folder != _usual_folder(run, run_id):
         return join(["raytrain", "train", "--resume", str(folder)])
-    words = ["raytrain", "train", "--resume", short_id(run_id)]
-    for field in ("storage", "tracking_uri"):
-        if (value := getattr(run, field)) != RunConfig.model_fields[field].default:
-            words.append(f"{field}={value}")
-    return join(words)
+    return resume_run(run_id, run.storage, run.tracking_uri)
 
 
 def preview(
@@ -352,6 +352,27 @@ def _rows(
         group.close(_GRACE)
         raise
     group.close()
+
+
+def _publishing(
+    run: RunConfig, name: str, on_cluster: bool, splits: Splits, tracker: Tracker
+) -> Callable[[EpochMetrics], None]:
+    """What gives a row to Ray's metrics, where the run is trained on Ray."""
+    if not on_cluster:
+        return lambda report: None
+    metrics = DriverMetrics(name, run.experiment)
+
+    def call(report: EpochMetrics) -> None:
+        metrics.set(
+            {
+                "best_objective": report.best,
+                "images_per_second": report.images_per_second,
+                "fe_per_image": report.fe / splits.train.num_images,
+                "outbox_records": tracker.waiting,
+            }
+        )
+
+    return call
 
 
 def _open(

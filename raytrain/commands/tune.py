@@ -28,22 +28,25 @@ from raytrain.core.files import write_atomically
 from raytrain.core.signals import continued_by, interruptible
 from raytrain.core.storage import check, shown
 from raytrain.data.loader import Splits
+from raytrain.distributed.ray_metrics import DriverMetrics
 from raytrain.distributed.ray_session import concurrent_trials, session, wanted_cluster
 from raytrain.distributed.shared_storage import check_shared
 from raytrain.tracking import Tracker, link, provenance, tracked
 from raytrain.tracking.data_sets import training_inputs
 from raytrain.tracking.results import BASE
-from raytrain.training.run_folder import SPACE, to_yaml
+from raytrain.training.run_folder import SPACE, resume_sweep, to_yaml
 from raytrain.training.setup import preflight
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.choices import check_choices
-from raytrain.tuning.descriptions import resume_command, sweep_note, sweep_tags, sweep_view
+from raytrain.tuning.descriptions import sweep_note, sweep_tags, sweep_view
 from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.importance import EqualCost, Importance, Method
 from raytrain.tuning.initial_trials import plan_first
+from raytrain.tuning.launch import launched
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.population import PopulationManager, check_population
+from raytrain.tuning.published import publishing
 from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.reading import changes_in
@@ -227,12 +230,13 @@ def _tune(
         ExitStack() as stored,
         ExitStack() as cluster,
         tracked(base.tracking_uri, base.experiment, outbox) as tracker,
+        ExitStack() as launch,
     ):
         stored.callback(SweepStorage(folder).save_all)
         space_file = folder / SPACE
         if not space_file.is_file():  # what --resume finds, also before there is a study
             write_atomically(space_file, _space_yaml(space))
-        again = resume_command(base, name)
+        again = resume_sweep(name, base.experiment, base.storage)
         offer(again)
         cluster.enter_context(session(base, trials=space.budget.concurrent or 1))
         concurrent = _concurrent(base, space.budget.concurrent)
@@ -242,8 +246,10 @@ def _tune(
         write_atomically(space_file, _space_yaml(space))
         _open_parent(tracker, study, name, space, space_file)
         kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
-        manager = kind(study, space, tracker, folder, fidelity, watch)
+        published = publishing(DriverMetrics(name, base.experiment), tracker, watch)
+        manager = kind(study, space, tracker, folder, fidelity, published)
         manager.recover()
+        launch.enter_context(launched(study, manager.used_before))
         plan_first(manager, space, tracker.uri)
         execute(manager, trainable_for(base), concurrent)
         finals = train_finals(manager, space, tracker, final, seeds, concurrent, watch)

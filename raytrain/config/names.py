@@ -7,6 +7,8 @@ import unicodedata
 
 from raytrain.core.errors import RequestError
 
+STORAGE, EXPERIMENT = "runs", "raytrain"
+"""The defaults of `storage` and `experiment`."""
 RUN_NAME = 250
 """Longest name of a run, in characters, in every store of MLflow."""
 EXPERIMENT_NAME = 500

@@ -24,8 +24,10 @@ from pydantic import (
 
 from raytrain.algorithms import AbstractAlgorithm, AbstractRecipe, Pgd, Recipe
 from raytrain.config.names import (
+    EXPERIMENT,
     EXPERIMENT_NAME,
     RUN_NAME,
+    STORAGE,
     check_folder_name,
     check_name,
     check_text,
@@ -168,10 +170,10 @@ class RunConfig(Spec):
         Field(
             description="folder of checkpoints, on a cluster shared by all nodes; or a URL: s3://, gs://, ..."
         ),
-    ] = Path("runs")
+    ] = Path(STORAGE)
     experiment: Annotated[
         str, Field(min_length=1, description="MLflow experiment, and a folder below storage")
-    ] = "raytrain"
+    ] = EXPERIMENT
     run_name: Annotated[str | None, Field(description="default: made of the configuration")] = None
     tracking_uri: Annotated[
         str | None,

@@ -154,6 +154,20 @@ def for_ray(folder: Path) -> tuple[str, Any]:
     return f"{base}/{copy.relative(folder)}", fs
 
 
+def changed_at(file: Path) -> float | None:
+    """When a file was written, in the storage if it is in a working copy; None if it is not there.
+
+    In seconds since 1970. Raises StorageError if the storage does not answer.
+    """
+    copy = _copy_of(file)
+    if copy is not None:
+        return copy.changed_at(copy.relative(file))
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def url_of(path: Path) -> str | None:
     """The URL of a file or folder in the storage, without secrets; None outside working copies."""
     copy = _copy_of(path)
@@ -241,6 +255,11 @@ class _WorkingCopy:
         names = [info.path for info in infos if info.type == FileType.File]
         inside = [name[len(base) :].lstrip("/") for name in names]
         return [name for name in inside if not name.endswith((_DIGEST, _PREVIOUS))]
+
+    def changed_at(self, relative: str) -> float | None:
+        """When the storage got a file; None if it has none."""
+        [info] = self._retried(lambda fs, at: fs.get_file_info([at]), relative)
+        return None if info.mtime_ns is None else info.mtime_ns / 1e9
 
     def forget(self, path: Path) -> None:
         """Delete what the storage has of a file."""

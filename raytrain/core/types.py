@@ -1,4 +1,4 @@
-"""Shared types: frozen specifications, tensor annotations, pixel quantities and batches."""
+"""Shared types: tensor annotations, pixel quantities and batches."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat
 from torch import Tensor
+
+from raytrain.core.seeds import mix as mix
+from raytrain.core.spec import FRACTION, a_number, fraction
+from raytrain.core.spec import Number as Number
+from raytrain.core.spec import Spec as Spec
 
 Images = Float[Tensor, "n c h w"]  # pixels in [0, 1]
 Delta = Float[Tensor, "n c h w"]  # perturbation, same unit
@@ -39,56 +36,7 @@ AttackBatchNorm = Annotated[
 """The same as a field of a recipe."""
 
 
-class Spec(BaseModel):
-    """Base of frozen specifications: hyperparameters and behaviour, without state that training changes."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings"
-    )
-
-    bare: ClassVar[str | None] = None
-    """The field that is set by a string in place of the whole record."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_bare_name(cls, values: Any) -> Any:
-        return {cls.bare: values} if cls.bare and isinstance(values, str) else values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _true_is_no_number(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields:
-                annotation = cls.model_fields[name].annotation
-                kinds = set(get_args(annotation)) or {annotation}
-                if kinds & {int, float} and bool not in kinds:
-                    raise ValueError(f"{name}: expected a number, found {value}")
-        return values
-
-
-_FRACTION = re.compile(r"\s*([-+0-9.eE]+)\s*/\s*([-+0-9.eE]+)\s*")
 _OF_EPS = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*?\s*)?eps(?:\s*/\s*([0-9.eE+-]+))?\s*")
-
-
-def fraction(value: Any) -> Any:
-    """Convert `"8/255"` to a float; return anything else unchanged for the field's own validation.
-
-    >>> fraction("8/255"), fraction(0.1), fraction("eps/4")
-    (0.03137254901960784, 0.1, 'eps/4')
-    """
-    match = _FRACTION.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    try:
-        return float(match[1]) / float(match[2])
-    except (ValueError, ZeroDivisionError):
-        return value
-
-
-def _a_number(value: float) -> float:
-    if math.isnan(value):
-        raise ValueError("expected a number")
-    return value
 
 
 def _step_size(value: float | str) -> float | str:
@@ -112,23 +60,15 @@ class Schedulable:
 
 SCHEDULABLE = Schedulable()
 
-_FractionText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=[])]
-_PixelText = Annotated[str, Field(pattern=f"^{_FRACTION.pattern}$", examples=["8/255"])]
+_PixelText = Annotated[str, Field(pattern=f"^{FRACTION.pattern}$", examples=["8/255"])]
 _StepText = Annotated[
-    str, Field(pattern=f"^({_FRACTION.pattern}|{_OF_EPS.pattern})$", examples=["eps/4"])
+    str, Field(pattern=f"^({FRACTION.pattern}|{_OF_EPS.pattern})$", examples=["eps/4"])
 ]
-
-Number = Annotated[
-    float,
-    BeforeValidator(fraction, json_schema_input_type=float | _FractionText),
-    AfterValidator(_a_number),
-]
-"""A float that may be written as a fraction: `1/3`."""
 
 Pixels = Annotated[
     float,
     BeforeValidator(fraction, json_schema_input_type=float | _PixelText),
-    AfterValidator(_a_number),
+    AfterValidator(a_number),
 ]
 """The same in pixels of [0, 1], usually written as a fraction: `8/255`."""
 
@@ -197,18 +137,6 @@ class BatchRandom:
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(mix(self.seed, purpose))
-
-
-def mix(*parts: int | str) -> int:
-    """A 63-bit seed that is a fixed function of `parts`, the same in every process and version of Python.
-
-    >>> mix(0, "weights") == mix(0, "weights"), mix(0, "weights") == mix(1, "weights")
-    (True, False)
-    """
-    import hashlib
-
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True)

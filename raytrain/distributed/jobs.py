@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
@@ -15,7 +15,8 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
 from raytrain.core.files import write_atomically
 from raytrain.core.storage import is_url, pull
-from raytrain.training.checkpoint import LAST, ROWS, load
+from raytrain.training.checkpoint import LAST, load
+from raytrain.training.run_folder import ROWS, recent_rows
 
 if TYPE_CHECKING:
     from raytrain.training.progress import OnStep
@@ -101,8 +102,7 @@ class RecentRows:
         self.rows: list[EpochMetrics] = []
         if resume:
             pull(self._file)
-        if resume and self._file.is_file():
-            self.rows = [_report(row) for row in json.loads(self._file.read_text())]
+            self.rows = recent_rows(folder)
 
     def between(self, epoch: int, other: int | None = None) -> list[EpochMetrics]:
         """The rows of the epochs after one and, if given, before another."""
@@ -118,7 +118,3 @@ class RecentRows:
         before = [row for row in self.rows if row.epoch < report.epoch]
         self.rows = [*before, report][-self._MOST :]
         write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))
-
-
-def _report(row: dict[str, Any]) -> EpochMetrics:
-    return EpochMetrics(**{**row, "fosc_below": tuple(row["fosc_below"])})

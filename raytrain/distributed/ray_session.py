@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.signals import deferred, interrupted
+
+if TYPE_CHECKING:
+    from raytrain.config.run import RunConfig
 
 _DEFAULTS = {  # each may be overridden from outside
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM from Python and dumps its stack
@@ -210,6 +210,8 @@ def check_fits(run: RunConfig) -> Literal["cpu", "cuda"]:
         TrainingFailed: as `session` does.
     """
     if wanted_cluster() is None:
+        import torch
+
         socket_folder()
         have = {"CPU": float(_local_cores(run)), "GPU": float(torch.cuda.device_count())}
     else:

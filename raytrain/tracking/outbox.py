@@ -14,7 +14,9 @@ import json
 import os
 import re
 import secrets
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from raytrain.tracking.outbox_state import Record, RunIndex
 CHUNK = 1 << 18  # bytes read at once
 _COMPACT = 1 << 22  # bytes after which a delivered outbox starts anew
 _EVERYTHING = 1 << 62  # an offset behind all records
+_LOOKED_AT = 0.05  # seconds, longer than `outbox_look` has the lock of a file that it looks at
 _HELD_BACK = 1 << 23  # bytes kept in memory while the disk takes none
 
 
@@ -57,6 +60,8 @@ class Outbox:
             found = self._read_state()
             self._read_header(found)
             self._replay(found)
+            if found and found.get("host") != socket.gethostname():
+                self._note({"host": socket.gethostname()})
         except BaseException:
             os.close(self._fd)
             raise
@@ -89,8 +94,8 @@ class Outbox:
                 break
             size *= 2
         lines = data[:whole].splitlines()
-        parsed = (_parsed(line) for line in lines)
-        records = [record for record in parsed if record and "run" in record]
+        found = map(parsed, lines)
+        records = [record for record in found if record and "run" in record]
         return records, self.at + whole, len(lines)
 
     def trying(self, until: int) -> None:
@@ -153,14 +158,15 @@ class Outbox:
         os.write(self._state, json.dumps(line).encode() + b"\n")
 
     def _identity(self) -> dict[str, Any]:
-        return {"spool": self.key, "uri": self.uri, "experiment": self.experiment}
+        identity = {"spool": self.key, "uri": self.uri, "experiment": self.experiment}
+        return {**identity, "host": socket.gethostname()}
 
     def _read_state(self) -> dict[str, Any]:
         """The state file, its lines merged; empty if there is none."""
         _cut(self._state)
         found: dict[str, Any] = {}
-        for line in _lines(self._state, 0):
-            noted = _parsed(line) or {}
+        for line in lines_of(self._state, 0):
+            noted = parsed(line) or {}
             self.ids.update(noted.pop("ids", {}))
             found.update(noted)
         self.uri = found.get("uri", self.uri)
@@ -171,8 +177,8 @@ class Outbox:
 
     def _read_header(self, state: dict[str, Any]) -> None:
         _cut(self._fd)
-        first = next(_lines(self._fd, 0), b"")
-        header = _parsed(first)
+        first = next(lines_of(self._fd, 0), b"")
+        header = parsed(first)
         if header is None:  # new, or killed while it began anew
             if not state:
                 self._note(self._identity())
@@ -197,8 +203,8 @@ class Outbox:
     def _replay(self, state: dict[str, Any]) -> None:
         self.run_index.restore(state.get("runs", {}))
         offset = max(self._base, state.get("of", 0))
-        for line in _lines(self._fd, offset - self._base + self._start):
-            record = _parsed(line)
+        for line in lines_of(self._fd, offset - self._base + self._start):
+            record = parsed(line)
             if record is not None:
                 self.run_index.apply(record)
             self.waiting += offset >= self.at
@@ -252,11 +258,12 @@ def _identified(file: Path) -> bool:
     if not file.exists():
         return False
     with file.open("rb") as lines:
-        return "spool" in (_parsed(lines.readline().rstrip(b"\n")) or {})
+        return "spool" in (parsed(lines.readline().rstrip(b"\n")) or {})
 
 
 def _locked(file: Path) -> int:
     """The file, opened for appending, with the lock of its owner."""
+    is_first = True
     while True:
         fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -264,7 +271,11 @@ def _locked(file: Path) -> int:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(fd)
-                raise OutboxBusy(str(file)) from None
+                if not is_first:
+                    raise OutboxBusy(str(file)) from None
+                is_first = False
+                time.sleep(_LOOKED_AT)
+                continue
             # A file system without locks: it is taken on trust.
         try:
             if os.path.samestat(os.fstat(fd), os.stat(file)):
@@ -274,7 +285,8 @@ def _locked(file: Path) -> int:
         os.close(fd)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line as a record; None if it was not written to its end."""
     try:
         found = json.loads(line)
     except ValueError:  # torn
@@ -296,7 +308,7 @@ def _cut(fd: int) -> None:
         os.ftruncate(fd, end)
 
 
-def _lines(fd: int, offset: int) -> Iterator[bytes]:
+def lines_of(fd: int, offset: int) -> Iterator[bytes]:
     """The lines from `offset` on, without their ends, a chunk in memory at a time."""
     rest = b""
     while data := os.pread(fd, CHUNK, offset):

@@ -20,10 +20,9 @@ from raytrain.tracking.run_search import (
     trials_of,
 )
 from raytrain.tracking.stores import reader
-from raytrain.training.run_folder import folder_of, is_run_id, short_id
+from raytrain.training.run_folder import TRIALS, folder_of, is_run_id, short_id
 
 LAST_RUN = "last"
-TRIALS = "trials"  # in the folder of a sweep
 _BEGINNING = re.compile(r"[0-9a-f]{4,31}")
 NEAR_RUNS = 3  # names of runs that a refusal proposes
 _NAMES = 5000  # runs whose names are compared to find a near one

@@ -120,6 +120,11 @@ class Tracker:
         numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
         return next(one for one in numbered if one not in taken)
 
+    @property
+    def waiting(self) -> int:
+        """Records that are not delivered yet."""
+        return self._outbox.waiting
+
     def reopen(self, handle: str) -> None:
         """Queue that a run is RUNNING again."""
         self._must_know(handle)

@@ -17,9 +17,9 @@ from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer
 from raytrain.core.train_state import TrainState
 from raytrain.training.part_epoch import PartEpoch, set_statistics, statistics
+from raytrain.training.run_folder import BEST as BEST
+from raytrain.training.run_folder import LAST as LAST
 
-LAST, BEST = "last.pt", "best.pt"
-ROWS = "rows.json"  # the last rows, up to the last checkpoint
 _FORMAT = 2
 _EXECUTED = ("lr", "fused", "foreach", "capturable")  # settings that are not those of a checkpoint
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 from glob import escape
 from pathlib import Path
+from shlex import join
+from typing import TYPE_CHECKING
 
 import yaml
 
-from raytrain.config.run import RunConfig
+from raytrain.config.names import EXPERIMENT, STORAGE
+from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import write_atomically
 from raytrain.core.storage import pull, url_of
-from raytrain.training.checkpoint import LAST, load, short
 
+if TYPE_CHECKING:
+    from raytrain.config.run import RunConfig
+
+LAST, BEST = "last.pt", "best.pt"
+ROWS = "rows.json"  # the last rows, up to the last checkpoint
+TRIALS = "trials"  # in the folder of a sweep
 RUN_FILE = "run.yaml"
 SPACE = "space.yaml"  # in the folder of a sweep
 RUN_ID = "run_id"  # beside the checkpoints: the id of their run in MLflow
@@ -47,6 +56,9 @@ def stored_run(folder: Path) -> RunConfig:
     Raises:
         RequestError: if there is neither.
     """
+    from raytrain.config.run import RunConfig
+    from raytrain.training.checkpoint import load, short
+
     file = folder / RUN_FILE
     if (folder / LAST).is_file() or not file.is_file():
         return load(folder / LAST).run
@@ -54,6 +66,15 @@ def stored_run(folder: Path) -> RunConfig:
         return RunConfig.model_validate(yaml.safe_load(file.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{file}: not a run file ({short(error)})") from error
+
+
+def recent_rows(folder: Path) -> list[EpochMetrics]:
+    """The last rows of the run in a folder on this machine, up to its last checkpoint or one more."""
+    file = folder / ROWS
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text())
+    return [EpochMetrics(**{**row, "fosc_below": tuple(row["fosc_below"])}) for row in rows]
 
 
 def folder_of(name: str, root: Path) -> Path:
@@ -125,6 +146,23 @@ def run_id_of(folder: Path) -> str | None:
 def short_id(run_id: str) -> str:
     """The beginning of an id that commands and lines show; `run_of` takes it for the run."""
     return run_id[:_SHORT]
+
+
+def resume_sweep(name: str, experiment: str, storage: str | Path) -> str:
+    """The command that continues a sweep, as a shell takes it."""
+    return join(["raytrain", "tune", "--resume", name, *located(storage, experiment)])
+
+
+def resume_run(run_id: str, storage: str | Path, uri: str | None) -> str:
+    """The command that continues a training, as a shell takes it: by the beginning of its id."""
+    where = located(storage) + ([] if uri is None else [f"tracking_uri={uri}"])
+    return join(["raytrain", "train", "--resume", short_id(run_id), *where])
+
+
+def located(storage: str | Path, experiment: str = EXPERIMENT) -> list[str]:
+    """The words that say where a run is, as far as that is not the default."""
+    given = {"experiment": (experiment, EXPERIMENT), "storage": (str(storage), STORAGE)}
+    return [f"{field}={value}" for field, (value, default) in given.items() if value != default]
 
 
 def is_run_id(name: str) -> bool:

@@ -41,6 +41,7 @@ class Running:
     progress: float  # share of training that is done
     value: float | None
     params: dict[str, Any]
+    images_per_second: float | None = None  # of its last epoch
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class BudgetState:
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
-        self._at_start = 0.0  # share of the budget that earlier launches had used
+        self.used_before = 0.0  # share of the budget that earlier launches had used
 
     def ended(self, row: TrialRow, fe_per_image: float) -> None:
         """A trial has ended for good."""
@@ -94,7 +95,11 @@ class BudgetState:
 
         `live_fe` and `begun` are the cost and progress of those that resume.
         """
-        self._began, self._at_start = time.monotonic(), self._used(live_fe, begun)
+        self._began, self.used_before = time.monotonic(), self._used(live_fe, begun)
+
+    def launched_elsewhere(self, seconds: float, used_before: float) -> None:
+        """Set the clock to a launch of another process, which began so many seconds ago."""
+        self._began, self.used_before = time.monotonic() - seconds, used_before
 
     @property
     def finished(self) -> int:
@@ -137,8 +142,8 @@ class BudgetState:
         )
 
     def _left(self, live_fe: float, begun: float) -> float | None:
-        used = self._used(live_fe, begun) - self._at_start
-        rest = 1 - self._at_start - used
+        used = self._used(live_fe, begun) - self.used_before
+        rest = 1 - self.used_before - used
         lefts = [] if used <= 0 else [max(0.0, self.seconds * rest / used)]
         if self.budget.hours is not None:
             lefts.append(max(0.0, 3600 * self.budget.hours - self.seconds))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from shlex import join, quote
+from shlex import quote
 
-from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.tracking import View, fitting, link, run_link
+from raytrain.training.run_folder import resume_sweep
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.search_space import SearchSpace
@@ -86,7 +86,8 @@ def sweep_note(
     rows = "\n".join(
         f"| `{path}` | {_cell(words)} | {_cell(when)} |" for path, words, when in space.rows()
     )
-    again = resume_command(space.base_run, name)
+    base = space.base_run
+    again = resume_sweep(name, base.experiment, base.storage)
     said = [
         _best(space, experiment_id, best, ids or {}),
         f"[Trials]({table}), [their curves and parallel coordinates]({charts}). "
@@ -102,15 +103,6 @@ def sweep_note(
         _constraints(space),
     ]
     return "\n\n".join(part for part in said if part) + "\n"
-
-
-def resume_command(base: RunConfig, name: str) -> str:
-    """The command that continues a sweep, as a shell takes it."""
-    words = ["raytrain", "tune", "--resume", name]
-    for field in ("experiment", "storage"):
-        if (value := getattr(base, field)) != RunConfig.model_fields[field].default:
-            words.append(f"{field}={value}")
-    return join(words)
 
 
 def _best(

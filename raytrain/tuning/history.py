@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from raytrain.config.run import RunConfig
-from raytrain.tuning.budget import TrialRow
+from raytrain.tuning.budget import ENDED, BudgetState, TrialRow
 from raytrain.tuning.space.settings import Budget, Limit, Objectives, Search
+
+if TYPE_CHECKING:
+    from raytrain.config.run import RunConfig
 
 
 @runtime_checkable
-class Proposes(Protocol):
-    """The part of a search space that is needed here."""
+class Describes(Protocol):
+    """The part of a search space by which trials are described."""
 
     @property
     def objective(self) -> Objectives: ...
+    def values(self, params: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Proposes(Describes, Protocol):
+    """The part of a search space by which trials are proposed."""
+
     @property
     def feasible(self) -> Mapping[str, Limit]: ...
     @property
@@ -28,7 +37,6 @@ class Proposes(Protocol):
     @property
     def base_run(self) -> RunConfig: ...
     def sample(self, trial: Any) -> dict[str, Any]: ...
-    def values(self, params: Mapping[str, Any]) -> dict[str, Any]: ...
     def violations(self, values: Mapping[str, Any]) -> dict[str, float]: ...
     def run(self, values: Mapping[str, Any]) -> RunConfig: ...
 
@@ -36,7 +44,7 @@ class Proposes(Protocol):
 class History:
     """The trials of a study; those that are attempts at one another count as one."""
 
-    def __init__(self, study: optuna.Study, space: Proposes, prefix: str = "t") -> None:
+    def __init__(self, study: optuna.Study, space: Describes, prefix: str = "t") -> None:
         self.study, self.space, self._prefix = study, space, prefix
 
     def trials(self) -> list[FrozenTrial]:
@@ -50,6 +58,32 @@ class History:
             if "origin" in trial.user_attrs:
                 last[trial.user_attrs["origin"]] = trial
         return [self.row(trial) for _, trial in sorted(last.items())]
+
+    def count(
+        self, state: BudgetState, cost: Callable[[Mapping[str, Any]], float]
+    ) -> list[FrozenTrial]:
+        """Count the trials that ended or were lost in `state`; return those that are queued.
+
+        `cost` is that of a trial with this last row, in forward-equivalents per image.
+        """
+        trials = self.trials()
+        again, queued = followed(trials), []
+        for trial in trials:
+            outcome = trial.user_attrs.get("outcome")
+            if trial.state == TrialState.WAITING:
+                queued.append(trial)
+            elif trial.number in again:  # whatever it was about to end as
+                state.retries += outcome != "cut" and "origin" in trial.user_attrs
+            elif outcome in ENDED or outcome == "rejected":
+                state.ended(self.row(trial), cost(trial.user_attrs.get("last", {})))
+        return queued
+
+    def under_way(self) -> list[FrozenTrial]:
+        """The attempts that have begun and not ended, as far as the study has it."""
+        trials = self.trials()
+        again = followed(trials)
+        begun = (t for t in trials if t.state == TrialState.RUNNING and "origin" in t.user_attrs)
+        return [trial for trial in begun if trial.number not in again]
 
     def front(self) -> list[TrialRow]:
         """The finished, feasible trials that no other one beats."""
@@ -88,6 +122,11 @@ class History:
     def handle(self, origin: int) -> str:
         """What a trial is called in MLflow's outbox and on disk."""
         return f"{self._prefix}{origin:04d}"
+
+
+def followed(trials: list[FrozenTrial]) -> set[int | None]:
+    """Numbers of the attempts that have been queued again."""
+    return {trial.user_attrs.get("resume_of") for trial in trials}
 
 
 def current_params(trial: FrozenTrial) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.storage import pull, push, remove
 from raytrain.core.types import mix
 from raytrain.distributed.jobs import Job
-from raytrain.training.checkpoint import BEST, LAST, ROWS
+from raytrain.training.run_folder import BEST, LAST, ROWS
 from raytrain.tuning.history import current_params
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.space.settings import Population
@@ -180,6 +180,7 @@ class PopulationManager(TrialManager):
         live.trial.set_user_attr("now", {"params": params, "offset": live.offset})
         self._take(live.origin, params)
         live.values = self.space.values(params)
+        live.trial.set_user_attr("values", live.values)
         live.run = self.space.run(live.values)
         self._note(live, donor)
         self._forget_states()

@@ -14,13 +14,11 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import make_url
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from raytrain.core.errors import RequestError
 from raytrain.core.nearest import nearest
+from raytrain.core.seeds import mix
 from raytrain.core.storage import is_url, without_secrets
-from raytrain.core.types import mix
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.training.run_folder import SPACE
 from raytrain.tuning.history import Proposes
@@ -172,6 +170,33 @@ def open_study(
     return study
 
 
+def stored_study(name: str, folder: Path, url: str | None) -> optuna.Study | None:
+    """The study of a sweep, to be read only: nothing is made where there is none, and None returned.
+
+    Raises:
+        RequestError: naming `study`, if its database does not answer.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = _study_file(folder, url)
+    if file is not None and not file.is_file():
+        return None
+    if url is None or is_journal(url):
+        storage: BaseStorage = _storage(url, folder)
+    else:
+        storage = open_database(url, makes_tables=False)
+    try:
+        return optuna.load_study(study_name=_name_in(url, name, folder), storage=storage)
+    except KeyError:
+        return None
+
+
+def _study_file(folder: Path, url: str | None) -> Path | None:
+    """The file of a study; None in a database that is a server's."""
+    if url is None:
+        return folder / JOURNAL
+    return Path(url) if is_journal(url) else sqlite_file(sqlite_uri(url, "study"))
+
+
 def _name_in(url: str | None, name: str, folder: Path) -> str:
     """What a sweep is called in its storage: a database holds those of several experiments."""
     return name if url is None else f"{folder.parent.name}/{name}"
@@ -199,14 +224,14 @@ def is_journal(url: str) -> bool:
     return "://" not in url and url.endswith(".log")
 
 
-def open_database(url: str) -> optuna.storages.RDBStorage:
-    """The storage of studies at `url`, its tables made if there are none.
+def open_database(url: str, makes_tables: bool = True) -> optuna.storages.RDBStorage:
+    """The storage of studies at `url`, its tables made if there are none, unless not `makes_tables`.
 
     Raises:
         RequestError: naming `study`, if it cannot be used.
     """
     try:
-        return _opened(_with_driver(url))
+        return _opened(_with_driver(url), makes_tables)
     except RequestError:
         raise
     except ImportError:
@@ -221,11 +246,13 @@ def open_database(url: str) -> optuna.storages.RDBStorage:
         ) from None
 
 
-def _opened(url: str) -> optuna.storages.RDBStorage:
+def _opened(url: str, makes_tables: bool) -> optuna.storages.RDBStorage:
     """The storage, its tables made. Processes that begin together make them together.
 
     Each table is made by the fastest; Optuna goes on with what is missing when it is called again.
     """
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
     arguments: dict[str, Any] = {"pool_pre_ping": True}
     if sqlite_file(url) is not None and "timeout=" not in url:
         arguments["connect_args"] = {"timeout": _BUSY}
@@ -235,16 +262,21 @@ def _opened(url: str) -> optuna.storages.RDBStorage:
         try:
             # Braces are marks of a template for Optuna.
             return optuna.storages.RDBStorage(
-                url.replace("{", "{{").replace("}", "}}"), engine_kwargs=arguments
+                url.replace("{", "{{").replace("}", "}}"),
+                engine_kwargs=arguments,
+                skip_table_creation=not makes_tables,
             )
         except (OperationalError, ProgrammingError, IntegrityError) as error:
-            if tries == _TRIES or error.statement is None:  # None: it did not even connect
+            # None: it did not even connect.
+            if not makes_tables or tries == _TRIES or error.statement is None:
                 raise
         time.sleep(random.uniform(0.05, 0.3))  # so that they do not go on in step
 
 
 def _with_driver(url: str) -> str:
     """The URL with the driver that is meant where it names none, and an end to its waiting."""
+    from sqlalchemy import make_url
+
     url = sqlite_uri(url, "study")
     made = make_url(url)
     if made.get_backend_name() == "sqlite":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,9 @@ from raytrain.distributed.trial_steps import Step
 from raytrain.tracking import Tracker
 from raytrain.training.progress import StepMetrics
 from raytrain.training.run_folder import write_run_file
-from raytrain.tuning.budget import ENDED, BudgetState, Running, SweepProgress, TrialRow
+from raytrain.tuning.budget import BudgetState, Running, SweepProgress, TrialRow
 from raytrain.tuning.fidelity import Fidelity
-from raytrain.tuning.history import History, Proposes, queued_params
+from raytrain.tuning.history import History, Proposes, followed, queued_params
 from raytrain.tuning.mlflow_runs import MlflowRuns
 from raytrain.tuning.outcome import OutcomeRecorder
 from raytrain.tuning.space.settings import sees_stopped
@@ -34,7 +35,13 @@ from raytrain.tuning.sweep_storage import ROW_LOG, SweepStorage
 from raytrain.tuning.trial_rows import RowLog
 
 _TRIES = 1000  # proposals in a row that may break the constraints of the space
-_CARRIED = ("origin", "last", "now", "scores")  # attributes that the next attempt begins with
+_CARRIED = (
+    "origin",
+    "last",
+    "values",
+    "now",
+    "scores",
+)  # attributes that the next attempt begins with
 
 
 @dataclass
@@ -166,41 +173,41 @@ class TrialManager:
                 live.shown,
                 self._value(live),
                 live.values,
+                live.metrics.get("cost/images_per_second"),
             )
             for live in self._under_way()
         )
         return self._budget_state.progress(running, self._live_fe(), self._begun_share())
+
+    @property
+    def used_before(self) -> float:
+        """The share of the budget that earlier launches had used."""
+        return self._budget_state.used_before
 
     # ---------------------------------------------------------------- after a driver has died
 
     def recover(self) -> int:
         """Count what has ended, queue again what was in flight; returns how many were."""
         trials = self.history.trials()
-        followed = _followed(trials)
+        again = followed(trials)
         dead = [t for t in trials if t.state == TrialState.RUNNING]
         for trial in dead:
-            if trial.number not in followed:
+            if trial.number not in again:
                 self._requeue(trial, trial.user_attrs.get("retries", 0))
             self.study.tell(trial.number, state=TrialState.FAIL)
-        self._count(self.history.trials())
+        self._count()
         self._mlflow_runs.reconcile(self.history.rows())
         self._budget_state.launched(self._live_fe(), self._begun_share())
         return len(dead)
 
-    def _count(self, trials: list[FrozenTrial]) -> None:
+    def _count(self) -> None:
         """Restore earlier launches: trials that ended, were lost, or are queued."""
-        self._waiting, followed = 0, _followed(trials)
-        for trial in trials:
-            outcome = trial.user_attrs.get("outcome")
-            if trial.state == TrialState.WAITING:
-                self._waiting += 1
-                if "origin" in trial.user_attrs:
-                    self._aside[trial.user_attrs["origin"]] = trial.user_attrs.get("last", {})
-            elif trial.number in followed:  # whatever it was about to end as
-                self._budget_state.retries += outcome != "cut" and "origin" in trial.user_attrs
-            elif outcome in ENDED or outcome == "rejected":
-                row = self.history.row(trial)
-                self._budget_state.ended(row, self.fidelity.fe_per_image(row.metrics))
+        queued = self.history.count(
+            self._budget_state, lambda last: self.fidelity.fe_per_image(last.get("metrics", {}))
+        )
+        self._waiting = len(queued)
+        begun = [trial.user_attrs for trial in queued if "origin" in trial.user_attrs]
+        self._aside = {attributes["origin"]: attributes.get("last", {}) for attributes in begun}
 
     def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
         """Queue a configuration before the sampler's next proposal."""
@@ -242,6 +249,7 @@ class TrialManager:
         live = Live(trial, values, run, origin, resumes="origin" in attributes)
         if "origin" not in attributes:
             trial.set_user_attr("origin", origin)
+        trial.set_user_attr("values", values)
         self._mlflow_runs.begin(self._handle(live), run, values)
         if live.resumes:
             self._replay(live, attributes["resume_of"])
@@ -298,7 +306,13 @@ class TrialManager:
         self._mlflow_runs.row(self._handle(live), metrics, epoch)
         if tags := result.get("tags"):
             self._mlflow_runs.tag(self._handle(live), json.loads(tags))
-        last = {"epoch": epoch, "progress": live.progress, "metrics": metrics}
+        last = {
+            "epoch": epoch,
+            "progress": live.progress,
+            "metrics": metrics,
+            "fe_per_image": self.fidelity.fe_per_image(metrics),
+            "time": time.time(),
+        }
         live.trial.set_user_attr("last", last)
         self._report(live)
         self._tell_watch()
@@ -406,8 +420,3 @@ class TrialManager:
     def _tell_watch(self) -> None:
         if self._watch is not None:
             self._watch(self.progress())
-
-
-def _followed(trials: list[FrozenTrial]) -> set[int | None]:
-    """Numbers of the attempts that have been queued again."""
-    return {trial.user_attrs.get("resume_of") for trial in trials}

@@ -34,9 +34,9 @@ from raytrain.tracking.experiment import MADE, NOTE
 from raytrain.tracking.network import tracking_at
 from raytrain.tracking.registered_model import model_name
 from raytrain.tracking.views import EVERY, ROOM, TAG, View, link, run_link
+from raytrain.training.run_folder import resume_sweep
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.descriptions import (
-    resume_command,
     searched,
     sweep_note,
     sweep_tags,
@@ -189,10 +189,10 @@ def test_the_description_of_a_sweep_has_its_space_and_then_its_best() -> None:
 
 
 def test_the_command_that_continues_a_sweep_says_where_it_is_unless_that_is_the_default() -> None:
-    assert resume_command(as_run(None), "a b") == "raytrain tune --resume 'a b'"
-    other = as_run(None, ["experiment=mine", "storage=here"])
+    run = as_run(None)
+    assert resume_sweep("a b", run.experiment, run.storage) == "raytrain tune --resume 'a b'"
     words = "raytrain tune --resume s experiment=mine storage=here"
-    assert resume_command(other, "s") == words
+    assert resume_sweep("s", "mine", Path("here")) == words
 
 
 # --- names, tags and parameters ---------------------------------------------------------------

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from raytrain.core.epoch_metrics import METRICS
-from raytrain.core.types import Number, Spec
+from raytrain.core.spec import Number, Spec
 
 Sampler = Literal["tpe", "gp", "nsga2", "random", "grid", "pbt"]
 Pruner = Literal["asha", "hyperband", "median", "none"]
