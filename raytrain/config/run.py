@@ -34,10 +34,11 @@ from raytrain.config.names import (
 )
 from raytrain.config.performance import Performance
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import is_url
 from raytrain.core.network import Precision
 from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
-from raytrain.core.storage import is_url, local_root
+from raytrain.core.storage import local_root
 from raytrain.core.threat_models import ThreatModel
 from raytrain.core.types import SCHEDULABLE, Spec
 from raytrain.data.catalogue import SOURCES

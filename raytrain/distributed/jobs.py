@@ -13,8 +13,9 @@ from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
+from raytrain.core.file_systems import is_url
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import is_url, pull
+from raytrain.core.storage import pull
 from raytrain.training.checkpoint import LAST, load
 from raytrain.training.run_folder import ROWS, recent_rows
 

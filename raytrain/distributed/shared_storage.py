@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError
-from raytrain.core.storage import is_url
+from raytrain.core.file_systems import is_url
 
 _SECONDS = 60.0  # for all machines to answer; one that does not is passed over
 

@@ -16,9 +16,9 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import is_url, without_secrets
 from raytrain.core.nearest import nearest
 from raytrain.core.seeds import mix
-from raytrain.core.storage import is_url, without_secrets
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.training.run_folder import SPACE
 from raytrain.tuning.history import Proposes

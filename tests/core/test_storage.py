@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytrain.core import storage
+from raytrain.core import file_systems, storage, working_copy
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import StorageError
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import StorageError, check, local_root, pull, push, remove, url_of
+from raytrain.core.storage import check, local_root, pull, push, remove, url_of
 
 
 class Machines:
@@ -28,14 +31,14 @@ class Machines:
 
 @pytest.fixture
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(file_systems.time, "sleep", lambda seconds: None)
     return Machines(tmp_path, monkeypatch)
 
 
-def failing(patch: pytest.MonkeyPatch, times: int, what: str = "_write") -> list[str]:
+def failing(patch: pytest.MonkeyPatch, times: int, what: str = "write") -> list[str]:
     """Make the storage fail so many times; returns the paths that were tried."""
     tried: list[str] = []
-    actual = getattr(storage, what)
+    actual = getattr(working_copy, what)
 
     def operation(fs: Any, at: str, *content: Any) -> Any:
         tried.append(at)
@@ -43,7 +46,8 @@ def failing(patch: pytest.MonkeyPatch, times: int, what: str = "_write") -> list
             raise OSError(5, "it fails")
         return actual(fs, at, *content)
 
-    patch.setattr(storage, what, operation)
+    for module in (storage, working_copy):
+        patch.setattr(module, what, operation)
     return tried
 
 
@@ -109,7 +113,7 @@ def test_an_upload_that_was_cut_off_leaves_the_version_before_it_sound(
 ) -> None:
     first = machines.on("first")
     write_atomically(first / "last.pt", "epoch 1")
-    actual = storage._write
+    actual = working_copy.write
 
     def cut_off(fs: Any, at: str, content: Any) -> None:
         if at.endswith(".pt"):
@@ -117,16 +121,38 @@ def test_an_upload_that_was_cut_off_leaves_the_version_before_it_sound(
         actual(fs, at, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage, "_write", cut_off)
-        write_atomically(first / "last.pt", "epoch 2")
+        patch.setattr(working_copy, "write", cut_off)
+        for epoch in (2, 3):
+            with suppress(KeyboardInterrupt):
+                write_atomically(first / "last.pt", f"epoch {epoch}")
+        raise KeyboardInterrupt
     second = machines.on("second")
     pull(second)
     assert (second / "last.pt").read_text() == "epoch 1"
     pull(first)  # here the newer one is whole
-    assert (first / "last.pt").read_text() == "epoch 2"
+    assert (first / "last.pt").read_text() == "epoch 3"
     push(first)
     pull(second)
-    assert (second / "last.pt").read_text() == "epoch 2"
+    assert (second / "last.pt").read_text() == "epoch 3"
+
+
+def test_a_file_is_not_replaced_by_one_that_was_cut_off_while_it_was_written(
+    machines: Machines,
+) -> None:
+    root = machines.on("first")
+    write_atomically(root / "rows.json", "[1]")
+
+    def content() -> Iterator[bytes]:
+        yield b"[1, "
+        raise KeyboardInterrupt
+
+    fs, base = file_systems.file_system(machines.url)
+    with pytest.raises(KeyboardInterrupt):
+        file_systems.write(fs, f"{base}/rows.json", content())
+    assert (machines.store / "rows.json").read_text() == "[1]"
+    second = machines.on("second")
+    pull(second)  # what is left of it is no file of the storage
+    assert (second / "rows.json").read_text() == "[1]"
 
 
 def test_what_another_machine_has_written_since_wins_over_what_was_left_here(
@@ -145,7 +171,7 @@ def test_a_storage_that_fails_for_a_while_is_tried_again(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = machines.on("first")
-    failing(monkeypatch, storage._TRIES - 1)
+    failing(monkeypatch, file_systems._TRIES - 1)
     write_atomically(root / "last.pt", "epoch 1")
     assert (machines.store / "last.pt").read_text() == "epoch 1"
 
