@@ -37,7 +37,7 @@ def local_root(storage: Path | str) -> Path:
     url = str(storage).rstrip("/")
     file_system(url)
     name = re.sub(r"[^\w.-]+", "-", without_secrets(url))[:60].strip("-")
-    root = _cache() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    root = cache_folder() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
     mark = root / _MARK
     if not mark.is_file():
         try:
@@ -144,7 +144,8 @@ def shown(path: Path) -> str:
     return url_of(path) or str(path)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """The folder of copies on this machine: `RAYTRAIN_CACHE`, or raytrain's in the user's caches."""
     named = os.environ.get(CACHE, "").strip()
     if named:
         return Path(named).expanduser().resolve()

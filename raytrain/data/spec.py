@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
+from raytrain.core.file_systems import is_url
 from raytrain.core.types import Spec
 from raytrain.data.catalogue import SOURCES
 
@@ -21,7 +22,7 @@ class DataSpec(Spec):
     name: Annotated[
         str,
         Field(
-            description="a data set, or the path of a .parquet file or of a folder of them",
+            description="a data set, or the path or URL of a .parquet file or of a folder of them",
             examples=[*SOURCES, "FILE.parquet"],
         ),
     ] = "digits"
@@ -69,7 +70,8 @@ class DataSpec(Spec):
 
     def located(self) -> DataSpec:
         """Return the same with absolute paths: workers run in other folders than the command."""
-        name = self.name if self.name in SOURCES else str(Path(self.name).resolve())
+        path = self.name not in SOURCES and not is_url(self.name)
+        name = str(Path(self.name).resolve()) if path else self.name
         root = (self.root or DEFAULT_FOLDER).resolve()
         test_path = None if self.test_path is None else self.test_path.resolve()
         return self.model_copy(update={"name": name, "root": root, "test_path": test_path})

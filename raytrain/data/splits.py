@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import is_url
 from raytrain.data.images import Split
+from raytrain.data.remote import SUFFIX, local_copy
 
-SUFFIX = ".parquet"
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 WORDS = {
     "train": re.compile(r"train"),
@@ -23,12 +24,12 @@ WORDS = {
 
 
 def is_parquet(name: str) -> bool:
-    """Whether this name is a path: it ends in .parquet, or is an existing folder."""
-    return name.endswith(SUFFIX) or (name != "" and _home(name).is_dir())
+    """Whether this name is a path or URL: it ends in .parquet, has a scheme, or is an existing folder."""
+    return name.endswith(SUFFIX) or is_url(name) or (name != "" and _home(name).is_dir())
 
 
 def _home(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))
+    return local_copy(str(path)) if is_url(path) else Path(os.path.expanduser(path))
 
 
 def parquet_files(name: str, split: Split, test_path: Path | None) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.file_systems import is_url, without_secrets
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.loader import open_splits
 from raytrain.data.spec import DEFAULT_FOLDER, DataSpec
@@ -36,7 +37,8 @@ def _splits(spec: str) -> tuple[Input, Input]:
 
 def data_name(spec: DataSpec) -> str:
     """A data set by name: of Parquet, the last part of its path."""
-    return spec.name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
+    name = without_secrets(spec.name) if is_url(spec.name) else spec.name
+    return name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
 
 
 def as_input(spec: DataSpec, context: str, pixels: Tensor, labels: Tensor) -> Input:
@@ -78,6 +80,9 @@ def _source(spec: DataSpec, context: str) -> Input:
     if spec.name == "digits":
         where = {"tags": {"mlflow.source.name": "sklearn.datasets.load_digits"}}
         return {"source_type": "code", "source": json.dumps(where)}
+    if is_url(spec.name):
+        where = {"uri": without_secrets(spec.name)}
+        return {"source_type": spec.name.partition(":")[0], "source": json.dumps(where)}
     path = Path(spec.name)
     if spec.name in SOURCES:
         path = spec.root or DEFAULT_FOLDER

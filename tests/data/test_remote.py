@@ -1,0 +1,78 @@
+"""Parquet files behind a URL: the same images as those of a path, brought once for each machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from raytrain.core.errors import RequestError
+from raytrain.core.storage import CACHE
+from raytrain.data import remote
+from raytrain.data.sources import read
+from raytrain.data.spec import DataSpec
+
+
+def write(folder: Path, *names: str, value: int = 0) -> None:
+    for k, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = [[[value + k] * 4] * 3 + [[50 * row] * 4] for row in range(5)]
+        pq.write_table(pa.table({"image": pixels, "label": list(range(5))}), path)
+
+
+@pytest.fixture
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that are brought, in a cache of their own."""
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    names: list[str] = []
+    actual = remote.download
+
+    def download(fs: Any, at: str, file: Path) -> None:
+        names.append(Path(at).name)
+        actual(fs, at, file)
+
+    monkeypatch.setattr(remote, "download", download)
+    return names
+
+
+@pytest.mark.parametrize("name", ["train.parquet", ""])
+def test_a_url_is_read_as_its_path_is(name: str, tmp_path: Path, brought: list[str]) -> None:
+    store = tmp_path / "store"
+    write(store, "train.parquet", "test.parquet", "unread/.hidden/train.parquet")
+    path = str(store / name) if name else str(store)
+    for split in ("train", "test"):
+        here, there = read(path, split), read(Path(path).as_uri(), split)
+        assert torch.equal(here.pixels, there.pixels) and torch.equal(here.labels, there.labels)
+    assert sorted(brought) == ["test.parquet", "train.parquet"]  # once, for both splits
+
+
+def test_a_file_that_has_changed_is_brought_again(tmp_path: Path, brought: list[str]) -> None:
+    store = tmp_path / "store"
+    write(store, "train.parquet")
+    url = (store / "train.parquet").as_uri()
+    first = read(url, "train").pixels
+    write(store, "train.parquet", value=7)
+    os.utime(store / "train.parquet", ns=(1, 1))
+    second = read(url, "train").pixels
+    assert len(brought) == 2 and not torch.equal(first, second)
+    assert torch.equal(second, read(str(store / "train.parquet"), "train").pixels)
+
+
+@pytest.mark.parametrize("name", ["nothing/train.parquet", "nothing"])
+def test_a_url_that_leads_nowhere_is_refused(
+    name: str, tmp_path: Path, brought: list[str]
+) -> None:
+    with pytest.raises(RequestError, match="^data.name: .*expected"):
+        read((tmp_path / name).as_uri(), "train")
+    assert brought == []
+
+
+def test_workers_read_the_url_that_was_given() -> None:
+    url = "s3://bucket/train.parquet"
+    assert DataSpec(name=url).located().name == url
