@@ -169,7 +169,8 @@ class RunConfig(Spec):
         str | Path,
         AfterValidator(_folder_or_url),
         Field(
-            description="folder of checkpoints, on a cluster shared by all nodes; or a URL: s3://, gs://, ..."
+            description="folder of checkpoints, on a cluster shared by all nodes; or a URL (s3://, ...)",
+            validate_default=False,  # JSON has no Path
         ),
     ] = Path(STORAGE)
     experiment: Annotated[
