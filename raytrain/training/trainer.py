@@ -33,7 +33,7 @@ from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
 from raytrain.training.acceleration import accelerate, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
-from raytrain.training.compilation import CompileCounter
+from raytrain.training.compilation import Compiled, CompileCounter
 from raytrain.training.device_peak import seconds_at_peak
 from raytrain.training.part_epoch import PartEpoch, WithinEpoch
 from raytrain.training.progress import (
@@ -284,8 +284,7 @@ def _timed(training: _Training, state: TrainState) -> tuple[_EpochResult, _Speed
     first, fe, clock = state.step, state.meter.fe, _Clock(training.compiler)
     trained = _train(training, state, clock)
     _synchronise(state.context)
-    clock.add(state)
-    seconds, compiled = clock.training, training.compiler.read()
+    compiled, seconds = clock.add(state), clock.training
     at_peak = training.seconds_at_peak
     speed = _Speed(
         seconds_per_step=seconds / (state.step - first),
@@ -308,15 +307,16 @@ class _Clock:
         self._compiler, self._compiled = compiler, compiler.read().seconds
         self._last = time.perf_counter()
 
-    def add(self, state: TrainState) -> None:
-        """Add the seconds since the last call to those of the state."""
-        now, compiled = time.perf_counter(), self._compiler.read().seconds
-        compiling = compiled - self._compiled
+    def add(self, state: TrainState) -> Compiled:
+        """Add the seconds since the last call to those of the state; return what has been compiled."""
+        now, compiled = time.perf_counter(), self._compiler.read()
+        compiling = compiled.seconds - self._compiled
         seconds = now - self._last - compiling
         state.seconds += seconds
         _count_compiling(state, compiling)
         self.training += seconds
-        self._last, self._compiled = now, compiled
+        self._last, self._compiled = now, compiled.seconds
+        return compiled
 
 
 def _train(training: _Training, state: TrainState, clock: _Clock) -> _EpochResult:

@@ -72,7 +72,7 @@ def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
     assert "Traceback" not in err and "interrupted" in err.splitlines()[-2]
     (run,), _ = runs_of(tmp_path)
     assert run.info.status == "KILLED"
-    assert err.splitlines()[-1] == f"raytrain train --resume {run.info.run_id}"
+    assert err.splitlines()[-1] == f"raytrain train --resume {run.info.run_id[:8]}"
     store = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     reached = [p.step for p in store.get_metric_history(run.info.run_id, "cost/fe")]
     more = (f"epochs={max(reached) + 3}", "workers=1")
