@@ -33,7 +33,7 @@ from raytrain.evaluation.sentinels import probe, readings
 from raytrain.evaluation.validation import validate
 from raytrain.training.acceleration import accelerate, set_up_device
 from raytrain.training.checkpoint import BEST, LAST, Saved, restore, save
-from raytrain.training.compilation import Compiled, CompileCounter
+from raytrain.training.compilation import CompileCounter, Compiled
 from raytrain.training.device_peak import seconds_at_peak
 from raytrain.training.part_epoch import PartEpoch, WithinEpoch
 from raytrain.training.progress import (
