@@ -26,6 +26,7 @@ from raytrain.core.console import log_line
 from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import is_url
 from raytrain.core.files import check_folder
 from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
 from raytrain.core.storage import check, shown
@@ -266,6 +267,10 @@ def _checked(
     run = as_run(config, overrides)
     splits, before = preflight(run), run
     check(run.root)
+    if folder is not None and is_url(run.storage) and run.root not in folder.parents:
+        raise RequestError(
+            f"storage: the run to continue is in {folder}; expected the same storage as before"
+        )
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
     if folder is not None and (folder / LAST).is_file():
@@ -339,7 +344,7 @@ def _rows(
 ) -> Iterator[EpochMetrics]:
     """The rows of a job; of one that is resumed first those that its checkpoint may be ahead of."""
     if job.resume:
-        yield from RecentRows(Path(job.folder)).rows
+        yield from RecentRows(job.path).rows
     if not on_cluster:
         yield from local_rows(job, local_context(run.device), on_step)
         return

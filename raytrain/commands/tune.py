@@ -43,7 +43,7 @@ from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.importance import EqualCost, Importance, Method
 from raytrain.tuning.initial_trials import plan_first
-from raytrain.tuning.launch import launched
+from raytrain.tuning.launch import check_not_at_work, launched
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.population import PopulationManager, check_population
 from raytrain.tuning.published import publishing
@@ -51,7 +51,14 @@ from raytrain.tuning.requested_space import wanted_space
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.reading import changes_in
 from raytrain.tuning.space.search_space import SearchSpace
-from raytrain.tuning.study import check_name, check_study, is_begun, new_name, open_study
+from raytrain.tuning.study import (
+    check_name,
+    check_study,
+    is_begun,
+    is_journal,
+    new_name,
+    open_study,
+)
 from raytrain.tuning.sweep_storage import OUTBOX, SweepStorage, fetch_sweep
 from raytrain.tuning.trial_manager import TrialManager
 
@@ -196,6 +203,8 @@ def tune(
     if space.search.sampler == "pbt":
         check_population(space)
     check(base.root)
+    if space.study is not None and is_journal(space.study):
+        space = space.model_copy(update={"study": str(Path(space.study).expanduser().resolve())})
     check_study(base.storage, space.study)
     given = name if resume is None else resume
     stem, experiment = space.name, base.root / base.experiment
@@ -244,6 +253,7 @@ def _tune(
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
         write_atomically(space_file, _space_yaml(space))
+        check_not_at_work(study)
         _open_parent(tracker, study, name, space, space_file)
         kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
         published = publishing(DriverMetrics(name, base.experiment), tracker, watch)

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _TRIES = 6  # at an operation, 1, 2, 4, ... seconds apart
 _CHUNK = 2**20  # bytes
+_PYARROW = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")  # never by fsspec
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -46,7 +47,16 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-    scheme = urlsplit(url).scheme
+    scheme, rest = urlsplit(url).scheme, url.partition("://")[2]
+    if (
+        not rest.strip("/")
+        or "#" in rest
+        or (scheme == "file" and ("?" in rest or rest[0] != "/"))
+    ):
+        raise RequestError(
+            f"storage: {without_secrets(url)} is not a URL of a folder; expected one such as "
+            "s3://BUCKET/FOLDER or file:///FOLDER, with %23 for # and %3F for ?"
+        )
     try:
         fs, path = FileSystem.from_uri(url)
         return fs, path.rstrip("/")
@@ -58,6 +68,8 @@ def file_system(url: str) -> tuple[Any, str]:
             "answers"
         ) from None
     try:
+        if scheme in _PYARROW:
+            raise ValueError(reason)
         from fsspec.core import url_to_fs
 
         other, path = url_to_fs(url)
@@ -95,9 +107,9 @@ def download(fs: Any, at: str, file: Path) -> None:
         shutil.copyfileobj(stream, target, _CHUNK)
 
 
-def reason_of(error: OSError) -> str:
+def reason_of(error: Exception) -> str:
     """The message of an error in one line of at most 100 characters."""
-    text = " ".join(str(error.strerror or error).split())
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
     return text[:100]
 
 
@@ -109,7 +121,7 @@ def retried(url: str, relative: str, operation: Callable[[Any, str], T]) -> T:
         StorageError: after the last try.
     """
     fs, base = file_system(url)
-    at = f"{base}/{relative}".rstrip("/.")
+    at = base if relative == "." else f"{base}/{relative}"
     for number in range(_TRIES):
         try:
             return operation(fs, at)

@@ -9,15 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from raytrain.core.console import log_line
 from raytrain.core.errors import RequestError
-from raytrain.core.file_systems import file_system, is_url, reason_of, without_secrets, write
+from raytrain.core.file_systems import (
+    StorageError,
+    file_system,
+    is_url,
+    reason_of,
+    without_secrets,
+    write,
+)
 from raytrain.core.working_copy import WorkingCopy
 
 CACHE = "RAYTRAIN_CACHE"  # environment variable: the folder of working copies
@@ -42,8 +50,10 @@ def local_root(storage: Path | str) -> Path:
     if not mark.is_file():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            mark.touch(mode=0o600)
-            mark.write_text(url)
+            made = mark.with_name(f"{_MARK}.{os.getpid()}")
+            made.touch(mode=0o600)
+            made.write_text(url)
+            made.replace(mark)
         except OSError as error:
             raise RequestError(
                 f"storage: no working copy can be made in {root.parent} ({error.strerror}); expected a "
@@ -67,6 +77,17 @@ def push(path: Path) -> None:
     files = [path] if path.is_file() else _files_below(path)
     changed = [file for file in files if copy.is_changed(file)]
     _all(copy.push, changed)
+
+
+@contextmanager
+def later() -> Iterator[None]:
+    """Log that the storage does not answer in place of raising: what was written is pushed later on."""
+    try:
+        yield
+    except StorageError as error:
+        log_line(
+            f"raytrain: storage: {error.strerror or error}; training goes on, with a copy here"
+        )
 
 
 def pull(path: Path, wanted: Callable[[PurePosixPath], bool] = lambda file: True) -> None:
@@ -101,7 +122,7 @@ def check(root: Path) -> None:
     fs, base = file_system(copy.url)
     try:
         write(fs, f"{base}/{_PROBE}", [b"raytrain\n"])
-    except OSError as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise RequestError(
             f"storage: {without_secrets(copy.url)} cannot be written ({reason_of(error)}); expected a "
             "storage that answers, its credentials in the environment"
@@ -136,7 +157,9 @@ def changed_at(file: Path) -> float | None:
 def url_of(path: Path) -> str | None:
     """The URL of a file or folder in the storage, without secrets; None outside working copies."""
     copy = _copy_of(path)
-    return None if copy is None else f"{without_secrets(copy.url)}/{copy.relative(path)}"
+    if copy is None:
+        return None
+    return f"{without_secrets(copy.url)}/{copy.relative(path)}".removesuffix("/.")
 
 
 def shown(path: Path) -> str:

@@ -60,14 +60,22 @@ class WorkingCopy:
             status = os.fstat(content.fileno())
             size = status.st_size  # what is appended from now on is left out
             digest = _digest_of(content, size)
-            if digest != self._synced(relative)[0]:
-                self._upload(content, size, digest, relative)
-        self._set_synced(relative, digest, _stamp(status))
+            synced = self._synced(relative)[0]
+            if digest != synced:
+                before = self._digests(relative)
+                if synced and not {*before[:1]} <= {digest, synced, *self._claimed(relative)}:
+                    return  # another machine has written since, and taken over
+                self._upload(content, size, digest, before, relative)
+        self._set_synced(relative, digest, _stamp(status), digest)
 
-    def _upload(self, content: BinaryIO, size: int, digest: str, relative: str) -> None:
+    def _upload(
+        self, content: BinaryIO, size: int, digest: str, before: list[str], relative: str
+    ) -> None:
         """Write a file of the storage, its checksum first."""
-        before = self._digests(relative)
         if digest not in before[:1]:
+            self._set_synced(
+                relative, *self._synced(relative), *self._claimed(relative)[-_KNOWN:], digest
+            )
             if before and relative.endswith(_KEPT):
                 with suppress(FileNotFoundError):  # it was deleted, or never written
                     self._retried(lambda fs, at: fs.copy_file(at, at + _PREVIOUS), relative)
@@ -82,7 +90,8 @@ class WorkingCopy:
         digests = self._digests(relative)
         if file.is_file():
             here, synced = _digest(file), self._synced(relative)[0]
-            if here in digests[:1] or (here != synced and synced in digests[:1]):
+            is_own = {*digests[:1]} <= {synced, *self._claimed(relative)}
+            if here in digests[:1] or (here != synced and is_own):
                 return
         for source in (relative, relative + _PREVIOUS):
             try:
@@ -95,7 +104,7 @@ class WorkingCopy:
                         f"raytrain: storage: {without_secrets(self.url)}/{relative} does not match its "
                         "checksum; the version before it is used"
                     )
-                self._set_synced(relative, found, _stamp(file.stat()))
+                self._set_synced(relative, found, _stamp(file.stat()), digests[0])
                 return
         raise StorageError(
             None,
@@ -162,16 +171,23 @@ class WorkingCopy:
 
     def _synced(self, relative: str) -> tuple[str, str]:
         """Digest and stamp of a file when the storage had the same; empty if that was never so."""
-        with suppress(OSError, ValueError):
-            digest, stamp = self._record(relative).read_text().split()
-            return digest, stamp
-        return "", ""
+        digest, stamp, *_ = self._noted(relative)
+        return digest, stamp
 
-    def _set_synced(self, relative: str, digest: str, stamp: str) -> None:
+    def _claimed(self, relative: str) -> list[str]:
+        """The digests that the storage's checksum may begin with since then: of uploads that were cut off."""
+        return self._noted(relative)[2:]
+
+    def _noted(self, relative: str) -> list[str]:
+        with suppress(OSError):
+            return self._record(relative).read_text().split(" ")
+        return ["", ""]
+
+    def _set_synced(self, relative: str, digest: str, stamp: str, *claimed: str) -> None:
         file = self._record(relative)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(f"{digest} {stamp}")
+        temporary.write_text(" ".join((digest, stamp, *claimed)))
         temporary.replace(file)
 
     def _retried(self, operation: Callable[[Any, str], T], relative: str) -> T:

@@ -15,7 +15,7 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
 from raytrain.core.file_systems import is_url
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import pull
+from raytrain.core.storage import later, pull
 from raytrain.training.checkpoint import LAST, load
 from raytrain.training.run_folder import ROWS, recent_rows
 
@@ -118,4 +118,5 @@ class RecentRows:
         """Keep a row; rows of this epoch and later ones are dropped, since they are trained again."""
         before = [row for row in self.rows if row.epoch < report.epoch]
         self.rows = [*before, report][-self._MOST :]
-        write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))
+        with later():
+            write_atomically(self._file, json.dumps([asdict(row) for row in self.rows]))

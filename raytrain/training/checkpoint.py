@@ -15,6 +15,7 @@ from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import atomic_writer
+from raytrain.core.storage import later
 from raytrain.core.train_state import TrainState
 from raytrain.training.part_epoch import PartEpoch, set_statistics, statistics
 from raytrain.training.run_folder import BEST as BEST
@@ -153,7 +154,8 @@ def _content(
 def _write(path: Path, content: dict[str, Any]) -> str | None:
     """What went wrong, if anything."""
     try:
-        save_atomically(path, content)
+        with later():
+            save_atomically(path, content)
     except OSError as error:
         return error.strerror or str(error)
     return None

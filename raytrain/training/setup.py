@@ -42,6 +42,13 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
         RequestError: naming what was expected.
     """
     check_kinds(run, saved.run)
+    if saved.content.get("part_epoch") is not None:
+        for field in ("batch_size", "seed", "data"):
+            if getattr(run, field) != getattr(saved.run, field):
+                raise RequestError(
+                    f"{field}: the checkpoint is within an epoch, whose batches depend on it; expected "
+                    "the same as before until the next epoch has ended"
+                )
     state = start(run, splits, DistributedContext())
     restore(state, saved, DistributedContext())
     if build_progress(run, splits, DistributedContext()).is_complete(state):

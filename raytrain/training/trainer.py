@@ -16,10 +16,11 @@ from raytrain.config.run import RunConfig
 from raytrain.core.cost import Meter
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import FOSC_EDGES, EpochMetrics, robust_drop
-from raytrain.core.errors import Diverged
+from raytrain.core.errors import Diverged, TrainingFailed
 from raytrain.core.losses import CrossEntropy
 from raytrain.core.oracle import Oracle
 from raytrain.core.regions import STEP, region
+from raytrain.core.storage import push
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
 from raytrain.core.types import Batch, mix
@@ -163,7 +164,23 @@ def fit_and_checkpoint(
         if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, context)
         within.restart()
+        if report.final and context.leads:
+            _leave(folder)
         yield report
+
+
+def _leave(folder: Path) -> None:
+    """Copy what the storage does not have yet at the end of a run.
+
+    Raises:
+        TrainingFailed: if it does not answer; the run is whole on this machine.
+    """
+    try:
+        push(folder)
+    except OSError as error:
+        raise TrainingFailed(
+            f"storage: {error.strerror or error}; the run is whole in {folder} of this machine"
+        ) from error
 
 
 def train_epoch(

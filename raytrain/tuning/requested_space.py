@@ -48,10 +48,8 @@ def _earlier(name: str, changes: Overrides) -> Path:
     own = as_run(None, {path: of_run[path] for path in of_run.keys() & {"storage", "experiment"}})
     experiment = escape(own.experiment) if "experiment" in of_run else "*"
     pattern = f"{experiment}/{escape(name)}/{SPACE}"
+    fetch_names(own.root)
     found = sorted(own.root.glob(pattern))
-    if not found:
-        fetch_names(own.root)
-        found = sorted(own.root.glob(pattern))
     if not found:
         known = [file.parent.name for file in own.root.glob(f"{experiment}/*/space.yaml")]
         raise RequestError(

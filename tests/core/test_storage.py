@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from raytrain.core import file_systems, storage, working_copy
 from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import StorageError
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import check, local_root, pull, push, remove, url_of
+from raytrain.core.storage import check, later, local_root, pull, push, remove, url_of
 
 
 class Machines:
@@ -167,6 +168,36 @@ def test_what_another_machine_has_written_since_wins_over_what_was_left_here(
     assert (first / "last.pt").read_text() == "epoch 2"
 
 
+def test_what_was_left_here_does_not_replace_what_another_machine_has_written_since(
+    machines: Machines,
+) -> None:
+    first, second = machines.on("first"), machines.on("second")
+    write_atomically(first / "last.pt", "epoch 1")
+    (first / "last.pt").write_text("epoch 2, of a node that died before it was copied")
+    pull(second)
+    write_atomically(second / "last.pt", "epoch 9")
+    push(first)
+    assert (machines.store / "last.pt").read_text() == "epoch 9"
+
+
+def test_work_that_could_not_be_copied_is_kept_though_an_upload_before_it_was_cut_off(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = machines.on("first"), machines.on("second")
+    write_atomically(first / "last.pt", "epoch 1")
+    digest = hashlib.sha256(b"epoch 2, cut off").hexdigest()
+    checksums = machines.store / "last.pt.sha256"
+    checksums.write_text(f"{digest}\n{checksums.read_text()}")
+    pull(second)
+    with monkeypatch.context() as patch, later():
+        failing(patch, 10**6)
+        write_atomically(second / "last.pt", "epoch 3")
+    pull(second)
+    assert (second / "last.pt").read_text() == "epoch 3"
+    push(second)
+    assert (machines.store / "last.pt").read_text() == "epoch 3"
+
+
 def test_a_storage_that_fails_for_a_while_is_tried_again(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +255,20 @@ def test_a_file_system_of_fsspec_serves_where_pyarrow_has_none(
 def test_a_url_without_a_file_system_is_refused(url: str) -> None:
     with pytest.raises(RequestError, match="storage: no file system for .*; expected"):
         local_root(url)
+
+
+@pytest.mark.parametrize("url", ["s3://", "file://tmp/x", "file:///a#b", "file:///a?b"])
+def test_a_url_that_would_mean_another_folder_is_refused(url: str) -> None:
+    with pytest.raises(RequestError, match="storage: .* is not a URL of a folder; expected"):
+        local_root(url)
+
+
+def test_a_name_that_ends_in_a_dot_is_a_name(machines: Machines) -> None:
+    write_atomically(machines.on("first") / "s." / "run_id", "1")
+    second = machines.on("second")
+    pull(second / "s.")
+    assert (second / "s." / "run_id").read_text() == "1"
+    assert url_of(second) == machines.url
 
 
 def test_secrets_in_a_url_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
