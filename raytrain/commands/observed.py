@@ -73,7 +73,7 @@ class Place:
 
 @dataclass
 class Signs:
-    """What tells a driver that works from one that is dead."""
+    """The difference between a driver that works and one that is dead."""
 
     outbox: OutboxView | None
     times: list[float] = field(default_factory=list)  # of changes, in seconds since 1970
