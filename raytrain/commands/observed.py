@@ -15,11 +15,13 @@ from raytrain.core.storage import pull, shown, url_of
 from raytrain.tracking.address import tracking_uri
 from raytrain.tracking.outbox_look import OutboxView
 from raytrain.training.run_folder import located
+from raytrain.tuning.launch import SILENT
 
 State = Literal["running", "interrupted", "finished"]
 
-_SILENT = 180.0  # seconds without a change after which a driver elsewhere counts as dead
-_EPOCHS = 5  # or so many epochs, if that is longer
+_EPOCHS = (
+    5  # without a change after which a driver elsewhere counts as dead, if longer than `SILENT`
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +103,7 @@ class Signs:
 
     def is_silent(self, seconds_per_epoch: float) -> bool:
         """Whether the last change was too long ago for a driver that works."""
-        patience = max(_SILENT, _EPOCHS * seconds_per_epoch)
+        patience = max(SILENT, _EPOCHS * seconds_per_epoch)
         return self.changed is None or self.changed > patience
 
 

@@ -43,7 +43,7 @@ from raytrain.tuning.executor import execute, trainable_for
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.importance import EqualCost, Importance, Method
 from raytrain.tuning.initial_trials import plan_first
-from raytrain.tuning.launch import check_not_at_work, launched
+from raytrain.tuning.launch import launched, wait_until_free
 from raytrain.tuning.mlflow_runs import PARENT
 from raytrain.tuning.population import PopulationManager, check_population
 from raytrain.tuning.published import publishing
@@ -58,6 +58,7 @@ from raytrain.tuning.study import (
     is_journal,
     new_name,
     open_study,
+    stored_study,
 )
 from raytrain.tuning.sweep_storage import OUTBOX, SweepStorage, fetch_sweep
 from raytrain.tuning.trial_manager import TrialManager
@@ -213,6 +214,8 @@ def tune(
         if resume is not None or load_if_exists:
             fetch_sweep(folder)
         again = resume is not None or (load_if_exists and is_begun(name, folder, space.study))
+        if again:
+            wait_until_free(lambda: stored_study(name, folder, space.study), load_if_exists)
         return _tune(space, splits, name, again, final, seeds, importance, watch)
 
 
@@ -253,7 +256,6 @@ def _tune(
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
         write_atomically(space_file, _space_yaml(space))
-        check_not_at_work(study)
         _open_parent(tracker, study, name, space, space_file)
         kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
         published = publishing(DriverMetrics(name, base.experiment), tracker, watch)

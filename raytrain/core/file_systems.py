@@ -20,6 +20,7 @@ T = TypeVar("T")
 _TRIES = 6  # at an operation, 1, 2, 4, ... seconds apart
 _CHUNK = 2**20  # bytes
 _PYARROW = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")  # never by fsspec
+_PASSWORD = re.compile(r"[^/]+://[^/@]*:[^/@]*@")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -39,11 +40,12 @@ def without_secrets(url: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str, field: str = "storage") -> tuple[Any, str]:
     """The file system of a URL and the path in it: pyarrow's, or that of fsspec where pyarrow has none.
 
     Raises:
-        RequestError: if neither has one.
+        RequestError: naming `field`, if neither has one, or if the URL has a password, which would be
+            recorded with it.
     """
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
@@ -54,8 +56,13 @@ def file_system(url: str) -> tuple[Any, str]:
         or (scheme == "file" and ("?" in rest or rest[0] != "/"))
     ):
         raise RequestError(
-            f"storage: {without_secrets(url)} is not a URL of a folder; expected one such as "
+            f"{field}: {without_secrets(url)} is not a URL of a folder; expected one such as "
             "s3://BUCKET/FOLDER or file:///FOLDER, with %23 for # and %3F for ?"
+        )
+    if _PASSWORD.match(url):
+        raise RequestError(
+            f"{field}: the URL is recorded; expected one without a password or key, which belong in the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the like)"
         )
     try:
         fs, path = FileSystem.from_uri(url)
@@ -64,7 +71,7 @@ def file_system(url: str) -> tuple[Any, str]:
         reason = str(error).splitlines()[0]
     except OSError as error:  # a library is missing, or the bucket cannot be found
         raise RequestError(
-            f"storage: {without_secrets(url)} cannot be used ({reason_of(error)}); expected a storage that "
+            f"{field}: {without_secrets(url)} cannot be used ({reason_of(error)}); expected a storage that "
             "answers"
         ) from None
     try:
@@ -76,7 +83,7 @@ def file_system(url: str) -> tuple[Any, str]:
         return PyFileSystem(FSSpecHandler(other)), path.rstrip("/")
     except Exception:  # fsspec's own, and those of the package it needs
         raise RequestError(
-            f"storage: no file system for {scheme}:// ({reason[:100]}); expected the path of a folder, or "
+            f"{field}: no file system for {scheme}:// ({reason[:100]}); expected the path of a folder, or "
             "a URL such as s3://BUCKET/FOLDER, gs://, abfs:// or hdfs://"
         ) from None
 

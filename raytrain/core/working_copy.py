@@ -85,9 +85,14 @@ class WorkingCopy:
         self._retried(lambda fs, at: write(fs, at, _chunks(content, size)), relative)
 
     def pull(self, relative: str) -> None:
-        """Bring a file from the storage, unless the one here is the same or newer."""
+        """Bring a file from the storage, unless the one here is the same or newer.
+
+        A file without a checksum was not written by `push`, and is left out.
+        """
         file = self.root / relative
         digests = self._digests(relative)
+        if not digests:
+            return
         if file.is_file():
             here, synced = _digest(file), self._synced(relative)[0]
             is_own = {*digests[:1]} <= {synced, *self._claimed(relative)}

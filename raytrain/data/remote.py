@@ -31,7 +31,7 @@ def local_copy(url: str) -> Path:
     parent, _, name = url.partition("?")[0].rpartition("/")
     is_file = name.endswith(SUFFIX)
     try:
-        fs, at = file_system(url)
+        fs, at = file_system(url, "data.name")
         root, local = (at.rpartition("/")[0], parent) if is_file else (at, url)
         folder = cache_folder() / "data" / _name_of(local)
         files = _listed(fs, root, recursive=not is_file)

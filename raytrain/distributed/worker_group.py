@@ -28,6 +28,7 @@ from raytrain.distributed.job_queue import started_queue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
+_LOSSES = 50  # of a group, also before a job has begun; a job has its own limit
 _RESIZE_SECONDS = 30.0  # at least, between two looks for room for more workers
 _QUIET_SECONDS = 60.0  # without a step, after which a line says so
 _ABORTS = 20  # tries to end a group that is being started, a second apart
@@ -269,7 +270,7 @@ class WorkerGroup:
                 name=self._folder.name,
                 storage_path=storage_path,
                 storage_filesystem=file_system,
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+                failure_config=FailureConfig(max_failures=_LOSSES, controller_failure_limit=-1),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[_announcement(self._bus)],
             ),

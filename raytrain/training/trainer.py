@@ -164,23 +164,27 @@ def fit_and_checkpoint(
         if state.epoch % run.checkpoint_every == 0 or report.final:
             save(state, run, folder / LAST, context)
         within.restart()
-        if report.final and context.leads:
-            _leave(folder)
+        if report.final:
+            _leave(folder, context)
         yield report
 
 
-def _leave(folder: Path) -> None:
-    """Copy what the storage does not have yet at the end of a run.
+def _leave(folder: Path, context: DistributedContext) -> None:
+    """Copy what the storage does not have yet at the end of a run: a collective.
 
     Raises:
-        TrainingFailed: if it does not answer; the run is whole on this machine.
+        TrainingFailed: on every worker, if it does not answer; the run is whole on the leading one.
     """
-    try:
-        push(folder)
-    except OSError as error:
+    problem = None
+    if context.leads:
+        try:
+            push(folder)
+        except OSError as error:
+            problem = error.strerror or str(error)
+    if context.total(torch.tensor(int(problem is not None), device=context.device)):
         raise TrainingFailed(
-            f"storage: {error.strerror or error}; the run is whole in {folder} of this machine"
-        ) from error
+            f"storage: {problem or 'see the leading worker'}; the run is whole in {folder} of its machine"
+        )
 
 
 def train_epoch(

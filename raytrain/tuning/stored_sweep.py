@@ -109,8 +109,8 @@ class StoredSweep:
         return None if self.launch is None else self.launch.host
 
     def launched_at(self) -> list[float]:
-        """When its last driver began, and when it ended, in seconds since 1970."""
-        times = () if self.launch is None else (self.launch.began, self.launch.ended)
+        """When its last driver last recorded that it works, and when it ended, in seconds since 1970."""
+        times = () if self.launch is None else (self.launch.latest, self.launch.ended)
         return [when for when in times if when is not None]
 
     def progress(self, lasts: bool) -> SweepProgress:

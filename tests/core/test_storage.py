@@ -224,6 +224,14 @@ def test_a_storage_that_stays_away_is_an_error_of_writing_and_keeps_what_it_had(
     assert (second / "last.pt").read_text() == "epoch 1"
 
 
+def test_files_that_were_not_written_by_a_push_are_left_out(machines: Machines) -> None:
+    write_atomically(machines.on("first") / "a" / "run_id", "1")
+    (machines.store / "a" / "note.txt").write_text("of another program")
+    second = machines.on("second")
+    pull(second / "a")
+    assert [file.name for file in (second / "a").iterdir()] == ["run_id"]
+
+
 def test_only_wanted_files_are_brought_and_removed_ones_stay_away(machines: Machines) -> None:
     first = machines.on("first")
     for name in ("a/run_id", "a/last.pt", "b/run_id"):
@@ -271,9 +279,13 @@ def test_a_name_that_ends_in_a_dot_is_a_name(machines: Machines) -> None:
     assert url_of(second) == machines.url
 
 
-def test_secrets_in_a_url_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_a_url_are_refused_and_its_settings_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(storage.CACHE, str(tmp_path))
-    root = local_root("s3://KEY:SECRET@bucket/runs?endpoint_override=127.0.0.1:1")
+    with pytest.raises(RequestError, match="^storage: the URL is recorded; expected") as refusal:
+        local_root("s3://KEY:p4ss@bucket/runs?endpoint_override=127.0.0.1:1")
+    assert "p4ss" not in str(refusal.value)
+    root = local_root("s3://bucket/runs?endpoint_override=127.0.0.1:1")
     assert url_of(root / "x") == "s3://bucket/runs/x"
-    assert "SECRET" not in str(root)
     assert (root / ".storage-url").stat().st_mode & 0o077 == 0
