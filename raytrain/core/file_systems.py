@@ -20,7 +20,9 @@ T = TypeVar("T")
 _TRIES = 6  # at an operation, 1, 2, 4, ... seconds apart
 _CHUNK = 2**20  # bytes
 _PYARROW = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")  # never by fsspec
-_PASSWORD = re.compile(r"[^/]+://[^/@]*:[^/@]*@")
+# A user, and a password up to the last @, since it may have any character; a port is no password.
+_PASSWORD = r"[^/?@:]*:(?!\d{2,5}([/?]|$)).*@"
+_USER = re.compile(rf"({_PASSWORD}|[^/?:]*@)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -36,7 +38,8 @@ def is_url(text: object) -> bool:
 def without_secrets(url: str) -> str:
     """The URL without its user, password and settings."""
     scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.partition("?")[0].rpartition("@")[2]
+    user = _USER.match(rest)
+    return scheme + separator + rest[user.end() if user else 0 :].partition("?")[0]
 
 
 @lru_cache(maxsize=64)
@@ -59,7 +62,7 @@ def file_system(url: str, field: str = "storage") -> tuple[Any, str]:
             f"{field}: {without_secrets(url)} is not a URL of a folder; expected one such as "
             "s3://BUCKET/FOLDER or file:///FOLDER, with %23 for # and %3F for ?"
         )
-    if _PASSWORD.match(url):
+    if re.match(_PASSWORD, rest):
         raise RequestError(
             f"{field}: the URL is recorded; expected one without a password or key, which belong in the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the like)"

@@ -12,7 +12,7 @@ import pytest
 
 from raytrain.core import file_systems, storage, working_copy
 from raytrain.core.errors import RequestError
-from raytrain.core.file_systems import StorageError
+from raytrain.core.file_systems import StorageError, without_secrets
 from raytrain.core.files import write_atomically
 from raytrain.core.storage import check, later, local_root, pull, push, remove, url_of
 
@@ -289,3 +289,20 @@ def test_secrets_in_a_url_are_refused_and_its_settings_not_shown(
     root = local_root("s3://bucket/runs?endpoint_override=127.0.0.1:1")
     assert url_of(root / "x") == "s3://bucket/runs/x"
     assert (root / ".storage-url").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        ("s3://bucket/runs@home/a:b@c?region=x@y", "s3://bucket/runs@home/a:b@c"),
+        ("hdfs://host:8020/user/a@b", "hdfs://host:8020/user/a@b"),
+        ("hdfs://user@host:8020/a@b", "hdfs://host:8020/a@b"),
+        ("s3://KEY:se/cr?t@bucket/runs", "s3://bucket/runs"),
+        ("s3://KEY:se@cr:t@bucket/runs", "s3://bucket/runs"),
+    ],
+)
+def test_a_url_is_shown_whole_but_for_its_user_password_and_settings(url: str, seen: str) -> None:
+    assert without_secrets(url) == seen
+    if "KEY" in url:
+        with pytest.raises(RequestError, match="^storage: the URL is recorded"):
+            local_root(url)
