@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -306,3 +307,47 @@ def test_a_url_is_shown_whole_but_for_its_user_password_and_settings(url: str, s
     if "KEY" in url:
         with pytest.raises(RequestError, match="^storage: the URL is recorded"):
             local_root(url)
+
+
+@pytest.fixture
+def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working copy of a storage that takes connections and never answers."""
+    monkeypatch.setenv(storage.CACHE, str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(file_systems, "_SILENT", 1.0)
+    monkeypatch.setattr(file_systems, "_SLOW", 0.1)
+    monkeypatch.setattr(file_systems, "_TRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        yield local_root(f"s3://bucket/{where}?endpoint_override={where}&scheme=http&region=x")
+
+
+def test_a_storage_that_takes_requests_and_answers_none_is_named_before_it_is_given_up(
+    silent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StorageError, match="s3://bucket.*: AWS Error NETWORK_CONNECTION"):
+        pull(silent)
+    assert "does not answer (AWS Error NETWORK_CONNECTION" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("away", "calls"), [(False, 1), (True, 0)])
+def test_after_a_signal_a_storage_is_tried_once_and_one_that_does_not_answer_never(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, away: bool, calls: int
+) -> None:
+    root = machines.on("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(file_systems, "_away", {machines.url} if away else set())
+        patch.setattr(file_systems, "interrupted", lambda: True)
+        tried: list[str] = []
+
+        def fails(fs: Any, at: str) -> None:
+            tried.append(at)
+            raise OSError(5, "it fails")
+
+        with pytest.raises(StorageError):
+            file_systems.retried(machines.url, "x", fails)
+        assert len(tried) == calls
+        if not away:  # work that is finished is still copied
+            write_atomically(root / "last.pt", "epoch 1")
+            assert (machines.store / "last.pt").read_text() == "epoch 1"
