@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from raytrain.config.names import STORAGE
 from raytrain.tracking import tracking_uri
+from raytrain.training.run_folder import option
 
 RUNS = Path(STORAGE)
 """Where commands look for checkpoints by default."""
@@ -57,6 +58,12 @@ def is_server(uri: str) -> bool:
 def full_link(server: str, page: str) -> str:
     """The address of a page of the MLflow UI."""
     return f"{server.rstrip('/')}/{page}"
+
+
+def evaluate_command(run: str, storage: str, uri: str) -> str:
+    """The command that evaluates a run or a sweep of these places, as a shell takes it."""
+    elsewhere = "" if uri == tracking_uri(None) else f" {quote(f'tracking_uri={uri}')}"
+    return f"raytrain evaluate {quote(run)}{option(storage)}{elsewhere}"
 
 
 def open_ui(uri: str, name: str, page: str) -> str:

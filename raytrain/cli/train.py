@@ -11,11 +11,21 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.cli.common import is_terminal, line, number, open_ui, progress_bar, size, span
+from raytrain.cli.common import (
+    evaluate_command,
+    is_terminal,
+    line,
+    number,
+    open_ui,
+    progress_bar,
+    size,
+    span,
+)
 from raytrain.config.run import RunConfig
 from raytrain.core.console import log_line
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import without_secrets
 from raytrain.core.storage import shown
 from raytrain.training.profiling import TABLE, TRACE
 from raytrain.training.progress import StepProgress
@@ -48,7 +58,8 @@ class Epochs:
 
     def start(self, run: RunConfig, run_id: str, num_images: int) -> None:
         """Write what is trained, and what a star means in the lines of epochs."""
-        said = f"{run.algorithm.name} on {num_images:,} images of {run.data.name}, run {short_id(run_id)}"
+        images = f"{num_images:,} images of {without_secrets(run.data.name)}"
+        said = f"{run.algorithm.name} on {images}, run {short_id(run_id)}"
         self._say(f"training: {said}; * highest robust accuracy so far")
 
     def __exit__(self, *_: object) -> None:
@@ -218,6 +229,13 @@ def _time(run: RunPreview) -> str:
     return f"{said}{compiled})"
 
 
+def _evaluate(result: TrainResult) -> str:
+    """The command that evaluates it: by the beginning of its id; by its folder where that was moved."""
+    is_moved = result.checkpoints.name != result.run_id
+    name = str(result.checkpoints) if is_moved else short_id(result.run_id)
+    return evaluate_command(name, result.storage, result.tracking_uri)
+
+
 def train_summary(result: TrainResult) -> Callable[[], None]:
     """The end of `raytrain train`."""
 
@@ -234,7 +252,7 @@ def train_summary(result: TrainResult) -> Callable[[], None]:
             console.print(Markdown((result.profile / TABLE).read_text(encoding="utf-8")))
             line(console, "trace", str(result.profile / TRACE))
         line(console, "checkpoints", shown(result.checkpoints))
-        line(console, "test set", f"raytrain evaluate {short_id(result.run_id)}")
+        line(console, "test set", _evaluate(result))
         line(
             console,
             "MLflow UI",

@@ -13,10 +13,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raytrain.cli.common import RUNS, is_terminal, line, number, open_ui, span
+from raytrain.cli.common import evaluate_command, is_terminal, line, number, open_ui, span
 from raytrain.cli.trials_table import trials_table
 from raytrain.core.console import log_line
-from raytrain.core.storage import shown, url_of
+from raytrain.core.storage import shown
 from raytrain.tracking import tracking_uri
 from raytrain.tuning.space.labels import describe
 
@@ -172,7 +172,8 @@ def _say_best(console: Console, result: TuneResult) -> None:
 def _say_next(console: Console, result: TuneResult) -> None:
     """The commands of the next steps, each as a shell takes it."""
     if result.best is not None:
-        line(console, "test set", _evaluate(result))
+        command = evaluate_command(result.name, result.storage, result.tracking_uri)
+        line(console, "test set", command)
         if not result.finals:
             line(console, "new seeds", f"{result.again} --final 3")
         line(console, "retrain", f"raytrain train {quote(str(result.best_file))}")
@@ -181,15 +182,6 @@ def _say_next(console: Console, result: TuneResult) -> None:
     if result.extensible:
         line(console, "more trials", f"{result.again} --trials {result.progress.finished + _MORE}")
     line(console, "MLflow UI", open_ui(result.tracking_uri, result.name, result.page))
-
-
-def _evaluate(result: TuneResult) -> str:
-    """The command that evaluates the best trial: by the sweep's name, where that is found."""
-    found = RUNS.resolve() in result.folder.parents or url_of(result.folder) is not None
-    if _is_store_in_use(result) and found:
-        return f"raytrain evaluate {quote(result.name)}"
-    assert result.best is not None
-    return f"raytrain evaluate {quote(str(result.folder / 'trials' / result.best.handle))}"
 
 
 def _is_store_in_use(result: TuneResult) -> bool:

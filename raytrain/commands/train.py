@@ -58,6 +58,7 @@ from raytrain.training.run_folder import (
     fetch_checkpoints,
     folder_of,
     resume_run,
+    resume_sweep_of,
     run_id_of,
     stored_run,
     to_yaml,
@@ -83,6 +84,7 @@ class TrainResult(ShownResult):
     checkpoints: Path  # the folder of last.pt and best.pt
     tracking_uri: str
     page: str  # in the MLflow UI: the address below that of its server
+    storage: str  # that has it, as it was given
     profile: Path | None = None  # the folder of the trace and the table of `profile`
 
     @property
@@ -184,7 +186,17 @@ def train(
         log_model(tracker, handle, folder, splits.valid, metrics)
     profiles = folder / "profile" if profiled is not None and profiled.written else None
     page = run_link(tracker.experiment_id, run_id)
-    return TrainResult(run_id, name, run.signature(), metrics, folder, tracker.uri, page, profiles)
+    return TrainResult(
+        run_id=run_id,
+        name=name,
+        signature=run.signature(),
+        metrics=metrics,
+        checkpoints=folder,
+        tracking_uri=tracker.uri,
+        page=page,
+        storage=str(run.storage),
+        profile=profiles,
+    )
 
 
 def _usual_folder(run: RunConfig, run_id: str) -> Path:
@@ -260,8 +272,8 @@ def _checked(
         fetch_checkpoints(folder)
         if folder.parent.name == TRIALS:
             raise RequestError(
-                f"--resume: {word_of(resume)} is a trial of a sweep; expected a run of train "
-                f"(raytrain tune --resume {folder.parent.parent.name} continues the sweep)"
+                f"--resume: {word_of(resume)} is a trial of a sweep, which "
+                f"{resume_sweep_of(folder, asked.root, asked.storage)} continues; expected a run of train"
             )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
@@ -269,7 +281,7 @@ def _checked(
     check(run.root)
     if folder is not None and is_url(run.storage) and run.root not in folder.parents:
         raise RequestError(
-            f"storage: the run to continue is in {folder}; expected the same storage as before"
+            f"storage: the run to continue is in {shown(folder)}; expected the same storage as before"
         )
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
@@ -388,21 +400,19 @@ def _open(
     A run that is resumed from the `folder` with a checkpoint after `epoch` is the one recorded there.
     """
     handle = None if folder is None else run_id_of(folder)
+    where = "" if folder is None else shown(folder)
     if handle is not None:
         if not tracker.has_run(handle):
             raise RequestError(f"{handle}: MLflow at {tracker.uri} has no such run to continue")
         if tracker.is_trial(handle):
-            raise RequestError(
-                f"--resume: {folder} is a trial of a sweep; expected a run of train (raytrain tune --resume "
-                "continues the sweep)"
-            )
+            raise RequestError(f"--resume: {where} is a trial of a sweep; expected a run of train")
         tracker.adopt(handle, handle)
         tracker.reopen(handle)
         name = tracker.run_name(handle) or run.run_name or default_name(run)
         return handle, name, tracker.last_step(handle)
     if folder is not None:
         log_line(
-            f"raytrain: --resume: {folder} does not record which run of MLflow it is of; a new run goes on "
+            f"raytrain: --resume: {where} does not record which run of MLflow it is of; a new run goes on "
             "from its checkpoint"
         )
     name = run.run_name or tracker.unused_name(default_name(run))

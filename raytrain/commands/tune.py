@@ -92,6 +92,7 @@ class TuneResult(ShownResult):
     space_file: Path
     tracking_uri: str
     page: str  # of its trials in the MLflow UI: the address below that of its server
+    storage: str  # that has it, as it was given
     again: str  # the command that continues it
     extensible: bool  # whether it goes on with a larger number of trials
 
@@ -294,6 +295,7 @@ def _tune(
         space_file=space_file,
         tracking_uri=tracker.uri,
         page=link(tracker.experiment_id, name),
+        storage=str(base.storage),
         again=again,
         extensible=space.search.sampler not in ("grid", "pbt"),
     )

@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raytrain.config.names import STORAGE
 from raytrain.evaluation.names import attack_title, words_for
 from raytrain.report.cells import Cell
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.pairs import Pair
 from raytrain.report.rows import VALID, Row, order
 from raytrain.report.runs import Trained
-from raytrain.training.run_folder import short_id
+from raytrain.training.run_folder import option, short_id
 
 _NAMED = 4  # configurations in a sentence
 _PART = re.compile(r"test(?:_last)?_(\d+)")  # scope of an evaluation on some of the test images
@@ -134,7 +135,8 @@ def _next(comparable: ComparableRuns) -> tuple[str, str]:
     words = [] if attack == VALID else words_for(attack)
     sizes = [m[1] for one in comparable.rows for e in one.best if (m := _PART.fullmatch(e.scope))]
     words += [f"images={sizes[0]}"] if sizes and attack != VALID else []
-    return said, " ".join(["raytrain evaluate", short_id(run.id), *words])
+    where = option(run.tags.get("storage", STORAGE))
+    return said, " ".join([f"raytrain evaluate {short_id(run.id)}{where}", *words])
 
 
 def _unmeasured(row: Row, attack: str) -> Trained | None:

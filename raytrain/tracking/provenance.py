@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from raytrain.config.names import STORAGE
 from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.core.git import git
@@ -18,6 +19,7 @@ from raytrain.core.types import in_pixels
 from raytrain.data.loader import open_source
 from raytrain.evaluation.contract import Contract
 from raytrain.tracking.data_sets import data_name
+from raytrain.training.run_folder import option
 
 Kind = Literal["train", "sweep", "trial", "final"]
 
@@ -40,6 +42,7 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
         "signature": run.signature(),
         "seed": str(run.seed),
         "workers": str(run.workers),
+        **({} if str(run.storage) == STORAGE else {"storage": str(run.storage)}),
         **_machine(Path.cwd()),
     }
 
@@ -77,13 +80,14 @@ def note(run: RunConfig) -> str:
     cost = f"{run.epochs} epochs"
     if run.fe_per_image is not None:
         cost = f"{run.fe_per_image:g} forward-equivalents per image"
-    contract = contract_of(run)
+    contract, where = contract_of(run), option(run.storage)
     return (
         f"**{run.algorithm.name}**{outer} on {data_name(run.data)}, {model_of(run)}, {cost}, "
         f"seed {run.seed}, {run.threat.norm} {run.threat.eps:.5g}.\n\n"
-        "Next, the test set: `raytrain evaluate {run_id}`\n\n"
+        "Next, the test set: `raytrain evaluate {run_id}"
+        f"{where}`\n\n"
         "```sh\n"
-        "raytrain export {run_id} --to my-model  # weights for others, with a model card\n"
+        f"raytrain export {{run_id}} --to my-model{where}  # weights for others, with a model card\n"
         "raytrain compare {run_id} OTHER_RUN\n"
         "```\n\n"
         f"Threat model `{contract.hash}`: {contract.text}.\n"

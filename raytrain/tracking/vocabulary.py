@@ -52,6 +52,7 @@ TAGS = {
     "contract": "hash of the threat model: runs that share it may be compared",
     "contract_text": "the threat model in words",
     "signature": "hash of everything that decides what is computed",
+    "storage": "`storage`, where it is not the default",
     "checks": "`passed`, or `FAILED:` and which; absent before `evaluate`",
     "execution": "how steps were executed, and why, see `performance`; what torch.compile did for it",
     "stopped_by": "the rule of the run that ended it early, and what it saw",

@@ -6,7 +6,7 @@ import json
 import os
 from glob import escape
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from typing import TYPE_CHECKING
 
 import yaml
@@ -153,6 +153,19 @@ def resume_sweep(name: str, experiment: str, storage: str | Path) -> str:
     return join(["raytrain", "tune", "--resume", name, *located(storage, experiment)])
 
 
+def resume_sweep_of(trial: Path, root: Path, storage: str | Path) -> str:
+    """The command that continues the sweep of the trial in a folder.
+
+    `root` is the folder of a storage on this machine, in which the sweep need not be.
+    """
+    experiment = trial.parent.parent.parent
+    if root.resolve() in experiment.parents:
+        return resume_sweep(
+            trial.parent.parent.name, experiment.relative_to(root.resolve()).as_posix(), storage
+        )
+    return resume_sweep(trial.parent.parent.name, experiment.name, experiment.parent)
+
+
 def resume_run(run_id: str, storage: str | Path, uri: str | None) -> str:
     """The command that continues a training, as a shell takes it: by the beginning of its id."""
     where = located(storage) + ([] if uri is None else [f"tracking_uri={uri}"])
@@ -163,6 +176,11 @@ def located(storage: str | Path, experiment: str = EXPERIMENT) -> list[str]:
     """The words that say where a run is, as far as that is not the default."""
     given = {"experiment": (experiment, EXPERIMENT), "storage": (str(storage), STORAGE)}
     return [f"{field}={value}" for field, (value, default) in given.items() if value != default]
+
+
+def option(storage: str | Path) -> str:
+    """The option, after a space, by which `evaluate` and `export` find a run; empty for the default."""
+    return "" if str(storage) == STORAGE else f" --storage {quote(str(storage))}"
 
 
 def is_run_id(name: str) -> bool:

@@ -7,7 +7,7 @@ from shlex import quote
 
 from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.tracking import View, fitting, link, run_link
-from raytrain.training.run_folder import resume_sweep
+from raytrain.training.run_folder import option, resume_sweep
 from raytrain.tuning.budget import SweepProgress, TrialRow
 from raytrain.tuning.space.labels import describe
 from raytrain.tuning.space.search_space import SearchSpace
@@ -91,7 +91,7 @@ def sweep_note(
     said = [
         _best(space, experiment_id, best, ids or {}),
         f"[Trials]({table}), [their curves and parallel coordinates]({charts}). "
-        + _next(name, again, best),
+        + _next(f"{quote(name)}{option(base.storage)}", again, best),
         f"**Warning:** {warning}." if warning else "",
         _spent(progress),
         space.description.strip(),
@@ -116,10 +116,10 @@ def _best(
     return f"**Best: {trial}**, {space.objective[0].metric} {best.value:.4g}: {values}."
 
 
-def _next(name: str, again: str, best: TrialRow | None) -> str:
+def _next(where: str, again: str, best: TrialRow | None) -> str:
     if best is None or best.value is None:
         return f"After an interruption: `{again}`"
-    return f"Next, the best trial on the test set: `raytrain evaluate {quote(name)}`"
+    return f"Next, the best trial on the test set: `raytrain evaluate {where}`"
 
 
 def _spent(progress: SweepProgress | None) -> str:

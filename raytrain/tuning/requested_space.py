@@ -10,6 +10,7 @@ from typing import Any
 from raytrain.config.request import Overrides, as_run
 from raytrain.core.errors import RequestError
 from raytrain.core.nearest import nearest
+from raytrain.core.storage import shown
 from raytrain.training.run_folder import SPACE, fetch_names
 from raytrain.tuning.space.reading import changed_space, changes_of, read_space
 from raytrain.tuning.space.search_space import SearchSpace
@@ -53,7 +54,7 @@ def _earlier(name: str, changes: Overrides) -> Path:
     if not found:
         known = [file.parent.name for file in own.root.glob(f"{experiment}/*/space.yaml")]
         raise RequestError(
-            f"--resume: there is no sweep {name} below {own.storage}{nearest(name, known)}"
+            f"--resume: there is no sweep {name} below {shown(own.root)}{nearest(name, known)}"
         )
     if len(found) > 1:
         several = " and ".join(file.parent.parent.name for file in found)

@@ -19,6 +19,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import is_url, without_secrets
 from raytrain.core.nearest import nearest
 from raytrain.core.seeds import mix
+from raytrain.core.storage import shown
 from raytrain.tracking import sqlite_file, sqlite_uri
 from raytrain.training.run_folder import SPACE
 from raytrain.tuning.history import Proposes
@@ -89,7 +90,7 @@ def check_name(name: str, folder: Path, resume: bool, url: str | None) -> None:
     Raises:
         RequestError: if it is the other way round, or the database at `url` cannot be used.
     """
-    place = str(folder.parent) if url is None else _shown(url)
+    place = shown(folder.parent) if url is None else _shown(url)
     exists = _has_study(name, folder, url)
     if resume and not exists and not (folder / SPACE).is_file():
         known = [file.parent.name for file in folder.parent.glob(f"*/{SPACE}")]

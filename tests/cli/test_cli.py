@@ -476,7 +476,10 @@ def test_a_star_is_explained_once(home: Path) -> None:
 def test_a_trial_of_a_sweep_is_not_continued_as_a_run(here: Path) -> None:
     (here / "runs/raytrain/s/trials/t0001").mkdir(parents=True)
     said = refusal("train", "--resume", "runs/raytrain/s/trials/t0001")
-    assert "is a trial of a sweep" in said and "raytrain tune --resume s " in said
+    assert "is a trial of a sweep, which raytrain tune --resume s continues" in said
+    (here / "my runs/a/b/s/trials/t0001").mkdir(parents=True)
+    said = refusal("train", "--resume", "my runs/a/b/s/trials/t0001", "storage=my runs")
+    assert "raytrain tune --resume s experiment=a/b 'storage=my runs' continues" in said
 
 
 def test_a_diverging_training_fails_with_its_epoch_and_is_recorded_as_failed(here: Path) -> None:
@@ -605,6 +608,17 @@ def test_an_interrupted_training_ends_with_the_command_that_continues_it(
     command = shlex.split(ended.stderr.splitlines()[-1])
     assert command == ["raytrain", "train", "--resume", run.info.run_id[:8], *words]
     assert run_of(command[3], here / "my runs", None) == run.info.run_id
+
+
+def test_the_command_that_is_told_finds_a_run_in_places_that_are_not_the_default(
+    here: Path,
+) -> None:
+    text = answer("train", *SMALL, "storage=my runs", "tracking_uri=sqlite:///my.db")
+    (command,) = [one for one in text.splitlines() if one.startswith("test set")]
+    words = shlex.split(command.removeprefix("test set"))
+    answer(*words[1:], "attacks=fgsm", "images=8")
+    assert len(list((here / "my runs").rglob("evaluation.json"))) == 1
+    assert not (here / "runs").exists() and not (here / "mlflow.db").exists()
 
 
 def test_the_result_is_told_to_a_reader_with_what_to_do_next(here: Path) -> None:

@@ -29,7 +29,8 @@ TRIALS = [
 
 def trained() -> TrainResult:
     metrics = {"train/loss": 2.0, "valid/clean": 0.5, "valid/robust": 0.25}
-    return TrainResult("id", "pgd-digits", "abc", metrics, FOLDER, "sqlite:///x.db", "#/page")
+    store = "sqlite:///x.db"
+    return TrainResult("id", "pgd-digits", "abc", metrics, FOLDER, store, "#/page", "runs")
 
 
 def swept(best: TrialRow | None = TRIALS[0], trials: list[TrialRow] = TRIALS) -> TuneResult:
@@ -55,6 +56,7 @@ def swept(best: TrialRow | None = TRIALS[0], trials: list[TrialRow] = TRIALS) ->
         space_file=FOLDER / "space.yaml",
         tracking_uri="sqlite:///x.db",
         page="#/page",
+        storage="runs",
         again="raytrain tune --resume s",
         extensible=True,
     )

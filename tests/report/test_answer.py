@@ -107,6 +107,8 @@ def test_the_next_is_the_best_in_validation_of_what_was_not_evaluated() -> None:
     answer = answered(*runs)
     assert answer.command == f"raytrain evaluate {'b' * 8}"
     assert answer.next.startswith("none of 3 configurations was evaluated on the test set")
+    elsewhere = trained("e", robust=[0.99], id="e" * 32, tags={"storage": "my runs"})
+    assert answered(elsewhere).command == f"raytrain evaluate {'e' * 8} --storage 'my runs'"
     stopped = trained("d", robust=[0.95], id="d" * 32, tags={"outcome": "stopped"})
     assert answered(*runs, stopped).command == answer.command
 

@@ -44,6 +44,7 @@ from raytrain.tuning.descriptions import (
 )
 from raytrain.tuning.initial_trials import _comparable, _run_of
 from raytrain.tuning.mlflow_runs import PARENT, MlflowRuns
+from raytrain.tuning.space.reading import read_space
 from raytrain.tuning.space.search_space import SearchSpace
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
@@ -169,7 +170,23 @@ def test_the_description_of_a_training_names_what_it_is_and_its_contract() -> No
     text = provenance.note(run)
     for word in ("trades", "awp", "small_cnn", "60 forward", provenance.contract_of(run).hash):
         assert word in text
-    assert "raytrain evaluate {run_id}" in text and "raytrain export {run_id}" in text
+    assert "raytrain evaluate {run_id}`" in text and "raytrain export {run_id}" in text
+
+
+def test_commands_of_descriptions_say_where_the_run_is_unless_that_is_the_default() -> None:
+    url = "s3://bucket/runs?endpoint_override=host:1&scheme=http"
+    run = as_run(None, [f"storage={url}"])
+    text = provenance.note(run)
+    assert f"raytrain evaluate {{run_id}} --storage '{url}'`" in text
+    assert f"--to my-model --storage '{url}'" in text
+    assert provenance.tags(run)["storage"] == url and "storage" not in provenance.tags(
+        as_run(None)
+    )
+    space = read_space(ROOT / "search_spaces" / "quickstart.yaml", [f"storage={url}"])
+    best = TrialRow(3, "complete", (0.75,), {}, {}, 9, "t0003")
+    assert f"`raytrain evaluate quick --storage '{url}'`" in sweep_note(
+        space, "quick", "7", None, best
+    )
 
 
 def test_the_description_of_a_sweep_has_its_space_and_then_its_best() -> None:

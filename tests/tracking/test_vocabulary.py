@@ -132,7 +132,7 @@ def test_every_tag_that_is_written_is_documented_and_the_other_way_round(
 ) -> None:
     recorder: Any = Recorder()
     runs = MlflowRuns(recorder, "s", tmp_path)
-    runs.begin("t0000", as_run(None), {})
+    runs.begin("t0000", as_run(None, ["storage=elsewhere"]), {})
     runs.tag("t0000", ROW.tags())
     runs.end("t0000", "failed", "why")
     record_evaluation(recorder, tmp_path)
