@@ -53,7 +53,7 @@ class SweepProgress:
     outcomes: dict[str, int]  # how they ended
     retries: int  # restarts after a lost worker or driver
     fe_per_image: float  # spent, over all trials
-    seconds: float  # of this launch
+    seconds: float | None  # of this launch; None if an older version has not recorded it
     seconds_left: float | None  # if it goes on as it did
     best: TrialRow | None
     running: tuple[Running, ...]

@@ -131,7 +131,7 @@ class StoredSweep:
             sum(one.get("progress", 0.0) for one in last),
         )
         if launch is None:
-            progress = replace(progress, seconds=0.0)
+            progress = replace(progress, seconds=None)
         return progress if lasts and launch else replace(progress, seconds_left=None)
 
     def rows_at(self) -> list[float]:
@@ -156,4 +156,6 @@ class StoredSweep:
 
 
 def _cost(last: Mapping[str, Any]) -> float:
-    return last.get("fe_per_image", 0.0)
+    """Of a trial with this last row; an older version has recorded it per image of each epoch only."""
+    of_epochs = last.get("metrics", {}).get("cost/fe_per_sample", 0.0) * last.get("epoch", 0)
+    return last.get("fe_per_image", of_epochs)

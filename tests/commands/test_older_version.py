@@ -13,6 +13,7 @@ from ray_helpers import runs_of, trials_of
 
 import raytrain
 from raytrain.commands.compare import compare
+from raytrain.commands.sweep_status import SweepStatus
 
 # MLflow's tables use a strategy that SQLAlchemy 2.1 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*loader strategy")
@@ -48,6 +49,12 @@ def older(here: Path) -> Path:
 def run_id(folder: Path, name: str) -> str:
     (found,) = (run.info.run_id for run in runs_of(folder)[0] if run.info.run_name == name)
     return found
+
+
+def test_the_status_of_a_sweep_has_its_cost_from_its_rows_and_no_time(older: Path) -> None:
+    found = raytrain.status("s")
+    assert isinstance(found, SweepStatus)
+    assert found.progress.fe_per_image == 10.0 and found.progress.seconds is None
 
 
 @pytest.mark.slow
