@@ -19,6 +19,7 @@ import torch
 
 from raytrain.core.distributed_context import keep_freed_memory
 
+os.environ["RAYTRAIN_CACHE"] = tempfile.mkdtemp(prefix="raytrain-cache-")
 torch.set_num_threads(1)
 keep_freed_memory()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import torch
 
 from raytrain.attacks.autoattack import EDITION
 from raytrain.commands.results import Result, ShownResult, word_of
@@ -30,6 +31,7 @@ from raytrain.core.nearest import nearest
 from raytrain.core.signals import interruptible
 from raytrain.core.storage import local_root, push, shown
 from raytrain.data.loader import open_test
+from raytrain.data.reading import Selection
 from raytrain.distributed.evaluator_pool import evaluator_pool
 from raytrain.evaluation.examples import examples_table
 from raytrain.evaluation.previous import Earlier
@@ -155,7 +157,7 @@ def evaluate(
     store = tracking_uri(config.tracking_uri)  # refused before the work, if it names no store
     part, _ = open_test(config.data, local_context("cpu"))
     count = min(part.num_images, settings.images or part.num_images)
-    pixels, labels = part.pixels[:count], part.labels[:count]
+    pixels, labels = Selection(part.pixels, torch.arange(count)), part.labels[:count]
     scope = scope_of(file.stem, None if count == part.num_images else count, contract, trained)
     folder = file.parent / FOLDER / scope
     key = {

@@ -12,6 +12,7 @@ from shlex import join
 from typing import Any
 
 import numpy as np
+import torch
 
 from raytrain.commands.results import Result, ShownResult, word_of
 from raytrain.config.request import (
@@ -309,7 +310,7 @@ def log_model(
     for name in (BEST, LAST):
         if (folder / name).is_file():
             tracker.artifact(handle, folder / name, "checkpoints")
-    example: np.ndarray = (part.pixels[:2].cpu().float() / 255).numpy()
+    example: np.ndarray = (part.read(torch.arange(2)).cpu().float() / 255).numpy()
     saved = load(folder)
     entry = registered(saved, metrics) if saved.run.registry else None
     tracker.model(handle, network(saved).float(), example, entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raytrain.core.errors import RequestError
 
+ReadAhead = Callable[[Callable[..., Tensor], Sequence[Any]], Generator[Tensor]]
+"""Yields read(*request) for every request, in order, each computed in another process ahead of its use."""
+
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -26,6 +29,7 @@ class DistributedContext:
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world: int = 1
+    read_ahead: ReadAhead | None = None  # None: in processes of this machine
 
     @property
     def leads(self) -> bool:

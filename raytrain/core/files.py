@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,11 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     """Write a text file in UTF-8 through `atomic_writer`."""
     with atomic_writer(path, durable) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock that one process of the machine has at a time; released when the process dies."""
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

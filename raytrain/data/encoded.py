@@ -53,9 +53,9 @@ def decode(
     column: pa.Array, location: Location, mode: str | None = None
 ) -> UInt8[np.ndarray, "n c h w"]:
     """Decode every image of the column, in `mode` if given, to one channel if all are grey, else three."""
-    files = _contents(column, location)
+    files = contents(column, location)
     starts = range(0, len(files), SLICE)
-    with _pillow_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with pillow_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         slices = pool.map(
             lambda start: _decode_slice(
                 files[start : start + SLICE], replace(location, row=location.row + start), mode
@@ -67,7 +67,7 @@ def decode(
 
 
 @contextmanager
-def _pillow_warnings() -> Iterator[None]:
+def pillow_warnings() -> Iterator[None]:
     """Ignore warnings of repaired defects (EXIF, palettes); an image above its pixel limit is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -75,7 +75,8 @@ def _pillow_warnings() -> Iterator[None]:
         yield
 
 
-def _contents(column: pa.Array, location: Location) -> list[bytes]:
+def contents(column: pa.Array, location: Location) -> list[bytes]:
+    """Return the files of the column."""
     values = column.field("bytes") if pa.types.is_struct(column.type) else column
     if column.null_count or values.null_count:
         row = next(
@@ -93,7 +94,7 @@ def _decode_slice(
     images = []
     for row, content in enumerate(files):
         try:
-            images.append(_decode_one(content, mode))
+            images.append(decode_one(content, mode))
         except Exception as error:  # types differ by decoder: OSError, SyntaxError, struct.error
             raise _undecodable(content, error, location, row) from error
     return images
@@ -111,7 +112,7 @@ def _undecodable(content: bytes, error: Exception, location: Location, row: int)
     )
 
 
-def _decode_one(content: bytes, mode: str | None) -> UInt8[np.ndarray, "h w *rgb"]:
+def decode_one(content: bytes, mode: str | None) -> UInt8[np.ndarray, "h w *rgb"]:
     """Decode an image: grey to h w, everything else to h w 3; 16 bits are rounded to 8, alpha dropped."""
     with Image.open(io.BytesIO(content)) as file:
         image = _turned(file)

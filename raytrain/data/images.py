@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
 from raytrain.core.errors import RequestError
@@ -29,14 +29,28 @@ class Origin:
     named_by: Path | None
 
 
+@runtime_checkable
+class Pixels(Protocol):
+    """Pixels 0..255 of images, (n, c, h, w): a tensor, or files that are decoded where they are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """The pixels of these images, as a tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Pixels 0..255, one label per image, class names, and the Parquet files."""
+    """Pixels 0..255, one label per image, class names, and what is known of Parquet files."""
 
-    pixels: UInt8[Tensor, "n c h w"]
+    pixels: Pixels
     labels: Int64[Tensor, " n"]
     classes: tuple[str, ...]
     origin: Origin | None = None
+    levels: Int64[np.ndarray, "c 256"] | None = None  # pixels of each value, per channel
+    is_shared: bool = False  # whether they are in a file that all processes of the machine map
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,13 @@ def label_fault(labels: Int64[np.ndarray, " n"], num_classes: int) -> str | None
     return None
 
 
-def pixel_fault(pixels: UInt8[np.ndarray, "n c h w"], training: bool) -> str | None:
-    """Return why these images are not distinguishable, if they are not: "expected ..., found ..."."""
-    if pixels.max() <= 1:
+def pixel_fault(brightest: int, num_equal: int) -> str | None:
+    """Return why images are not distinguishable, if they are not: "expected ..., found ...".
+
+    `brightest` is their largest value, `num_equal` their number if all training images are equal, else 0.
+    """
+    if brightest <= 1:
         return DARK
-    if training and all(np.array_equal(image, pixels[0]) for image in pixels):
-        return f"expected training images that differ, found {len(pixels)} equal ones"
+    if num_equal:
+        return f"expected training images that differ, found {num_equal} equal ones"
     return None

@@ -7,9 +7,10 @@ epoch, and a batch holds the same images for any number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,25 +19,41 @@ from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.errors import RequestError
+from raytrain.core.memory import machine_memory
 from raytrain.core.regions import DATA, region
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
-from raytrain.data.sources import SOURCES, ImageSet, Source, Split, read, source_of
+from raytrain.data.images import Pixels
+from raytrain.data.read_ahead import in_processes
+from raytrain.data.reading import ImageReader, Selection, images_of
+from raytrain.data.sources import SOURCES, ImageSet, Source, Split, source_of
 from raytrain.data.spec import DataSpec
 from raytrain.data.validation_split import split_validation
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """Which images a batch holds, on the device, and how they are augmented."""
+
+    index: Int64[Tensor, " n"]
+    rng: BatchRandom
+    view: AugmentedView | None = None
 
 
 @dataclass(frozen=True)
 class SplitShard:
     """This worker's images of a split: row k has index rank + k * world."""
 
-    pixels: UInt8[Tensor, "owned c h w"]
+    pixels: Pixels  # (owned, c, h, w), on the device if `reader` is None
     labels: Int64[Tensor, " owned"]
     num_images: int  # over all workers
     context: DistributedContext
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
+    reader: ImageReader | None = (
+        None  # of the same pixels in other processes, if they are not in memory
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,14 +61,54 @@ class SplitShard:
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the images and labels that are held in memory."""
+        labels = self.labels.numel() * self.labels.element_size()
+        return labels + (math.prod(self.pixels.shape) if self.reader is None else 0)
+
+    def read(self, index: Tensor) -> UInt8[Tensor, "n c h w"]:
+        """The pixels 0..255 of the images with these indices, all owned by this worker, on the device."""
+        rows = index // self.context.world
+        if self.reader is None:
+            return self.pixels[rows]
+        return self.pixels[rows.cpu()].to(self.context.device)
+
     def batch(self, index: Tensor, rng: BatchRandom, view: AugmentedView | None = None) -> Batch:
         """Return the images with these indices, all owned by this worker, cropped and flipped by `view`."""
-        rows = index // self.context.world
-        pixels = self.pixels[rows]
-        if view is not None:
-            pixels = cut(pixels, view)
+        pixels = self.read(index)
+        return self._batch(
+            pixels if view is None else cut(pixels, view), BatchRequest(index, rng, view)
+        )
+
+    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+        """Yield batches in order; images that are not in memory are decoded ahead, in other processes."""
+        if self.reader is not None:
+            yield from self._decoded_ahead(self.reader, list(requests))
+            return
+        for request in requests:
+            with region(DATA):
+                batch = self.batch(request.index, request.rng, request.view)
+            yield batch
+
+    def _decoded_ahead(self, reader: ImageReader, requests: list[BatchRequest]) -> Iterator[Batch]:
+        context, pixels = self.context, self.pixels
+        assert isinstance(pixels, Selection)
+        ahead = context.read_ahead or in_processes
+        wanted = [
+            (pixels.rows[request.index.cpu() // context.world], _on_cpu(request.view))
+            for request in requests
+        ]
+        with closing(ahead(reader, wanted)) as decoded:
+            for request, images in zip(requests, decoded, strict=True):
+                with region(DATA):
+                    batch = self._batch(images.to(context.device, non_blocking=True), request)
+                yield batch
+
+    def _batch(self, pixels: Tensor, request: BatchRequest) -> Batch:
         images = (pixels.to(self.dtype) / 255).contiguous(memory_format=self.memory_format)
-        return Batch(images, self.labels[rows], index, rng, view)
+        labels = self.labels[request.index // self.context.world]
+        return Batch(images, labels, request.index, request.rng, request.view)
 
 
 @dataclass(frozen=True)
@@ -74,14 +131,15 @@ def open_splits(
     Raises:
         RequestError: naming the file or field that makes training or validation impossible.
     """
-    images, source = _training_set(spec)
+    images, source = _training_set(spec, context)
     if spec.pad is not None and spec.pad >= source.size:
         raise RequestError(
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
     validation, training = split_validation(images.labels, spec)
+    reader = _reader(images, spec, "train", context)
     train, valid = (
-        replace(_part(images, chosen, context, dtype), memory_format=memory_format)
+        replace(_part(images, chosen, context, dtype, reader), memory_format=memory_format)
         for chosen in (training, validation)
     )
     return Splits(train, valid, source)
@@ -89,7 +147,11 @@ def open_splits(
 
 def open_source(spec: DataSpec) -> Source:
     """Return the properties of a data set: channels, classes, statistics of pixels."""
-    return SOURCES[spec.name] if spec.name in SOURCES else _training_set(spec)[1]
+    return (
+        SOURCES[spec.name]
+        if spec.name in SOURCES
+        else _training_set(spec, DistributedContext())[1]
+    )
 
 
 def open_test(
@@ -100,9 +162,10 @@ def open_test(
     Raises:
         RequestError: naming the file that does not fit the training images.
     """
-    training, source = _training_set(spec)
-    images = _read(spec, "test", like=training)
-    return _part(images, np.arange(len(images.labels)), context, dtype), source
+    source = _training_set(spec, context)[1]
+    images = images_of(_fields(spec), "test", _memory(context))
+    reader = _reader(images, spec, "test", context)
+    return _part(images, np.arange(len(images.labels)), context, dtype, reader), source
 
 
 def num_steps(part: SplitShard, batch_size: int) -> int:
@@ -120,14 +183,22 @@ def iter_train(
     """Yield the training batches of one epoch for this worker, from the `first` on: a function of seed and
     epoch alone.
     """
-    context, device = part.context, part.pixels.device
+    context = part.context
     order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
     slots = slice(context.rank, None, context.world)
-    for step, index in enumerate(order[first:, slots].to(device), first):
-        rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, device)
-        with region(DATA):
-            batch = part.batch(index, rng, random_view(rng, pad, flip))
-        yield batch
+
+    def requests() -> Iterator[BatchRequest]:
+        for step, index in enumerate(order[first:, slots].to(context.device), first):
+            rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, context.device)
+            yield BatchRequest(index, rng, random_view(rng, pad, flip))
+
+    yield from part.batches(requests())
+
+
+def _on_cpu(view: AugmentedView | None) -> AugmentedView | None:
+    if view is None:
+        return None
+    return AugmentedView(view.pad, view.top.cpu(), view.left.cpu(), view.mirrored.cpu())
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:
@@ -143,45 +214,60 @@ def iter_eval(
     part: SplitShard, batch_size: int, seed: int, images: int | None = None
 ) -> Iterator[Batch]:
     """Yield every image once (or the first `images`), in order, un-augmented: for evaluation."""
-    context, device = part.context, part.pixels.device
+    context, device = part.context, part.context.device
     count = part.num_images if images is None else min(images, part.num_images)
-    for first in range(0, count, batch_size):
-        width = min(batch_size, count - first)
-        slots = slice((context.rank - first) % context.world, None, context.world)
-        index = torch.arange(first, first + width, device=device)[slots]
-        yield part.batch(index, BatchRandom(mix(seed, "sweep", first), width, slots, device))
+
+    def requests() -> Iterator[BatchRequest]:
+        for first in range(0, count, batch_size):
+            width = min(batch_size, count - first)
+            slots = slice((context.rank - first) % context.world, None, context.world)
+            index = torch.arange(first, first + width, device=device)[slots]
+            yield BatchRequest(index, BatchRandom(mix(seed, "sweep", first), width, slots, device))
+
+    yield from part.batches(requests())
 
 
 def _part(
-    images: ImageSet, chosen: np.ndarray, context: DistributedContext, dtype: torch.dtype
+    images: ImageSet,
+    chosen: np.ndarray,
+    context: DistributedContext,
+    dtype: torch.dtype,
+    reader: ImageReader | None,
 ) -> SplitShard:
+    """The images of a split that this worker owns, of those `chosen`."""
     owned = torch.from_numpy(chosen)[context.rank :: context.world]
-    pixels, labels = images.pixels[owned], images.labels[owned]
-    return SplitShard(
-        pixels.to(context.device), labels.to(context.device), len(chosen), context, dtype
-    )
+    shared = images.is_shared and context.device.type == "cpu"
+    if reader is not None or shared:  # a copy would be this process's own
+        pixels = Selection(images.pixels, owned)
+    else:
+        pixels = images.pixels[owned].to(context.device)
+    labels = images.labels[owned].to(context.device)
+    return SplitShard(pixels, labels, len(chosen), context, dtype, reader=reader)
 
 
-def _read(spec: DataSpec, split: Split, like: ImageSet | None = None) -> ImageSet:
-    return read(
-        spec.name,
-        split,
-        path=spec.root,
-        image_column=spec.image_column,
-        label_column=spec.label_column,
-        test_path=spec.test_path,
-        like=like,
-    )
+def _reader(
+    images: ImageSet, spec: DataSpec, split: Split, context: DistributedContext
+) -> ImageReader | None:
+    if isinstance(images.pixels, Tensor):
+        return None
+    return ImageReader(_fields(spec), split, _memory(context))
 
 
-def _training_set(spec: DataSpec) -> tuple[ImageSet, Source]:
-    # Keyed by the fields on which the data depends: a process with many trials reads once.
-    read_by = {"name", "root", "test_path", "image_column", "label_column"}
-    return _cached(spec.model_dump_json(include=read_by))
+def _memory(context: DistributedContext) -> int:
+    """Bytes of images that are kept in memory: half of this machine's and half of all workers' GPUs'."""
+    memory = machine_memory() // 2
+    if context.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(context.device).total_memory
+        memory = min(memory, context.world * gpu // 2)
+    return memory
 
 
-@lru_cache(maxsize=2)
-def _cached(fields: str) -> tuple[ImageSet, Source]:
-    spec = DataSpec.model_validate_json(fields)
-    images = _read(spec, "train")
+def _training_set(spec: DataSpec, context: DistributedContext) -> tuple[ImageSet, Source]:
+    images = images_of(_fields(spec), "train", _memory(context))
     return images, source_of(spec.name, images)
+
+
+def _fields(spec: DataSpec) -> str:
+    """The fields on which the images depend: a process with many trials reads once."""
+    read_by = {"name", "root", "test_path", "image_column", "label_column", "in_memory"}
+    return spec.model_dump_json(include=read_by)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from raytrain.core.errors import RequestError
 from raytrain.data.arrays import unpack
 from raytrain.data.columns import class_names, image_column, image_mode, label_column
 from raytrain.data.encoded import decode, is_encoded
-from raytrain.data.images import DARK, ImageSet, Location, Origin, label_fault, pixel_fault
+from raytrain.data.images import DARK, ImageSet, Location, Origin, Pixels, label_fault
+from raytrain.data.levels import Levels
 
 BATCH_ROWS = 1024
 MAX_CLASSES = 65_536
@@ -36,9 +37,9 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One batch of rows, and its location."""
+    """Labels and shape of one batch of rows, and its location."""
 
-    pixels: UInt8[np.ndarray, "n c h w"]
+    shape: tuple[int, ...]  # of its pixels
     labels: Int64[np.ndarray, " n"]
     pixels_at: Location
     labels_at: Location
@@ -55,6 +56,26 @@ class _Layout:
     origin: Origin
 
 
+@dataclass(frozen=True)
+class Images:
+    """One batch of an image column: decoded, and as it is in the file."""
+
+    pixels: UInt8[np.ndarray, "n c h w"]
+    column: pa.Array
+    mode: str | None  # of the column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Everything about the rows of a split except their pixels."""
+
+    labels: Int64[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    origin: Origin
+    shape: tuple[int, int, int]  # channels, height, width
+    levels: Int64[np.ndarray, "c 256"]  # pixels of each value, per channel
+
+
 def read_parquet(
     files: list[Path],
     *,
@@ -63,7 +84,45 @@ def read_parquet(
     like: ImageSet | None = None,
     training: bool = True,
 ) -> ImageSet:
-    """Read the rows of all files, in order, as one tensor.
+    """Read the rows of all files, in order, as one tensor: see `read_rows`."""
+    parts: list[np.ndarray] = []
+    rows = read_rows(
+        files,
+        lambda images: parts.append(images.pixels),
+        image=image,
+        label=label,
+        like=like,
+        training=training,
+    )
+    return image_set(torch.from_numpy(joined(parts, rows)), rows)
+
+
+def joined(parts: list[np.ndarray], rows: Rows) -> UInt8[np.ndarray, "n c h w"]:
+    """Join batches of images; grey ones become equal channels beside coloured ones."""
+    pixels = np.empty((len(rows.labels), *rows.shape), dtype=np.uint8)
+    start = 0
+    for part in parts:
+        pixels[start : start + len(part)] = part
+        start += len(part)
+    return pixels
+
+
+def image_set(pixels: Pixels, rows: Rows, is_shared: bool = False) -> ImageSet:
+    """The images of a split with their pixels."""
+    labels = torch.from_numpy(rows.labels)
+    return ImageSet(pixels, labels, rows.classes, rows.origin, rows.levels, is_shared)
+
+
+def read_rows(
+    files: list[Path],
+    take: Callable[[Images], None],
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    like: ImageSet | None = None,
+    training: bool = True,
+) -> Rows:
+    """Read and check the rows of all files, in order; pass the images to `take`, a batch at a time.
 
     Every file must fit the first one or, where they are given, the images `like` (those that a
     network is trained on): columns, size, channels, labels and class names. Grey images become
@@ -78,20 +137,36 @@ def read_parquet(
     for file in files:
         tables.append(_table(file, image, label, first))
         first = first or _origin(tables[0], named_by=None)
-    chunks = [chunk for table in tables for chunk in _chunks(table)]
+    levels = Levels()
+    chunks = [chunk for table in tables for chunk in _chunks(table, levels, take)]
     whole = files[0] if len(files) == 1 else Path(os.path.commonpath(files))
     if not chunks:
         raise RequestError(f"{whole}: expected at least one row, found none")
     layout = _layout(chunks) if like is None else _layout_of(like)
     labels = np.concatenate([_relabelled(chunk, layout) for chunk in chunks])
-    pixels = _join(chunks, layout)
+    for chunk in chunks:
+        _check_shape(chunk, layout)
     if training and (fault := label_fault(labels, len(layout.classes))):
         raise replace(chunks[0].labels_at, file=whole).error(fault)
-    if fault := pixel_fault(pixels, training):
+    if fault := levels.fault(training):
         raise replace(chunks[0].pixels_at, file=whole).error(fault)
-    return ImageSet(
-        torch.from_numpy(pixels), torch.from_numpy(labels), layout.classes, layout.origin
-    )
+    shape = (layout.channels, layout.size, layout.size)
+    return Rows(labels, layout.classes, layout.origin, shape, levels.of(layout.channels))
+
+
+def decoded_bytes(files: list[Path], image: str | None = None) -> int:
+    """Bytes of all images as pixels, if all are as large as the first one."""
+    count = 0
+    for file in files:
+        with _readable(file), pq.ParquetFile(file) as parquet:
+            count += parquet.metadata.num_rows
+    for file in files:
+        with _readable(file):
+            schema = pq.read_schema(file, memory_map=True)
+        at = Location(file, image_column(file, schema, image))
+        for batch in _batches(file, [at.column], size=1):
+            return count * _decoded(batch.column(0), at, image_mode(schema, at.column)).nbytes
+    return 0
 
 
 def _table(file: Path, image: str | None, label: str | None, first: Origin | None) -> _Table:
@@ -107,29 +182,28 @@ def _origin(one: _Table | _Chunk, named_by: Path | None) -> Origin:
     return Origin(one.pixels_at.file, one.pixels_at.column, one.labels_at.column, named_by)
 
 
-def _chunks(table: _Table) -> Iterator[_Chunk]:
+def _chunks(table: _Table, levels: Levels, take: Callable[[Images], None]) -> Iterator[_Chunk]:
     pixels_at, labels_at, brightest = table.pixels_at, table.labels_at, 0
     for batch in _batches(pixels_at.file, [pixels_at.column, labels_at.column]):
         column = batch.column(pixels_at.column)
-        is_file = is_encoded(column.type)
-        pixels = decode(column, pixels_at, table.mode) if is_file else unpack(column, pixels_at)
-        brightest = max(brightest, int(pixels.max()))
-        yield _Chunk(
-            pixels=pixels,
-            labels=_labels(batch.column(labels_at.column), labels_at),
-            pixels_at=pixels_at,
-            labels_at=labels_at,
-            names=table.names,
-        )
+        pixels = _decoded(column, pixels_at, table.mode)
+        brightest = max(brightest, levels.add(pixels))
+        labels = _labels(batch.column(labels_at.column), labels_at)
+        take(Images(pixels, column, table.mode))
+        yield _Chunk(pixels.shape, labels, pixels_at, labels_at, table.names)
         pixels_at = replace(pixels_at, row=pixels_at.row + batch.num_rows)
         labels_at = replace(labels_at, row=labels_at.row + batch.num_rows)
     if brightest == 1:  # a black file may be one of several, but not a file of 0 and 1
         raise table.pixels_at.error(DARK)
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _decoded(column: pa.Array, at: Location, mode: str | None) -> UInt8[np.ndarray, "n c h w"]:
+    return decode(column, at, mode) if is_encoded(column.type) else unpack(column, at)
+
+
+def _batches(file: Path, columns: list[str], size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     with _readable(file), pq.ParquetFile(file, memory_map=True) as parquet:
-        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        for batch in parquet.iter_batches(batch_size=size, columns=columns):
             if batch.num_rows:
                 yield batch
 
@@ -159,13 +233,13 @@ def _labels(column: pa.Array, location: Location) -> Int64[np.ndarray, " n"]:
 
 def _layout(chunks: list[_Chunk]) -> _Layout:
     """The layout of the first image, with the class names of the first file that gives any."""
-    height, width = chunks[0].pixels.shape[2:]
+    height, width = chunks[0].shape[2:]
     if height != width:
         raise chunks[0].pixels_at.error(f"expected square images, found {height}x{width}")
     named = next((chunk for chunk in chunks if chunk.names), None)
     num_classes = 1 + max(int(chunk.labels.max()) for chunk in chunks)
     return _Layout(
-        channels=max(chunk.pixels.shape[1] for chunk in chunks),
+        channels=max(chunk.shape[1] for chunk in chunks),
         size=height,
         classes=(named and named.names) or _numbers(num_classes),
         origin=_origin(chunks[0], named and named.labels_at.file),
@@ -220,21 +294,8 @@ def _some(names: list[str]) -> str:
     return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
 
 
-def _join(chunks: list[_Chunk], layout: _Layout) -> UInt8[np.ndarray, "n c h w"]:
-    """One array of images of the layout's size; grey ones become equal channels beside colour."""
-    num_rows = sum(len(chunk.pixels) for chunk in chunks)
-    size = (layout.size, layout.size)
-    joined = np.empty((num_rows, layout.channels, *size), dtype=np.uint8)
-    start = 0
-    for chunk in chunks:
-        _check_shape(chunk, layout)
-        joined[start : start + len(chunk.pixels)] = chunk.pixels
-        start += len(chunk.pixels)
-    return joined
-
-
 def _check_shape(chunk: _Chunk, layout: _Layout) -> None:
-    channels, height, width = chunk.pixels.shape[1:]
+    channels, height, width = chunk.shape[1:]
     in_file = chunk.pixels_at.file == layout.origin.file
     where = "in the image before it" if in_file else f"in {layout.origin.file}"
     if (height, width) != (layout.size, layout.size):

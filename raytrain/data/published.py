@@ -78,7 +78,8 @@ def _fault(pixels: np.ndarray, labels: np.ndarray, known: Source, split: Split) 
         return f"expected labels 0..{len(known.classes) - 1}, found {outside[0]}"
     training = split == "train"
     fault = label_fault(labels, len(known.classes)) if training else None
-    return fault or pixel_fault(pixels, training)
+    equal = training and all(np.array_equal(image, pixels[0]) for image in pixels)
+    return fault or pixel_fault(int(pixels.max()), len(pixels) if equal else 0)
 
 
 def _missing(name: str, split: Split, root: Path, error: Exception) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import download, file_system, reason_of, without_secrets
+from raytrain.core.files import locked
 from raytrain.core.storage import cache_folder
 
 SUFFIX = ".parquet"
@@ -36,7 +34,7 @@ def local_copy(url: str) -> Path:
         folder = cache_folder() / "data" / _name_of(local)
         files = _listed(fs, root, recursive=not is_file)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder / ".lock"):
             for info in files:
                 _bring(fs, info, folder / info.path[len(root) :].lstrip("/"))
     except OSError as error:
@@ -74,11 +72,3 @@ def _bring(fs: Any, info: Any, file: Path) -> None:
         record.write_text(origin)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock is released when a process dies."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from raytrain.core.errors import RequestError
+from raytrain.core.memory import machine_memory
 from raytrain.core.nearest import nearest
 from raytrain.data.catalogue import SOURCES, Source
 from raytrain.data.digits import read_digits
 from raytrain.data.images import ImageSet, Split
+from raytrain.data.levels import count_levels
 from raytrain.data.spec import DEFAULT_FOLDER
 from raytrain.data.splits import is_parquet, parquet_files
 
@@ -25,28 +27,28 @@ def read(
     image_column: str | None = None,
     label_column: str | None = None,
     test_path: Path | None = None,
+    in_memory: bool | None = None,
+    memory: int | None = None,
     like: ImageSet | None = None,
 ) -> ImageSet:
     """Read one split: the images of `name`, which is in `SOURCES` or is a path to Parquet files.
 
-    `path` is the folder of torchvision's files; a Parquet name is a path already.
-    The last four arguments are for Parquet only; test images must fit `like`, those for training.
+    `path` is the folder of torchvision's files; a Parquet name is a path already. The other arguments are
+    for Parquet only; images are in memory if they need at most `memory` bytes (default: half of this
+    machine's), or as `in_memory` says; test images must fit `like`, those for training.
     """
     check_name(name)
     if name not in SOURCES:
-        from raytrain.data.parquet import read_parquet
+        from raytrain.data.prepared import ParquetSplit, open_images
 
-        return read_parquet(
-            parquet_files(name, split, test_path),
-            image=image_column,
-            label=label_column,
-            like=like,
-            training=split == "train",
-        )
+        files = parquet_files(name, split, test_path)
+        parquet = ParquetSplit(files, image_column, label_column, like, split == "train")
+        return open_images(parquet, in_memory, memory or machine_memory() // 2)
     for field, value in {
         "image_column": image_column,
         "label_column": label_column,
         "test_path": test_path,
+        "in_memory": in_memory,
     }.items():
         if value is not None:
             raise RequestError(f"data.{field}: expected nothing here, {name} is not Parquet")
@@ -79,10 +81,13 @@ def describe(images: ImageSet) -> Source:
     A constant channel gets a standard deviation of 1, so that dividing by it changes nothing.
     """
     count, channels, size = images.pixels.shape[:3]
+    counts = images.levels
+    if counts is None:
+        counts = count_levels(images.pixels[torch.arange(count)].numpy())
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in images.pixels.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    for channel in torch.from_numpy(counts):
+        share = channel.double() / channel.sum()
         mean = float(share @ levels)
         means.append(mean)
         stds.append(float(share @ (levels - mean).square()) ** 0.5)

@@ -34,6 +34,13 @@ class DataSpec(Spec):
     ] = None
     image_column: Annotated[str | None, Field(description="default: found by its type")] = None
     label_column: Annotated[str | None, Field(description="default: found by its name")] = None
+    in_memory: Annotated[
+        bool | None,
+        Field(
+            description="hold the pixels of Parquet images in memory, or else decode images while "
+            "training (default: if they need at most half of it)"
+        ),
+    ] = None
     validation: Annotated[
         float,
         Field(

@@ -64,7 +64,7 @@ class Evaluator:
     def run(self, item: WorkItem) -> WorkResult:
         """Run one work item."""
         began, before = time.perf_counter(), self._meter.fe
-        rows = torch.tensor(item.rows, device=self._part.pixels.device)
+        rows = torch.tensor(item.rows, device=self._part.context.device)
         with exact_float32():
             values = [int(value) for value in self._values(item.stage, rows)]
         seconds = time.perf_counter() - began
@@ -75,7 +75,7 @@ class Evaluator:
         count = min(self._part.num_images, self._settings.images or self._part.num_images)
         generator = torch.Generator().manual_seed(mix(self._settings.seed, "checks"))
         rows = torch.randperm(count, generator=generator)[:_CHECKED].sort().values
-        rows = rows.to(self._part.pixels.device)
+        rows = rows.to(self._part.context.device)
         batch = self._part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
         with exact_float32():
             return before_belief(
@@ -84,7 +84,7 @@ class Evaluator:
 
     def attacked(self, rows: Tensor) -> Attacked:
         """These images under PGD-20, on the CPU."""
-        rows = rows.to(self._part.pixels.device)
+        rows = rows.to(self._part.context.device)
         rng = BatchRandom(
             mix(self._settings.seed, "examples"), len(rows), slice(None), rows.device
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raytrain.config.request import as_run
@@ -111,7 +112,7 @@ def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> 
         run=_as_asked(file, saved.run),
         model=model,
         source=source,
-        images=test.pixels[: max(SIZES)].float() / 255,
+        images=test.read(torch.arange(min(max(SIZES), test.num_images))).float() / 255,
         num_test=test.num_images,
         run_id=run_id,
         record=record_of(uri or saved.run.tracking_uri, run_id, file.parent, kind, saved.epoch),

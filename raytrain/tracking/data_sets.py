@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.file_systems import is_url, without_secrets
 from raytrain.data.catalogue import SOURCES
+from raytrain.data.images import Pixels
 from raytrain.data.loader import open_splits
+from raytrain.data.reading import Selection
 from raytrain.data.spec import DEFAULT_FOLDER, DataSpec
+
+_AT_ONCE = 1024  # images that are decoded together
 
 Input = dict[str, str]
 """A data set: name, digest, source_type, source, schema, profile (JSON), and its context in the run."""
@@ -41,17 +47,20 @@ def data_name(spec: DataSpec) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
 
 
-def as_input(spec: DataSpec, context: str, pixels: Tensor, labels: Tensor) -> Input:
-    """Images (n, c, h, w) of bytes and their labels (n,), as the input of a run."""
+def as_input(spec: DataSpec, context: str, pixels: Pixels, labels: Tensor) -> Input:
+    """Images (n, c, h, w) of bytes and their labels (n,), as the input of a run.
+
+    The digest of images that are not in memory is one of their digests, so that they need not be decoded.
+    """
     shape = list(pixels.shape[1:])
     profile = {
-        "num_rows": len(pixels),
-        "num_elements": pixels.numel(),
+        "num_rows": len(labels),
+        "num_elements": math.prod(pixels.shape),
         "classes": labels.unique().numel(),
     }
     return {
         "name": data_name(spec),
-        "digest": digest(pixels, labels),
+        "digest": _stored_digest(pixels, labels) or digest(pixels, labels),
         **_source(spec, context),
         "schema": json.dumps(
             {
@@ -66,13 +75,26 @@ def as_input(spec: DataSpec, context: str, pixels: Tensor, labels: Tensor) -> In
     }
 
 
-def digest(pixels: Tensor, labels: Tensor) -> str:
+def digest(pixels: Pixels, labels: Tensor) -> str:
     """12 hexadecimal digits of the images and labels, in their order."""
     found = hashlib.sha256()
-    for tensor in (pixels, labels):
-        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().data)
+    found.update(repr((torch.uint8, tuple(pixels.shape))).encode())
+    for rows in torch.arange(len(labels)).split(_AT_ONCE):
+        found.update(_bytes(pixels[rows]))
+    found.update(repr((labels.dtype, tuple(labels.shape))).encode())
+    found.update(_bytes(labels))
     return found.hexdigest()[:12]
+
+
+def _stored_digest(pixels: Pixels, labels: Tensor) -> str | None:
+    known = pixels.digest() if isinstance(pixels, Selection) else None
+    if known is None:
+        return None
+    return hashlib.sha256(known + _bytes(labels)).hexdigest()[:12]
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.detach().cpu().contiguous().numpy().data
 
 
 def _source(spec: DataSpec, context: str) -> Input:

@@ -195,7 +195,7 @@ def _memory(run: RunConfig, state: TrainState, splits: Splits) -> dict[str, int]
         "gradients": trained,
         "optimizer": trained if run.optimizer.momentum else 0,
         "averaged": weights if state.ema is not None else 0,
-        "images": sum(_bytes([part.pixels, part.labels]) for part in parts),
+        "images": sum(part.bytes_in_memory for part in parts),
     }
 
 

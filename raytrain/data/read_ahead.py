@@ -1,0 +1,49 @@
+"""Decoding of images ahead of their use, in processes of this machine."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+_AHEAD = 2  # batches per process
+_MOST_PROCESSES = 16
+
+
+class _Batches(Dataset[Tensor]):
+    """One item per batch."""
+
+    def __init__(self, read: Callable[..., Tensor], requests: Sequence[Any]) -> None:
+        self._read, self._requests = read, requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._read(*self._requests[number])
+
+
+def in_processes(read: Callable[..., Tensor], requests: Sequence[Any]) -> Generator[Tensor]:
+    """Yield `read(*request)` for every request, in order, from one process per thread of torch.
+
+    A worker of Ray has as many threads as `cpus_per_worker`.
+    """
+    yield from DataLoader(
+        _Batches(read, requests),
+        batch_size=None,
+        num_workers=max(1, min(_MOST_PROCESSES, torch.get_num_threads(), len(requests))),
+        prefetch_factor=_AHEAD,
+        pin_memory=torch.cuda.is_initialized(),
+        worker_init_fn=_begin,
+    )
+
+
+def _begin(worker: int) -> None:
+    """Leave signals to the parent, at whose end a worker of the DataLoader ends too."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

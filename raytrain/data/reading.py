@@ -1,0 +1,73 @@
+"""Images of a split as this and other processes read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from raytrain.core.sample_store import cut
+from raytrain.core.types import AugmentedView
+from raytrain.data.images import ImageSet, Pixels, Split
+from raytrain.data.sources import read
+from raytrain.data.spec import DataSpec
+
+if TYPE_CHECKING:
+    from raytrain.data.stored_images import StoredImages
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of the pixels of a split, which are not copied."""
+
+    images: Pixels
+    rows: Int64[Tensor, " n"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.images.shape[1:])
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.images[self.rows[rows]]
+
+    def digest(self) -> bytes | None:
+        """A digest of the pixels that needs no decoding, if the images are stored encoded."""
+        digest = getattr(self.images, "digest", None)
+        return None if digest is None else digest(self.rows)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images that are not in memory, in any process of any machine that has the data."""
+
+    fields: str  # of DataSpec, as JSON
+    split: Split
+    memory: int  # bytes of images that are kept in memory
+
+    def __call__(
+        self, rows: Int64[Tensor, " n"], view: AugmentedView | None
+    ) -> UInt8[Tensor, "n c h w"]:
+        """The pixels of these rows of the split, cropped and mirrored by `view`."""
+        stored = images_of(self.fields, self.split, self.memory).pixels
+        pixels = cast("StoredImages", stored).read(rows)
+        return pixels if view is None else cut(pixels, view)
+
+
+@lru_cache(maxsize=4)
+def images_of(fields: str, split: Split, memory: int) -> ImageSet:
+    """The images of a split, read once per process. `fields` is a DataSpec as JSON."""
+    spec = DataSpec.model_validate_json(fields)
+    return read(
+        spec.name,
+        split,
+        path=spec.root,
+        image_column=spec.image_column,
+        label_column=spec.label_column,
+        test_path=spec.test_path,
+        in_memory=spec.in_memory,
+        memory=memory,
+        like=None if split == "train" else images_of(fields, "train", memory),
+    )

@@ -1,0 +1,232 @@
+"""Parquet images are read once per machine; decoded ahead they give the batches of images in memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raytrain.config.request import as_run
+from raytrain.core.distributed_context import DistributedContext
+from raytrain.core.errors import RequestError
+from raytrain.core.types import Batch
+from raytrain.data import prepared
+from raytrain.data.images import ImageSet
+from raytrain.data.loader import SplitShard, iter_eval, iter_train, open_splits, open_test
+from raytrain.data.prepared import ParquetSplit, open_images
+from raytrain.data.reading import images_of
+from raytrain.data.sources import describe, read
+from raytrain.data.spec import DataSpec
+from raytrain.tracking.data_sets import digest
+from raytrain.training.trainer import fit
+
+NUM_IMAGES = 90
+
+
+def in_this_process(read: Callable[..., Tensor], requests: Sequence[Any]) -> Generator[Tensor]:
+    yield from (read(*request) for request in requests)
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image if image.ndim == 2 else image.transpose(1, 2, 0)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two training files, of JPEG in grey and of arrays in colour, and a test file; a cache of their own."""
+    monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared, "_WORTH_KEEPING", 0)
+    rng = np.random.default_rng(0)
+    grey = pa.array([_jpeg(i) for i in rng.integers(0, 256, (30, 12, 12), np.uint8)])
+    colour = [i.tolist() for i in rng.integers(0, 256, (30, 3, 12, 12), np.uint8)]
+    coloured = [_jpeg(i) for i in rng.integers(0, 256, (30, 3, 12, 12), np.uint8)]
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, images in {
+        "train-0": grey,
+        "train-1": pa.array(colour),
+        "train-2": pa.array(coloured),
+        "test": pa.array(coloured[::-1]),
+    }.items():
+        labels = pa.array([k % 3 for k in range(30)])
+        pq.write_table(
+            pa.table({"image": images, "label": labels}),
+            data / f"{name}.parquet",
+            row_group_size=7,
+        )
+    return data
+
+
+def _split(folder: Path, **changes: Any) -> ParquetSplit:
+    files = sorted(folder.glob("train*.parquet"))
+    return ParquetSplit(
+        **{"files": files, "image": None, "label": None, "like": None, "training": True} | changes
+    )
+
+
+def _all(images: ImageSet) -> Tensor:
+    return images.pixels[torch.arange(len(images.labels))]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_prepared_images_are_those_of_the_files(
+    folder: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, first = _split(folder).read(), open_images(_split(folder), in_memory, 0)
+    monkeypatch.setattr(ParquetSplit, "rows", None)  # it is not read a second time
+    again = open_images(_split(folder), in_memory, 0)
+    for images in (first, again):
+        assert torch.equal(_all(images), _all(plain)) and torch.equal(images.labels, plain.labels)
+        assert (images.classes, images.origin) == (plain.classes, plain.origin)
+        assert describe(images) == describe(plain) and images.is_shared
+        assert tuple(images.pixels.shape) == (NUM_IMAGES, 3, 12, 12)
+        assert isinstance(images.pixels, Tensor) == in_memory
+
+
+def test_they_are_in_memory_if_they_fit(folder: Path) -> None:
+    size = NUM_IMAGES * 12 * 12  # the first image is grey, and they are as many as it says
+    assert isinstance(open_images(_split(folder), None, size).pixels, Tensor)
+    assert not isinstance(open_images(_split(folder), None, size - 1).pixels, Tensor)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_changed_files_are_read_again(folder: Path, in_memory: bool) -> None:
+    before = open_images(_split(folder), in_memory, 0)
+    kept = _all(before)
+    table = pq.read_table(folder / "train-2.parquet")
+    pq.write_table(table.slice(1), folder / "train-2.parquet")
+    after = open_images(_split(folder), in_memory, 0)
+    assert len(after.labels) == NUM_IMAGES - 1 and torch.equal(_all(before), kept)
+    assert len(list((folder.parent / "cache" / "data" / "prepared").glob("[!.]*"))) == 1
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_copy_that_was_cut_off_is_made_anew(folder: Path, in_memory: bool) -> None:
+    whole = _all(open_images(_split(folder), in_memory, 0))
+    (copy,) = (folder.parent / "cache").glob("data/prepared/*/[pi]*[bw]*")
+    copy.write_bytes(copy.read_bytes()[:100])
+    assert torch.equal(_all(open_images(_split(folder), in_memory, 0)), whole)
+
+
+def test_a_cache_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "cache").write_text("a file, where a folder is expected")
+    images = open_images(_split(folder), True, 0)
+    assert torch.equal(_all(images), _all(_split(folder).read()))
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    with pytest.raises(RequestError, match=r"^data\.in_memory: .*\(Not a directory\); expected"):
+        open_images(_split(folder), False, 0)
+
+
+def test_faulty_files_leave_nothing_behind(folder: Path) -> None:
+    table = pq.read_table(folder / "train-0.parquet")
+    broken = pa.table(
+        {"image": [*table["image"].to_pylist()[:-1], b"no"], "label": table["label"]}
+    )
+    pq.write_table(broken, folder / "train-0.parquet")
+    for _ in range(2):
+        with pytest.raises(RequestError, match="column 'image', row 29: expected an image that"):
+            open_images(_split(folder), False, 0)
+    assert not list((folder.parent / "cache" / "data" / "prepared").glob("[!.]*"))
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def _shards(folder: Path, rank: int, world: int) -> list[tuple[SplitShard, SplitShard]]:
+    """Training and validation images of one worker, in memory and decoded ahead."""
+    found = []
+    for in_memory in (True, False):
+        spec = DataSpec(name=str(folder), in_memory=in_memory, validation=12)
+        context = DistributedContext(rank=rank, world=world, read_ahead=in_this_process)
+        splits = open_splits(spec, context)
+        assert (splits.train.reader is None) == in_memory
+        found.append((splits.train, splits.valid))
+    return found
+
+
+def _assert_equal(batches: list[Batch], others: list[Batch]) -> None:
+    assert len(batches) == len(others) > 1
+    for one, other in zip(batches, others, strict=True):
+        for name in ("images", "labels", "index"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.rng.uniform("start", 2), other.rng.uniform("start", 2))
+        assert (one.view is None) == (other.view is None)
+        for name in ("top", "left", "mirrored") if one.view and other.view else ():
+            assert torch.equal(getattr(one.view, name), getattr(other.view, name))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_batches_decoded_ahead_are_those_of_images_in_memory(
+    folder: Path, rank: int, world: int
+) -> None:
+    (train, valid), (far_train, far_valid) = _shards(folder, rank, world)
+    for first in (0, 2):
+        _assert_equal(
+            list(iter_train(train, 8, 3, 1, 2, True, first)),
+            list(iter_train(far_train, 8, 3, 1, 2, True, first)),
+        )
+    _assert_equal(list(iter_eval(valid, 5, 0)), list(iter_eval(far_valid, 5, 0)))
+    index = torch.arange(rank, 30, world)
+    assert torch.equal(train.read(index), far_train.read(index))
+
+
+def test_processes_decode_in_order_and_end_with_the_iterator(folder: Path) -> None:
+    images_of.cache_clear()
+    spec = DataSpec(name=str(folder), in_memory=False)
+    far, near = (
+        open_splits(spec, DistributedContext(read_ahead=ahead)).train
+        for ahead in (None, in_this_process)
+    )
+    _assert_equal(
+        list(iter_train(far, 8, 0, 0, 2, True)), list(iter_train(near, 8, 0, 0, 2, True))
+    )
+    batches = iter_train(far, 8, 0, 0, 2, True)
+    next(batches)
+    batches.close()
+
+
+def test_test_images_are_decoded_where_they_are_read(folder: Path) -> None:
+    near, far = (
+        open_test(DataSpec(name=str(folder), in_memory=given), DistributedContext())[0]
+        for given in (True, False)
+    )
+    assert far.reader is not None and far.bytes_in_memory == 8 * 30
+    assert torch.equal(near.read(torch.arange(30)), far.read(torch.arange(30)))
+    assert digest(near.pixels, near.labels) == digest(far.pixels, far.labels)
+
+
+@pytest.mark.parametrize("algorithm", ["atta", "free", "trades"])
+def test_training_is_the_same_bit_by_bit(folder: Path, algorithm: str) -> None:
+    weights = []
+    for in_memory in (True, False):
+        words = [
+            f"data.name={folder}",
+            f"data.in_memory={str(in_memory).lower()}",
+            f"algorithm={algorithm}",
+            "data.pad=2",
+            "data.flip=true",
+            "data.validation=12",
+            "batch_size=16",
+            "epochs=2",
+            "model=small_cnn",
+        ]
+        run = as_run(None, words)
+        (*_, (_, state)) = fit(run, DistributedContext(read_ahead=in_this_process))
+        weights.append([p.detach().clone() for p in state.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_other_data_sets_are_always_in_memory() -> None:
+    with pytest.raises(RequestError, match=r"^data\.in_memory: expected nothing here, digits"):
+        read("digits", "train", in_memory=False)
