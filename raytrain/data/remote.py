@@ -16,20 +16,20 @@ from raytrain.core.storage import cache_folder
 SUFFIX = ".parquet"
 
 
-def local_copy(url: str) -> Path:
+def local_copy(url: str, field: str = "data.name") -> Path:
     """The file or folder of a URL on this machine, with the Parquet files beside the file.
 
     A file is brought again if its size or its time has changed; processes that begin together bring it
     once.
 
     Raises:
-        RequestError: naming `data.name`, if it cannot be read.
+        RequestError: naming `field`, if it cannot be read.
     """
     url = url.rstrip("/")
     parent, _, name = url.partition("?")[0].rpartition("/")
     is_file = name.endswith(SUFFIX)
     try:
-        fs, at = file_system(url, "data.name")
+        fs, at = file_system(url, field)
         root, local = (at.rpartition("/")[0], parent) if is_file else (at, url)
         folder = cache_folder() / "data" / _name_of(local)
         files = _listed(fs, root, recursive=not is_file)
@@ -39,7 +39,7 @@ def local_copy(url: str) -> Path:
                 _bring(fs, info, folder / info.path[len(root) :].lstrip("/"))
     except OSError as error:
         raise RequestError(
-            f"data.name: {without_secrets(url)} cannot be read ({reason_of(error)}); expected a Parquet file "
+            f"{field}: {without_secrets(url)} cannot be read ({reason_of(error)}); expected a Parquet file "
             "or a folder of them"
         ) from None
     return folder / PurePosixPath(at).name if is_file else folder

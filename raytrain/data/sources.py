@@ -26,7 +26,7 @@ def read(
     path: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    test_path: Path | None = None,
+    test_path: str | Path | None = None,
     in_memory: bool | None = None,
     memory: int | None = None,
     like: ImageSet | None = None,

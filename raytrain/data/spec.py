@@ -30,7 +30,8 @@ class DataSpec(Spec):
         Path | None, Field(description="folder of torchvision's files (default: data)")
     ] = None
     test_path: Annotated[
-        Path | None, Field(description="Parquet file of the test set, if it is not found beside")
+        str | Path | None,
+        Field(description="path or URL of the test set's .parquet, if it is not found beside"),
     ] = None
     image_column: Annotated[str | None, Field(description="default: found by its type")] = None
     label_column: Annotated[str | None, Field(description="default: found by its name")] = None
@@ -68,6 +69,11 @@ class DataSpec(Spec):
         bool | None, Field(description="mirror half of the images; default: customary")
     ] = None
 
+    @field_validator("test_path")
+    @classmethod
+    def _file_or_url(cls, value: str | Path | None) -> str | Path | None:
+        return value if value is None or is_url(value) else Path(value)
+
     @field_validator("validation")
     @classmethod
     def _whole_images(cls, value: float) -> float:
@@ -80,5 +86,7 @@ class DataSpec(Spec):
         path = self.name not in SOURCES and not is_url(self.name)
         name = str(Path(self.name).resolve()) if path else self.name
         root = (self.root or DEFAULT_FOLDER).resolve()
-        test_path = None if self.test_path is None else self.test_path.resolve()
+        test_path = self.test_path
+        if test_path is not None and not is_url(test_path):
+            test_path = Path(test_path).resolve()
         return self.model_copy(update={"name": name, "root": root, "test_path": test_path})

@@ -28,16 +28,17 @@ def is_parquet(name: str) -> bool:
     return name.endswith(SUFFIX) or is_url(name) or (name != "" and _home(name).is_dir())
 
 
-def _home(path: str | Path) -> Path:
-    return local_copy(str(path)) if is_url(path) else Path(os.path.expanduser(path))
+def _home(path: str | Path, field: str = "data.name") -> Path:
+    return local_copy(str(path), field) if is_url(path) else Path(os.path.expanduser(path))
 
 
-def parquet_files(name: str, split: Split, test_path: Path | None) -> list[Path]:
+def parquet_files(name: str, split: Split, test_path: str | Path | None) -> list[Path]:
     """Return the files of one split, sorted; those at `test_path` are never training images."""
     root = _home(name)
+    own = None if test_path is None else _held_out(name, root, test_path)
     if split == "test":
-        return _test_files(root, test_path)
-    held_out = _test_files(root, test_path) if test_path is not None else []
+        return _test_files(root, own)
+    held_out = _test_files(root, own) if own is not None else []
     files = _found(root, "data.name")
     if root.is_dir():
         files = _of(files, root, "train") or _of(files, root, None)
@@ -51,11 +52,18 @@ def parquet_files(name: str, split: Split, test_path: Path | None) -> list[Path]
     return files
 
 
-def _test_files(root: Path, test_path: Path | None) -> list[Path]:
-    if test_path is not None:
-        path = _home(test_path)
-        files = _found(path, "data.test_path")
-        return (_of(files, path, "test") or files) if path.is_dir() else files
+def _held_out(name: str, root: Path, test_path: str | Path) -> Path:
+    """Where the test set is here: in the copy of the training images, if its URL is below theirs."""
+    above, below = (str(url).partition("?")[0].rstrip("/") for url in (name, test_path))
+    if is_url(name) and below.startswith(f"{above}/"):
+        return root / below[len(above) + 1 :]
+    return _home(test_path, "data.test_path")
+
+
+def _test_files(root: Path, own: Path | None) -> list[Path]:
+    if own is not None:
+        files = _found(own, "data.test_path")
+        return (_of(files, own, "test") or files) if own.is_dir() else files
     every = _found(root, "data.name")
     files = _of(every, root, "test") if root.is_dir() else []
     files = files or _beside(root)

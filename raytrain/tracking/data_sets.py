@@ -102,15 +102,15 @@ def _source(spec: DataSpec, context: str) -> Input:
     if spec.name == "digits":
         where = {"tags": {"mlflow.source.name": "sklearn.datasets.load_digits"}}
         return {"source_type": "code", "source": json.dumps(where)}
-    if is_url(spec.name):
-        where = {"uri": without_secrets(spec.name)}
-        return {"source_type": spec.name.partition(":")[0], "source": json.dumps(where)}
-    path = Path(spec.name)
+    place: str | Path = spec.name
     if spec.name in SOURCES:
-        path = spec.root or DEFAULT_FOLDER
+        place = spec.root or DEFAULT_FOLDER
     elif context == "test" and spec.test_path is not None:
-        path = spec.test_path
-    return {"source_type": "local", "source": json.dumps({"uri": str(path.resolve())})}
+        place = spec.test_path
+    if is_url(place):
+        where = {"uri": without_secrets(str(place))}
+        return {"source_type": str(place).partition(":")[0], "source": json.dumps(where)}
+    return {"source_type": "local", "source": json.dumps({"uri": str(Path(place).resolve())})}
 
 
 def _tensor(name: str, kind: str, shape: list[int]) -> str:

@@ -76,3 +76,23 @@ def test_a_url_that_leads_nowhere_is_refused(
 def test_workers_read_the_url_that_was_given() -> None:
     url = "s3://bucket/train.parquet"
     assert DataSpec(name=url).located().name == url
+
+
+def test_the_test_set_may_have_a_url_of_its_own_and_is_never_trained_on(
+    tmp_path: Path, brought: list[str]
+) -> None:
+    write(tmp_path / "one", "a.parquet", "b.parquet", "more/c.parquet")
+    write(tmp_path / "two", "held.parquet", value=9)
+    one, two = (tmp_path / "one").as_uri(), (tmp_path / "two" / "held.parquet").as_uri()
+    apart = read(one, "test", test_path=two)
+    assert torch.equal(apart.pixels, read(str(tmp_path / "two/held.parquet"), "train").pixels)
+    for held in ("b.parquet", "more/c.parquet"):  # also where it lies among the training images
+        there = read(one, "train", test_path=f"{one}/{held}")
+        here = read(str(tmp_path / "one"), "train", test_path=tmp_path / "one" / held)
+        assert torch.equal(there.pixels, here.pixels) and len(here.pixels) == 10
+        assert len(read(one, "test", test_path=f"{one}/{held}").pixels) == 5
+    assert sorted(brought) == ["a.parquet", "b.parquet", "c.parquet", "held.parquet"]
+    with pytest.raises(RequestError, match="^data.test_path: .*cannot be read"):
+        read(one, "test", test_path=(tmp_path / "nothing.parquet").as_uri() + "/x.parquet")
+    spec = DataSpec(name=one, test_path=two).located()
+    assert spec.test_path == two and DataSpec(test_path="x.parquet").test_path == Path("x.parquet")
