@@ -30,7 +30,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import is_url
 from raytrain.core.files import check_folder
 from raytrain.core.signals import continued_by, interruptible, raise_if_interrupted
-from raytrain.core.storage import check, shown
+from raytrain.core.storage import check, shown, tidy
 from raytrain.data.loader import Splits, SplitShard
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
 from raytrain.distributed.ray_metrics import DriverMetrics
@@ -158,7 +158,10 @@ def train(
         handle, name, done = _open(tracker, run, folder, asked.epoch)
         asked.log_changes()
         run_id = _run_id(tracker, handle)
-        folder = _usual_folder(run, run_id) if folder is None else folder
+        if folder is None:
+            folder = _usual_folder(run, run_id)
+        else:
+            tidy(folder)
         write_run_file(run, folder, run_id)
         offer(_resume_command(run, folder, run_id))
         job = Job.of(run, folder, resume=resume is not None)
@@ -225,7 +228,7 @@ def preview(
         RequestError: as `train` does.
         TrainingFailed: if the few steps that are measured fail.
     """
-    asked = _checked(config, overrides, resume)
+    asked = _checked(config, overrides, resume, writes=False)
     run, folder = asked.run, asked.folder
     run_id = None if folder is None else run_id_of(folder)
     check_store(run.tracking_uri, run.experiment, run_id)
@@ -259,9 +262,14 @@ class _Request:
 
 
 def _checked(
-    config: Configuration | None, overrides: Overrides, resume: Result | str | Path | None
+    config: Configuration | None,
+    overrides: Overrides,
+    resume: Result | str | Path | None,
+    writes: bool = True,
 ) -> _Request:
     """The run of a request, after all checks that neither Ray nor MLflow is needed for.
+
+    Nothing is written to a storage behind a URL, unless `writes`: a file that shows that it can be.
 
     Raises:
         RequestError: naming the field or file.
@@ -279,7 +287,7 @@ def _checked(
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     splits, before = preflight(run), run
-    check(run.root)
+    check(run.root, writes)
     if folder is not None and is_url(run.storage) and run.root not in folder.parents:
         raise RequestError(
             f"storage: the run to continue is in {shown(folder)}; expected the same storage as before"

@@ -26,7 +26,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.errors import RequestError
 from raytrain.core.files import write_atomically
 from raytrain.core.signals import continued_by, interruptible
-from raytrain.core.storage import check, shown
+from raytrain.core.storage import check, shown, tidy
 from raytrain.data.loader import Splits
 from raytrain.distributed.ray_metrics import DriverMetrics
 from raytrain.distributed.ray_session import concurrent_trials, session, wanted_cluster
@@ -257,6 +257,8 @@ def _tune(
         either = None if resume else False
         study = open_study(name, folder, space, space.hash(), either, fidelity.length, space.study)
         write_atomically(space_file, _space_yaml(space))
+        if resume:
+            tidy(folder)
         _open_parent(tracker, study, name, space, space_file)
         kind = PopulationManager if space.search.sampler == "pbt" else TrialManager
         published = publishing(DriverMetrics(name, base.experiment), tracker, watch)

@@ -31,6 +31,7 @@ _PYARROW = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")  # nev
 _PASSWORD = r"[^/?@:]*:(?!\d{2,5}([/?]|$)).*@"
 _USER = re.compile(rf"({_PASSWORD}|[^/?:]*@)")
 _OF_PYARROW = re.compile(r"^When .*?: (?=AWS Error)")  # what it did, at length
+_TEMPORARY = re.compile(r"\..+\.\d+(\.[0-9a-f]+|\.pulled)?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -133,6 +134,11 @@ def write(fs: Any, at: str, content: Iterable[bytes]) -> None:
         for chunk in content:
             stream.write(chunk)
     fs.move(temporary, at)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has the name of one that is being written: `.FILE.PID`, and more after that."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def download(fs: Any, at: str, file: Path) -> None:

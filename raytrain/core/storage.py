@@ -6,9 +6,11 @@ brings what other machines have written; both do nothing for a folder that is no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import (
     StorageError,
     file_system,
+    is_temporary,
     is_url,
     reason_of,
     without_secrets,
@@ -32,6 +35,7 @@ CACHE = "RAYTRAIN_CACHE"  # environment variable: the folder of working copies
 _MARK = ".storage-url"  # at the root of a working copy
 _PROBE = ".raytrain"  # a small file in the storage that shows that it can be written
 _AT_ONCE = 8  # transfers
+_ABANDONED = 86400.0  # seconds
 
 
 def local_root(storage: Path | str) -> Path:
@@ -110,8 +114,8 @@ def remove(path: Path) -> None:
         copy.forget(path)
 
 
-def check(root: Path) -> None:
-    """Check that the storage of a working copy can be written, once and without waiting.
+def check(root: Path, writes: bool = True) -> None:
+    """Check that the storage of a working copy can be written, or that it answers, once and without waiting.
 
     Raises:
         RequestError: naming `storage`.
@@ -121,12 +125,40 @@ def check(root: Path) -> None:
         return
     fs, base = file_system(copy.url)
     try:
-        write(fs, f"{base}/{_PROBE}", [b"raytrain\n"])
+        if writes:
+            write(fs, f"{base}/{_PROBE}", [b"raytrain\n"])
+        else:
+            _check_bucket(fs, base)
     except (OSError, ValueError, NotImplementedError) as error:
         raise RequestError(
-            f"storage: {without_secrets(copy.url)} cannot be written ({reason_of(error)}); expected a "
-            "storage that answers, its credentials in the environment"
+            f"storage: {without_secrets(copy.url)} cannot be {'written' if writes else 'read'} "
+            f"({reason_of(error)}); expected a storage that answers, its credentials in the environment"
         ) from None
+
+
+def _check_bucket(fs: Any, base: str) -> None:
+    """Raise OSError if the storage does not answer or has no such bucket; folders are made when written."""
+    from pyarrow.fs import FileType
+
+    bucket = base.partition("/")[0] or base
+    [info] = fs.get_file_info([bucket])
+    if fs.type_name in ("s3", "gcs") and info.type == FileType.NotFound:
+        raise FileNotFoundError(errno.ENOENT, f"no bucket {bucket}")
+
+
+def tidy(folder: Path) -> None:
+    """Delete what writes that were cut off have left in a folder, here and in its storage.
+
+    These are hidden files `.FILE.PID` older than a day, which no process at work has.
+    """
+    before = time.time() - _ABANDONED
+    for file in folder.rglob(".*"):
+        with suppress(OSError):
+            if is_temporary(file.name) and file.stat().st_mtime < before:
+                file.unlink()
+    if (copy := _copy_of(folder)) is not None:
+        with suppress(OSError):  # it does not answer
+            copy.tidy(folder, before)
 
 
 def for_ray(folder: Path) -> tuple[str, Any]:

@@ -23,6 +23,7 @@ from raytrain.core.file_systems import (
     StorageError,
     download,
     file_system,
+    is_temporary,
     read,
     retried,
     without_secrets,
@@ -119,6 +120,23 @@ class WorkingCopy:
 
     def listed(self, path: Path) -> list[str]:
         """The files in the storage at or below a path, relative to the root."""
+        inside = [PurePosixPath(name) for name, _ in self._infos(path)]
+        return [
+            str(file)
+            for file in inside
+            if file.suffix not in (_DIGEST, _PREVIOUS) and not file.name.startswith(".")
+        ]
+
+    def tidy(self, folder: Path, before: float) -> None:
+        """Delete the temporary files in the storage below a folder that are older than a moment."""
+        for name, info in self._infos(folder):
+            is_old = info.mtime_ns is not None and info.mtime_ns / 1e9 < before
+            if is_old and is_temporary(PurePosixPath(name).name):
+                with suppress(FileNotFoundError):
+                    self._retried(lambda fs, at: fs.delete_file(at), name)
+
+    def _infos(self, path: Path) -> list[tuple[str, Any]]:
+        """The files in the storage at or below a path, by path relative to the root."""
         from pyarrow.fs import FileSelector, FileType
 
         def found(fs: Any, at: str) -> list[Any]:
@@ -129,13 +147,8 @@ class WorkingCopy:
 
         infos = self._retried(found, self.relative(path))
         _, base = file_system(self.url)
-        names = [info.path for info in infos if info.type == FileType.File]
-        inside = [PurePosixPath(name[len(base) :].lstrip("/")) for name in names]
-        return [
-            str(file)
-            for file in inside
-            if file.suffix not in (_DIGEST, _PREVIOUS) and not file.name.startswith(".")
-        ]
+        files = [info for info in infos if info.type == FileType.File]
+        return [(info.path[len(base) :].lstrip("/"), info) for info in files]
 
     def changed_at(self, relative: str) -> float | None:
         """When the storage got a file; None if it has none."""

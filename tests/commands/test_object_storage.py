@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from pyarrow.fs import S3FileSystem
+from pyarrow.fs import FileSelector, S3FileSystem
 
 import raytrain
+from raytrain.commands.train import preview
 from raytrain.core.errors import RequestError
+from raytrain.core.file_systems import file_system
 from raytrain.core.storage import CACHE, local_root
 from raytrain.training.checkpoint import load
 
@@ -91,4 +93,12 @@ def test_a_bucket_that_is_not_there_is_refused_before_anything_begins(
     wrong = bucket.replace("s3://b", "s3://c", 1)
     with pytest.raises(RequestError, match="storage: s3://c.*cannot be written"):
         raytrain.train(RUN, {"storage": wrong})
+    with pytest.raises(RequestError, match="storage: s3://c.*cannot be read .no bucket"):
+        preview(RUN, {"storage": wrong})
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_dry_run_leaves_the_bucket_as_it_was(bucket: str) -> None:
+    preview(RUN, {"storage": bucket})
+    fs, base = file_system(bucket)
+    assert fs.get_file_info(FileSelector(base.partition("/")[0], recursive=True)) == []

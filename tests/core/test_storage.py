@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +17,7 @@ from raytrain.core import file_systems, storage, working_copy
 from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import StorageError, without_secrets
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import check, later, local_root, pull, push, remove, url_of
+from raytrain.core.storage import check, later, local_root, pull, push, remove, tidy, url_of
 
 
 class Machines:
@@ -351,3 +353,29 @@ def test_after_a_signal_a_storage_is_tried_once_and_one_that_does_not_answer_nev
         if not away:  # work that is finished is still copied
             write_atomically(root / "last.pt", "epoch 1")
             assert (machines.store / "last.pt").read_text() == "epoch 1"
+
+
+def test_what_writes_that_were_cut_off_have_left_is_deleted_once_it_is_a_day_old(
+    machines: Machines,
+) -> None:
+    root = machines.on("first")
+    write_atomically(root / "run" / "last.pt", "epoch 1")
+    old = (time.time() - 90_000,) * 2
+    left = [".last.pt.12.1f0a", ".run.yaml.7", ".last.pt.3.pulled"]
+    own = ["last.pt.12", ".mlflow", ".synced", ".v1.2b"]  # no such names
+    for folder in (root / "run", machines.store / "run"):
+        (folder / "trials").mkdir()
+        for name in (*left, *own, "trials/.best.pt.9"):
+            (folder / name).write_text("x")
+            os.utime(folder / name, old)
+        (folder / ".best.pt.12").write_text("of a process at work")
+    tidy(root / "run")
+    for folder in (root / "run", machines.store / "run"):
+        found = {path.name for path in folder.rglob("*") if path.is_file()}
+        assert found - {"last.pt.sha256"} == {"last.pt", *own, ".best.pt.12"}
+
+
+def test_a_storage_is_looked_at_without_a_write_to_it(machines: Machines) -> None:
+    root = machines.on("first")
+    check(root, writes=False)
+    assert not machines.store.exists()
