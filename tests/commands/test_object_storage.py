@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from pyarrow.fs import FileSelector, S3FileSystem
 
 import raytrain
 from raytrain.commands.train import preview
+from raytrain.core import file_systems
 from raytrain.core.errors import RequestError
 from raytrain.core.file_systems import file_system
-from raytrain.core.storage import CACHE, local_root
+from raytrain.core.storage import CACHE, local_root, pull
 from raytrain.training.checkpoint import load
 
 pytestmark = [
@@ -35,27 +37,38 @@ RUN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def server() -> Iterator[ThreadedMotoServer]:
+    """An S3 server, which has its port and its buckets again if it is stopped and started."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"{host}:{port}"
-    moto.stop()
+    yield moto
+    stop(moto)
+
+
+def stop(server: ThreadedMotoServer) -> None:
+    """Stop it so that connections to it are refused."""
+    made = server._server
+    assert made is not None
+    server.stop()
+    made.server_close()
 
 
 @pytest.fixture
-def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(server: ThreadedMotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a folder in a bucket of its own."""
+    where = "{}:{}".format(*server.get_host_and_port())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv(CACHE, str(tmp_path / "first"))
     name = "b" + tmp_path.name.replace("_", "-").lower()[:40]
     fs = S3FileSystem(
-        endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
+        endpoint_override=where, scheme="http", region="us-east-1", allow_bucket_creation=True
     )
     fs.create_dir(name)
-    return f"s3://{name}/runs?endpoint_override={server}&scheme=http&region=us-east-1"
+    return f"s3://{name}/runs?endpoint_override={where}&scheme=http&region=us-east-1"
 
 
 def weights(url: str, run_id: str) -> dict[str, torch.Tensor]:
@@ -96,6 +109,33 @@ def test_a_bucket_that_is_not_there_is_refused_before_anything_begins(
     with pytest.raises(RequestError, match="storage: s3://c.*cannot be read .no bucket"):
         preview(RUN, {"storage": wrong})
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_storage_that_is_away_for_some_epochs_has_the_whole_run_in_the_end(
+    bucket: str,
+    server: ThreadedMotoServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(file_systems.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(file_systems, "_TRIES", 3)
+
+    def watch(run: Any, row: Any) -> None:
+        if row.epoch == 1:
+            stop(server)
+        if row.epoch == 3:
+            server.start()
+
+    run_id = raytrain.train(RUN, {"storage": bucket}, watch=watch).run_id
+    said = capsys.readouterr().err
+    assert "does not answer" in said and "training goes on, with a copy here" in said
+    monkeypatch.setenv(CACHE, str(tmp_path / "second"))
+    pull(local_root(bucket))
+    found = weights(bucket, run_id)
+    whole = raytrain.train(RUN, {"storage": str(tmp_path / "plain")})
+    expected = load(whole.checkpoints / "last.pt").content["model"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_dry_run_leaves_the_bucket_as_it_was(bucket: str) -> None:

@@ -24,6 +24,7 @@ from ray_helpers import runs_of, started, trials_of
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
+from raytrain.core.errors import WorkersLost
 from raytrain.distributed import job_queue, worker_group
 from raytrain.distributed.job_queue import JobQueue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
@@ -180,6 +181,34 @@ def test_a_job_is_given_up_after_restarts_in_a_row_without_a_row(
 
     begun = asyncio.run(starts())
     assert begun == ([0, 1, 2] if given_up else [0, 1, 1, 1, 1, 1])
+
+
+def test_a_group_whose_workers_die_before_any_job_is_given_up_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[int] = []
+
+    class Dying:
+        """Ray Train, as far as it starts a group anew as often as it was told to."""
+
+        def __init__(self, work: Any, *, run_config: Any, **others: Any) -> None:
+            self._again = run_config.failure_config.max_failures
+
+        def fit(self) -> None:
+            while True:
+                starts.append(0)
+                if len(starts) > self._again >= 0:
+                    raise RuntimeError("training failed:\nOSError: no space on /dev/shm")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Dying)
+    group: Any = object.__new__(WorkerGroup)
+    group._ended, group._folder = None, tmp_path / "ray" / "group"
+    group._ray = group._bus = Spoken(None)
+    group._hold((2, 2), {"CPU": 1.0, "GPU": 0.0})
+    assert group.ended and len(starts) == 51
+    group.submit(Job("{}", str(tmp_path), resume=False))
+    with pytest.raises(WorkersLost, match="gone: OSError: no space on /dev/shm"):
+        list(group.rows())
 
 
 @pytest.mark.parametrize(("rank", "sent"), [(0, [1]), (1, [])])

@@ -15,6 +15,7 @@ from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import TIMED, EpochMetrics
 from raytrain.core.errors import TrainingFailed
+from raytrain.core.file_systems import StorageError
 from raytrain.core.train_state import TrainState
 from raytrain.data.loader import iter_train, open_splits
 from raytrain.testing.recorded import RecordedOperations
@@ -186,6 +187,7 @@ def work(rank: int, folder: Path) -> None:
         found["dropping"] = trained(dropping, context, unused)
         found["within"] = within_an_epoch(context, folder / "within" / LAST)
         found["failed"] = failure(context, folder / "full")
+        found["left"] = [leaving(context, folder / "left", fails) for fails in (True, False)]
         torch.save(found, folder / f"found-{rank}.pt")
 
 
@@ -244,6 +246,23 @@ def failure(context: DistributedContext, folder: Path) -> str:
         save(state, run, folder / LAST, context)
     except TrainingFailed as error:
         return str(error)
+    return "nothing"
+
+
+def leaving(context: DistributedContext, folder: Path, fails: bool) -> str:
+    """What this worker learns at the end of a run if the leading one cannot reach the storage."""
+
+    def away(path: Path) -> None:
+        raise StorageError(None, "s3://bucket does not answer")
+
+    actual = trainer.push
+    trainer.push = away if fails and context.leads else actual
+    try:
+        trainer._leave(folder, context)
+    except TrainingFailed as error:
+        return str(error)
+    finally:
+        trainer.push = actual
     return "nothing"
 
 
@@ -386,6 +405,15 @@ def test_networks_with_batch_statistics_are_the_same_on_all_ranks_after_an_epoch
     # The averaged network too: it is the one that all ranks judge, each on its own images.
     one, other = (found["averaged"][network] for found in together)
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_a_storage_that_is_away_at_the_end_fails_all_ranks_and_names_where_the_run_is(
+    together: list[dict[str, Any]],
+) -> None:
+    one, other = (found["left"] for found in together)
+    assert one[0].startswith("storage: s3://bucket does not answer; the run is whole in /")
+    assert other[0].startswith("storage: see the leading worker; the run is whole in /")
+    assert one[1] == other[1] == "nothing"
 
 
 def test_a_failed_write_of_the_leading_rank_is_told_on_all_ranks(
