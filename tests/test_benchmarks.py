@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -14,6 +15,8 @@ import torch
 from helpers import unchecked
 
 import raytrain
+from raytrain.config.cost_estimate import estimate_cost
+from raytrain.config.run import RunConfig
 from raytrain.models import ModelSpec
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -88,3 +91,36 @@ def test_a_recording_is_a_small_asciicast_without_paths_of_a_machine(name: str) 
     assert file.stat().st_size < 100_000
     shown = "".join(text for _, _, text in events)
     assert re.findall(r"(?<![\w.])/(?:tmp|home|root|work|usr|var|mnt|opt)/", shown) == []
+
+
+def test_the_model_of_many_gpus_hides_the_collective_behind_the_passes_of_an_attack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    model = importlib.import_module("scaling_model")
+    size, links = model.size_of("resnet18"), model.BETWEEN
+    assert 11.1e6 < size.weights < 11.2e6
+    assert model.all_reduce(size.bytes, 1, links["Ethernet"]) == 0.0
+    for link in links.values():
+        times = [model.all_reduce(size.bytes, 2**k, link) for k in range(10)]
+        assert times == sorted(times)
+        natural, pgd = (model.share(size, name, 64, link) for name in ("natural", "pgd"))
+        # Shares c / (c + p): odds are in proportion to the passes.
+        odds = natural / (1 - natural) / (pgd / (1 - pgd))
+        assert odds == pytest.approx(model.FE["pgd"] / model.FE["natural"])
+        assert 1 <= model.speed_up(size, "pgd", 64, link) <= 64
+    for name in ("natural", "pgd"):
+        run = RunConfig.model_validate({"algorithm": name})
+        assert estimate_cost(run) / run.epochs == model.FE[name]
+
+
+def test_the_capacity_plan_is_written_between_its_marks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    plan = importlib.import_module("scaling_plan")
+    monkeypatch.setattr(plan, "README", tmp_path / "README.md")
+    for before in ("", "old\n"):
+        plan.README.write_text(f"a\n<!-- plan -->\n{before}\n<!-- end -->\nb")
+        plan.into_readme([r"| \1 |", "c"])
+        assert plan.README.read_text() == "a\n<!-- plan -->\n| \\1 |\nc\n<!-- end -->\nb"
