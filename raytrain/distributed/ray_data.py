@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_HEAD = "node:__internal_head__"  # a resource that Ray gives the first node
 _AHEAD = 4  # batches that are brought to this process before they are used
 
 
@@ -21,7 +22,8 @@ def on_cluster(
     """Yield `read(*request)` for every request, in order.
 
     Of those `at_once`(processors of the cluster) are computed at a time, or two. Their tasks ask for no
-    processor: trials may hold all of them, and would wait for these tasks for ever.
+    processor: trials may hold all of them, and would wait for these tasks for ever. A head without
+    processors computes none.
     """
     import pyarrow as pa
     import ray
@@ -39,10 +41,20 @@ def on_cluster(
         batch_size=None,
         num_cpus=0,
         compute=TaskPoolStrategy(size=max(2, at_once(processors))),
+        label_selector=_elsewhere(ray.nodes()),
     )
     for batch in decoded.iter_batches(batch_size=None, prefetch_batches=_AHEAD):
         # A copy: what is in the object store cannot be written.
         yield torch.from_numpy(np.array(batch["pixels"][0]))
+
+
+def _elsewhere(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
+    """A selector of all nodes but a head that has no processors, on which nothing is to be computed."""
+    for node in nodes:
+        resources = node["Resources"]
+        if node["Alive"] and _HEAD in resources and not resources.get("CPU") and len(nodes) > 1:
+            return {"ray.io/node-id": f"!{node['NodeID']}"}
+    return None
 
 
 def _decode(read: Callable[..., Tensor], batch: Any) -> dict[str, np.ndarray]:
