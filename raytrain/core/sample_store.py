@@ -25,6 +25,11 @@ size, too coarse for small steps along the raw gradient; in l2 at 0.5, int8 lose
 eps at every visit."""
 
 
+_LARGE = (
+    2**13
+)  # numbers per image, above which a copy per image is faster on a CPU than one of all pixels
+
+
 class SampleStore:
     """One tensor per owned image, (owned, *shape), zero at first.
 
@@ -176,9 +181,28 @@ class GradientTable:
 
 def cut(values: Tensor, view: AugmentedView) -> Tensor:
     """Pad with zeros, crop and mirror each image by `view`, (n, c, h, w) -> (n, c, h, w)."""
+    if values.device.type == "cpu" and values[0].numel() > _LARGE:
+        return _cut_one_by_one(values, view)
     sample, row, column = _places(values, view)
     padded = torch.nn.functional.pad(values, [view.pad] * 4)
     return padded[sample, :, row, column].permute(0, 3, 1, 2).contiguous()
+
+
+def _cut_one_by_one(values: Tensor, view: AugmentedView) -> Tensor:
+    """The same, by copies of rectangles."""
+    height, width = values.shape[-2:]
+    result = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    shifts = zip(view.top.tolist(), view.left.tolist(), view.mirrored.tolist(), strict=True)
+    for image, target, (top, left, mirrored) in zip(values, result, shifts, strict=True):
+        down, along = top - view.pad, left - view.pad  # of the crop, from the corner of the image
+        rows = slice(max(down, 0), max(min(height, height + down), 0))
+        columns = slice(max(along, 0), max(min(width, width + along), 0))
+        part = image[:, rows, columns]
+        first = columns.start - along  # of the part in the crop
+        if mirrored:
+            part, first = part.flip(-1), width - first - part.shape[-1]
+        target[:, rows.start - down :, first:][:, : part.shape[1], : part.shape[2]] = part
+    return result
 
 
 def paste(values: Tensor, view: AugmentedView, onto: Tensor) -> Tensor:

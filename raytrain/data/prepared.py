@@ -146,8 +146,8 @@ def _write_pixels(split: ParquetSplit, folder: Path) -> None:
 
 def _write_images(split: ParquetSplit, folder: Path) -> None:
     log_line(
-        "raytrain: data: the images need more memory than there is room for; they are checked and copied "
-        f"once, to {folder.parent}, and decoded while training"
+        "raytrain: data: the images are decoded while training; they are checked now, and copied once, to "
+        f"{folder.parent}"
     )
     with closing(Writer(folder / _IMAGES)) as writer:
         rows = split.rows(writer.add)

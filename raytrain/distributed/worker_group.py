@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from raytrain.core.failures import as_failure, from_kind_and_message, is_lost, k
 from raytrain.core.storage import for_ray
 from raytrain.distributed.job_queue import started_queue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
+from raytrain.distributed.ray_data import on_cluster
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
 
 _LOSSES = 50  # of a group, also before a job has begun; a job has its own limit
@@ -59,6 +61,7 @@ def work(settings: dict[str, Any]) -> None:
         device if not isinstance(device, list) else device[0],
         train_context.get_world_rank(),
         train_context.get_world_size(),
+        partial(on_cluster, lambda cpus: cpus // train_context.get_world_size()),
     )
     worker, number = _Worker(settings["bus"], context), 0
     while True:

@@ -10,6 +10,8 @@ import gc
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from raytrain.core.distributed_context import local_context
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import Diverged, RequestError, TrainingFailed, WorkersLost
 from raytrain.distributed.jobs import Job, RecentRows, local_rows
+from raytrain.distributed.ray_data import on_cluster
 from raytrain.distributed.trial_steps import TrialStepsWriter
 from raytrain.distributed.worker_group import WorkerGroup
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, OnStep, RateLimit, StepProgress
@@ -128,7 +131,9 @@ class SingleTrainable(AbstractTrainable):
     """Trials of one worker, in this process."""
 
     def begin(self, job: Job, run: RunConfig, on_step: OnStep) -> Iterator[EpochMetrics]:
-        return local_rows(job, local_context(run.device), on_step)
+        decoding = partial(on_cluster, lambda cpus: min(cpus, int(run.cpus_per_worker)))
+        context = replace(local_context(run.device), read_ahead=decoding)
+        return local_rows(job, context, on_step)
 
     def cleanup(self) -> None:
         self._rows = iter(())

@@ -9,6 +9,7 @@ import torch
 from helpers import assert_near, batch_of, generator, views_of
 from torch import Tensor
 
+from raytrain.core import sample_store
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.sample_store import SampleStore, cut, paste
 from raytrain.core.types import AugmentedView, Batch
@@ -41,8 +42,12 @@ def seen(view: AugmentedView, num: int) -> Tensor:
 # --- views ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("large", [0, 10**9])  # numbers per image, above which each is copied
 @pytest.mark.parametrize("pad", [0, 1, 3, 6])
-def test_cut_pads_crops_and_mirrors_each_image_as_its_view_says(pad: int) -> None:
+def test_cut_pads_crops_and_mirrors_each_image_as_its_view_says(
+    pad: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_store, "_LARGE", large)
     values, view = values_of(12), views_of(12, pad)
     height, width = SHAPE[1:]
     found = cut(values, view)

@@ -204,13 +204,30 @@ def test_a_named_cluster_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.ray
-def test_ray_starts_with_its_token_also_where_it_was_imported_first(ray_folder: str) -> None:
+def test_a_session_also_where_ray_was_imported_first_and_images_decoded_by_it(
+    ray_folder: str,
+) -> None:
+    """The session has the token; requests come in order, though a worker holds all processors."""
     code = """
 import ray
+import torch
 from raytrain.config.request import as_run
+from raytrain.distributed.ray_data import on_cluster
 from raytrain.distributed.ray_session import session
+
+def read(number, shape):
+    return torch.full(shape, number, dtype=torch.uint8)
+
+class Worker:
+    def numbers(self):
+        requests = [(number, (3, 2 + number % 2)) for number in range(12)]
+        ahead = on_cluster(lambda cpus: cpus, read, requests)
+        return [(int(pixels.max()), tuple(pixels.shape)) for pixels in ahead] == requests
+
 with session(as_run(None)):
-    print(ray.is_initialized())
+    cpus = ray.cluster_resources()["CPU"]
+    worker = ray.remote(num_cpus=cpus)(Worker).remote()
+    print(ray.get(worker.numbers.remote(), timeout=150))
 """
     environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
     done = subprocess.run(
