@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from raytrain.commands.results import Result, ShownResult, word_of
-from raytrain.config.run import RUNTIME
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.storage import local_root
 from raytrain.evaluation.record import FOLDER, RECORD
@@ -153,7 +152,7 @@ def _leave_words(
 
 def _run_file(subject: Subject) -> str:
     """What decides the training, without where it happened: no store, no folders of a machine."""
-    values = subject.run.model_dump(mode="json", exclude=set(RUNTIME))
+    values = subject.run.computed()
     for path in ("name", "root", "test_path"):
         given = values["data"][path]
         if given is not None and Path(given).is_absolute():

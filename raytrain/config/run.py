@@ -68,6 +68,9 @@ RUNTIME = frozenset(
 )
 """Fields that change what a run computes by rounding at most, and are not part of its signature."""
 
+EXECUTION: dict[str, Any] = {**dict.fromkeys(RUNTIME, True), "data": {"in_memory": True}}
+"""The same and such fields within others, as `exclude` of pydantic takes them."""
+
 
 class EarlyStop(Spec):
     """End a run once validation robustness has not risen for `patience` validations in a row."""
@@ -286,9 +289,13 @@ class RunConfig(Spec):
             )
         return value if isinstance(value, str) else float(value)
 
+    def computed(self) -> dict[str, Any]:
+        """The fields that decide what is computed, as plain values."""
+        return self.model_dump(mode="json", exclude=EXECUTION)
+
     def signature(self) -> str:
         """12 hexadecimal digits that change exactly when what is computed may change."""
-        text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
+        text = json.dumps(self.computed(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def reason_to_stop(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raytrain.config.request import as_run
-from raytrain.config.run import RUNTIME, RunConfig
+from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.errors import RequestError
 from raytrain.core.types import Spec
@@ -129,7 +129,7 @@ def _as_asked(file: Path, run: RunConfig) -> RunConfig:
 
 
 def _apart_from_paths(run: RunConfig) -> dict[str, Any]:
-    values = run.model_dump(mode="json", exclude=set(RUNTIME))
+    values = run.computed()
     for path in ("name", "root", "test_path"):
         values["data"].pop(path)
     return values

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytrain.config.run import RUNTIME, RunConfig
+from raytrain.config.run import RunConfig
 from raytrain.tracking.data_sets import data_name
 
 LONGEST = 60  # characters
@@ -64,7 +64,7 @@ def _default(run: RunConfig) -> RunConfig | None:
 
 def _differing(run: RunConfig, default: RunConfig) -> list[tuple[str, Any]]:
     """The fields that differ, by path, with their values in `run`."""
-    here, there = (one.model_dump(mode="json", exclude=set(RUNTIME)) for one in (run, default))
+    here, there = (one.computed() for one in (run, default))
     ranks = {name: rank for rank, name in enumerate(_FIRST)}
     found = (item for item in _changes(here, there) if item[0] not in _PLACES)
     return sorted(found, key=lambda item: ranks.get(item[0].partition(".")[0], len(ranks)))

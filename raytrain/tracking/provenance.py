@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from raytrain.config.names import STORAGE
-from raytrain.config.run import RUNTIME, RunConfig
+from raytrain.config.run import RunConfig
 from raytrain.core.epoch_metrics import IN_EPS
 from raytrain.core.git import git
 from raytrain.core.types import in_pixels
@@ -63,7 +63,7 @@ def parameters(run: RunConfig) -> dict[str, Any]:
 
     Those of the algorithm are there once more as multiples of the radius, `..._in_eps`: radii differ.
     """
-    flat = _flatten(run.model_dump(mode="json", exclude=set(RUNTIME)))
+    flat = _flatten(run.computed())
     for path, value in list(flat.items()):
         if not path.endswith("step_size"):
             continue

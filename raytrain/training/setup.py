@@ -44,7 +44,7 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
     check_kinds(run, saved.run)
     if saved.content.get("part_epoch") is not None:
         for field in ("batch_size", "seed", "data"):
-            if getattr(run, field) != getattr(saved.run, field):
+            if run.computed()[field] != saved.run.computed()[field]:
                 raise RequestError(
                     f"{field}: the checkpoint is within an epoch, whose batches depend on it; expected "
                     "the same as before until the next epoch has ended"

@@ -793,6 +793,13 @@ def test_a_signature_changes_with_what_is_computed(word: str) -> None:
     assert run_of(word).signature() != run_of().signature()
 
 
+def test_a_signature_is_that_of_earlier_versions_and_not_of_how_images_are_held() -> None:
+    """The one with which runs with all defaults are recorded; a new field must not change it."""
+    assert run_of().signature() == "0ce193015dbd"
+    held = run_of("data.in_memory=false")
+    assert held.signature() == run_of().signature() and "in_memory" not in str(held.computed())
+
+
 def test_a_signature_does_not_change_with_where_a_run_happens() -> None:
     elsewhere = {
         "workers": 2,

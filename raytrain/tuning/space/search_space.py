@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from raytrain.config.request import override, validated
-from raytrain.config.run import RUNTIME, RunConfig
+from raytrain.config.run import EXECUTION, RunConfig
 from raytrain.core.errors import RequestError
 from raytrain.core.types import Spec
 from raytrain.evaluation.sentinels import Sentinels
@@ -234,7 +234,7 @@ class SearchSpace(Spec):
                 "description": True,
                 "budget": True,
                 "study": True,
-                "base": set(RUNTIME),
+                "base": EXECUTION,
             },
         )
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
