@@ -94,6 +94,11 @@ class TrialManager:
         learns = sees_stopped(space.search, space.objective)
         self._verdicts = OutcomeRecorder(study, space.objective, space.feasible, learns)
 
+    @property
+    def running(self) -> int:
+        """How many trials are under way."""
+        return len(self._live)
+
     # ---------------------------------------------------------------- calls of Tune
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:

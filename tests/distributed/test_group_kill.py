@@ -168,18 +168,34 @@ def test_a_job_is_given_up_after_restarts_in_a_row_without_a_row(
         queue, begun = JobQueue(2), []
         number = await queue.submit(asdict(Job("{}", "", resume=False)))
         for _ in range(6):
-            next_job = asyncio.create_task(queue.next_job(0))
-            done, _ = await asyncio.wait([next_job], timeout=0.05)
-            if not done:  # given up: nothing is begun any more
-                next_job.cancel()
+            _, job, before = await queue.next_job(0)
+            if job is None:  # given up: nothing is begun any more
                 break
-            begun.append(next_job.result()[2])
+            begun.append(before)
             if rows:
                 await queue.report(number, "row", {}, ahead=10)
         return begun
 
     begun = asyncio.run(starts())
     assert begun == ([0, 1, 2] if given_up else [0, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_group_without_a_job_ends_and_takes_none_any_more(
+    given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_queue, "_IDLE_SECONDS", 0.01)
+
+    async def life() -> None:
+        queue, job = JobQueue(0), asdict(Job("{}", "", resume=False))
+        assert await queue.next_job(0) == (-1, None, 0)  # it is younger than its first job
+        number = await queue.submit(job)
+        assert await queue.next_job(0) == (number, job, 0)
+        after = 0 if given_up else number
+        assert await queue.next_job(after) == (number, None, 0)
+        assert await queue.submit(job) == 0
+
+    asyncio.run(life())
 
 
 @pytest.mark.parametrize(("rank", "sent"), [(0, [1]), (1, [])])
