@@ -262,7 +262,7 @@ def until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def workers_below(process: subprocess.Popen[str]) -> list[int]:
     """Training processes of the group."""
-    return sorted(p for p in stage._below(process) if "RayTrainWorker" in stage._command(p))
+    return sorted(p for p in stage.below(process) if "RayTrainWorker" in stage.command_of(p))
 
 
 def epochs_in(file: Path) -> int:
@@ -295,8 +295,11 @@ def test_a_killed_worker_of_a_group_costs_no_row_and_doubles_none(
 
     (parent,), children = runs_of(tmp_path)
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    seen = audit.ended(folder, "s")
-    outcomes, found = audit.audit(folder, "s", f"sqlite:///{tmp_path / 'mlflow.db'}", 2, seen)
+    study = folder / "study.log"
+    seen = audit.ended(study, "s")
+    outcomes, found = audit.audit(
+        folder, study, "s", f"sqlite:///{tmp_path / 'mlflow.db'}", 2, seen
+    )
     assert outcomes == {"complete": 2}
     assert {name: count for name, count in found.items() if count} == {}
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
