@@ -330,7 +330,7 @@ class Round:
         outcome.found["more steps repeated than between two checkpoints"] += (
             outcome.repeated > self._most_repeated()
         )
-        if self._subject == "train":
+        if self._subject != "sweep":
             self._attribute()
 
     def _most_repeated(self) -> float:
@@ -349,6 +349,8 @@ class Round:
         until = [at for _, _, at in struck[1:]] + [times[-1] + 1]
         for (kind, _, at), end in zip(struck, until, strict=True):
             outcome.pauses.append((kind, longest_pause(times, at, end)))
+        if self._subject == "elastic":
+            return  # with another number of workers a step has other images on rank 0
         for began, steps in repeated(processes):
             before = [fault for fault in struck if fault[2] < began]
             deaths = [fault for fault in before if fault[0] != "storage"]
@@ -386,18 +388,20 @@ def table(outcomes: list[Outcome]) -> str:
 
     struck = Counter(kind for one in outcomes for kind, _, _ in one.struck)
     lines = [
-        "| fault | times | in trainings: longest pause, s | steps repeated |",
+        "| fault | times | in trainings of 2 workers: longest pause, s | steps repeated |",
         "|---|---|---|---|",
     ]
     for kind, name in KINDS.items():
-        pauses = [seconds for one in outcomes for what, seconds in one.pauses if what == kind]
+        same = [one for one in outcomes if one.subject == "train"]
+        pauses = [seconds for one in same for what, seconds in one.pauses if what == kind]
         costs = [steps for one in outcomes for what, steps in one.costs if what == kind]
         cells = (name, str(struck[kind]), _spread(pauses), _spread(costs))
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| command | rounds | faults | launches | steps | repeated | weights differ by | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | rounds | faults | launches | steps | repeated | longest pause, s | weights differ by "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for subject, name in SUBJECTS.items():
         those = [one for one in outcomes if one.subject == subject]
@@ -408,6 +412,7 @@ def table(outcomes: list[Outcome]) -> str:
             str(sum(one.launches for one in those)),
             f"{sum(one.steps for one in those):.0f}",
             f"{sum(one.repeated for one in those):.0f}",
+            _most([seconds for one in those for _, seconds in one.pauses]),
             f"{max((one.distance for one in those), default=0.0):.2g}",
             f"{sum(one.seconds for one in those):.0f}",
         )
@@ -423,6 +428,10 @@ def table(outcomes: list[Outcome]) -> str:
     python = ".".join(map(str, sys.version_info[:3]))
     lines += ["", f"{hardware()}; {versions}, Python {python}."]
     return "\n".join(lines) + "\n"
+
+
+def _most(values: list[float]) -> str:
+    return f"{max(values):.0f}" if values else ""
 
 
 def _spread(values: list[float]) -> str:
