@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ UPLOADS = {
 EPOCHS, IMAGES, BATCH, EVERY = 6, 1024, 32, 10
 """Of a training; the last: steps between two checkpoints."""
 RATES = [0.02, 0.03, 0.05, 0.07, 0.1, 0.15]  # of the trials
-NAME = "sweep"
+NAME, ROWS = "sweep", "rows.jsonl"
 _AWAY = (3.0, 20.0)  # seconds that the storage is away
 _LATE = 25.0  # seconds until a node joins where training goes on without it
 _ROUNDING = 1e-9  # of weights in double precision, after steps on another number of workers
@@ -302,7 +302,8 @@ class Round:
         outcome.images = images(scene.steps)
         outcome.steps = outcome.images / BATCH
         if self._subject == "sweep":
-            folder = next(self._cache.glob(f"*/{self._experiment}/{NAME}"))
+            copies = self._cache.glob(f"*/{self._experiment}/{NAME}/{ROWS}")
+            folder = next(f.parent for f in copies if f.parents[2].suffix != ".synced")
             trials = [f"{NAME}/trials/t{number:04d}" for number in range(len(RATES))]
             _, found = audit(
                 folder, self._study, self._study_name, scene.mlflow_uri, len(RATES), self._seen
@@ -441,9 +442,8 @@ def _spread(values: list[float]) -> str:
 
 def rounds(
     planned: list[tuple[Subject, list[Kind]]], draw: random.Random, keep: bool
-) -> list[Outcome]:
+) -> Iterator[Outcome]:
     """One round after another on one cluster, each kind of command first without a fault."""
-    outcomes: list[Outcome] = []
     with cluster(keep) as scene:
         print(f"in {scene.folder}", file=sys.stderr, flush=True)
         expected: dict[Subject, Outcome] = {}
@@ -456,13 +456,12 @@ def rounds(
         for number, (subject, kinds) in enumerate(planned, start=len(expected)):
             same = expected["sweep" if subject == "sweep" else "train"]
             one = Round(scene, number, subject, kinds, draw, same).run()
-            outcomes.append(one)
             said = f"{one.seconds:.0f} s, {one.repeated:.0f} of {one.steps:.0f} steps repeated"
             told = (
                 f"round{number:02d}: {subject}, {said}, weights {one.distance:.2g}, {+one.found}"
             )
             print(told, file=sys.stderr, flush=True)
-    return outcomes
+            yield one
 
 
 def main() -> None:
@@ -477,13 +476,14 @@ def main() -> None:
     chosen = parser.parse_args()
     draw = random.Random(chosen.seed)
     planned = plan(chosen.trainings, chosen.elastic, chosen.sweeps, draw)
-    outcomes = rounds(planned, draw, chosen.keep)
+    outcomes: list[Outcome] = []
     counts = f"--trainings {chosen.trainings} --elastic {chosen.elastic} --sweeps {chosen.sweeps}"
     command = f"`python benchmarks/chaos.py {counts} --seed {chosen.seed}`"
-    text = f"Made by {command}:\n\n{table(outcomes)}"
-    print(text)
-    if chosen.out is not None:
-        chosen.out.write_text(text)
+    for one in rounds(planned, draw, chosen.keep):
+        outcomes.append(one)
+        if chosen.out is not None:
+            chosen.out.write_text(f"Made by {command}:\n\n{table(outcomes)}")
+    print(table(outcomes))
     sys.exit(1 if any(+one.found for one in outcomes) else 0)
 
 

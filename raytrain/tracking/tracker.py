@@ -140,20 +140,24 @@ class Tracker:
     def unfinished(self, parent: str) -> list[str]:
         """Handles of the children of a run that have not ended, such as those of a driver that died.
 
-        Children that only the store has get their id as their handle.
+        Children that only the store has, because this outbox is an older copy of that driver's, get the
+        handle that their tag `trial` has; their id, if there is none or another run has it.
         """
         runs = self._outbox.run_index.runs
         parent_id = self._must_know(parent).adopted or self._outbox.ids.get(parent)
-        strays: set[str] = set()
+        strays: dict[str, str] = {}
         if parent_id:
             try:
-                strays = set(self._store.running(parent_id))
+                strays = self._store.running(parent_id)
             except Exception as error:  # away: the outbox has its own
                 self._complain(first_line(error))
-            strays -= set(self._outbox.ids.values())
-        for run_id in sorted(strays - set(runs)):
-            self.adopt(run_id, run_id)
-        return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(strays)
+        there = {*self._outbox.ids.values(), *(run.adopted for run in runs.values())}
+        found = []
+        for run_id, trial in strays.items():
+            if run_id not in there:
+                found.append(trial if trial and not self.known(trial) else run_id)
+                self._put("adopt", found[-1], id=run_id, parent=parent)
+        return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(found)
 
     def log(self, handle: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Queue a row of metrics."""

@@ -422,6 +422,21 @@ def test_children_that_only_the_store_knows_are_found_too(tracker: Tracker) -> N
     assert tracker.unfinished("sweep") == ["t0"]
 
 
+def test_a_child_that_only_the_store_knows_goes_on_under_the_handle_of_its_trial(
+    tracker: Tracker,
+) -> None:
+    tags = {"mlflow.parentRunId": begun(tracker, "sweep"), "trial": "t0"}
+    client = reader(tracker)
+    stray = client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    client.log_metric(stray, "cost/fe", 1.0, step=2)
+    assert tracker.unfinished("sweep") == ["t0"]
+    assert tracker.run_id("t0") == stray and tracker.last_step("t0") == 2
+    tracker.close("t0", "KILLED")
+    tracker.reopen("t0")
+    other = client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    assert tracker.unfinished("sweep") == ["t0", other]
+
+
 def test_two_commands_on_one_spool_are_refused(tracker: Tracker, store: str, outbox: Path) -> None:
     with pytest.raises(RequestError, match=r"mlflow\.jsonl: another process is writing here"):
         Tracker(store, "tests", outbox)
