@@ -51,6 +51,7 @@ class Tracker:
         self.experiment_id = self._store.experiment_id
         self._outbox = _outbox(self._store, outbox)
         self._writer = Writer(self._store, self._outbox, orphans)
+        self._asked: set[str] = set()  # handles whose last epoch the store was asked for
 
     def open(
         self,
@@ -135,6 +136,10 @@ class Tracker:
         known = self._must_know(handle)
         if known.adopted is not None and not known.step:
             known.step = self._store.last_step(known.adopted)
+        elif self._outbox.is_older and handle not in self._asked:
+            self._asked.add(handle)
+            if run_id := self._outbox.ids.get(handle):
+                known.step = max(known.step, self._store.last_step(run_id))
         return known.step
 
     def unfinished(self, parent: str) -> list[str]:

@@ -216,13 +216,12 @@ class TrialManager:
             origin = trial.user_attrs["origin"]
             if "now" in trial.user_attrs:
                 continue  # a member of a population counts the epochs of its checkpoint otherwise
-            until = trial.user_attrs.get("last", {}).get("epoch", 0)
+            last, values = trial.user_attrs.get("last", {}), self.history.values(trial)
             for row in recent_rows(self._folder_of(origin)):
-                if row.epoch <= until and (origin, row.epoch) not in known:
-                    values, metrics = self.history.values(trial), row.metrics()
-                    self.journal.add(
-                        origin, trial.number, row.epoch, row.progress, values, metrics
-                    )
+                if row.epoch <= last.get("epoch", 0) and (origin, row.epoch) not in known:
+                    given = (row.epoch, row.progress, values, row.metrics(), last.get("time"))
+                    self.journal.add(origin, trial.number, *given)
+                    self._mlflow_runs.fill(self.history.handle(origin), row.metrics(), row.epoch)
 
     def _count(self) -> None:
         """Restore earlier launches: trials that ended, were lost, or are queued."""
