@@ -94,7 +94,7 @@ def reference(
     model: nn.Module, part: SplitShard, ball: AbstractThreatModel, settings: EvaluationSettings
 ) -> Measured:
     """The reference, whole; what it logs after each attack tells the time and the share left."""
-    images = part.pixels[: settings.images].float() / 255
+    images = part.whole[: settings.images].float() / 255
     labels = part.labels[: settings.images]
     attack = AutoAttack(
         model,

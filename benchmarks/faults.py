@@ -31,6 +31,7 @@ from faults_stage import Stage, result_of, stage
 KINDS = ("driver", "worker", "node", "mlflow")
 NAME = "faults"
 FOLDER = Path("runs") / "raytrain" / NAME
+STUDY = FOLDER / "study.log"
 _ROWS = 10  # between two faults at most
 _EACH = 4  # rows that a trial has at least, if it does not diverge
 _AWAY = 8.0  # seconds that the server is away, at most
@@ -147,7 +148,7 @@ class Chaos:
 
     def _strike(self, kind: str) -> bool:
         """Inject a fault; False if there is nothing to hit now."""
-        seen = ended(self._stage.folder / FOLDER, NAME)
+        seen = ended(self._stage.folder / STUDY, NAME)
         hit = getattr(self, f"_{kind}")()
         if hit:
             self.story.seen.update(seen)
@@ -191,10 +192,10 @@ class Chaos:
         return "mlflow killed" if kill else "mlflow stopped"
 
     def _launch(self) -> None:
-        fresh = not (self._stage.folder / FOLDER / "study.log").is_file()
+        fresh = not (self._stage.folder / STUDY).is_file()
         space = str(self._stage.folder / "space.yaml")
         words = (space, "--name", NAME) if fresh else ("--resume", NAME)
-        self._stage.launch(*words, "--json")
+        self._stage.launch("tune", *words, "--json")
 
     def _later(self, seconds: float, act: Callable[[], Any]) -> None:
         self._agenda.append((time.monotonic() + seconds, act))
@@ -231,9 +232,8 @@ def sweep(
         (scene.folder / "space.yaml").write_text(yaml.safe_dump(space))
         try:
             story = Chaos(scene, trials, kinds, draw, patience).run()
-            outcomes, found = audit(
-                scene.folder / FOLDER, NAME, scene.mlflow_uri, trials, story.seen
-            )
+            folder, study = scene.folder / FOLDER, scene.folder / STUDY
+            outcomes, found = audit(folder, study, NAME, scene.mlflow_uri, trials, story.seen)
         finally:
             if keep:
                 print(f"kept in {scene.folder}", file=sys.stderr)

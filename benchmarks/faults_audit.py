@@ -37,19 +37,18 @@ class Ended:
     at: float  # seconds since the epoch
 
 
-def ended(folder: Path, name: str) -> dict[int, Ended]:
+def ended(study: Path, name: str) -> dict[int, Ended]:
     """The trials of a sweep that have ended, by the number of their first attempt."""
-    trials = attempts(folder, name)
+    trials = attempts(study, name)
     return {_origin(trial): _ended(trial) for trial in _final(trials)}
 
 
-def attempts(folder: Path, name: str) -> list[FrozenTrial]:
-    """All trials of the study; none if it is only being made."""
+def attempts(study: Path, name: str) -> list[FrozenTrial]:
+    """All trials of the study in a journal; none if it is only being made."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    file = folder / "study.log"
-    if not file.is_file():
+    if not study.is_file():
         return []
-    storage = JournalStorage(JournalFileBackend(str(file)))
+    storage = JournalStorage(JournalFileBackend(str(study)))
     try:
         return optuna.load_study(study_name=name, storage=storage).get_trials()
     except KeyError:
@@ -57,16 +56,20 @@ def attempts(folder: Path, name: str) -> list[FrozenTrial]:
 
 
 def audit(
-    folder: Path, name: str, uri: str, budget: int, seen: Mapping[int, Ended]
+    folder: Path, study: Path, name: str, uri: str, budget: int, seen: Mapping[int, Ended]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Trials by outcome, and every violation with how often it was found; each is told on stderr."""
-    trials = attempts(folder, name)
-    final = ended(folder, name)
+    """Trials by outcome, and every violation with how often it was found; each is told on stderr.
+
+    `name` is that of the sweep in its `study`, a journal; `folder` holds its files, and is in that of its
+    experiment.
+    """
+    trials = attempts(study, name)
+    final = ended(study, name)
     rows = _rows(folder / "rows.jsonl")
     found = {
         **_of_study(trials, final, budget, seen),
         **_of_rows(rows, final, folder / "trials.parquet"),
-        **_of_mlflow(MlflowClient(uri), rows, final),
+        **_of_mlflow(MlflowClient(uri), folder.parent.name, rows, final),
     }
     for violation, cases in found.items():
         for case in cases:
@@ -130,9 +133,9 @@ def _of_rows(
 
 
 def _of_mlflow(
-    client: MlflowClient, rows: list[dict[str, Any]], final: dict[int, Ended]
+    client: MlflowClient, experiment: str, rows: list[dict[str, Any]], final: dict[int, Ended]
 ) -> dict[str, list[str]]:
-    parents, children = _runs(client)
+    parents, children = _runs(client, experiment)
     by_handle = defaultdict(list)
     for run in children:
         by_handle[run.data.tags.get("trial", run.info.run_id)].append(run)
@@ -189,10 +192,15 @@ def _points(
     return missing, doubled, wrong
 
 
-def _runs(client: MlflowClient) -> tuple[list[Run], list[Run]]:
-    experiment = client.get_experiment_by_name("raytrain")
+def runs_of(client: MlflowClient, name: str) -> list[Run]:
+    """All runs of an experiment."""
+    experiment = client.get_experiment_by_name(name)
     assert experiment is not None
-    runs = list(client.search_runs([experiment.experiment_id], max_results=5000))
+    return list(client.search_runs([experiment.experiment_id], max_results=5000))
+
+
+def _runs(client: MlflowClient, experiment: str) -> tuple[list[Run], list[Run]]:
+    runs = runs_of(client, experiment)
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     return [run for run in runs if run not in children], children
 

@@ -1,4 +1,4 @@
-"""The processes of `faults.py`: MLflow's server, two Ray nodes and a driver, started and killed at will.
+"""The processes of `faults.py`: MLflow's server, Ray nodes and a driver, started and killed at will.
 
 All on loopback, on ports and in folders of their own; Linux only, since processes are found in /proc.
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 
 Process = subprocess.Popen[bytes]
 
-_NODE = ("--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0", "--block")
-_HEAD = ("--head", "--include-dashboard=false", "--disable-usage-stats")
+_NODE = ("--min-worker-port=0", "--max-worker-port=0", "--block")
+HEAD = ("--head", "--include-dashboard=false", "--disable-usage-stats")
 _SLOT = ("ray::SingleSlot", "ray::ResourceTrainable")  # idle, and at work
 _HEALTH = {  # a lost node is found lost in seconds, where Ray's own patience is half a minute
     "RAY_health_check_initial_delay_ms": "2000",
@@ -51,10 +51,10 @@ class Stage:
     def start(self) -> None:
         """Everything but the driver."""
         self.start_server()
-        self.head = self._ray(*_HEAD, f"--port={self._address.rpartition(':')[2]}")
-        _until(lambda: _listens(self._address), 60, "the head of the cluster listens")
+        self.head = self._ray(*HEAD, f"--port={self._address.rpartition(':')[2]}")
+        until(lambda: listens(self._address), 60, "the head of the cluster listens")
         self.start_node()
-        _until(self.answers, 120, "MLflow answers")
+        until(self.answers, 120, "MLflow answers")
 
     # ---------------------------------------------------------------- MLflow
 
@@ -90,35 +90,36 @@ class Stage:
 
     def node_killed(self) -> bool:
         """SIGKILL the raylet of the node; its workers find out by themselves. False if it is not there."""
-        raylets = [pid for pid in _below(self.node) if "/raylet/raylet" in _command(pid)]
+        raylets = [pid for pid in below(self.node) if "/raylet/raylet" in command_of(pid)]
         for pid in raylets:
             os.kill(pid, signal.SIGKILL)
         return bool(raylets)
 
     def slots(self) -> list[int]:
         """The processes in which trials run."""
-        below = [*_below(self.head), *_below(self.node)]
-        return sorted(pid for pid in below if _command(pid).startswith(_SLOT))
+        found = [*below(self.head), *below(self.node)]
+        return sorted(pid for pid in found if command_of(pid).startswith(_SLOT))
 
-    def _ray(self, *words: str) -> Process:
+    def _ray(self, *words: str, cpus: int = 1, **env: str) -> Process:
         ray = str(Path(sys.executable).with_name("ray"))
         head = "--head" in words
         where = [f"--temp-dir={self._ray_folder}", "--node-ip-address=127.0.0.1"] if head else []
-        return self._begin([ray, "start", *words, *where, *_NODE], "ray")
+        command = [ray, "start", *words, *where, f"--num-cpus={cpus}", *_NODE]
+        return self._begin(command, "ray", **env)
 
     # ---------------------------------------------------------------- the driver
 
-    def launch(self, *words: str) -> None:
-        """`raytrain tune ...` on that cluster."""
+    def launch(self, *words: str, **env: str) -> None:
+        """A command of raytrain's on that cluster."""
         self.launches += 1
         command = [
             sys.executable,
             "-c",
             "from raytrain.cli.app import main; main()",
-            "tune",
             *words,
         ]
-        self.driver = self._begin(command, f"driver-{self.launches}", RAY_ADDRESS=self._address)
+        env = {"RAY_ADDRESS": self._address, **env}
+        self.driver = self._begin(command, f"driver-{self.launches}", **env)
 
     def kill_driver(self) -> None:
         """As a machine that loses its power would."""
@@ -148,7 +149,7 @@ class Stage:
 
     def close(self) -> None:
         """End whatever was started here."""
-        left = [pid for process in self._all for pid in [process.pid, *_below(process)]]
+        left = [pid for process in self._all for pid in [process.pid, *below(process)]]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -202,14 +203,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _listens(address: str) -> bool:
+def listens(address: str) -> bool:
     host, _, port = address.partition(":")
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
         return True
     return False
 
 
-def _until(done: Callable[[], bool], seconds: float, what: str) -> None:
+def until(done: Callable[[], bool], seconds: float, what: str) -> None:
     end = time.monotonic() + seconds
     while not done():
         if time.monotonic() > end:
@@ -217,7 +218,7 @@ def _until(done: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def _below(process: Process | None) -> list[int]:
+def below(process: Process | None) -> list[int]:
     """The descendants of a process."""
     if process is None:
         return []
@@ -235,7 +236,7 @@ def _below(process: Process | None) -> list[int]:
     return found
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     try:
         return (
             Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -41,6 +42,11 @@ class Pixels(Protocol):
         ...
 
 
+def whole(pixels: Pixels) -> Tensor:
+    """All pixels, as one tensor: themselves, if they are one."""
+    return pixels if isinstance(pixels, Tensor) else pixels[torch.arange(pixels.shape[0])]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Pixels 0..255, one label per image, class names, and what is known of Parquet files."""
@@ -51,6 +57,11 @@ class ImageSet:
     origin: Origin | None = None
     levels: Int64[np.ndarray, "c 256"] | None = None  # pixels of each value, per channel
     is_shared: bool = False  # whether they are in a file that all processes of the machine map
+
+    @property
+    def whole(self) -> Tensor:
+        """All pixels, as one tensor."""
+        return whole(self.pixels)
 
 
 @dataclass(frozen=True)

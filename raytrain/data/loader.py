@@ -8,7 +8,7 @@ epoch, and a batch holds the same images for any number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from raytrain.core.regions import DATA, region
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView, Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
-from raytrain.data.images import Pixels
+from raytrain.data.images import Pixels, whole
 from raytrain.data.read_ahead import in_processes
 from raytrain.data.reading import ImageReader, Selection, images_of
 from raytrain.data.sources import SOURCES, ImageSet, Source, Split, source_of
@@ -60,6 +60,11 @@ class SplitShard:
         """Channels, height, width."""
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
+
+    @property
+    def whole(self) -> UInt8[Tensor, "owned c h w"]:
+        """The pixels of all images that this worker owns, as one tensor."""
+        return whole(self.pixels)
 
     @property
     def bytes_in_memory(self) -> int:
@@ -179,7 +184,7 @@ def num_steps(part: SplitShard, batch_size: int) -> int:
 
 def iter_train(
     part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool, first: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the training batches of one epoch for this worker, from the `first` on: a function of seed and
     epoch alone.
     """

@@ -83,7 +83,7 @@ def describe(images: ImageSet) -> Source:
     count, channels, size = images.pixels.shape[:3]
     counts = images.levels
     if counts is None:
-        counts = count_levels(images.pixels[torch.arange(count)].numpy())
+        counts = count_levels(images.whole.numpy())
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in torch.from_numpy(counts):

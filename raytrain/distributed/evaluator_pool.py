@@ -64,7 +64,8 @@ def evaluator_pool(
             max_restarts=config.max_failures,
             max_task_retries=config.max_failures,
         )(_RemoteEvaluator)
-        content = ray.put(saved)
+        # Within a list: Ray warns on stderr of an actor that is given one and may be restarted.
+        content = [ray.put(saved)]
         yield _Several([kind.remote(config, content, settings) for _ in range(count)])
 
 
@@ -102,8 +103,10 @@ class _Several:
 class _RemoteEvaluator:
     """An evaluator as a Ray actor, built in its process."""
 
-    def __init__(self, config: RunConfig, saved: Saved, settings: EvaluationSettings) -> None:
-        self._evaluator = _evaluator(config, saved, settings)
+    def __init__(self, config: RunConfig, saved: list[Any], settings: EvaluationSettings) -> None:
+        import ray
+
+        self._evaluator = _evaluator(config, ray.get(saved[0]), settings)
 
     def run(self, item: WorkItem) -> WorkResult:
         return self._evaluator.run(item)

@@ -9,7 +9,7 @@ from typing import Any
 from raytrain.core.errors import TrainingFailed
 from raytrain.core.failures import kind_and_message
 
-_IDLE_SECONDS = 30.0  # an idle group wakes this often, long before a collective times out
+_IDLE_SECONDS = 10.0  # without a job, after which a group ends and others have its room
 
 
 class JobQueue:
@@ -23,10 +23,16 @@ class JobQueue:
         self.step: dict[str, Any] | None = None  # the newest since the last row, not polled yet
         self.taken, self.max_failures = 0, max_failures
         self.failed = 0  # the last job that one of its workers gave up
+        self.left = False  # the group has ended for want of a job
         self.controller: Any = None  # Ray Train's actor that runs the group
 
     async def submit(self, job: dict[str, Any] | None) -> int:
-        """A new job in place of the present one; None ends the group."""
+        """A new job in place of the present one, by its number; None ends the group.
+
+        0 if the group has ended for want of a job.
+        """
+        if self.left:
+            return 0
         async with self.changed:
             self.number, self.job, self.taken = self.number + 1, job, 0
             self.rows, self.step = asyncio.Queue(), None
@@ -34,22 +40,26 @@ class JobQueue:
         return self.number
 
     async def next_job(self, after: int) -> tuple[int, dict[str, Any] | None, int]:
-        """The job newer than `after`, or number -1 after a while; how often it was begun before."""
+        """The job newer than `after`, and how often it was begun before.
+
+        None ends the group: there has been no other job for a while. Number -1 if there was none at all.
+        """
         async with self.changed:
-            try:
-                await asyncio.wait_for(
-                    self.changed.wait_for(lambda: self.number > max(after, self.failed)),
-                    _IDLE_SECONDS,
-                )
-            except TimeoutError:
-                return -1, None, 0
-            self.taken += 1
-            if self.taken > self.max_failures + 1 and self.job is not None:
+            while True:
+                try:
+                    await asyncio.wait_for(
+                        self.changed.wait_for(lambda: self.number > max(after, self.failed)),
+                        _IDLE_SECONDS,
+                    )
+                except TimeoutError:
+                    self.left = self.number > 0
+                    return self.number or -1, None, 0
+                self.taken += 1
+                if self.taken <= self.max_failures + 1 or self.job is None:
+                    return self.number, self.job, self.taken - 1
                 why = f"its workers died {self.taken - 1} times"
                 self.rows.put_nowait(("failed", kind_and_message(TrainingFailed(why))))
-                await self.changed.wait_for(lambda: self.taken == 0 or self.job is None)
-                return -1, None, 0
-            return self.number, self.job, self.taken - 1
+                self.failed = self.number
 
     async def report(self, number: int, kind: str, value: Any, ahead: int = 1) -> bool:
         """Hand over a row; False if the job was replaced. Waits while more than `ahead` are unread."""

@@ -93,10 +93,10 @@ class RecentRows:
 
     A driver, or a worker, may die before the driver received rows that precede the last checkpoint: up
     to two, since a group runs ahead. On resume, and after a restart of the group, they are replayed
-    from here.
+    from here. The copy of a sweep's rows in a storage is older than these by some seconds.
     """
 
-    _MOST = 4
+    _MOST = 16
 
     def __init__(self, folder: Path, resume: bool = True) -> None:
         self._file = folder / ROWS

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raytrain.core.console import log_line
 from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.signals import deferred, interrupted
+from raytrain.distributed.leftovers import remove_leftovers
 
 if TYPE_CHECKING:
     from raytrain.config.run import RunConfig
@@ -55,7 +56,8 @@ def wanted_cluster() -> str | None:
 def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     """A Ray cluster for the time of a command: joined, or started here with room for `trials` at once.
 
-    A local cluster counts workers, not cores: two workers on one core are slow, and allowed.
+    A local cluster counts workers, not cores: two workers on one core are slow, and allowed. Where this
+    process has a cluster already, that one is used, and not stopped.
 
     Raises:
         RequestError: if RAY_ADDRESS leads nowhere, or no folder is short enough for Ray's sockets.
@@ -63,6 +65,9 @@ def session(run: RunConfig, trials: int = 1) -> Iterator[None]:
     """
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     address = wanted_cluster()
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trial manager reports failures
     try:
@@ -110,6 +115,7 @@ def _join(address: str) -> None:
         raise RequestError(
             f"RAY_ADDRESS: no Ray cluster answers at {address} ({_first_line(error)})"
         ) from None
+    remove_leftovers()
 
 
 def _start(cores: int) -> None:
@@ -181,6 +187,24 @@ def concurrent_trials(run: RunConfig, wanted: int | None) -> int:
     return trials if wanted is None else min(trials, wanted)
 
 
+def room_for_trials(run: RunConfig) -> int:
+    """How many trials of `run.workers` workers fit the cluster as it is now, also none."""
+    import ray
+
+    have = ray.cluster_resources()
+    return _trials(run, _num_workers(_worker_resources(run, have), have))
+
+
+def _num_workers(each: Mapping[str, float], have: Mapping[str, float]) -> int:
+    """How many workers with the needs of `each` fit."""
+    return int(min(have.get(name, 0) / need for name, need in each.items() if need) + 1e-9)
+
+
+def _trials(run: RunConfig, fits: int) -> int:
+    """How many trials so many workers are enough for."""
+    return fits // run.workers or int(fits >= run.worker_range[0])
+
+
 def _num_fitting(run: RunConfig, have: Mapping[str, float]) -> int:
     """How many trials fit the resources of a cluster; raises if none does."""
     each = _worker_resources(run, have)
@@ -188,8 +212,8 @@ def _num_fitting(run: RunConfig, have: Mapping[str, float]) -> int:
         raise RequestError(
             "performance.mode: graph needs a GPU and the cluster has none; expected auto, eager or compile"
         )
-    fits = int(min(have.get(name, 0) / need for name, need in each.items() if need) + 1e-9)
-    trials = fits // run.workers or int(fits >= run.worker_range[0])
+    fits = _num_workers(each, have)
+    trials = _trials(run, fits)
     if trials == 0:
         field = "workers" if run.min_workers is None else "min_workers"
         needs = " and ".join(f"{need:g} {name}" for name, need in each.items() if need)

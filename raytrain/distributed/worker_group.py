@@ -152,7 +152,8 @@ class WorkerGroup:
     `resources` are those of one worker. The group has as many workers as there is room for, from the
     first to the second of `workers`, and is started anew from the last checkpoint when that changes.
     Its name is made unique, since Ray Train restores a run whose name it has seen. A job fails when it
-    was restarted `failures` times in a row without an epoch in between.
+    was restarted `failures` times in a row without an epoch in between. A group without a job ends after
+    some seconds, so that it takes no room from those that wait for it.
     """
 
     def __init__(
@@ -180,12 +181,14 @@ class WorkerGroup:
         )
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Begin a job; one that is running is dropped at its next epoch."""
+    def submit(self, job: Job) -> bool:
+        """Begin a job; one that is running is dropped at its next epoch. False if the group has ended."""
+        if self._ended is not None:
+            return False
         self._folder_of_job = job.path
         before = RecentRows(self._folder_of_job, job.resume).rows
         self._delivered = max((row.epoch for row in before), default=0)
-        self._ray.get(self._bus.submit.remote(asdict(job)))
+        return self._ray.get(self._bus.submit.remote(asdict(job))) != 0
 
     def rows(self, on_step: OnStep = lambda done: None) -> Iterator[EpochMetrics]:
         """The rows of the job until it ends; after a restart of the group an epoch may come twice,
@@ -223,11 +226,6 @@ class WorkerGroup:
                 yield from RecentRows(folder).between(last, report.epoch)
             yield report
             last = max(last, report.epoch)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the group is gone, and takes no more jobs."""
-        return self._ended is not None
 
     def close(self, seconds: float = 60.0) -> None:
         """Wait this long for the workers to finish their epoch and exit; then end them."""

@@ -52,6 +52,7 @@ class Outbox:
         self.key = f"{folder}-{secrets.token_hex(6)}"
         self.run_index, self.ids = RunIndex(), dict[str, str]()
         self.at = self.tried = 0  # delivered; perhaps delivered
+        self.is_older = False  # a copy: MLflow may have more of its runs
         self.waiting = 0  # records that are not delivered
         self._left = b""
         self._fd = _locked(file)
@@ -188,6 +189,7 @@ class Outbox:
         self.key, self._base, self._start = header["spool"], header["base"], len(first) + 1
         self.end = self._base + os.fstat(self._fd).st_size - self._start
         self.at = min(max(self.at, self._base), self.end)
+        self.is_older = self.tried > self.end
         self.tried = min(self.tried, self.end)
         if not state:  # the state was lost: anything may be in MLflow
             self.uri, self.experiment = header["uri"], header["experiment"]

@@ -104,14 +104,14 @@ class Store:
         for some_metrics, some_params, some_tags in zip_longest(*pieces, fillvalue=()):
             self.client.log_batch(run_id, metrics=some_metrics, params=some_params, tags=some_tags)
 
-    def running(self, parent: str) -> list[str]:
-        """Children of a run that are RUNNING."""
+    def running(self, parent: str) -> dict[str, str]:
+        """Children of a run that are RUNNING: the id of each, and its tag `trial`, empty if it has none."""
         found = self.client.search_runs(
             [self.experiment_id],
             f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'",
             max_results=50_000,
         )
-        return [run.info.run_id for run in found]
+        return {run.info.run_id: run.data.tags.get("trial", "") for run in found}
 
     def missing(self, run_id: str) -> bool:
         """Whether the store reports that it has no such run; false if it does not answer."""

@@ -51,6 +51,7 @@ class Tracker:
         self.experiment_id = self._store.experiment_id
         self._outbox = _outbox(self._store, outbox)
         self._writer = Writer(self._store, self._outbox, orphans)
+        self._asked: set[str] = set()  # handles whose last epoch the store was asked for
 
     def open(
         self,
@@ -135,25 +136,33 @@ class Tracker:
         known = self._must_know(handle)
         if known.adopted is not None and not known.step:
             known.step = self._store.last_step(known.adopted)
+        elif self._outbox.is_older and handle not in self._asked:
+            self._asked.add(handle)
+            if run_id := self._outbox.ids.get(handle):
+                known.step = max(known.step, self._store.last_step(run_id))
         return known.step
 
     def unfinished(self, parent: str) -> list[str]:
         """Handles of the children of a run that have not ended, such as those of a driver that died.
 
-        Children that only the store has get their id as their handle.
+        Children that only the store has, because this outbox is an older copy of that driver's, get the
+        handle that their tag `trial` has; their id, if there is none or another run has it.
         """
         runs = self._outbox.run_index.runs
         parent_id = self._must_know(parent).adopted or self._outbox.ids.get(parent)
-        strays: set[str] = set()
+        strays: dict[str, str] = {}
         if parent_id:
             try:
-                strays = set(self._store.running(parent_id))
+                strays = self._store.running(parent_id)
             except Exception as error:  # away: the outbox has its own
                 self._complain(first_line(error))
-            strays -= set(self._outbox.ids.values())
-        for run_id in sorted(strays - set(runs)):
-            self.adopt(run_id, run_id)
-        return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(strays)
+        there = {*self._outbox.ids.values(), *(run.adopted for run in runs.values())}
+        found = []
+        for run_id, trial in strays.items():
+            if run_id not in there:
+                found.append(trial if trial and not self.known(trial) else run_id)
+                self._put("adopt", found[-1], id=run_id, parent=parent)
+        return [h for h, run in runs.items() if run.open and run.parent == parent] + sorted(found)
 
     def log(self, handle: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Queue a row of metrics."""

@@ -14,11 +14,13 @@ from ray.tune.search import Searcher
 
 from raytrain.config.run import RunConfig
 from raytrain.core.signals import raise_if_interrupted
-from raytrain.distributed.ray_session import worker_resources
+from raytrain.distributed.ray_session import room_for_trials, worker_resources
 from raytrain.distributed.trial_steps import TrialStepsReader
 from raytrain.training.progress import SECONDS_BETWEEN_STEPS, RateLimit
 from raytrain.tuning.trainable import GroupTrainable, SingleTrainable
 from raytrain.tuning.trial_manager import TrialManager
+
+_ROOM_SECONDS = 1.0  # at least, between two looks at the size of the cluster
 
 
 def execute(manager: TrialManager, slot: Any, concurrent: int | None) -> None:
@@ -71,6 +73,8 @@ class _Search(Searcher):
     def __init__(self, manager: TrialManager, steps: str) -> None:
         super().__init__(metric="epoch", mode="max")
         self._manager, self._steps = manager, steps
+        base = manager.space.base_run
+        self._room = None if base.workers == 1 else _GroupRoom(base)
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         del metric, mode, config, spec
@@ -78,6 +82,8 @@ class _Search(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         raise_if_interrupted()
+        if self._room is not None and self._manager.running >= self._room():
+            return None
         try:
             job = self._manager.begin(trial_id)
         except StopIteration:
@@ -97,6 +103,21 @@ class _Search(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher; the trial manager holds files and threads
+
+
+class _GroupRoom:
+    """How many trials of several workers may be under way: those that fit, and one that waits for more.
+
+    Tune does not see that they need room, since a slot takes none itself.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run, self._due, self._most = run, RateLimit(_ROOM_SECONDS), 1
+
+    def __call__(self) -> int:
+        if self._due():
+            self._most = room_for_trials(self._run) + 1
+        return self._most
 
 
 class _WithinEpochs(ray_tune.Callback):

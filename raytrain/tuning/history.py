@@ -53,11 +53,15 @@ class History:
 
     def rows(self) -> list[TrialRow]:
         """Every trial that began, under the number of its first attempt, with the state of its last."""
+        return [self.row(trial) for trial in self.attempts()]
+
+    def attempts(self) -> list[FrozenTrial]:
+        """The last attempt of every trial that began, in the order of their first ones."""
         last: dict[int, FrozenTrial] = {}
         for trial in self.trials():
             if "origin" in trial.user_attrs:
                 last[trial.user_attrs["origin"]] = trial
-        return [self.row(trial) for _, trial in sorted(last.items())]
+        return [trial for _, trial in sorted(last.items())]
 
     def count(
         self, state: BudgetState, cost: Callable[[Mapping[str, Any]], float]

@@ -54,6 +54,11 @@ class MlflowRuns:
         if epoch > self._tracker.last_step(handle):
             self._tracker.log(handle, metrics, epoch)
 
+    def fill(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log an epoch that an earlier driver has recorded, if its run is known and has it not."""
+        if self._tracker.known(handle):
+            self.row(handle, metrics, epoch)
+
     def note(self, handle: str, metrics: Mapping[str, float], epoch: int) -> None:
         """More about an epoch that is there."""
         self._tracker.log(handle, metrics, epoch)

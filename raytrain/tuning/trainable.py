@@ -141,14 +141,15 @@ class SingleTrainable(AbstractTrainable):
 
 
 class GroupTrainable(AbstractTrainable):
-    """Trials of several workers, on a Ray Train worker group started by the first of them."""
+    """Trials of several workers, on a Ray Train worker group that one of them starts for those after it."""
 
     _group: WorkerGroup | None = None
 
     def begin(self, job: Job, run: RunConfig, on_step: OnStep) -> Iterator[EpochMetrics]:
         from raytrain.distributed.ray_session import worker_resources
 
-        if self._group is None or self._group.ended:
+        if self._group is None or not self._group.submit(job):
+            self.cleanup()
             self._group = WorkerGroup(
                 run.worker_range,
                 worker_resources(run),
@@ -156,7 +157,7 @@ class GroupTrainable(AbstractTrainable):
                 job.path.parents[1],
                 run.max_failures,
             )
-        self._group.submit(job)
+            self._group.submit(job)
         return self._group.rows(on_step)
 
     def cleanup(self) -> None:

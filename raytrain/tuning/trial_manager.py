@@ -24,7 +24,7 @@ from raytrain.distributed.jobs import Job
 from raytrain.distributed.trial_steps import Step
 from raytrain.tracking import Tracker
 from raytrain.training.progress import StepMetrics
-from raytrain.training.run_folder import write_run_file
+from raytrain.training.run_folder import recent_rows, write_run_file
 from raytrain.tuning.budget import BudgetState, Running, SweepProgress, TrialRow
 from raytrain.tuning.fidelity import Fidelity
 from raytrain.tuning.history import History, Proposes, followed, queued_params
@@ -93,6 +93,11 @@ class TrialManager:
         self._aside: dict[int, dict[str, Any]] = {}  # origin -> last row of those begun and queued
         learns = sees_stopped(space.search, space.objective)
         self._verdicts = OutcomeRecorder(study, space.objective, space.feasible, learns)
+
+    @property
+    def running(self) -> int:
+        """How many trials are under way."""
+        return len(self._live)
 
     # ---------------------------------------------------------------- calls of Tune
 
@@ -195,10 +200,28 @@ class TrialManager:
             if trial.number not in again:
                 self._requeue(trial, trial.user_attrs.get("retries", 0))
             self.study.tell(trial.number, state=TrialState.FAIL)
+        self._fill_rows()
         self._count()
         self._mlflow_runs.reconcile(self.history.rows())
         self._budget_state.launched(self._live_fe(), self._begun_share())
         return len(dead)
+
+    def _fill_rows(self) -> None:
+        """Add the rows that a driver took with it, whose machine is lost or whose journal was torn.
+
+        The study has the number of the last one, and the last ones of a trial are beside its checkpoints.
+        """
+        known = {(row["trial"], row["epoch"]) for row in self.journal.rows()}
+        for trial in self.history.attempts():
+            origin = trial.user_attrs["origin"]
+            if "now" in trial.user_attrs:
+                continue  # a member of a population counts the epochs of its checkpoint otherwise
+            last, values = trial.user_attrs.get("last", {}), self.history.values(trial)
+            for row in recent_rows(self._folder_of(origin)):
+                if row.epoch <= last.get("epoch", 0) and (origin, row.epoch) not in known:
+                    given = (row.epoch, row.progress, values, row.metrics(), last.get("time"))
+                    self.journal.add(origin, trial.number, *given)
+                    self._mlflow_runs.fill(self.history.handle(origin), row.metrics(), row.epoch)
 
     def _count(self) -> None:
         """Restore earlier launches: trials that ended, were lost, or are queued."""
@@ -303,6 +326,7 @@ class TrialManager:
         self.journal.add(
             live.origin, live.trial.number, epoch, live.progress, live.values, metrics
         )
+        self._storage.save()
         self._mlflow_runs.row(self._handle(live), metrics, epoch)
         if tags := result.get("tags"):
             self._mlflow_runs.tag(self._handle(live), json.loads(tags))

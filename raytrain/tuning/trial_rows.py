@@ -51,14 +51,18 @@ class RowLog:
         progress: float,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
+        at: float | None = None,
     ) -> None:
-        """Append a row; a torn line of a killed driver before it is closed first."""
+        """Append a row; a torn line of a killed driver before it is closed first.
+
+        It was recorded `at` so many seconds since 1970; now, if that is None.
+        """
         row = {
             "trial": trial,
             "attempt": attempt,
             "epoch": epoch,
             "progress": progress,
-            "time": int(time.time() * 1000),
+            "time": int((time.time() if at is None else at) * 1000),
             "params": json.dumps(dict(params), default=str),
             **metrics,
         }

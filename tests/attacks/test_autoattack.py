@@ -75,7 +75,7 @@ def digits() -> Digits:
     with unchecked():
         *_, (_, state) = fit(run, DistributedContext())
     part, _ = open_test(run.data, DistributedContext())
-    return Digits(state.model.eval(), part.pixels.float() / 255, part.labels)
+    return Digits(state.model.eval(), part.whole.float() / 255, part.labels)
 
 
 @pytest.fixture

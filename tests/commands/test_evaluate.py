@@ -350,7 +350,7 @@ def test_validation_by_apgd_counts_what_two_stages_leave_of_the_first_images() -
         *_, (report, state) = fit(run, DistributedContext())
         answers = CountedModel(state.model, Meter())
     part = open_splits(run.data, DistributedContext()).valid
-    images, labels = part.pixels[:40].float() / 255, part.labels[:40]
+    images, labels = part.whole[:40].float() / 255, part.labels[:40]
     flags = answers.classes(images) == labels
     assert report.clean == pytest.approx(int(flags.sum()) / 40)
     for stage in CHEAP:

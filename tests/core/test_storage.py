@@ -360,14 +360,14 @@ def test_what_writes_that_were_cut_off_have_left_is_deleted_once_it_is_a_day_old
 ) -> None:
     root = machines.on("first")
     write_atomically(root / "run" / "last.pt", "epoch 1")
-    old = (time.time() - 90_000,) * 2
+    day_ago = time.time() - 90_000
     left = [".last.pt.12.1f0a", ".run.yaml.7", ".last.pt.3.pulled"]
     own = ["last.pt.12", ".mlflow", ".synced", ".v1.2b"]  # no such names
     for folder in (root / "run", machines.store / "run"):
         (folder / "trials").mkdir()
         for name in (*left, *own, "trials/.best.pt.9"):
             (folder / name).write_text("x")
-            os.utime(folder / name, old)
+            os.utime(folder / name, (day_ago, day_ago))
         (folder / ".best.pt.12").write_text("of a process at work")
     tidy(root / "run")
     for folder in (root / "run", machines.store / "run"):

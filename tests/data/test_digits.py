@@ -17,8 +17,8 @@ SUM_OF_TEST_INDICES = 337093
 
 def test_the_split_has_1400_training_and_397_test_images_of_8x8_grey_pixels() -> None:
     train, test = read("digits", "train"), read("digits", "test")
-    assert train.pixels.shape == (1400, 1, 8, 8)
-    assert test.pixels.shape == (397, 1, 8, 8)
+    assert train.whole.shape == (1400, 1, 8, 8)
+    assert test.whole.shape == (397, 1, 8, 8)
     assert len(train.labels) == 1400 and len(test.labels) == 397
     assert train.classes == test.classes == tuple("0123456789")
 
@@ -47,17 +47,17 @@ def test_the_split_is_the_same_in_every_version() -> None:
 def test_no_seed_of_a_run_reaches_the_split() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
-    first = read("digits", "test").pixels
+    first = read("digits", "test").whole
     torch.manual_seed(2)
     np.random.seed(2)
-    assert torch.equal(first, read("digits", "test").pixels)
+    assert torch.equal(first, read("digits", "test").whole)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pixels_return_the_seventeen_values_exactly(split: Split) -> None:
     labels = np.asarray(load_digits(return_X_y=True)[1]).astype(np.int64)
     values = load_digits(return_X_y=True)[0][is_test(labels) == (split == "test")]
-    pixels = read("digits", split).pixels.double()
+    pixels = read("digits", split).whole.double()
     assert torch.equal((pixels / 255 * 16).round().flatten(1), torch.from_numpy(values))
     assert (pixels / 255 - torch.from_numpy(values).view_as(pixels) / 16).abs().max() <= 0.5 / 255
 
@@ -69,4 +69,4 @@ def test_the_catalogue_holds_the_mean_and_deviation_of_the_training_images() -> 
 
 
 def _rows(split: Split) -> list[list[int]]:
-    return read("digits", split).pixels.flatten(1).tolist()
+    return read("digits", split).whole.flatten(1).tolist()

@@ -96,7 +96,7 @@ def _reference(content: bytes) -> torch.Tensor:
 def _read(folder: Path, *contents: bytes, **metadata: str) -> torch.Tensor:
     table = pa.table({"img": pa.array(contents, pa.binary()), "label": [0] * len(contents)})
     pq.write_table(table.replace_schema_metadata(metadata), folder / "test.parquet")
-    return read(str(folder), "test").pixels
+    return read(str(folder), "test").whole
 
 
 def _sentence(folder: Path, *contents: bytes) -> str:

@@ -128,7 +128,7 @@ def test_labels_and_pixels_are_those_of_the_index() -> None:
             for batch in iter_train(part, 8, 0, 0, pad=0, flip=False):
                 assert batch.view is None
                 assert torch.equal(batch.labels, batch.index)
-                assert torch.equal(batch.images, whole.pixels[batch.index].float() / 255)
+                assert torch.equal(batch.images, whole.whole[batch.index].float() / 255)
 
 
 def test_pixels_lie_between_zero_and_one_in_the_wanted_precision() -> None:
@@ -234,13 +234,13 @@ def test_digits_are_shared_out_whole_and_never_reach_the_test_set(world: int) ->
     alone = open_splits(spec, DistributedContext())
     for name, num in (("train", 300), ("valid", 100)):
         whole: SplitShard = getattr(alone, name)
-        assert whole.num_images == len(whole.pixels) == num and whole.shape == (1, 8, 8)
+        assert whole.num_images == len(whole.whole) == num and whole.shape == (1, 8, 8)
         for rank in range(world):
             part: SplitShard = getattr(
                 open_splits(spec, DistributedContext(rank=rank, world=world)), name
             )
             assert part.num_images == num
-            assert torch.equal(part.pixels, whole.pixels[rank::world])
+            assert torch.equal(part.whole, whole.whole[rank::world])
             assert torch.equal(part.labels, whole.labels[rank::world])
     test, source = open_test(spec, DistributedContext())
     assert test.num_images == 397 and source == alone.source and len(source.classes) == 10

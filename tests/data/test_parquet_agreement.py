@@ -228,7 +228,7 @@ def test_images_are_read_from_the_column_of_the_first_file(tmp_path: Path) -> No
     _write(tmp_path / "train.parquet", image="scan")
     _write(tmp_path / "test.parquet", image="scan", others={"image": (255 - SHADES).tolist()})
     test = open_test(DataSpec(name=str(tmp_path)), DistributedContext())[0]
-    assert torch.equal(test.pixels[:, 0], torch.from_numpy(SHADES))
+    assert torch.equal(test.whole[:, 0], torch.from_numpy(SHADES))
 
 
 def test_a_file_without_the_image_column_of_the_first_is_refused(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_grey_test_images_become_three_equal_channels_for_coloured_training_imag
     _write(tmp_path / "test.parquet", GREY[kind])
     test, source = open_test(DataSpec(name=str(tmp_path)), DistributedContext())
     assert source.channels == 3
-    assert torch.equal(test.pixels, torch.from_numpy(SHADES)[:, None].expand(-1, 3, -1, -1))
+    assert torch.equal(test.whole, torch.from_numpy(SHADES)[:, None].expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("kind", COLOUR)
@@ -287,7 +287,7 @@ def test_test_images_may_be_stored_in_another_way(kind: str, other: str, tmp_pat
     _write(tmp_path / "train.parquet", GREY[kind])
     _write(tmp_path / "test.parquet", GREY[other])
     test = open_test(DataSpec(name=str(tmp_path)), DistributedContext())[0]
-    assert torch.equal(test.pixels[:, 0], torch.from_numpy(SHADES))
+    assert torch.equal(test.whole[:, 0], torch.from_numpy(SHADES))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

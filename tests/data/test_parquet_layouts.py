@@ -22,7 +22,7 @@ NUM_IMAGES = 20
 @pytest.fixture(scope="module", params=["grey", "colour"])
 def pixels(request: pytest.FixtureRequest) -> np.ndarray:
     """Real scans, n c h w; in colour the three channels are three different scans."""
-    scans = read("digits", "test").pixels[: 3 * NUM_IMAGES].numpy()
+    scans = read("digits", "test").whole[: 3 * NUM_IMAGES].numpy()
     if request.param == "grey":
         return scans[:NUM_IMAGES]
     return scans.reshape(NUM_IMAGES, 3, 8, 8)
@@ -91,46 +91,46 @@ def test_every_layout_gives_the_same_tensor(
 ) -> None:
     name = _write(tmp_path / "x.parquet", LAYOUTS[layout](pixels))
     images = read(name, "train")
-    assert torch.equal(images.pixels, torch.from_numpy(pixels))
-    assert images.pixels.is_contiguous()
+    assert torch.equal(images.whole, torch.from_numpy(pixels))
+    assert images.whole.is_contiguous()
     assert images.labels.tolist() == [row % 10 for row in range(NUM_IMAGES)]
     assert images.classes == tuple("0123456789")
 
 
 def test_grey_lists_need_no_channel_axis(tmp_path: Path) -> None:
-    scans = read("digits", "test").pixels[:NUM_IMAGES]
+    scans = read("digits", "test").whole[:NUM_IMAGES]
     name = _write(tmp_path / "x.parquet", pa.array(scans[:, 0].tolist()))
-    assert torch.equal(read(name, "train").pixels, scans)
+    assert torch.equal(read(name, "train").whole, scans)
 
 
 def test_truth_values_become_black_and_white(tmp_path: Path) -> None:
-    ink = read("digits", "test").pixels[:NUM_IMAGES] > 127
+    ink = read("digits", "test").whole[:NUM_IMAGES] > 127
     name = _write(tmp_path / "x.parquet", pa.array(ink[:, 0].tolist()))
-    assert torch.equal(read(name, "train").pixels, ink.to(torch.uint8) * 255)
+    assert torch.equal(read(name, "train").whole, ink.to(torch.uint8) * 255)
 
 
 def test_jpeg_is_what_pillow_decodes(pixels: np.ndarray, tmp_path: Path) -> None:
     files = [_file(x, "JPEG", quality=90) for x in pixels]
     decoded = [np.asarray(Image.open(io.BytesIO(file))).reshape(8, 8, -1) for file in files]
-    got = read(_write(tmp_path / "x.parquet", pa.array(files)), "train").pixels
+    got = read(_write(tmp_path / "x.parquet", pa.array(files)), "train").whole
     assert torch.equal(got, torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2))
 
 
 def test_order_and_labels_survive_many_batches_and_row_groups(tmp_path: Path) -> None:
     train = read("digits", "train")
-    files = [_file(x) for x in train.pixels.numpy()]
+    files = [_file(x) for x in train.whole.numpy()]
     table = pa.table({"img": files, "label": train.labels.numpy().astype(np.uint8)})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=300)
     images = read(str(tmp_path / "x.parquet"), "train")
-    assert torch.equal(images.pixels, train.pixels)
+    assert torch.equal(images.whole, train.whole)
     assert torch.equal(images.labels, train.labels)
 
 
 def test_grey_images_among_coloured_ones_become_three_equal_channels(tmp_path: Path) -> None:
-    scans = read("digits", "test").pixels[:5].numpy()
+    scans = read("digits", "test").whole[:5].numpy()
     colour = np.concatenate([scans[1:2, 0], scans[2:3, 0], scans[3:4, 0]])
     files = [_file(scans[0]), _file(colour), _file(scans[4])]
-    mixed = read(_write(tmp_path / "mixed.parquet", pa.array(files)), "train").pixels
+    mixed = read(_write(tmp_path / "mixed.parquet", pa.array(files)), "train").whole
     assert mixed.shape == (3, 3, 8, 8)
     assert torch.equal(mixed[1], torch.from_numpy(colour))
     for row, scan in ((0, 0), (2, 4)):
@@ -140,11 +140,11 @@ def test_grey_images_among_coloured_ones_become_three_equal_channels(tmp_path: P
     for part, file in enumerate(files):
         columns = {"image": [file], "label": [part]}
         pq.write_table(pa.table(columns), folder / f"{part}.parquet")
-    assert torch.equal(read(str(folder), "train").pixels, mixed)
+    assert torch.equal(read(str(folder), "train").whole, mixed)
 
 
 def test_class_names_come_from_the_hugging_face_record(tmp_path: Path) -> None:
-    scans = read("digits", "test").pixels[:3]
+    scans = read("digits", "test").whole[:3]
     feature = {"_type": "ClassLabel", "names": ["ant", "bee", "cow"]}
     record = json.dumps({"info": {"features": {"label": feature}}})
     table = pa.table({"image": scans[:, 0].tolist(), "label": [2, 1, 0]})
@@ -159,7 +159,7 @@ def test_class_names_come_from_the_hugging_face_record(tmp_path: Path) -> None:
 def test_without_names_a_test_split_has_as_many_classes_as_its_largest_label(
     tmp_path: Path,
 ) -> None:
-    scans = read("digits", "test").pixels[:2, 0].tolist()
+    scans = read("digits", "test").whole[:2, 0].tolist()
     pq.write_table(pa.table({"image": scans, "label": [0, 1]}), tmp_path / "train.parquet")
     pq.write_table(pa.table({"image": scans, "label": [4, 4]}), tmp_path / "test.parquet")
     assert read(str(tmp_path), "test").classes == tuple("01234")
@@ -168,16 +168,16 @@ def test_without_names_a_test_split_has_as_many_classes_as_its_largest_label(
 @pytest.mark.parametrize("image", ["image", "img", "images", "pixels", "Image", "scan"])
 @pytest.mark.parametrize("label", ["label", "labels", "target", "fine_label", "class", "y"])
 def test_columns_are_found_by_name_or_type(image: str, label: str, tmp_path: Path) -> None:
-    scans = read("digits", "test").pixels[:2]
+    scans = read("digits", "test").whole[:2]
     columns = {"id": ["a", "b"], label: [1, 0], image: scans[:, 0].tolist(), "score": [0.5, 1.5]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     images = read(str(tmp_path / "x.parquet"), "train")
-    assert torch.equal(images.pixels, scans)
+    assert torch.equal(images.whole, scans)
     assert images.labels.tolist() == [1, 0]
 
 
 def test_named_columns_win(tmp_path: Path) -> None:
-    scans = read("digits", "test").pixels[:2]
+    scans = read("digits", "test").whole[:2]
     name = _write(
         tmp_path / "x.parquet",
         pa.array(scans[:, 0].tolist()),
@@ -185,5 +185,5 @@ def test_named_columns_win(tmp_path: Path) -> None:
         digit=[1, 0],
     )
     images = read(name, "train", image_column="other", label_column="digit")
-    assert torch.equal(images.pixels, scans.flip(0))
+    assert torch.equal(images.whole, scans.flip(0))
     assert images.labels.tolist() == [1, 0]

@@ -24,7 +24,7 @@ def _write(folder: Path, *names: str) -> None:
 
 
 def _marks(name: Path, split: Split, test_path: Path | None = None) -> list[int]:
-    pixels = read(str(name), split, test_path=test_path).pixels
+    pixels = read(str(name), split, test_path=test_path).whole
     assert len(pixels) % 5 == 0
     return pixels[::5, 0, 0, 0].tolist()
 

@@ -51,8 +51,8 @@ def test_the_arrays_of_torchvision_become_one_tensor(
 
     monkeypatch.setattr(datasets, PUBLISHED[name].loader, fake)
     images = read(name, split, path=Path("here"))
-    assert torch.equal(images.pixels, _pixels(name))
-    assert images.pixels.is_contiguous()
+    assert torch.equal(images.whole, _pixels(name))
+    assert images.whole.is_contiguous()
     assert images.labels.tolist() == labels
     assert images.classes == SOURCES[name].classes
     choice = {"split": split} if name == "svhn" else {"train": split == "train"}

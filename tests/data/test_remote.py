@@ -48,7 +48,7 @@ def test_a_url_is_read_as_its_path_is(name: str, tmp_path: Path, brought: list[s
     path = str(store / name) if name else str(store)
     for split in ("train", "test"):
         here, there = read(path, split), read(Path(path).as_uri(), split)
-        assert torch.equal(here.pixels, there.pixels) and torch.equal(here.labels, there.labels)
+        assert torch.equal(here.whole, there.whole) and torch.equal(here.labels, there.labels)
     assert sorted(brought) == ["test.parquet", "train.parquet"]  # once, for both splits
 
 
@@ -56,12 +56,12 @@ def test_a_file_that_has_changed_is_brought_again(tmp_path: Path, brought: list[
     store = tmp_path / "store"
     write(store, "train.parquet")
     url = (store / "train.parquet").as_uri()
-    first = read(url, "train").pixels
+    first = read(url, "train").whole
     write(store, "train.parquet", value=7)
     os.utime(store / "train.parquet", ns=(1, 1))
-    second = read(url, "train").pixels
+    second = read(url, "train").whole
     assert len(brought) == 2 and not torch.equal(first, second)
-    assert torch.equal(second, read(str(store / "train.parquet"), "train").pixels)
+    assert torch.equal(second, read(str(store / "train.parquet"), "train").whole)
 
 
 @pytest.mark.parametrize("name", ["nothing/train.parquet", "nothing"])
@@ -85,12 +85,12 @@ def test_the_test_set_may_have_a_url_of_its_own_and_is_never_trained_on(
     write(tmp_path / "two", "held.parquet", value=9)
     one, two = (tmp_path / "one").as_uri(), (tmp_path / "two" / "held.parquet").as_uri()
     apart = read(one, "test", test_path=two)
-    assert torch.equal(apart.pixels, read(str(tmp_path / "two/held.parquet"), "train").pixels)
+    assert torch.equal(apart.whole, read(str(tmp_path / "two/held.parquet"), "train").whole)
     for held in ("b.parquet", "more/c.parquet"):  # also where it lies among the training images
         there = read(one, "train", test_path=f"{one}/{held}")
         here = read(str(tmp_path / "one"), "train", test_path=tmp_path / "one" / held)
-        assert torch.equal(there.pixels, here.pixels) and len(here.pixels) == 10
-        assert len(read(one, "test", test_path=f"{one}/{held}").pixels) == 5
+        assert torch.equal(there.whole, here.whole) and len(here.whole) == 10
+        assert len(read(one, "test", test_path=f"{one}/{held}").whole) == 5
     assert sorted(brought) == ["a.parquet", "b.parquet", "c.parquet", "held.parquet"]
     with pytest.raises(RequestError, match="^data.test_path: .*cannot be read"):
         read(one, "test", test_path=(tmp_path / "nothing.parquet").as_uri() + "/x.parquet")

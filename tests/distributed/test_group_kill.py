@@ -169,12 +169,10 @@ def test_a_job_is_given_up_after_restarts_in_a_row_without_a_row(
         queue, begun = JobQueue(2), []
         number = await queue.submit(asdict(Job("{}", "", resume=False)))
         for _ in range(6):
-            next_job = asyncio.create_task(queue.next_job(0))
-            done, _ = await asyncio.wait([next_job], timeout=0.05)
-            if not done:  # given up: nothing is begun any more
-                next_job.cancel()
+            _, job, before = await queue.next_job(0)
+            if job is None:  # given up: nothing is begun any more
                 break
-            begun.append(next_job.result()[2])
+            begun.append(before)
             if rows:
                 await queue.report(number, "row", {}, ahead=10)
         return begun
@@ -205,10 +203,29 @@ def test_a_group_whose_workers_die_before_any_job_is_given_up_with_the_reason(
     group._ended, group._folder = None, tmp_path / "ray" / "group"
     group._ray = group._bus = Spoken(None)
     group._hold((2, 2), {"CPU": 1.0, "GPU": 0.0})
-    assert group.ended and len(starts) == 51
-    group.submit(Job("{}", str(tmp_path), resume=False))
+    assert group._ended and len(starts) == 51
+    assert not group.submit(Job("{}", str(tmp_path), resume=False))
+    group._folder_of_job, group._delivered = tmp_path, 0
     with pytest.raises(WorkersLost, match="gone: OSError: no space on /dev/shm"):
         list(group.rows())
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_group_without_a_job_ends_and_takes_none_any_more(
+    given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_queue, "_IDLE_SECONDS", 0.01)
+
+    async def life() -> None:
+        queue, job = JobQueue(0), asdict(Job("{}", "", resume=False))
+        assert await queue.next_job(0) == (-1, None, 0)  # it is younger than its first job
+        number = await queue.submit(job)
+        assert await queue.next_job(0) == (number, job, 0)
+        after = 0 if given_up else number
+        assert await queue.next_job(after) == (number, None, 0)
+        assert await queue.submit(job) == 0
+
+    asyncio.run(life())
 
 
 @pytest.mark.parametrize(("rank", "sent"), [(0, [1]), (1, [])])
@@ -275,7 +292,7 @@ def until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def workers_below(process: subprocess.Popen[str]) -> list[int]:
     """Training processes of the group."""
-    return sorted(p for p in stage._below(process) if "RayTrainWorker" in stage._command(p))
+    return sorted(p for p in stage.below(process) if "RayTrainWorker" in stage.command_of(p))
 
 
 def epochs_in(file: Path) -> int:
@@ -308,8 +325,11 @@ def test_a_killed_worker_of_a_group_costs_no_row_and_doubles_none(
 
     (parent,), children = runs_of(tmp_path)
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    seen = audit.ended(folder, "s")
-    outcomes, found = audit.audit(folder, "s", f"sqlite:///{tmp_path / 'mlflow.db'}", 2, seen)
+    study = folder / "study.log"
+    seen = audit.ended(study, "s")
+    outcomes, found = audit.audit(
+        folder, study, "s", f"sqlite:///{tmp_path / 'mlflow.db'}", 2, seen
+    )
     assert outcomes == {"complete": 2}
     assert {name: count for name, count in found.items() if count} == {}
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -203,6 +203,21 @@ def test_a_named_cluster_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -
     assert joined == ["10.0.0.1:6379", "left"] * 2
 
 
+def test_a_session_within_another_uses_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    calls: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: calls[-1:] == ["init"])
+    monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    with session(as_run(None)):
+        with session(as_run(None)):
+            pass
+        assert calls == ["init"]
+    assert calls == ["init", "shutdown"]
+
+
 @pytest.mark.ray
 def test_a_session_also_where_ray_was_imported_first_and_images_decoded_by_it(
     ray_folder: str,

@@ -58,7 +58,7 @@ SMALL = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
 @lru_cache(maxsize=2)
 def digits(split: str) -> tuple[Tensor, Tensor]:
     found = read_digits("train" if split == "train" else "test")
-    return found.pixels.float() / 255, found.labels
+    return found.whole.float() / 255, found.labels
 
 
 @lru_cache(maxsize=2)

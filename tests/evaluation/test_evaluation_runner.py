@@ -479,7 +479,7 @@ def test_there_may_be_no_example(tmp_path: Path) -> None:
         EvaluationSettings(attacks=("fgsm",), checks=False),
         random_part(6, tiny_net(torch.float32)),
     )
-    wrong = part_of(part.pixels, (model(part.pixels.float() / 255).argmax(1) + 1) % 4)
+    wrong = part_of(part.whole, (model(part.whole.float() / 255).argmax(1) + 1) % 4)
     results = evaluated(model, wrong, ball, settings, tmp_path)
     assert not results.clean.any()
     table = examples_table(Evaluator(model, wrong, ball, settings).attacked, results, ball)

@@ -102,7 +102,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: dict[Split, int] = {"train": 200, "test": 30}
     for split, number in sizes.items():
         images = read_digits(split)
-        grey = images.pixels[:number].repeat_interleave(4, 2).repeat_interleave(4, 3)
+        grey = images.whole[:number].repeat_interleave(4, 2).repeat_interleave(4, 3)
         tint = torch.rand(number, 3, 1, 1, generator=torch.Generator().manual_seed(0))
         pixels = (grey * tint).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         table = {"img": [_png(one) for one in pixels], "label": images.labels[:number].tolist()}
@@ -132,7 +132,7 @@ def untrained(folder: Path, **config: Any) -> Path:
     state = start(run, splits, DistributedContext())
     state.model.train()
     with torch.no_grad():
-        state.model(splits.train.pixels[:32].to(splits.train.dtype) / 255)
+        state.model(splits.train.whole[:32].to(splits.train.dtype) / 255)
     save(state, run, folder / "best.pt", DistributedContext())
     return folder / "best.pt"
 
@@ -140,8 +140,7 @@ def untrained(folder: Path, **config: Any) -> Path:
 def other_images(checkpoint: Path, number: int) -> Tensor:
     """Other images than those that the export checks itself on."""
     return (
-        open_test(load(checkpoint).run.data, DistributedContext())[0].pixels[-number:].float()
-        / 255
+        open_test(load(checkpoint).run.data, DistributedContext())[0].whole[-number:].float() / 255
     )
 
 

@@ -343,14 +343,14 @@ def test_a_digest_changes_with_any_pixel_and_any_label_and_with_nothing_else() -
     def digest(pixels: torch.Tensor, labels: torch.Tensor, **spec: Any) -> str:
         return as_input(DataSpec(**spec), "training", pixels, labels)["digest"]
 
-    own = digest(train.pixels, train.labels)
+    own = digest(train.whole, train.labels)
     assert own == training_inputs(DataSpec())[0]["digest"]
-    assert own == digest(train.pixels.clone(), train.labels.clone(), validation=0.2)
-    pixels, labels = train.pixels.clone(), train.labels.clone()
+    assert own == digest(train.whole.clone(), train.labels.clone(), validation=0.2)
+    pixels, labels = train.whole.clone(), train.labels.clone()
     pixels[-1, 0, 7, 7] ^= 1
     labels[0] = (labels[0] + 1) % 10
-    others = [digest(pixels, train.labels), digest(train.pixels, labels)]
-    others.append(digest(train.pixels[:-1], train.labels[:-1]))
+    others = [digest(pixels, train.labels), digest(train.whole, labels)]
+    others.append(digest(train.whole[:-1], train.labels[:-1]))
     assert len({own, *others}) == 4
     assert training_inputs(DataSpec(split_seed=1))[0]["digest"] != own
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import shutil
 import sqlite3
 import sys
 import threading
@@ -47,7 +48,7 @@ from raytrain.tracking import writer as writers
 from raytrain.tracking.lock import alone
 from raytrain.tracking.lookup import look_up
 from raytrain.tracking.network import tracking_at
-from raytrain.tracking.outbox import Outbox
+from raytrain.tracking.outbox import Outbox, mark_as_tried, state_of
 from raytrain.tracking.registry import ALIAS, ROBUST, register
 from raytrain.tracking.stores import Store, patiently
 from raytrain.tracking.views import key_of
@@ -420,6 +421,44 @@ def test_children_that_only_the_store_knows_are_found_too(tracker: Tracker) -> N
     tracker.close(stray, "KILLED")
     assert tracker.flush() and status(tracker, stray) == "KILLED"
     assert tracker.unfinished("sweep") == ["t0"]
+
+
+def test_a_child_that_only_the_store_knows_goes_on_under_the_handle_of_its_trial(
+    tracker: Tracker,
+) -> None:
+    tags = {"mlflow.parentRunId": begun(tracker, "sweep"), "trial": "t0"}
+    client = reader(tracker)
+    stray = client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    client.log_metric(stray, "cost/fe", 1.0, step=2)
+    assert tracker.unfinished("sweep") == ["t0"]
+    assert tracker.run_id("t0") == stray and tracker.last_step("t0") == 2
+    tracker.close("t0", "KILLED")
+    tracker.reopen("t0")
+    other = client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    assert tracker.unfinished("sweep") == ["t0", other]
+
+
+def test_an_older_copy_of_an_outbox_does_not_repeat_what_the_store_has(
+    store: str, outbox: Path, tmp_path: Path
+) -> None:
+    first = Tracker(store, "tests", outbox)
+    begun(first, "t0")
+    first.log("t0", {"cost/fe": 1.0}, 1)
+    assert first.flush()
+    files, copies = (outbox, state_of(outbox)), tmp_path / "elsewhere"
+    copies.mkdir()
+    for file in files:
+        shutil.copy(file, copies)
+    first.log("t0", {"cost/fe": 2.0}, 2)
+    assert first.flush()
+    first._writer.stop()  # its machine is lost
+    mark_as_tried(copies / outbox.name)
+    second = Tracker(store, "tests", copies / outbox.name)
+    assert second.last_step("t0") == 2
+    second.log("t0", {"cost/fe": 3.0}, 3)
+    assert second.last_step("t0") == 3
+    second.shut("FINISHED")
+    assert history(second, "t0", "cost/fe") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_two_commands_on_one_spool_are_refused(tracker: Tracker, store: str, outbox: Path) -> None:

@@ -172,7 +172,8 @@ class Left:
 
 @pytest.fixture(scope="module")
 def in_order(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("left")
+    folder = tmp_path_factory.mktemp("left") / "raytrain" / NAME
+    folder.mkdir(parents=True)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     left = Left(folder, MlflowClient(uri), uri)
     journal = RowLog(folder / "rows.jsonl")
@@ -194,14 +195,16 @@ def in_order(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def left(in_order: Path, tmp_path: Path) -> Left:
-    folder = Path(shutil.copytree(in_order, tmp_path / "left"))
+    folder = Path(shutil.copytree(in_order, tmp_path / "raytrain" / NAME))
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     return Left(folder, MlflowClient(uri), uri)
 
 
 def violations(left: Left, seen: dict[int, Any]) -> set[str]:
-    outcomes, found = faults_audit.audit(left.folder, NAME, left.uri, 2, seen)
-    assert sum(outcomes.values()) == len(ended(left.folder, NAME))
+    outcomes, found = faults_audit.audit(
+        left.folder, left.folder / "study.log", NAME, left.uri, 2, seen
+    )
+    assert sum(outcomes.values()) == len(ended(left.folder / "study.log", NAME))
     return {name for name, count in found.items() if count}
 
 
@@ -241,12 +244,12 @@ SPOILT: dict[str, Callable[[Left], Any]] = {
 
 
 def test_the_audit_finds_nothing_where_all_is_in_order(left: Left) -> None:
-    assert violations(left, ended(left.folder, NAME)) == set()
+    assert violations(left, ended(left.folder / "study.log", NAME)) == set()
 
 
 @pytest.mark.parametrize("violation", SPOILT)
 def test_the_audit_finds_each_violation(left: Left, violation: str) -> None:
-    seen = ended(left.folder, NAME)
+    seen = ended(left.folder / "study.log", NAME)
     SPOILT[violation](left)
     assert violation in violations(left, seen)
 

@@ -12,7 +12,9 @@ from sweep_helpers import METRIC, SPACE, Launch, diverged, opened, row, space_of
 
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
+from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
+from raytrain.distributed.jobs import RecentRows
 from raytrain.training import progress
 
 
@@ -451,3 +453,41 @@ def test_metrics_within_an_epoch_lose_no_row_that_is_still_to_come(
     launch.manager.within_epochs({"a": (0.7, 1.5)})  # in its third epoch; the second row is behind
     launch.manager.row("a", row(2, 0.3))
     assert launch.store.rows["t0000"] == [1, 1, 2]
+
+
+def test_rows_that_a_lost_machine_had_are_taken_from_beside_the_checkpoints(
+    launch: Launch,
+) -> None:
+    """The storage has an older copy of the journal; a trial under way has one row that the study has not."""
+    launch.begin("a")
+    launch.complete("b", 0.1, 0.2)
+    for epoch in (1, 2):
+        launch.manager.row("a", row(epoch, 0.1))
+    journal = launch.folder / "rows.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:1]))
+    for handle, epochs in (("t0000", (1, 2, 3)), ("t0001", (1, 2))):
+        kept = RecentRows(launch.folder / "trials" / handle)
+        for epoch in epochs:
+            kept.add(metrics_of(epoch))
+    later = launch.again()
+    later.manager.recover()
+    rows = [(one["trial"], one["epoch"]) for one in later.manager.journal.rows()]
+    assert sorted(rows) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    later.again().manager.recover()
+    assert len(list(later.manager.journal.rows())) == 4
+
+
+def metrics_of(epoch: int) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=epoch,
+        progress=epoch / 4,
+        loss=1.0,
+        inner_steps=1.0,
+        fosc=0.0,
+        fosc_box=0.0,
+        fosc_p90=0.0,
+        lr=0.1,
+        fe=10 * epoch,
+        samples=2 * epoch,
+        seconds=0.5,
+    )
