@@ -288,7 +288,8 @@ class RunConfig(Spec):
 
     def signature(self) -> str:
         """12 hexadecimal digits that change exactly when what is computed may change."""
-        text = json.dumps(self.model_dump(mode="json", exclude=set(RUNTIME)), sort_keys=True)
+        left_out = dict.fromkeys(RUNTIME, True) | {"data": {"in_memory"}}
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def reason_to_stop(

@@ -43,8 +43,10 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
     """
     check_kinds(run, saved.run)
     if saved.content.get("part_epoch") is not None:
+        held = {"in_memory": run.data.in_memory}  # batches do not depend on it
+        was = saved.run.model_copy(update={"data": saved.run.data.model_copy(update=held)})
         for field in ("batch_size", "seed", "data"):
-            if getattr(run, field) != getattr(saved.run, field):
+            if getattr(run, field) != getattr(was, field):
                 raise RequestError(
                     f"{field}: the checkpoint is within an epoch, whose batches depend on it; expected "
                     "the same as before until the next epoch has ended"
