@@ -43,7 +43,8 @@ def seen(view: AugmentedView, num: int) -> Tensor:
 
 
 def test_a_worker_without_images_cuts_none() -> None:
-    view = AugmentedView(1, *(torch.zeros(0, dtype=torch.long),) * 2, torch.zeros(0).bool())
+    none = torch.zeros(0, dtype=torch.long)
+    view = AugmentedView(1, none, none, none.bool())
     assert cut(torch.zeros(0, 3, 8, 8), view).shape == (0, 3, 8, 8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.errors import RequestError
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.types import Batch
 from raytrain.data import parquet, prepared
 from raytrain.data.images import ImageSet
 from raytrain.data.loader import SplitShard, iter_eval, iter_train, open_splits, open_test
 from raytrain.data.prepared import ParquetSplit, open_images
+from raytrain.data.read_ahead import in_processes
 from raytrain.data.reading import Selection, images_of
 from raytrain.data.sources import describe, read
 from raytrain.data.spec import DataSpec
@@ -170,7 +172,7 @@ def test_large_images_are_read_a_few_at_a_time(
     sizes: list[int] = []
     rows = _split(folder).rows(lambda images: sizes.append(len(images.pixels)))
     assert max(sizes) == 5 and sum(sizes) == NUM_IMAGES  # one row, of colour
-    assert rows.levels.tolist() == plain.levels.tolist()
+    assert np.array_equal(rows.levels, cast("np.ndarray", plain.levels))
 
 
 def test_columns_of_test_images_are_those_of_training_images(folder: Path) -> None:
@@ -238,7 +240,24 @@ def test_processes_decode_in_order_and_end_with_the_iterator(folder: Path) -> No
     )
     batches = iter_train(far, 8, 0, 0, 2, True)
     next(batches)
-    batches.close()
+    cast("Generator[Batch]", batches).close()
+
+
+def _ends(number: int) -> Tensor:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError("No space left")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(1, "OSError: No space left"), (2, "DataLoader worker")]
+)
+def test_a_process_that_fails_is_explained_in_one_line(number: int, reason: str) -> None:
+    with pytest.raises(
+        TrainingFailed, match=rf"^a process that .*{reason}.* expected memory"
+    ) as found:
+        list(in_processes(_ends, [(number,)]))
+    assert "\n" not in str(found.value)
 
 
 def test_test_images_are_decoded_where_they_are_read(folder: Path) -> None:
