@@ -181,7 +181,7 @@ class GradientTable:
 
 def cut(values: Tensor, view: AugmentedView) -> Tensor:
     """Pad with zeros, crop and mirror each image by `view`, (n, c, h, w) -> (n, c, h, w)."""
-    if values.device.type == "cpu" and values[0].numel() > _LARGE:
+    if values.device.type == "cpu" and values.shape[1:].numel() > _LARGE:
         return _cut_one_by_one(values, view)
     sample, row, column = _places(values, view)
     padded = torch.nn.functional.pad(values, [view.pad] * 4)

@@ -200,12 +200,19 @@ def shown(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of copies on this machine: `RAYTRAIN_CACHE`, or raytrain's in the user's caches."""
+    """The folder of copies on this machine: `RAYTRAIN_CACHE`, or raytrain's in the user's caches.
+
+    Raises:
+        OSError: if there is none.
+    """
     named = os.environ.get(CACHE, "").strip()
     if named:
         return Path(named).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
-    return (Path(base).expanduser() / "raytrain").resolve()
+    try:
+        return (Path(base).expanduser() / "raytrain").resolve()
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder") from None
 
 
 def _copy_of(path: Path) -> WorkingCopy | None:

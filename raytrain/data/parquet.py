@@ -22,6 +22,8 @@ from raytrain.data.images import DARK, ImageSet, Location, Origin, Pixels, label
 from raytrain.data.levels import Levels
 
 BATCH_ROWS = 1024
+_BATCH_BYTES = 2**28  # of pixels, at most
+_ROWS_LOOKED_AT = 8  # the first image may be grey, others coloured
 MAX_CLASSES = 65_536
 
 
@@ -154,8 +156,11 @@ def read_rows(
     return Rows(labels, layout.classes, layout.origin, shape, levels.of(layout.channels))
 
 
-def decoded_bytes(files: list[Path], image: str | None = None) -> int:
-    """Bytes of all images as pixels, if all are as large as the first one."""
+def decoded_bytes(
+    files: list[Path], image: str | None = None, like: ImageSet | None = None
+) -> int:
+    """Bytes of all images as pixels, if all are as large as the first ones."""
+    first = None if like is None else like.origin
     count = 0
     for file in files:
         with _readable(file), pq.ParquetFile(file) as parquet:
@@ -163,9 +168,17 @@ def decoded_bytes(files: list[Path], image: str | None = None) -> int:
     for file in files:
         with _readable(file):
             schema = pq.read_schema(file, memory_map=True)
-        at = Location(file, image_column(file, schema, image))
-        for batch in _batches(file, [at.column], size=1):
-            return count * _decoded(batch.column(0), at, image_mode(schema, at.column)).nbytes
+        at = Location(file, image_column(file, schema, image, first))
+        if each := _bytes_of_one(at, image_mode(schema, at.column)):
+            return count * each
+    return 0
+
+
+def _bytes_of_one(at: Location, mode: str | None) -> int:
+    """Bytes of an image as pixels; 0 if the file has none."""
+    for batch in _batches(at.file, [at.column], _ROWS_LOOKED_AT):
+        pixels = _decoded(batch.column(0), at, mode)
+        return pixels.nbytes // len(pixels)
     return 0
 
 
@@ -184,7 +197,9 @@ def _origin(one: _Table | _Chunk, named_by: Path | None) -> Origin:
 
 def _chunks(table: _Table, levels: Levels, take: Callable[[Images], None]) -> Iterator[_Chunk]:
     pixels_at, labels_at, brightest = table.pixels_at, table.labels_at, 0
-    for batch in _batches(pixels_at.file, [pixels_at.column, labels_at.column]):
+    each = _bytes_of_one(pixels_at, table.mode)
+    size = max(1, min(BATCH_ROWS, _BATCH_BYTES // max(1, each)))
+    for batch in _batches(pixels_at.file, [pixels_at.column, labels_at.column], size):
         column = batch.column(pixels_at.column)
         pixels = _decoded(column, pixels_at, table.mode)
         brightest = max(brightest, levels.add(pixels))
@@ -201,7 +216,7 @@ def _decoded(column: pa.Array, at: Location, mode: str | None) -> UInt8[np.ndarr
     return decode(column, at, mode) if is_encoded(column.type) else unpack(column, at)
 
 
-def _batches(file: Path, columns: list[str], size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, columns: list[str], size: int) -> Iterator[pa.RecordBatch]:
     with _readable(file), pq.ParquetFile(file, memory_map=True) as parquet:
         for batch in parquet.iter_batches(batch_size=size, columns=columns):
             if batch.num_rows:

@@ -31,7 +31,6 @@ from raytrain.data.parquet import (
     Rows,
     decoded_bytes,
     image_set,
-    joined,
     read_parquet,
     read_rows,
 )
@@ -87,30 +86,27 @@ def open_images(split: ParquetSplit, in_memory: bool | None, memory: int) -> Ima
     Raises:
         RequestError: naming the file, column and row that is at fault.
     """
-    size = decoded_bytes(split.files, split.image)
+    size = decoded_bytes(split.files, split.image, split.like)
     if in_memory is None:
         in_memory = size <= memory
     if in_memory and size < _WORTH_KEEPING:
         return split.read()
     what, state = split.name()
-    folder = (
-        cache_folder()
-        / "data"
-        / "prepared"
-        / f"{what}-{state}-{'pixels' if in_memory else 'images'}"
-    )
+    parent = Path("RAYTRAIN_CACHE")
     try:
+        parent = cache_folder() / "data" / "prepared"
+        folder = parent / f"{what}-{state}-{'pixels' if in_memory else 'images'}"
         return _opened(folder) or _prepared(split, folder, in_memory)
     except OSError as error:
         reason = error.strerror or str(error)
         if in_memory:
             log_line(
                 f"raytrain: data: the images cannot be shared with other processes of this machine, "
-                f"since {folder.parent} cannot be written ({reason})"
+                f"since {parent} cannot be written ({reason})"
             )
             return split.read()
         raise RequestError(
-            f"data.in_memory: the images cannot be copied to {folder.parent} ({reason}); expected a folder "
+            f"data.in_memory: the images cannot be copied to {parent} ({reason}); expected a folder "
             "with room for them in RAYTRAIN_CACHE"
         ) from None
 
@@ -120,6 +116,8 @@ def _prepared(split: ParquetSplit, folder: Path, in_memory: bool) -> ImageSet:
     with locked(folder.parent / f".{folder.name[:16]}.lock"):
         if found := _opened(folder):  # by another process meanwhile
             return found
+        for left in folder.parent.glob(f".{folder.name[:16]}-*"):  # by a process that was killed
+            shutil.rmtree(left)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             temporary.mkdir()
@@ -140,7 +138,11 @@ def _prepared(split: ParquetSplit, folder: Path, in_memory: bool) -> ImageSet:
 def _write_pixels(split: ParquetSplit, folder: Path) -> None:
     parts: list[np.ndarray] = []
     rows = split.rows(lambda images: parts.append(images.pixels))
-    joined(parts, rows).tofile(folder / _PIXELS)
+    with (folder / _PIXELS).open("wb") as file:
+        for number, part in enumerate(parts):
+            parts[number] = part[:0]  # the part is given up as soon as it is written
+            shape = (len(part), *rows.shape)  # grey images become equal channels of coloured ones
+            file.write(np.ascontiguousarray(np.broadcast_to(part, shape)).data)
     _write_record(folder, rows, _PIXELS)
 
 
@@ -164,6 +166,9 @@ def _write_record(folder: Path, rows: Rows, file: str) -> None:
         "origin": {**asdict(origin), "file": str(origin.file)},
         "bytes": (folder / file).stat().st_size,
     }
+    for name in (file, _LABELS, _LEVELS):
+        with (folder / name).open("rb") as written:
+            os.fsync(written.fileno())  # after a power failure the record is of whole files
     (folder / _RECORD).write_text(json.dumps(record, default=str))
 
 
@@ -176,7 +181,7 @@ def _opened(folder: Path) -> ImageSet | None:
         labels, levels = np.load(folder / _LABELS), np.load(folder / _LEVELS)
         if file.stat().st_size != record["bytes"]:
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     shape = tuple(record["shape"])
     return image_set(

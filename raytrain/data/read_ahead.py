@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from raytrain.core.errors import TrainingFailed
+
 _AHEAD = 2  # batches per process
 _MOST_PROCESSES = 16
 
@@ -31,8 +33,11 @@ def in_processes(read: Callable[..., Tensor], requests: Sequence[Any]) -> Genera
     """Yield `read(*request)` for every request, in order, from one process per thread of torch.
 
     A worker of Ray has as many threads as `cpus_per_worker`.
+
+    Raises:
+        TrainingFailed: if a process ends, or finds no room for its images in /dev/shm.
     """
-    yield from DataLoader(
+    loader = DataLoader(
         _Batches(read, requests),
         batch_size=None,
         num_workers=max(1, min(_MOST_PROCESSES, torch.get_num_threads(), len(requests))),
@@ -40,6 +45,14 @@ def in_processes(read: Callable[..., Tensor], requests: Sequence[Any]) -> Genera
         pin_memory=torch.cuda.is_initialized(),
         worker_init_fn=_begin,
     )
+    try:
+        yield from loader
+    except Exception as error:  # of a process: its message ends with the original one
+        reason = str(error).rstrip(". \n").rpartition("\n")[2]
+        raise TrainingFailed(
+            f"a process that decodes images ahead of their use has failed ({reason}); expected memory for "
+            f"{_AHEAD} batches per process, also in /dev/shm (docker run --shm-size), or data.in_memory=true"
+        ) from error
 
 
 def _begin(worker: int) -> None:

@@ -33,10 +33,12 @@ class Selection:
     def __getitem__(self, rows: Tensor) -> Tensor:
         return self.images[self.rows[rows]]
 
-    def digest(self) -> bytes | None:
-        """A digest of the pixels that needs no decoding, if the images are stored encoded."""
+    def digest(self, rows: Int64[Tensor, " n"] | None = None) -> bytes | None:
+        """A digest of the pixels of these rows (default: all) that needs no decoding, if the images are
+        stored encoded.
+        """
         digest = getattr(self.images, "digest", None)
-        return None if digest is None else digest(self.rows)
+        return None if digest is None else digest(self.rows if rows is None else self.rows[rows])
 
 
 @dataclass(frozen=True)

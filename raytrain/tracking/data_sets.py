@@ -19,7 +19,7 @@ from raytrain.data.loader import open_splits
 from raytrain.data.reading import Selection
 from raytrain.data.spec import DEFAULT_FOLDER, DataSpec
 
-_AT_ONCE = 1024  # images that are decoded together
+_AT_ONCE, _BYTES_AT_ONCE = 1024, 2**27  # images that are decoded together, at most
 
 Input = dict[str, str]
 """A data set: name, digest, source_type, source, schema, profile (JSON), and its context in the run."""
@@ -79,7 +79,8 @@ def digest(pixels: Pixels, labels: Tensor) -> str:
     """12 hexadecimal digits of the images and labels, in their order."""
     found = hashlib.sha256()
     found.update(repr((torch.uint8, tuple(pixels.shape))).encode())
-    for rows in torch.arange(len(labels)).split(_AT_ONCE):
+    at_once = max(1, min(_AT_ONCE, _BYTES_AT_ONCE // math.prod(pixels.shape[1:])))
+    for rows in torch.arange(len(labels)).split(at_once):
         found.update(_bytes(pixels[rows]))
     found.update(repr((labels.dtype, tuple(labels.shape))).encode())
     found.update(_bytes(labels))

@@ -42,6 +42,12 @@ def seen(view: AugmentedView, num: int) -> Tensor:
 # --- views ------------------------------------------------------------------------------------
 
 
+def test_a_worker_without_images_cuts_none() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    view = AugmentedView(1, none, none, none.bool())
+    assert cut(torch.zeros(0, 3, 8, 8), view).shape == (0, 3, 8, 8)
+
+
 @pytest.mark.parametrize("large", [0, 10**9])  # numbers per image, above which each is copied
 @pytest.mark.parametrize("pad", [0, 1, 3, 6])
 def test_cut_pads_crops_and_mirrors_each_image_as_its_view_says(

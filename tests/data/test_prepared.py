@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +20,17 @@ from torch import Tensor
 
 from raytrain.config.request import as_run
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.errors import RequestError
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.types import Batch
-from raytrain.data import prepared
+from raytrain.data import parquet, prepared
 from raytrain.data.images import ImageSet
 from raytrain.data.loader import SplitShard, iter_eval, iter_train, open_splits, open_test
 from raytrain.data.prepared import ParquetSplit, open_images
-from raytrain.data.reading import images_of
+from raytrain.data.read_ahead import in_processes
+from raytrain.data.reading import Selection, images_of
 from raytrain.data.sources import describe, read
 from raytrain.data.spec import DataSpec
-from raytrain.tracking.data_sets import digest
+from raytrain.tracking.data_sets import as_input, digest
 from raytrain.training.trainer import fit
 
 NUM_IMAGES = 90
@@ -140,6 +144,49 @@ def test_faulty_files_leave_nothing_behind(folder: Path) -> None:
     assert not list((folder.parent / "cache" / "data" / "prepared").glob("[!.]*"))
 
 
+def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
+    open_images(_split(folder), False, 0)
+    (copy,) = (folder.parent / "cache" / "data" / "prepared").glob("[!.]*")
+    left = copy.rename(copy.with_name(f".{copy.name}.{os.getpid()}"))  # ids are given again
+    assert torch.equal(_all(open_images(_split(folder), False, 0)), _all(_split(folder).read()))
+    assert not left.exists()
+
+
+def test_without_a_home_folder_images_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAYTRAIN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("no home")))
+    assert len(open_images(_split(folder), True, 0).labels) == NUM_IMAGES
+    assert "cannot be written (this user has no home folder)" in capsys.readouterr().err
+    with pytest.raises(RequestError, match=r"\(this user has no home folder\); expected"):
+        open_images(_split(folder), False, 0)
+
+
+def test_large_images_are_read_a_few_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _split(folder).read()
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 5 * 12 * 12)
+    sizes: list[int] = []
+    rows = _split(folder).rows(lambda images: sizes.append(len(images.pixels)))
+    assert max(sizes) == 5 and sum(sizes) == NUM_IMAGES  # one row, of colour
+    assert np.array_equal(rows.levels, cast("np.ndarray", plain.levels))
+
+
+def test_columns_of_test_images_are_those_of_training_images(folder: Path) -> None:
+    table = pq.read_table(folder / "test.parquet")
+    for place, name in enumerate(("thumb", "other")):
+        table = table.add_column(place, name, table["image"])
+    table = table.rename_columns(["thumb", "other", "jpeg", "label"])
+    pq.write_table(table, folder / "test.parquet")
+    for file in folder.glob("train*"):
+        pq.write_table(pq.read_table(file).rename_columns(["jpeg", "label"]), file)
+    found = open_test(DataSpec(name=str(folder)), DistributedContext())[0]
+    assert found.num_images == 30
+
+
 # --- batches ----------------------------------------------------------------------------------
 
 
@@ -193,7 +240,24 @@ def test_processes_decode_in_order_and_end_with_the_iterator(folder: Path) -> No
     )
     batches = iter_train(far, 8, 0, 0, 2, True)
     next(batches)
-    batches.close()
+    cast("Generator[Batch]", batches).close()
+
+
+def _ends(number: int) -> Tensor:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError("No space left")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(1, "OSError: No space left"), (2, "DataLoader worker")]
+)
+def test_a_process_that_fails_is_explained_in_one_line(number: int, reason: str) -> None:
+    with pytest.raises(
+        TrainingFailed, match=rf"^a process that .*{reason}.* expected memory"
+    ) as found:
+        list(in_processes(_ends, [(number,)]))
+    assert "\n" not in str(found.value)
 
 
 def test_test_images_are_decoded_where_they_are_read(folder: Path) -> None:
@@ -204,6 +268,14 @@ def test_test_images_are_decoded_where_they_are_read(folder: Path) -> None:
     assert far.reader is not None and far.bytes_in_memory == 8 * 30
     assert torch.equal(near.read(torch.arange(30)), far.read(torch.arange(30)))
     assert digest(near.pixels, near.labels) == digest(far.pixels, far.labels)
+    first = [
+        as_input(DataSpec(), "test", Selection(images, torch.arange(count)), far.labels[:count])
+        for images in (far.pixels, cast("Selection", far.pixels).images)
+        for count in (20, 10)
+    ]
+    assert first[:2] == first[2:] and first[0]["digest"] != first[1]["digest"]
+    one = as_input(DataSpec(), "test", Selection(near.pixels, torch.arange(20)), near.labels[:20])
+    assert one["digest"] == digest(near.pixels[torch.arange(20)], near.labels[:20])
 
 
 @pytest.mark.parametrize("algorithm", ["atta", "free", "trades"])
