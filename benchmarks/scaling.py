@@ -20,8 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ from raytrain.training.trainer import train_epoch
 
 HERE = Path(__file__).parent
 WORLDS = (1, 2, 4)
-WARM_UP, STEPS, TURNS = 1, 4, 2  # steps left out, steps that count, changes to and fro per round
+PAIRS = 4  # of steps in a round, beside a first one that is left out
 SMALL, LARGE = 1024, 2**24  # numbers in the collectives that give latency and bandwidth
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 Row = dict[str, Any]
@@ -123,45 +122,50 @@ def collectives(context: DistributedContext) -> list[Row]:
 
 
 def steps_of(run: RunConfig, context: DistributedContext, kind: str) -> list[Row]:
-    """Steps with the all-reduce and without it, in turn."""
+    """Pairs of steps with the all-reduce and without it, which begin together on all processes.
+
+    A step is over when the slowest process is done with it: waiting for that one is no collective.
+    """
     splits = splits_of(run, context)
     set_up_device(run, context.device)
     state = start(run, splits, context)
+    watch = Watch(state.wrapper, context)
+    with suppress(Enough):
+        train_epoch(run, splits, state, steps_in("eager", state), watch)
     weights = sum(weight.numel() for weight in state.model.parameters())
-    wrapper: Any = state.wrapper
-    steps = steps_in("eager", state)
-    found: list[Row] = []
-    for turn in range(TURNS):
-        for reduces in (True, False) if turn % 2 else (False, True):
-            if not reduces and context.world == 1:
-                continue
-            context.barrier()
-            laps: list[float] = []
-            with nullcontext() if reduces else wrapper.no_sync(), suppress(Enough):
-                train_epoch(run, splits, state, steps, _watch(laps, context))
-            times = [later - one for one, later in zip(laps, laps[1:], strict=False)]
-            found.append(
-                {
-                    "kind": kind,
-                    "algorithm": run.algorithm.name,
-                    "images": run.batch_size // context.world,
-                    "weights": weights,
-                    "reduces": reduces,
-                    "seconds": statistics.median(times[WARM_UP:]),
-                }
-            )
-    return found
+    each = {
+        "kind": kind,
+        "algorithm": run.algorithm.name,
+        "images": run.batch_size // context.world,
+        "weights": weights,
+    }
+    return [{**each, "whole": whole, "bare": bare} for whole, bare in watch.pairs()]
 
 
-def _watch(laps: list[float], context: DistributedContext) -> Callable[[StepProgress], None]:
-    def on_step(done: StepProgress) -> None:
+class Watch:
+    """Times steps, and turns the all-reduce of every second one off."""
+
+    def __init__(self, wrapper: Any, context: DistributedContext) -> None:
+        self._wrapper, self._context = wrapper, context
+        self._laps: list[float] = []
+        self._began = time.perf_counter()
+
+    def __call__(self, done: StepProgress) -> None:
         del done
-        _synchronise(context)
-        laps.append(time.perf_counter())
-        if len(laps) == 1 + WARM_UP + STEPS:
+        _synchronise(self._context)
+        lap = torch.tensor(time.perf_counter() - self._began, device=self._context.device)
+        if self._context.world > 1:
+            dist.all_reduce(lap, dist.ReduceOp.MAX)
+            self._wrapper.require_backward_grad_sync = len(self._laps) % 2 == 1
+        self._laps.append(float(lap))
+        if len(self._laps) == 2 * (1 + PAIRS):
             raise Enough
+        self._context.barrier()
+        self._began = time.perf_counter()
 
-    return on_step
+    def pairs(self) -> list[tuple[float, float]]:
+        """Seconds with and without it; of one process, which has none, of both steps."""
+        return list(zip(self._laps[2::2], self._laps[3::2], strict=True))
 
 
 def _synchronise(context: DistributedContext) -> None:
@@ -201,36 +205,59 @@ def link_of(rows: list[Row], world: int) -> Link:
     return Link(small / hops, hops / world * 4 * LARGE / (large - small))
 
 
-def seconds(rows: list[Row], reduces: bool, **wanted: Any) -> dict[int, float]:
-    """Of a step, by round."""
+def steps(rows: list[Row], which: str, **wanted: Any) -> dict[int, float]:
+    """Median seconds of steps, by round: `whole`, or `bare` of the all-reduce."""
     found: dict[int, list[float]] = {}
-    for row in rows:
-        if row.get("reduces") == reduces and all(row[k] == v for k, v in wanted.items()):
-            found.setdefault(row["round"], []).append(row["seconds"])
+    for row in chosen(rows, **wanted):
+        found.setdefault(row["round"], []).append(row[which])
     return {number: statistics.median(each) for number, each in found.items()}
 
 
+def chosen(rows: list[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
 def spread(values: list[float], form: str) -> str:
-    """Median, least and most."""
-    low, middle, high = min(values), statistics.median(values), max(values)
+    """Median and quartiles."""
+    low, middle, high = quartiles(values)
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 def shares(rows: list[Row], **wanted: Any) -> list[float]:
-    """The collective's share of a step, by round."""
-    whole, bare = seconds(rows, True, **wanted), seconds(rows, False, **wanted)
-    return [1 - bare[number] / whole[number] for number in whole]
+    """The collective's share of a step, by pair."""
+    return [1 - row["bare"] / row["whole"] for row in chosen(rows, **wanted)]
 
 
-def predicted(rows: list[Row], world: int, **wanted: Any) -> float:
+def predicted(rows: list[Row], **wanted: Any) -> float:
     """The share by the all-reduces that were measured alone, and steps without one."""
-    bare = statistics.median(seconds(rows, False, world=world, **wanted).values())
+    world = wanted["world"]
+    bare = statistics.median(row["bare"] for row in chosen(rows, **wanted))
     collective = ring(4 * weights_of(rows), world, link_of(rows, world))
     return collective / (collective + bare)
 
 
+def agreement(rows: list[Row]) -> str:
+    """The formula beside what was measured in two processes."""
+    ratios = {}
+    for algorithm in FE:
+        wanted = [{"kind": k, "algorithm": algorithm, "world": 2} for k in ("strong", "weak")]
+        ratios[algorithm] = [
+            statistics.median(shares(rows, **one)) / predicted(rows, **one) for one in wanted
+        ]
+    said = "; ".join(
+        f"{'PGD-10' if name == 'pgd' else name} {low:.1f} and {high:.1f} times (strong, weak)"
+        for name, (low, high) in ratios.items()
+    )
+    return f"In two processes the collective's share was, of what the formula predicts: {said}."
+
+
 def weights_of(rows: list[Row]) -> int:
-    return next(row["weights"] for row in rows if "weights" in row)
+    return next(int(row["weights"]) for row in rows if row.get("weights"))
 
 
 def measured_tables(rows: list[Row]) -> list[str]:
@@ -240,27 +267,26 @@ def measured_tables(rows: list[Row]) -> list[str]:
     ]
     for kind in ("strong", "weak"):
         for algorithm in FE:
-            one = seconds(rows, True, kind=kind, algorithm=algorithm, world=1)
+            of_kind = {"kind": kind, "algorithm": algorithm}
+            one = steps(rows, "whole", world=1, **of_kind)
             for world in WORLDS:
-                wanted = {"kind": kind, "algorithm": algorithm, "world": world}
-                whole = seconds(rows, True, **wanted)
-                gains = [one[number] / whole[number] for number in whole]
-                images = next(
-                    row["images"]
-                    for row in rows
-                    if all(row.get(name) == value for name, value in wanted.items())
-                )
-                own = "| | |"
+                wanted = {**of_kind, "world": world}
+                whole = steps(rows, "whole", **wanted)
+                gains = [one[number] / seconds for number, seconds in whole.items()]
+                share_of = " | "
                 if world > 1:
-                    own = f"| {spread(shares(rows, **wanted), '.0%')} "
-                    of_kind = {"kind": kind, "algorithm": algorithm}
-                    own += f"| {predicted(rows, world, **of_kind):.0%} |"
-                name = "PGD-10" if algorithm == "pgd" else algorithm
-                ms = 1e3 * statistics.median(whole.values())
-                lines.append(
-                    f"| {kind} | {name} | {world}{_crowded(world)} | {images} | {ms:.0f} | "
-                    f"{spread(gains, '.2f')} {own}"
-                )
+                    found = spread(shares(rows, **wanted), ".0%")
+                    share_of = f"{found} | {predicted(rows, **wanted):.0%}"
+                cells = [
+                    kind,
+                    "PGD-10" if algorithm == "pgd" else algorithm,
+                    f"{world}{_crowded(world)}",
+                    f"{chosen(rows, **wanted)[0]['images']:.0f}",
+                    f"{1e3 * statistics.median(whole.values()):.0f}",
+                    spread(gains, ".2f"),
+                    share_of,
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| processes | latency of a hop, µs | bandwidth, MB/s |", "|---|---|---|"]
     for world in WORLDS[1:]:
         link = link_of(rows, world)
@@ -333,14 +359,15 @@ def report(rows: list[Row], plan: list[str]) -> str:
             "",
             *measured_tables(rows),
             "",
-            f"{network} ({weights / 1e6:.1f} million weights) on the digits, {_machine()}. Medians of "
-            f"{rounds} "
-            "rounds, least and most in brackets; `strong`: the same images shared, `weak`: as many for each; "
-            "`collective`: the part of a step that is gone without the all-reduce, both measured in turn; "
-            "`predicted`: by the ring's formula with latency and bandwidth of all-reduces alone. More "
-            "processes "
-            "than cores share them: these rows say nothing of more machines. The load of the machine was "
-            f"{min(loads):.1f} to {max(loads):.1f}, the processes' own included.",
+            f"{network} ({weights / 1e6:.1f} million weights) on the digits, {_machine()}. Medians, with "
+            f"quartiles in brackets, of {rounds} rounds of {PAIRS} pairs of steps; `strong`: the same images "
+            "shared, `weak`: as many for each; `collective`: the part of a step that is gone without the "
+            "all-reduce, by pair; `predicted`: by the ring's formula with latency and bandwidth of "
+            "all-reduces alone. More processes than cores share them: these rows say nothing of more "
+            f"machines. The load of the machine was {min(loads):.1f} to {max(loads):.1f}, the processes' own "
+            "included: on a machine with other work the speeds are too low, and single shares mean little.",
+            "",
+            agreement(rows),
             "",
             "## Modelled",
             "",
@@ -368,16 +395,16 @@ def figure(rows: list[Row], file: Path) -> None:
     """What was measured, beside the model."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(11.0, 3.8), layout="constrained")
+    picture = Figure(figsize=(11.0, 4.3), layout="constrained")
     left, middle, right = picture.subplots(1, 3)
     colours = {"natural": "#d55e00", "pgd": "#0072b2"}
     names = {"natural": "natural", "pgd": "PGD-10"}
     for algorithm, colour in colours.items():
         wanted = {"kind": "weak", "algorithm": algorithm}
-        found = {world: shares(rows, world=world, **wanted) for world in WORLDS[1:]}
-        middles = [100 * statistics.median(each) for each in found.values()]
-        low = [m - 100 * min(each) for m, each in zip(middles, found.values(), strict=True)]
-        high = [100 * max(each) - m for m, each in zip(middles, found.values(), strict=True)]
+        found = {world: quartiles(shares(rows, world=world, **wanted)) for world in WORLDS[1:]}
+        middles = [100 * middle for _, middle, _ in found.values()]
+        low = [100 * (middle - low) for low, middle, _ in found.values()]
+        high = [100 * (high - middle) for _, middle, high in found.values()]
         left.errorbar(
             list(found),
             middles,
@@ -387,7 +414,7 @@ def figure(rows: list[Row], file: Path) -> None:
             capsize=4,
             label=names[algorithm],
         )
-        expected = [100 * predicted(rows, world, **wanted) for world in found]
+        expected = [100 * predicted(rows, world=world, **wanted) for world in found]
         left.plot(list(found), expected, "x", color=colour, ms=8, label="by the ring's formula")
         for network, width in ((NETWORKS[0], 2.2), (NETWORKS[-1], 1.0)):
             size = size_of(network)
@@ -413,7 +440,10 @@ def figure(rows: list[Row], file: Path) -> None:
         axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
         axes.set_xlabel("GPUs")
     left.legend(frameon=False, fontsize=7)
-    middle.legend(frameon=False, fontsize=6)
+    lines, labels = middle.get_legend_handles_labels()
+    picture.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    left.set_xlim(1.5, 4.5)
+    right.set_yticks([2**k for k in range(10)], [str(2**k) for k in range(10)])
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     picture.savefig(file, dpi=160)
