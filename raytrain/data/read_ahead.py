@@ -26,7 +26,8 @@ class _Batches(Dataset[Tensor]):
         return len(self._requests)
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._read(*self._requests[number])
+        # Shared here: where the queue does it, in a thread, an error is lost and the parent waits for ever.
+        return self._read(*self._requests[number]).share_memory_()
 
 
 def in_processes(read: Callable[..., Tensor], requests: Sequence[Any]) -> Generator[Tensor]:

@@ -249,6 +249,20 @@ def _ends(number: int) -> Tensor:
     raise OSError("No space left")
 
 
+class _Unshared(Tensor):
+    def share_memory_(self) -> Any:
+        raise RuntimeError("unable to allocate shared memory")
+
+
+def _unshared() -> Tensor:
+    return torch.zeros(2).as_subclass(_Unshared)
+
+
+def test_a_process_without_shared_memory_is_not_waited_for() -> None:
+    with pytest.raises(TrainingFailed, match="unable to allocate shared memory"):
+        list(in_processes(_unshared, [()]))
+
+
 @pytest.mark.parametrize(
     ("number", "reason"), [(1, "OSError: No space left"), (2, "DataLoader worker")]
 )
