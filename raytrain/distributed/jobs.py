@@ -15,7 +15,7 @@ from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.failures import as_failure, is_lost
 from raytrain.core.file_systems import is_url
 from raytrain.core.files import write_atomically
-from raytrain.core.storage import later, pull
+from raytrain.core.storage import later, pull, push
 from raytrain.training.checkpoint import LAST, load
 from raytrain.training.run_folder import ROWS, recent_rows
 
@@ -76,6 +76,10 @@ def job_rows(
     folder = job.path
     if resume:
         pull(folder)
+        if context.leads:
+            push(
+                folder
+            )  # what a process before this one has written here, and could not copy any more
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
     recent = RecentRows(folder, resume)
     if saved is not None and recent.reached(saved.epoch, job.until):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import json
 import os
@@ -22,14 +23,16 @@ from mlflow import MlflowClient
 from ray_helpers import runs_of, started, trials_of
 
 from raytrain.config.request import as_run
+from raytrain.core import working_copy
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import WorkersLost
+from raytrain.core.file_systems import write
 from raytrain.distributed import job_queue, worker_group
 from raytrain.distributed.job_queue import JobQueue
 from raytrain.distributed.jobs import Job, RecentRows, job_rows
 from raytrain.distributed.worker_group import WorkerGroup, _Worker
-from raytrain.training.checkpoint import LAST
+from raytrain.training.checkpoint import LAST, load
 from raytrain.training.progress import StepProgress
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -261,6 +264,38 @@ def test_workers_that_start_anew_do_not_train_beyond_a_pause(tmp_path: Path) -> 
     assert [row.epoch for row in job_rows(whole, DistributedContext(), resume=True)] == [2, 3]
     longer = Job.of(run.model_copy(update={"epochs": 4}), tmp_path, resume=True)
     assert [row.epoch for row in job_rows(longer, DistributedContext(), resume=True)] == [4]
+
+
+def test_a_last_checkpoint_whose_upload_was_cut_off_is_in_the_storage_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksum and its row are there; the process that goes on finds it finished, on the same machine."""
+    monkeypatch.setenv("RAYTRAIN_CACHE", str(tmp_path / "here"))
+    run = as_run(
+        {"data": {"name": "digits", "train_size": 64}, "epochs": 2, "batch_size": 32},
+        [
+            "algorithm.steps=1",
+            "evaluation.steps=1",
+            "device=cpu",
+            f"storage=file://{tmp_path}/bucket",
+        ],
+    )
+    job, uploads = Job.of(run, run.root / "raytrain" / "x", resume=False), []
+
+    def killed(fs: Any, at: str, content: Any) -> None:
+        uploads.append(at)
+        if sum(one.endswith(LAST) for one in uploads) == 2:
+            raise KeyboardInterrupt
+        write(fs, at, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(working_copy, "write", killed)
+        list(job_rows(job, DistributedContext(), resume=False))
+    assert list(job_rows(job, DistributedContext(), resume=True)) == []
+    stored = tmp_path / "bucket" / "raytrain" / "x" / LAST
+    digest = stored.with_name(f"{LAST}.sha256").read_text().split()[0]
+    assert hashlib.sha256(stored.read_bytes()).hexdigest() == digest
+    assert load(stored).epoch == 2
 
 
 # --- a worker that is killed ------------------------------------------------------------------
