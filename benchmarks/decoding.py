@@ -63,7 +63,8 @@ def main() -> None:
         f"{3 * SIZE * SIZE / 1e3:.0f} kB as pixels; batches of {BATCH}, {options.rounds} rounds, median and "
         f"range. Memory is that of the training process beside the images in memory, which take "
         f"{options.images * 3 * SIZE * SIZE / 1e9:.2f} GB once per machine. "
-        f"Checking and copying the files, once per machine: {prepared:,.0f} images/s. {hardware()}; "
+        f"Checking and copying the files, once per machine: {prepared:,.0f} images/s. "
+        f"{hardware()}, load {os.getloadavg()[0]:.1f}; "
         f"torch {torch.__version__.partition('+')[0]}.\n"
     )
     print(text)
