@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -427,7 +428,13 @@ def table(outcomes: list[Outcome]) -> str:
         for name in ("ray", "optuna", "mlflow", "torch", "pyarrow", "moto")
     )
     python = ".".join(map(str, sys.version_info[:3]))
-    lines += ["", f"{hardware()}; {versions}, Python {python}."]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    lines += ["", f"{hardware()}; {versions}, Python {python}; commit {commit}."]
     return "\n".join(lines) + "\n"
 
 
