@@ -139,8 +139,9 @@ def _write_pixels(split: ParquetSplit, folder: Path) -> None:
     parts: list[np.ndarray] = []
     rows = split.rows(lambda images: parts.append(images.pixels))
     with (folder / _PIXELS).open("wb") as file:
-        for number, part in enumerate(parts):
-            parts[number] = part[:0]  # the part is given up as soon as it is written
+        parts.reverse()
+        while parts:  # a part is given up as soon as it is written
+            part = parts.pop()
             shape = (len(part), *rows.shape)  # grey images become equal channels of coloured ones
             file.write(np.ascontiguousarray(np.broadcast_to(part, shape)).data)
     _write_record(folder, rows, _PIXELS)
