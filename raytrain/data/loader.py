@@ -26,7 +26,7 @@ from raytrain.core.types import AugmentedView, Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
 from raytrain.data.images import Pixels, whole
 from raytrain.data.read_ahead import in_processes
-from raytrain.data.reading import ImageReader, Selection, images_of
+from raytrain.data.reading import ImageReader, Selection, content_of, images_of
 from raytrain.data.sources import SOURCES, ImageSet, Source, Split, source_of
 from raytrain.data.spec import DataSpec
 from raytrain.data.validation_split import split_validation
@@ -105,10 +105,12 @@ class SplitShard:
             for request in requests
         ]
         with closing(ahead(reader, wanted)) as decoded:
-            for request, images in zip(requests, decoded, strict=True):
-                with region(DATA):
-                    batch = self._batch(images.to(context.device, non_blocking=True), request)
+            for request in requests:
+                with region(DATA):  # the wait for images is part of it
+                    images = next(decoded).to(context.device, non_blocking=True)
+                    batch = self._batch(images, request)
                 yield batch
+            next(decoded, None)  # so that it runs to its end
 
     def _batch(self, pixels: Tensor, request: BatchRequest) -> Batch:
         images = (pixels.to(self.dtype) / 255).contiguous(memory_format=self.memory_format)
@@ -255,7 +257,7 @@ def _reader(
 ) -> ImageReader | None:
     if isinstance(images.pixels, Tensor):
         return None
-    return ImageReader(_fields(spec), split, _memory(context))
+    return ImageReader(_fields(spec), split, _memory(context), content_of(images))
 
 
 def _memory(context: DistributedContext) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from raytrain.core.errors import TrainingFailed
+from raytrain.core.file_systems import without_secrets
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView
 from raytrain.data.images import ImageSet, Pixels, Split
@@ -48,14 +51,31 @@ class ImageReader:
     fields: str  # of DataSpec, as JSON
     split: Split
     memory: int  # bytes of images that are kept in memory
+    content: str  # of the split, where batches are put together
 
     def __call__(
         self, rows: Int64[Tensor, " n"], view: AugmentedView | None
     ) -> UInt8[Tensor, "n c h w"]:
-        """The pixels of these rows of the split, cropped and mirrored by `view`."""
-        stored = images_of(self.fields, self.split, self.memory).pixels
-        pixels = cast("StoredImages", stored).read(rows)
+        """The pixels of these rows of the split, cropped and mirrored by `view`.
+
+        Raises:
+            TrainingFailed: if this process finds other images.
+        """
+        images = images_of(self.fields, self.split, self.memory)
+        if content_of(images) != self.content:
+            name = DataSpec.model_validate_json(self.fields).name
+            raise TrainingFailed(
+                f"data.name: {without_secrets(name)} has changed since the run began, or is not the same on "
+                "another machine; expected the same images everywhere"
+            )
+        pixels = cast("StoredImages", images.pixels).read(rows)
         return pixels if view is None else cut(pixels, view)
+
+
+def content_of(images: ImageSet) -> str:
+    """A digest that differs if pixels have another distribution, or images another number."""
+    assert images.levels is not None
+    return hashlib.sha256(images.levels.tobytes()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)

@@ -274,6 +274,18 @@ def test_a_process_that_fails_is_explained_in_one_line(number: int, reason: str)
     assert "\n" not in str(found.value)
 
 
+def test_other_images_in_another_process_are_refused(folder: Path) -> None:
+    images_of.cache_clear()
+    spec = DataSpec(name=str(folder), in_memory=False)
+    train = open_splits(spec, DistributedContext(read_ahead=in_this_process)).train
+    table = pq.read_table(folder / "train-2.parquet")
+    pq.write_table(table.slice(1), folder / "train-2.parquet")
+    images_of.cache_clear()  # as in a process that begins later
+    with pytest.raises(TrainingFailed, match=r"^data\.name: .* has changed since the run began"):
+        next(iter_train(train, 8, 0, 0, 2, True))
+    images_of.cache_clear()
+
+
 def test_test_images_are_decoded_where_they_are_read(folder: Path) -> None:
     near, far = (
         open_test(DataSpec(name=str(folder), in_memory=given), DistributedContext())[0]
