@@ -15,7 +15,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +25,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from raytrain.core.git import git
 
 HERE = Path(__file__).parent
 
@@ -202,14 +203,8 @@ def versions() -> str:
     """Versions and commit."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=HERE,
-        check=False,
-    )
-    return f"torch {torch.__version__}, raytrain {version('raytrain')} at {commit.stdout.strip()}"
+    commit = git(HERE, "rev-parse", "--short", "HEAD")
+    return f"torch {torch.__version__}, raytrain {version('raytrain')} at {commit}"
 
 
 def figure(rows: list[dict[str, Any]], options: argparse.Namespace, file: Path) -> None:

@@ -17,16 +17,16 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from agenda import Agenda
 from chaos_audit import Checkpoint, listed, longest_pause, repeated, training_runs
 from chaos_network import images, passes
 from chaos_proxy import Failure, Trap
@@ -111,7 +111,7 @@ class Round:
         self._scene, self._subject, self._draw, self._expected = scene, subject, draw, expected
         self._experiment = f"round{number:02d}"
         self._kinds, self._planned = list(kinds), len(kinds)
-        self._agenda: list[tuple[float, Callable[[], Any]]] = []
+        self._agenda = Agenda()
         self._trap: Trap | None = None
         self._seen: dict[int, Ended] = {}
         self._cache = scene.folder / f"driver-{number}"
@@ -127,14 +127,13 @@ class Round:
         self._plan()
         problem = ""
         while not problem and not self._over():
-            self._do_what_is_due()
+            self._agenda.do_due()
             if self._kinds and self._share() >= self._at and self._strike(self._kinds[0]):
                 self._kinds.pop(0)
                 self._plan()
             time.sleep(0.05)
             problem = self._problem()
-        for _, act in sorted(self._agenda, key=lambda due: due[0]):
-            act()
+        self._agenda.do_all()
         self._scene.proxy.heal()
         self.outcome.seconds = time.monotonic() - began
         if problem:
@@ -259,7 +258,7 @@ class Round:
     def _lose(self, node: int) -> None:
         self._scene.lose_node(node)
         wait = _LATE if self._subject == "elastic" else self._draw.uniform(0.0, 3.0)
-        self._later(wait, self._scene.add_node)
+        self._agenda.later(wait, self._scene.add_node)
 
     def _storage(self) -> str:
         if not self._scene.at_work(1.0):
@@ -267,7 +266,7 @@ class Round:
         failures: list[Failure] = ["refused", "reset", "503"]
         failure, seconds = self._draw.choice(failures), self._draw.uniform(*_AWAY)
         self._scene.proxy.fail(failure)
-        self._later(seconds, self._scene.proxy.heal)
+        self._agenda.later(seconds, self._scene.proxy.heal)
         return f"storage {failure} for {seconds:.0f} s"
 
     def _driver(self) -> str:
@@ -279,16 +278,6 @@ class Round:
             self._cache = self._cache.with_name(f"{self._cache.name}-")
         self._launch()
         return f"driver killed, resumed {'elsewhere' if elsewhere else 'here'}"
-
-    def _later(self, seconds: float, act: Callable[[], Any]) -> None:
-        self._agenda.append((time.monotonic() + seconds, act))
-
-    def _do_what_is_due(self) -> None:
-        now = time.monotonic()
-        due = [act for at, act in self._agenda if at <= now]
-        self._agenda = [one for one in self._agenda if one[0] > now]
-        for act in due:
-            act()
 
     # ---------------------------------------------------------------- afterwards
 
@@ -386,6 +375,7 @@ def table(outcomes: list[Outcome]) -> str:
     """All of it, as Markdown."""
     from importlib.metadata import version
 
+    from raytrain.core.git import git
     from raytrain.tracking.provenance import hardware
 
     struck = Counter(kind for one in outcomes for kind, _, _ in one.struck)
@@ -428,12 +418,7 @@ def table(outcomes: list[Outcome]) -> str:
         for name in ("ray", "optuna", "mlflow", "torch", "pyarrow", "moto")
     )
     python = ".".join(map(str, sys.version_info[:3]))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = git(Path(__file__).parent, "rev-parse", "--short", "HEAD")
     lines += ["", f"{hardware()}; {versions}, Python {python}; commit {commit}."]
     return "\n".join(lines) + "\n"
 

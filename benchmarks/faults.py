@@ -19,12 +19,12 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from agenda import Agenda
 from faults_audit import Ended, audit, ended
 from faults_stage import Stage, result_of, stage
 
@@ -74,7 +74,7 @@ class Chaos:
     ) -> None:
         self._stage, self._draw, self._patience = stage, draw, patience
         self._kinds = list(kinds)
-        self._agenda: list[tuple[float, Callable[[], Any]]] = []
+        self._agenda = Agenda()
         self._away = False  # the server
         self._most = 0  # rows so far
         self._rows_file = stage.folder / FOLDER / "rows.jsonl"
@@ -90,13 +90,12 @@ class Chaos:
         self._launch()
         self._plan()
         while not self._over():
-            self._do_what_is_due()
+            self._agenda.do_due()
             if self._kinds and self._ripe() and self._strike(self._kinds[0]):
                 self.story.faults.append(self._kinds.pop(0))
                 self._plan()
             time.sleep(0.05)
-        for _, act in sorted(self._agenda, key=lambda due: due[0]):
-            act()
+        self._agenda.do_all()
         self.story.seconds = time.monotonic() - began
         self.story.result = result_of(self._stage.said())
         assert not self._kinds, f"the sweep ended before {self._kinds}: give it more trials"
@@ -171,7 +170,7 @@ class Chaos:
     def _node(self) -> str:
         if not self._stage.node_killed():
             return ""
-        self._later(self._draw.uniform(0.0, 3.0), self._stage.start_node)
+        self._agenda.later(self._draw.uniform(0.0, 3.0), self._stage.start_node)
         return "node killed"
 
     def _mlflow(self) -> str:
@@ -188,7 +187,7 @@ class Chaos:
             else:
                 self._stage.signal_server(signal.SIGCONT)
 
-        self._later(self._draw.uniform(1.0, _AWAY), back)
+        self._agenda.later(self._draw.uniform(1.0, _AWAY), back)
         return "mlflow killed" if kill else "mlflow stopped"
 
     def _launch(self) -> None:
@@ -196,16 +195,6 @@ class Chaos:
         space = str(self._stage.folder / "space.yaml")
         words = (space, "--name", NAME) if fresh else ("--resume", NAME)
         self._stage.launch("tune", *words, "--json")
-
-    def _later(self, seconds: float, act: Callable[[], Any]) -> None:
-        self._agenda.append((time.monotonic() + seconds, act))
-
-    def _do_what_is_due(self) -> None:
-        now = time.monotonic()
-        due = [act for at, act in self._agenda if at <= now]
-        self._agenda = [one for one in self._agenda if one[0] > now]
-        for act in due:
-            act()
 
 
 def order(faults: int, draw: random.Random) -> list[str]:

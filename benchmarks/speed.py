@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from raytrain.algorithms import RECIPES, AbstractAlgorithm
 from raytrain.config.performance import Mode
 from raytrain.core.algorithm_state import TrainingSetup
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory
+from raytrain.core.git import git
 from raytrain.core.network import FrozenNetwork, Precision, autocast
 from raytrain.core.optimizer import Sgd
 from raytrain.core.threat_models import Linf
@@ -326,12 +326,7 @@ def check(label: str, found: list[float], wanted: list[float], precision: Precis
 def described(device: torch.device) -> str:
     """Hardware, versions and commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = git(Path(__file__).parent, "rev-parse", "--short", "HEAD")
     threads = "" if device.type == "cuda" else ", one thread"
     return f"{name}{threads}; torch {torch.__version__}, Python {platform.python_version()}; commit {commit}"
 

@@ -1,5 +1,6 @@
 """What all tests share: one thread, so that results do not depend on the machine; a folder for Ray."""
 
+import atexit
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ import torch
 from raytrain.core.distributed_context import keep_freed_memory
 
 os.environ["RAYTRAIN_CACHE"] = tempfile.mkdtemp(prefix="raytrain-cache-")
+atexit.register(shutil.rmtree, os.environ["RAYTRAIN_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 keep_freed_memory()
 

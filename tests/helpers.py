@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.algorithms import AbstractAlgorithm
+from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.losses import AbstractLoss, Reference
 from raytrain.core.network import trainable
 from raytrain.core.sample_store import SampleStore
@@ -309,3 +310,21 @@ def pixels_seen(state: TrainState) -> list[Tensor]:
         lambda module, images: seen.append(images[0].detach().clone())
     )
     return seen
+
+
+def metrics_of(epoch: int) -> EpochMetrics:
+    """The row of an epoch of a run of four."""
+    return EpochMetrics(
+        epoch=epoch,
+        progress=epoch / 4,
+        loss=1.0 / epoch,
+        inner_steps=1.0,
+        fosc=0.0,
+        fosc_box=0.0,
+        fosc_p90=0.0,
+        lr=0.1,
+        fe=10 * epoch,
+        samples=2 * epoch,
+        seconds=0.5,
+        final=epoch == 4,
+    )

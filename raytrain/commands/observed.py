@@ -19,9 +19,8 @@ from raytrain.tuning.launch import SILENT
 
 State = Literal["running", "interrupted", "finished"]
 
-_EPOCHS = (
-    5  # without a change after which a driver elsewhere counts as dead, if longer than `SILENT`
-)
+_EPOCHS = 5
+"""Without a change, after which a driver elsewhere counts as dead, if that is longer than `SILENT`."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,9 +25,8 @@ size, too coarse for small steps along the raw gradient; in l2 at 0.5, int8 lose
 eps at every visit."""
 
 
-_LARGE = (
-    2**13
-)  # numbers per image, above which a copy per image is faster on a CPU than one of all pixels
+_LARGE = 2**11
+"""Numbers per image, above which a copy per image is faster on a CPU than one of all pixels."""
 
 
 class SampleStore:

@@ -51,9 +51,7 @@ class SplitShard:
     context: DistributedContext
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
-    reader: ImageReader | None = (
-        None  # of the same pixels in other processes, if they are not in memory
-    )
+    reader: ImageReader | None = None  # in other processes, of pixels that are not in memory
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -154,11 +152,9 @@ def open_splits(
 
 def open_source(spec: DataSpec) -> Source:
     """Return the properties of a data set: channels, classes, statistics of pixels."""
-    return (
-        SOURCES[spec.name]
-        if spec.name in SOURCES
-        else _training_set(spec, DistributedContext())[1]
-    )
+    if spec.name in SOURCES:
+        return SOURCES[spec.name]
+    return _training_set(spec, DistributedContext())[1]
 
 
 def open_test(

@@ -78,27 +78,6 @@ class Rows:
     levels: Int64[np.ndarray, "c 256"]  # pixels of each value, per channel
 
 
-def read_parquet(
-    files: list[Path],
-    *,
-    image: str | None = None,
-    label: str | None = None,
-    like: ImageSet | None = None,
-    training: bool = True,
-) -> ImageSet:
-    """Read the rows of all files, in order, as one tensor: see `read_rows`."""
-    parts: list[np.ndarray] = []
-    rows = read_rows(
-        files,
-        lambda images: parts.append(images.pixels),
-        image=image,
-        label=label,
-        like=like,
-        training=training,
-    )
-    return image_set(torch.from_numpy(joined(parts, rows)), rows)
-
-
 def joined(parts: list[np.ndarray], rows: Rows) -> UInt8[np.ndarray, "n c h w"]:
     """Join batches of images; grey ones become equal channels beside coloured ones."""
     pixels = np.empty((len(rows.labels), *rows.shape), dtype=np.uint8)

@@ -31,7 +31,7 @@ from raytrain.data.parquet import (
     Rows,
     decoded_bytes,
     image_set,
-    read_parquet,
+    joined,
     read_rows,
 )
 from raytrain.data.stored_images import StoredImages, Writer
@@ -53,16 +53,21 @@ class ParquetSplit:
     training: bool
 
     def read(self) -> ImageSet:
-        """Read all images into the memory of this process."""
-        return read_parquet(self.files, **self._options)
+        """Read all images into the memory of this process, as one tensor."""
+        parts: list[np.ndarray] = []
+        rows = self.rows(lambda images: parts.append(images.pixels))
+        return image_set(torch.from_numpy(joined(parts, rows)), rows)
 
     def rows(self, take: Callable[[Images], None]) -> Rows:
-        return read_rows(self.files, take, **self._options)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        names = ("image", "label", "like", "training")
-        return {name: getattr(self, name) for name in names}
+        """Read and check all rows; pass the images to `take`, a batch at a time."""
+        return read_rows(
+            self.files,
+            take,
+            image=self.image,
+            label=self.label,
+            like=self.like,
+            training=self.training,
+        )
 
     def name(self) -> tuple[str, str]:
         """Digests of what is read, and of its present state."""

@@ -36,7 +36,7 @@ class StoredImages:
     """
 
     def __init__(self, file: Path, shape: tuple[int, int, int]) -> None:
-        self._file, self._image = file, shape
+        self._image = shape
         with pa.memory_map(str(file)) as source:
             stored = pa.ipc.open_file(source)
             self._batches = [stored.get_batch(k) for k in range(stored.num_record_batches)]

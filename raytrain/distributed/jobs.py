@@ -77,9 +77,8 @@ def job_rows(
     if resume:
         pull(folder)
         if context.leads:
-            push(
-                folder
-            )  # what a process before this one has written here, and could not copy any more
+            # What a process before this one has written here, and could not copy any more.
+            push(folder)
     saved = load(folder / LAST) if resume and (folder / LAST).is_file() else None
     recent = RecentRows(folder, resume)
     if saved is not None and recent.reached(saved.epoch, job.until):

@@ -1,7 +1,7 @@
 """Placement groups that stay on a cluster after the job they belong to.
 
 Ray removes those of a job when it ends, but not one that is registered a moment later, by a worker group
-that was waiting for room. Nobody uses it, and nobody else gets its room.
+that was waiting for room. It holds resources that no job uses.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from raytrain.core.console import log_line
 
 
 def remove_leftovers() -> None:
-    """Remove what jobs that have ended have left on the cluster that this process is connected to."""
-    with suppress(
-        Exception
-    ):  # private interfaces of Ray's; a cluster that works is not in need of this
+    """Remove what jobs that have ended have left on the cluster that this process is connected to.
+
+    The interfaces of Ray are private: where they have changed, nothing is removed.
+    """
+    with suppress(Exception):
         if number := _remove_leftovers():
             log_line(
                 f"raytrain: removed {number} placement groups of jobs that have ended from the cluster"

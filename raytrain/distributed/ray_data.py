@@ -1,4 +1,4 @@
-"""Decoding of images ahead of their use, by Ray Data on the processors of all nodes."""
+"""Decoding of images ahead of their use, by Ray Data on the CPUs of all nodes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def on_cluster(
 ) -> Generator[Tensor]:
     """Yield `read(*request)` for every request, in order.
 
-    Of those `at_once`(processors of the cluster) are computed at a time, or two. Their tasks ask for no
-    processor: trials may hold all of them, and would wait for these tasks for ever. A head without
-    processors computes none.
+    `at_once`(CPUs of the cluster) of them are computed at a time, at least two. Their tasks need no CPU in
+    Ray's accounts: trials may hold all of them, and would wait for these tasks for ever. A head without
+    CPUs computes none.
     """
     import pyarrow as pa
     import ray
@@ -33,14 +33,14 @@ def on_cluster(
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
     settings.execution_options.preserve_order = True
-    processors = int(ray.cluster_resources().get("CPU", 1))
-    # `from_arrow` starts a task that asks for a processor.
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    # Not by `from_arrow`, which starts a task that needs a CPU.
     blocks = [pa.table({"request": [pickle.dumps(request)]}) for request in requests]
     decoded = from_blocks(blocks).map_batches(
         partial(_decode, read),
         batch_size=None,
         num_cpus=0,
-        compute=TaskPoolStrategy(size=max(2, at_once(processors))),
+        compute=TaskPoolStrategy(size=max(2, at_once(cpus))),
         label_selector=_elsewhere(ray.nodes()),
     )
     for batch in decoded.iter_batches(batch_size=None, prefetch_batches=_AHEAD):
@@ -49,7 +49,7 @@ def on_cluster(
 
 
 def _elsewhere(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
-    """A selector of all nodes but a head that has no processors, on which nothing is to be computed."""
+    """A selector of all nodes but a head without CPUs."""
     for node in nodes:
         resources = node["Resources"]
         if node["Alive"] and _HEAD in resources and not resources.get("CPU") and len(nodes) > 1:

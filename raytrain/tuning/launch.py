@@ -99,7 +99,5 @@ def launched(study: optuna.Study, used: float) -> Iterator[None]:
 
 def _beat(study: optuna.Study, launch: Launch, over: threading.Event) -> None:
     while not over.wait(_BEAT):
-        with suppress(
-            Exception
-        ):  # whatever a database raises that is away: the next one may succeed
+        with suppress(Exception):  # of any database that does not answer: the next one may succeed
             study.set_user_attr(_KEY, asdict(replace(launch, seen=time.time())))

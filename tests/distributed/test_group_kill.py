@@ -19,13 +19,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import metrics_of
 from mlflow import MlflowClient
 from ray_helpers import runs_of, started, trials_of
 
 from raytrain.config.request import as_run
 from raytrain.core import working_copy
 from raytrain.core.distributed_context import DistributedContext
-from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import WorkersLost
 from raytrain.core.file_systems import write
 from raytrain.distributed import job_queue, worker_group
@@ -65,23 +65,6 @@ class Spoken:
         return answer
 
 
-def report_of(epoch: int) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=epoch,
-        loss=1.0 / epoch,
-        inner_steps=1.0,
-        fosc=0.0,
-        fosc_box=0.0,
-        fosc_p90=0.0,
-        lr=0.1,
-        fe=10 * epoch,
-        samples=2 * epoch,
-        seconds=0.5,
-        progress=epoch / 4,
-        final=epoch == 4,
-    )
-
-
 def told(folder: Path, kept: int, *said: int, before: int = 0) -> list[int]:
     """Epochs that the driver hears of, of a job whose workers kept rows up to `kept` and told `said`.
 
@@ -90,16 +73,16 @@ def told(folder: Path, kept: int, *said: int, before: int = 0) -> list[int]:
     group: Any = object.__new__(WorkerGroup)
     group._ended = None
     group._ray = group._bus = Spoken(
-        *(("row", asdict(report_of(epoch))) for epoch in said), ("done", None)
+        *(("row", asdict(metrics_of(epoch))) for epoch in said), ("done", None)
     )
     recent = RecentRows(folder)
     for epoch in range(1, before + 1):
-        recent.add(report_of(epoch))
+        recent.add(metrics_of(epoch))
     group.submit(Job("{}", str(folder), resume=before > 0))
     for epoch in range(before + 1, kept + 1):
-        recent.add(report_of(epoch))
+        recent.add(metrics_of(epoch))
     reports = list(group.rows())
-    assert reports == [report_of(report.epoch) for report in reports]
+    assert reports == [metrics_of(report.epoch) for report in reports]
     return [report.epoch for report in reports]
 
 
@@ -136,7 +119,7 @@ def test_steps_are_passed_on_between_rows_and_are_none(tmp_path: Path) -> None:
     group._ended = None
     steps = [StepProgress(0.1 * step, 1, step, 64 * step, None) for step in (1, 2)]
     one, other = (("step", asdict(step)) for step in steps)
-    row = ("row", asdict(report_of(1)))
+    row = ("row", asdict(metrics_of(1)))
     group._ray = group._bus = Spoken(one, None, other, row, ("done", None))
     group.submit(Job("{}", str(tmp_path), resume=False))
     found: list[StepProgress] = []

@@ -7,12 +7,12 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers import metrics_of
 from optuna.trial import TrialState
 from sweep_helpers import METRIC, SPACE, Launch, diverged, opened, row, space_of
 
 from raytrain.config.request import as_run
 from raytrain.config.run import RunConfig
-from raytrain.core.epoch_metrics import EpochMetrics
 from raytrain.core.errors import RequestError
 from raytrain.distributed.jobs import RecentRows
 from raytrain.training import progress
@@ -475,19 +475,3 @@ def test_rows_that_a_lost_machine_had_are_taken_from_beside_the_checkpoints(
     assert sorted(rows) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     later.again().manager.recover()
     assert len(list(later.manager.journal.rows())) == 4
-
-
-def metrics_of(epoch: int) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=epoch,
-        progress=epoch / 4,
-        loss=1.0,
-        inner_steps=1.0,
-        fosc=0.0,
-        fosc_box=0.0,
-        fosc_p90=0.0,
-        lr=0.1,
-        fe=10 * epoch,
-        samples=2 * epoch,
-        seconds=0.5,
-    )
