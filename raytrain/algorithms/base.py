@@ -124,6 +124,10 @@ class AbstractRecipe(Spec):
         """Why its samples cannot be weighted one by one; None if they can."""
         return None
 
+    def why_not_repeated(self) -> str | None:
+        """Why some images cannot be trained on more often than others; None if they can."""
+        return None
+
     def _why_not_with(self, outer: AbstractOuter) -> str | None:
         displaced = self.why_not_displaced() if outer.displaces_weights else None
         return displaced or (self.why_not_weighted() if outer.weighs_samples else None)

@@ -371,3 +371,6 @@ class SiHg(Smoothed):
         if self.mode == "C":
             return "an extrapolated gradient is not a mean over samples"
         return "its table holds the samples' own gradients" if self.mode == "T" else None
+
+    def why_not_repeated(self) -> str | None:
+        return "its table is a mean over equally frequent images" if self.mode == "T" else None

@@ -217,6 +217,13 @@ class RunConfig(Spec):
                 f"{self.threat.eps:g}/255?"
             )
         self._check_workers()
+        if self.data.extra is not None:
+            self.data.extra.per_batch(self.batch_size)
+            if reason := self.algorithm.why_not_repeated():
+                raise ValueError(
+                    f"data.extra: additional images do not go with {self.algorithm.name}: {reason}; "
+                    "expected another algorithm"
+                )
         if self.performance.mode == "graph" and self.device == "cpu":
             raise ValueError(
                 "performance.mode: graph needs a GPU; expected auto, eager or compile"

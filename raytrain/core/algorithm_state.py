@@ -28,7 +28,7 @@ class TrainingSetup:
 
     context: DistributedContext
     model: nn.Module
-    num_images: int  # in the training split, over all workers
+    num_images: int  # in the training split, over all workers; with additional images, indices
     shape: tuple[int, int, int]  # of an image: channels, height, width
     batch_size: int  # over all workers
     dtype: torch.dtype  # of images, weights and perturbations

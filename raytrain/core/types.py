@@ -148,7 +148,7 @@ class AugmentedView:
     left: Int[Tensor, " n"]
     mirrored: Bool[Tensor, " n"]
 
-    def __getitem__(self, rows: Tensor) -> AugmentedView:
+    def __getitem__(self, rows: Tensor | slice) -> AugmentedView:
         return AugmentedView(self.pad, self.top[rows], self.left[rows], self.mirrored[rows])
 
 

@@ -40,7 +40,8 @@ def image_column(
         return (usual or usable)[0]
     raise RequestError(
         f"{file}: expected one column of images (encoded bytes or arrays of numbers), "
-        f"found {_listed(usable)} among {_listed(schema.names)}; name it with data.image_column"
+        f"found {_listed(usable)} among {_listed(schema.names)}; call it 'image', or name it with "
+        "data.image_column"
     )
 
 

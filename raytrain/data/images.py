@@ -14,6 +14,8 @@ from torch import Tensor
 from raytrain.core.errors import RequestError
 
 Split = Literal["train", "test"]
+AnySplit = Literal["train", "test", "extra"]
+"""The same, or additional images for training."""
 DARK = (
     "expected pixels in 0..255, found none above 1; black and white are stored as 0 and 255, as "
     "truth values or as fractions"

@@ -7,113 +7,28 @@ epoch, and a batch holds the same images for any number of workers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
 from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.errors import RequestError
 from raytrain.core.memory import machine_memory
-from raytrain.core.regions import DATA, region
-from raytrain.core.sample_store import cut
-from raytrain.core.types import AugmentedView, Batch, BatchRandom, mix
+from raytrain.core.types import Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
-from raytrain.data.images import Pixels, whole
-from raytrain.data.read_ahead import in_processes
+from raytrain.data.images import AnySplit
+from raytrain.data.mixed import mixed_batches, mixed_order, slots_of
 from raytrain.data.reading import ImageReader, Selection, content_of, images_of
-from raytrain.data.sources import SOURCES, ImageSet, Source, Split, source_of
+from raytrain.data.shard import BatchRequest, SplitShard
+from raytrain.data.slots import Slots
+from raytrain.data.sources import SOURCES, ImageSet, Source, source_of
 from raytrain.data.spec import DataSpec
 from raytrain.data.validation_split import split_validation
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """Which images a batch holds, on the device, and how they are augmented."""
-
-    index: Int64[Tensor, " n"]
-    rng: BatchRandom
-    view: AugmentedView | None = None
-
-
-@dataclass(frozen=True)
-class SplitShard:
-    """This worker's images of a split: row k has index rank + k * world."""
-
-    pixels: Pixels  # (owned, c, h, w), on the device if `reader` is None
-    labels: Int64[Tensor, " owned"]
-    num_images: int  # over all workers
-    context: DistributedContext
-    dtype: torch.dtype = torch.float32
-    memory_format: torch.memory_format = torch.contiguous_format
-    reader: ImageReader | None = None  # in other processes, of pixels that are not in memory
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        channels, height, width = self.pixels.shape[1:]
-        return channels, height, width
-
-    @property
-    def whole(self) -> UInt8[Tensor, "owned c h w"]:
-        """The pixels of all images that this worker owns, as one tensor."""
-        return whole(self.pixels)
-
-    @property
-    def bytes_in_memory(self) -> int:
-        """Bytes of the images and labels that are held in memory."""
-        labels = self.labels.numel() * self.labels.element_size()
-        return labels + (math.prod(self.pixels.shape) if self.reader is None else 0)
-
-    def read(self, index: Tensor) -> UInt8[Tensor, "n c h w"]:
-        """The pixels 0..255 of the images with these indices, all owned by this worker, on the device."""
-        rows = index // self.context.world
-        if self.reader is None:
-            return self.pixels[rows]
-        return self.pixels[rows.cpu()].to(self.context.device)
-
-    def batch(self, index: Tensor, rng: BatchRandom, view: AugmentedView | None = None) -> Batch:
-        """Return the images with these indices, all owned by this worker, cropped and flipped by `view`."""
-        pixels = self.read(index)
-        return self._batch(
-            pixels if view is None else cut(pixels, view), BatchRequest(index, rng, view)
-        )
-
-    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """Yield batches in order; images that are not in memory are decoded ahead, in other processes."""
-        if self.reader is not None:
-            yield from self._decoded_ahead(self.reader, list(requests))
-            return
-        for request in requests:
-            with region(DATA):
-                batch = self.batch(request.index, request.rng, request.view)
-            yield batch
-
-    def _decoded_ahead(self, reader: ImageReader, requests: list[BatchRequest]) -> Iterator[Batch]:
-        context, pixels = self.context, self.pixels
-        assert isinstance(pixels, Selection)
-        ahead = context.read_ahead or in_processes
-        wanted = [
-            (pixels.rows[request.index.cpu() // context.world], _on_cpu(request.view))
-            for request in requests
-        ]
-        with closing(ahead(reader, wanted)) as decoded:
-            for request in requests:
-                with region(DATA):  # the wait for images is part of it
-                    images = next(decoded).to(context.device, non_blocking=True)
-                    batch = self._batch(images, request)
-                yield batch
-            next(decoded, None)  # so that it runs to its end
-
-    def _batch(self, pixels: Tensor, request: BatchRequest) -> Batch:
-        images = (pixels.to(self.dtype) / 255).contiguous(memory_format=self.memory_format)
-        labels = self.labels[request.index // self.context.world]
-        return Batch(images, labels, request.index, request.rng, request.view)
 
 
 @dataclass(frozen=True)
@@ -123,6 +38,17 @@ class Splits:
     train: SplitShard
     valid: SplitShard
     source: Source
+    extra: SplitShard | None = None  # additional images: a share of every training batch
+
+    @property
+    def shards(self) -> list[SplitShard]:
+        """All images of this worker."""
+        return [self.train, self.valid, *([] if self.extra is None else [self.extra])]
+
+    @property
+    def num_indices(self) -> int:
+        """The first index that no image of a training batch has, over all workers."""
+        return max(one.num_indices for one in (self.train, self.extra or self.train))
 
 
 def open_splits(
@@ -130,8 +56,11 @@ def open_splits(
     context: DistributedContext,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
+    batch_size: int | None = None,
 ) -> Splits:
     """Read the training set and split it into training and validation, stratified by label.
+
+    Where `spec` has additional images and a `batch_size` is given, they are read as well.
 
     Raises:
         RequestError: naming the file or field that makes training or validation impossible.
@@ -142,12 +71,13 @@ def open_splits(
             f"data.pad: expected less than the {source.size} pixels of an image, found {spec.pad}"
         )
     validation, training = split_validation(images.labels, spec)
-    reader = _reader(images, spec, "train", context)
-    train, valid = (
-        replace(_part(images, chosen, context, dtype, reader), memory_format=memory_format)
-        for chosen in (training, validation)
-    )
-    return Splits(train, valid, source)
+    shard = partial(_shard, spec, context, dtype, memory_format)
+    valid = shard("train", images, validation)
+    if spec.extra is None or batch_size is None:
+        return Splits(shard("train", images, training), valid, source)
+    own, others = slots_of(batch_size, spec.extra.per_batch(batch_size))
+    extra = shard("extra", _additional(spec, context, others.count), slots=others)
+    return Splits(shard("train", images, training, own), valid, source, extra)
 
 
 def open_source(spec: DataSpec) -> Source:
@@ -167,8 +97,16 @@ def open_test(
     """
     source = _training_set(spec, context)[1]
     images = images_of(_fields(spec), "test", _memory(context))
-    reader = _reader(images, spec, "test", context)
-    return _part(images, np.arange(len(images.labels)), context, dtype, reader), source
+    return _shard(spec, context, dtype, torch.contiguous_format, "test", images), source
+
+
+def open_additional(spec: DataSpec, context: DistributedContext) -> ImageSet:
+    """Read the additional images; labels and channels must be those of the training images.
+
+    Raises:
+        RequestError: naming the file that does not fit the training images.
+    """
+    return images_of(_fields(spec), "extra", _memory(context))
 
 
 def num_steps(part: SplitShard, batch_size: int) -> int:
@@ -181,13 +119,24 @@ def num_steps(part: SplitShard, batch_size: int) -> int:
 
 
 def iter_train(
-    part: SplitShard, batch_size: int, seed: int, epoch: int, pad: int, flip: bool, first: int = 0
+    part: SplitShard,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    pad: int,
+    flip: bool,
+    first: int = 0,
+    extra: SplitShard | None = None,
 ) -> Generator[Batch]:
     """Yield the training batches of one epoch for this worker, from the `first` on: a function of seed and
-    epoch alone.
+    epoch alone. A share of every batch is images of `extra`.
     """
     context = part.context
-    order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
+    shards = [part] if extra is None else [part, extra]
+    if extra is None:
+        order = epoch_order(part.num_images, batch_size, mix(seed, "order", epoch))
+    else:
+        order = mixed_order(shards, seed, epoch, part.num_images // batch_size)
     slots = slice(context.rank, None, context.world)
 
     def requests() -> Iterator[BatchRequest]:
@@ -195,13 +144,10 @@ def iter_train(
             rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, context.device)
             yield BatchRequest(index, rng, random_view(rng, pad, flip))
 
-    yield from part.batches(requests())
-
-
-def _on_cpu(view: AugmentedView | None) -> AugmentedView | None:
-    if view is None:
-        return None
-    return AugmentedView(view.pad, view.top.cpu(), view.left.cpu(), view.mirrored.cpu())
+    if extra is None:
+        yield from part.batches(requests())
+    else:
+        yield from mixed_batches(shards, requests())
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:
@@ -230,26 +176,52 @@ def iter_eval(
     yield from part.batches(requests())
 
 
-def _part(
-    images: ImageSet,
-    chosen: np.ndarray,
+def _shard(
+    spec: DataSpec,
     context: DistributedContext,
     dtype: torch.dtype,
-    reader: ImageReader | None,
+    memory_format: torch.memory_format,
+    split: AnySplit,
+    images: ImageSet,
+    chosen: np.ndarray | None = None,
+    slots: Slots | None = None,
 ) -> SplitShard:
-    """The images of a split that this worker owns, of those `chosen`."""
-    owned = torch.from_numpy(chosen)[context.rank :: context.world]
+    """The images of a split that this worker owns, of those `chosen` (default: all)."""
+    numbers = torch.arange(len(images.labels)) if chosen is None else torch.from_numpy(chosen)
+    owned = numbers[context.rank :: context.world]
+    if slots is not None:
+        owned = numbers[slots.owned(len(numbers), context)]
+    reader = _reader(images, spec, split, context)
     shared = images.is_shared and context.device.type == "cpu"
     if reader is not None or shared:  # a copy would be this process's own
         pixels = Selection(images.pixels, owned)
     else:
         pixels = images.pixels[owned].to(context.device)
-    labels = images.labels[owned].to(context.device)
-    return SplitShard(pixels, labels, len(chosen), context, dtype, reader=reader)
+    return SplitShard(
+        pixels,
+        images.labels[owned].to(context.device),
+        len(numbers),
+        context,
+        dtype,
+        memory_format,
+        reader,
+        slots,
+    )
+
+
+def _additional(spec: DataSpec, context: DistributedContext, per_batch: int) -> ImageSet:
+    """The additional images, of which a batch has `per_batch`."""
+    images = open_additional(spec, context)
+    if len(images.labels) < per_batch:
+        raise RequestError(
+            f"data.extra.name: expected {per_batch} images or more, those of one batch, found "
+            f"{len(images.labels)}"
+        )
+    return images
 
 
 def _reader(
-    images: ImageSet, spec: DataSpec, split: Split, context: DistributedContext
+    images: ImageSet, spec: DataSpec, split: AnySplit, context: DistributedContext
 ) -> ImageReader | None:
     if isinstance(images.pixels, Tensor):
         return None
@@ -272,5 +244,5 @@ def _training_set(spec: DataSpec, context: DistributedContext) -> tuple[ImageSet
 
 def _fields(spec: DataSpec) -> str:
     """The fields on which the images depend: a process with many trials reads once."""
-    read_by = {"name", "root", "test_path", "image_column", "label_column", "in_memory"}
-    return spec.model_dump_json(include=read_by)
+    read_by = ("name", "root", "test_path", "image_column", "label_column", "in_memory")
+    return spec.model_dump_json(include={**dict.fromkeys(read_by, True), "extra": {"name"}})

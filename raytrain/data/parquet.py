@@ -23,6 +23,7 @@ from raytrain.data.levels import Levels
 
 BATCH_ROWS = 1024
 _BATCH_BYTES = 2**28  # of pixels, at most
+_OTHER = Path("the training images")  # that are not in Parquet files
 _ROWS_LOOKED_AT = 8  # the first image may be grey, others coloured
 MAX_CLASSES = 65_536
 
@@ -241,9 +242,8 @@ def _layout(chunks: list[_Chunk]) -> _Layout:
 
 
 def _layout_of(images: ImageSet) -> _Layout:
-    assert images.origin is not None
     channels, size = images.pixels.shape[1:3]
-    return _Layout(channels, size, images.classes, images.origin)
+    return _Layout(channels, size, images.classes, images.origin or Origin(_OTHER, "", "", _OTHER))
 
 
 def _numbers(count: int) -> tuple[str, ...]:

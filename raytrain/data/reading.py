@@ -14,8 +14,8 @@ from raytrain.core.errors import TrainingFailed
 from raytrain.core.file_systems import without_secrets
 from raytrain.core.sample_store import cut
 from raytrain.core.types import AugmentedView
-from raytrain.data.images import ImageSet, Pixels, Split
-from raytrain.data.sources import read
+from raytrain.data.images import AnySplit, ImageSet, Pixels
+from raytrain.data.sources import read, read_additional
 from raytrain.data.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ImageReader:
     """Reads images that are not in memory, in any process of any machine that has the data."""
 
     fields: str  # of DataSpec, as JSON
-    split: Split
+    split: AnySplit
     memory: int  # bytes of images that are kept in memory
     content: str  # of the split, where batches are put together
 
@@ -63,9 +63,12 @@ class ImageReader:
         """
         images = images_of(self.fields, self.split, self.memory)
         if content_of(images) != self.content:
-            name = DataSpec.model_validate_json(self.fields).name
+            spec = DataSpec.model_validate_json(self.fields)
+            field, name = "data.name", spec.name
+            if self.split == "extra" and spec.extra is not None:
+                field, name = "data.extra.name", spec.extra.name
             raise TrainingFailed(
-                f"data.name: {without_secrets(name)} has changed since the run began, or is not the same on "
+                f"{field}: {without_secrets(name)} has changed since the run began, or is not the same on "
                 "another machine; expected the same images everywhere"
             )
         pixels = cast("StoredImages", images.pixels).read(rows)
@@ -79,9 +82,17 @@ def content_of(images: ImageSet) -> str:
 
 
 @lru_cache(maxsize=4)
-def images_of(fields: str, split: Split, memory: int) -> ImageSet:
-    """The images of a split, read once per process. `fields` is a DataSpec as JSON."""
+def images_of(fields: str, split: AnySplit, memory: int) -> ImageSet:
+    """The images of a split, read once per process. `fields` is a DataSpec as JSON.
+
+    Additional images are in memory if they need at most what training images leave of `memory`.
+    """
     spec = DataSpec.model_validate_json(fields)
+    like = None if split == "train" else images_of(fields, "train", memory)
+    if split == "extra":
+        assert spec.extra is not None and like is not None
+        held = like.pixels.numel() if isinstance(like.pixels, Tensor) else 0
+        return read_additional(spec.extra.name, like, spec.in_memory, max(0, memory - held))
     return read(
         spec.name,
         split,
@@ -91,5 +102,5 @@ def images_of(fields: str, split: Split, memory: int) -> ImageSet:
         test_path=spec.test_path,
         in_memory=spec.in_memory,
         memory=memory,
-        like=None if split == "train" else images_of(fields, "train", memory),
+        like=like,
     )

@@ -14,9 +14,19 @@ from raytrain.data.digits import read_digits
 from raytrain.data.images import ImageSet, Split
 from raytrain.data.levels import count_levels
 from raytrain.data.spec import DEFAULT_FOLDER
-from raytrain.data.splits import is_parquet, parquet_files
+from raytrain.data.splits import is_parquet, parquet_files, training_files
 
-__all__ = ["SOURCES", "ImageSet", "Source", "Split", "check_name", "describe", "read", "source_of"]
+__all__ = [
+    "SOURCES",
+    "ImageSet",
+    "Source",
+    "Split",
+    "check_name",
+    "describe",
+    "read",
+    "read_additional",
+    "source_of",
+]
 
 
 def read(
@@ -57,6 +67,22 @@ def read(
     from raytrain.data.published import read_published
 
     return read_published(name, split, path or DEFAULT_FOLDER)
+
+
+def read_additional(name: str, like: ImageSet, in_memory: bool | None, memory: int) -> ImageSet:
+    """Read additional training images from Parquet files; they must fit `like`, the training images.
+
+    They are in memory if they need at most `memory` bytes, or as `in_memory` says.
+    """
+    if not is_parquet(name):
+        raise RequestError(
+            "data.extra.name: expected a path ending in .parquet or a folder of such files, found "
+            f"'{name}'"
+        )
+    from raytrain.data.prepared import ParquetSplit, open_images
+
+    files = training_files(name, "data.extra.name")
+    return open_images(ParquetSplit(files, None, None, like, training=False), in_memory, memory)
 
 
 def check_name(name: str) -> None:

@@ -14,6 +14,40 @@ from raytrain.data.catalogue import SOURCES
 DEFAULT_FOLDER = Path("data")
 
 
+class ExtraImages(Spec):
+    """Additional images for training, such as generated ones: a share of every batch.
+
+    The default share is that of Rebuffi et al. 2021 (arXiv 2103.01946) and, for a million generated images,
+    of Wang et al. 2023 (arXiv 2302.04638).
+    """
+
+    bare: ClassVar[str | None] = "name"
+
+    name: Annotated[
+        str,
+        Field(
+            description="path or URL of a .parquet file or of a folder of them",
+            examples=["FILE.parquet"],
+        ),
+    ]
+    share: Annotated[float, Field(gt=0, lt=1, description="share of every batch")] = 0.7
+
+    def per_batch(self, batch_size: int) -> int:
+        """Return the number of additional images in a batch.
+
+        Raises:
+            ValueError: if none or all of the batch would be.
+        """
+        count = round(self.share * batch_size)
+        if not 0 < count < batch_size:
+            most = max(1, batch_size - 1)
+            raise ValueError(
+                f"data.extra.share: {self.share:g} of a batch_size of {batch_size} is {count} images; "
+                f"expected 1 to {most}, so that a batch has images of both sources"
+            )
+        return count
+
+
 class DataSpec(Spec):
     """A data set by name (`raytrain train data=cifar10`) or by the path of a Parquet file or folder."""
 
@@ -69,6 +103,11 @@ class DataSpec(Spec):
         bool | None, Field(description="mirror half of the images; default: customary")
     ] = None
 
+    extra: Annotated[
+        ExtraImages | None,
+        Field(description="additional images for training, a share of every batch"),
+    ] = None
+
     @field_validator("test_path")
     @classmethod
     def _file_or_url(cls, value: str | Path | None) -> str | Path | None:
@@ -83,10 +122,17 @@ class DataSpec(Spec):
 
     def located(self) -> DataSpec:
         """Return the same with absolute paths: workers run in other folders than the command."""
-        path = self.name not in SOURCES and not is_url(self.name)
-        name = str(Path(self.name).resolve()) if path else self.name
+        name = self.name if self.name in SOURCES else _absolute(self.name)
         root = (self.root or DEFAULT_FOLDER).resolve()
         test_path = self.test_path
         if test_path is not None and not is_url(test_path):
             test_path = Path(test_path).resolve()
-        return self.model_copy(update={"name": name, "root": root, "test_path": test_path})
+        extra = self.extra
+        if extra is not None:
+            extra = extra.model_copy(update={"name": _absolute(extra.name)})
+        places = {"name": name, "root": root, "test_path": test_path, "extra": extra}
+        return self.model_copy(update=places)
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else str(Path(path).resolve())

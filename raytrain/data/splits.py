@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from raytrain.core.errors import RequestError
@@ -38,15 +39,22 @@ def parquet_files(name: str, split: Split, test_path: str | Path | None) -> list
     own = None if test_path is None else _held_out(name, root, test_path)
     if split == "test":
         return _test_files(root, own)
-    held_out = _test_files(root, own) if own is not None else []
-    files = _found(root, "data.name")
+    return training_files(name, held_out=_test_files(root, own) if own is not None else ())
+
+
+def training_files(
+    name: str, field: str = "data.name", held_out: Iterable[Path] = ()
+) -> list[Path]:
+    """Return the files of training images at a path or URL that `field` gives, sorted."""
+    root = _home(name, field)
+    files = _found(root, field)
     if root.is_dir():
         files = _of(files, root, "train") or _of(files, root, None)
     out = {file.resolve() for file in held_out}
     files = [file for file in files if file.resolve() not in out]
     if not files:
         raise RequestError(
-            f"data.name: expected files of training images in {root}, "
+            f"{field}: expected files of training images in {root}, "
             "found none but test or validation files"
         )
     return files

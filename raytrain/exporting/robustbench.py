@@ -132,11 +132,12 @@ def claim_of(subject: Subject, same: Namesake) -> dict[str, Any]:
     """
     found = subject.record.main
     strongest = None if found is None else found.strongest
+    known = subject.run.data.name in SOURCES
     claim = {
         "link": "",
         "name": "",
         "authors": "",
-        "additional_data": False if subject.run.data.name in SOURCES else "",
+        "additional_data": False if known and subject.run.data.extra is None else "",
         "number_forward_passes": 1,
         "dataset": subject.data,
         "venue": "",

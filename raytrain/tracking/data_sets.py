@@ -15,7 +15,7 @@ from raytrain.core.distributed_context import DistributedContext
 from raytrain.core.file_systems import is_url, without_secrets
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.images import Pixels
-from raytrain.data.loader import open_splits
+from raytrain.data.loader import open_additional, open_splits
 from raytrain.data.reading import Selection
 from raytrain.data.spec import DEFAULT_FOLDER, DataSpec
 
@@ -26,19 +26,27 @@ Input = dict[str, str]
 
 
 def training_inputs(spec: DataSpec) -> list[Input]:
-    """The training and the validation split; both are read and digested once in a process."""
+    """The training and the validation split, and additional images if there are any; all are read and
+    digested once in a process.
+    """
     return list(_splits(spec.model_dump_json()))
 
 
 @lru_cache(maxsize=8)
-def _splits(spec: str) -> tuple[Input, Input]:
+def _splits(spec: str) -> tuple[Input, ...]:
     data = DataSpec.model_validate_json(spec)
     splits = open_splits(data, DistributedContext())
     train, valid = splits.train, splits.valid
-    return (
+    inputs = (
         as_input(data, "training", train.pixels, train.labels),
         as_input(data, "validation", valid.pixels, valid.labels),
     )
+    if data.extra is None:
+        return inputs
+    images = open_additional(data, DistributedContext())
+    extra = data.model_copy(update={"name": data.extra.name})
+    every = Selection(images.pixels, torch.arange(len(images.labels)))
+    return *inputs, as_input(extra, "additional", every, images.labels)
 
 
 def data_name(spec: DataSpec) -> str:

@@ -67,7 +67,7 @@ def model_name(run: RunConfig) -> str:
 
 def _judge(run: RunConfig) -> str:
     """How `valid/robust` was measured: runs that share it had the same images, attack and threat model."""
-    _, valid = training_inputs(run.data)
+    _, valid, *_ = training_inputs(run.data)
     attack = run.evaluation.model_dump_json(exclude={"batch_size", "every"})
     text = "\n".join((provenance.contract_of(run).hash, valid["digest"], attack))
     return hashlib.sha256(text.encode()).hexdigest()[:8]

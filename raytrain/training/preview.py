@@ -189,13 +189,12 @@ def _memory(run: RunConfig, state: TrainState, splits: Splits) -> dict[str, int]
     """Bytes of what is there in every step, by name; none of passes, libraries and the process itself."""
     weights = _bytes([*state.model.parameters(), *state.model.buffers()])
     trained = _bytes(trainable(state.model))
-    parts = splits.train, splits.valid
     return {
         "weights": weights,
         "gradients": trained,
         "optimizer": trained if run.optimizer.momentum else 0,
         "averaged": weights if state.ema is not None else 0,
-        "images": sum(part.bytes_in_memory for part in parts),
+        "images": sum(shard.bytes_in_memory for shard in splits.shards),
     }
 
 
@@ -219,6 +218,9 @@ def _smaller(run: RunConfig, flops: float, device: torch.device) -> RunConfig:
     """The run with a smaller batch, if a step of so many operations takes too long to be measured."""
     share = min(1.0, _LARGEST_STEP[device.type] / max(flops, 1.0))
     images = min(run.batch_size, max(2, int(share * run.batch_size)))
+    if run.data.extra is not None:  # a batch has images of both sources
+        rarest = min(run.data.extra.share, 1 - run.data.extra.share)
+        images = min(run.batch_size, max(images, math.ceil(1 / rarest)))
     return run.model_copy(update={"batch_size": images})
 
 

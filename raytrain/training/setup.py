@@ -30,7 +30,7 @@ _NUM_CHECKED = 16  # training images on which a network of the user is checked b
 def splits_of(run: RunConfig, context: DistributedContext) -> Splits:
     """Read the images of a run, on the device and in the form in which it is trained on them."""
     dtype = torch.float64 if run.precision == "fp64" else torch.float32
-    return open_splits(run.data, context, dtype, memory_format(run))
+    return open_splits(run.data, context, dtype, memory_format(run), run.batch_size)
 
 
 def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
@@ -117,7 +117,7 @@ def preflight(run: RunConfig) -> Splits:
         RequestError: naming the field or file.
     """
     run.check_names()
-    splits = open_splits(run.data, DistributedContext())
+    splits = open_splits(run.data, DistributedContext(), batch_size=run.batch_size)
     run.check_radius(splits.train.shape)
     num_steps(splits.train, run.batch_size)
     with torch.random.fork_rng(devices=[]):
@@ -148,7 +148,7 @@ def _check_network(
 
 def _warn(run: RunConfig, model: Classifier, part: SplitShard) -> None:
     """Log a line for every check of the evaluation that the outputs of the network fail."""
-    rows = torch.arange(min(_NUM_CHECKED, part.num_images))
+    rows = part.index(torch.arange(min(_NUM_CHECKED, part.num_images)))
     batch = part.batch(rows, BatchRandom(0, len(rows), slice(None), rows.device))
     with user_code_errors(model.name, "cannot be tried on training images"):
         findings = of_answers(model, batch.images, run.seed)
@@ -198,7 +198,7 @@ def _setup(
     return TrainingSetup(
         context=context,
         model=model,
-        num_images=splits.train.num_images,
+        num_images=splits.num_indices,
         shape=splits.train.shape,
         batch_size=run.batch_size,
         dtype=splits.train.dtype,

@@ -356,10 +356,10 @@ def _train(training: _Training, state: TrainState, clock: _Clock) -> _EpochResul
         part.done if part else 0,
         progress.start_epoch(state, part.began if part else None),
     )
-    train = training.splits.train
+    train, extra = training.splits.train, training.splits.extra
     last = train.num_images // run.batch_size - 1
     for done, batch in enumerate(
-        iter_train(train, run.batch_size, run.seed, epoch, pad, flip, first), first
+        iter_train(train, run.batch_size, run.seed, epoch, pad, flip, first, extra), first
     ):
         rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
         state.progress = progress.before_step(state, done)

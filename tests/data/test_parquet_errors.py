@@ -129,13 +129,13 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {"name": ["x"], "label": [0]},
         {},
         "expected one column of images (encoded bytes or arrays of numbers), found none among "
-        "'name', 'label'; name it with data.image_column",
+        "'name', 'label'; call it 'image', or name it with data.image_column",
     ),
     "two_images": (
         {"left": [SQUARE], "right": [SQUARE], "label": [0]},
         {},
         "expected one column of images (encoded bytes or arrays of numbers), found 'left', "
-        "'right' among 'left', 'right', 'label'; name it with data.image_column",
+        "'right' among 'left', 'right', 'label'; call it 'image', or name it with data.image_column",
     ),
     "no_label": (
         {"img": [SQUARE], "kind": [0]},
