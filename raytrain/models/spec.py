@@ -18,6 +18,7 @@ from raytrain.models.classifier import Classifier, Normalise
 from raytrain.models.foreign import imported_model, torchvision_model, torchvision_names
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
+from raytrain.models.silu_wide_resnet import SiluWideResNet
 from raytrain.models.small_cnn import SmallCNN
 from raytrain.models.wide_resnet import WideResNet
 
@@ -28,6 +29,7 @@ MODELS: dict[str, str] = {
     "resnet18": "ResNet-18 with a 3x3 first convolution, for 32 pixels; 11.2 million parameters",
     "preact_resnet18": "PreActResNet-18, for 32 pixels; 11.2 million parameters",
     "wideresnet-D-W": "WideResNet of depth D = 6 n + 4 and width W, such as wideresnet-28-10",
+    "wideresnet-D-W-silu": "the same with SiLU, as in RobustBench's DMWideResNet",
     "torchvision:NAME": "an untrained image classifier of torchvision, for 3 channels",
     "module:function": "your own: function(num_classes=..., **kwargs) returns a new nn.Module",
 }
@@ -129,19 +131,19 @@ def _own(name: str) -> Callable[[int, int], nn.Module] | None:
 
 
 def _wide(name: str) -> Callable[[int, int], nn.Module] | None:
-    match = re.fullmatch(r"wideresnet-(\d+)-(\d+)", name)
+    match = re.fullmatch(r"wideresnet-(\d+)-(\d+)(-silu)?", name)
     if match is None:
         return None
-    depth, width = map(int, match.groups())
+    depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise RequestError(
             f"model.name: {name} does not exist: a WideResNet has depth 10, 16, 22, 28, 34, ... "
             "and width 1 or more"
         )
-    return partial(WideResNet, depth=depth, width=width)
+    return partial(SiluWideResNet if match[3] else WideResNet, depth=depth, width=width)
 
 
 def _unknown(name: str, theirs: Sequence[str]) -> RequestError:
-    names = ["auto", *_OWN, "wideresnet-28-10", *theirs]
+    names = ["auto", *_OWN, "wideresnet-28-10", "wideresnet-28-10-silu", *theirs]
     hint = nearest(name, names) or f"; expected one of {', '.join(MODELS)}"
     return RequestError(f"model.name: no model is called {name!r}{hint}")
