@@ -195,6 +195,12 @@ def _preview_lines(run: RunPreview) -> dict[str, str]:
         "execution": str(run.execution),
         "time": _time(run),
     }
+    if config.data.extra is not None:
+        share = config.data.extra.per_batch(config.batch_size)
+        lines["data"] += (
+            f", {run.additional_images:,} additional images: {share} of the "
+            f"{config.batch_size} of a batch"
+        )
     if run.resumed_after:
         lines = {"resumes": f"after {run.resumed_after} epochs, of the whole run:", **lines}
     if run.flops is not None:

@@ -169,8 +169,9 @@ def _of_field(
     inner = value if isinstance(value, Mapping) else {}
     if record is not None:
         defaults = default if isinstance(default, Mapping) else {}
-        there = there and (value is _MISSING or isinstance(value, Mapping))
-        yield from _named(holder, bare, _of_record(record, inner, defaults, path, there))
+        is_null = value is not _MISSING and not isinstance(value, Mapping)
+        fields = _of_record(record, inner, defaults, path, there and not is_null)
+        yield from _named(holder, None if is_null else bare, fields)
     elif items is not None:
         for name, one in (inner or {ANY_NAME: {}}).items():
             yield from _of_field(items, one, {}, (*path, name), there and bool(inner))

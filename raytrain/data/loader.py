@@ -1,4 +1,4 @@
-"""Data sets as one tensor on the device, and the order of their images in batches.
+"""The splits of a data set on the device, and the order of their images in batches.
 
 Slot j of every global batch holds images whose index is j modulo the batch size. Worker r fills the
 slots r, r + world, ...: so it owns the images with index = r modulo the number of workers, in every

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from raytrain.core.file_systems import is_url
-from raytrain.core.types import Spec
+from raytrain.core.types import ADDED, Spec
 from raytrain.data.catalogue import SOURCES
 
 DEFAULT_FOLDER = Path("data")
@@ -105,6 +105,7 @@ class DataSpec(Spec):
 
     extra: Annotated[
         ExtraImages | None,
+        ADDED,
         Field(description="additional images for training, a share of every batch"),
     ] = None
 

@@ -74,6 +74,7 @@ class RunPreview:
     execution: Execution
     resumed_after: int  # epochs
     measured: MeasuredSteps | None  # by this process; None if Ray's workers train the run
+    additional_images: int = 0  # of which every batch has a share
 
     @property
     def fields(self) -> list[RunField]:
@@ -166,6 +167,7 @@ def preview_run(
         execution=how,
         resumed_after=resumed_after,
         measured=measured,
+        additional_images=0 if splits.extra is None else splits.extra.num_images,
     )
 
 

@@ -568,6 +568,7 @@ TEXTS = (
     "data.test_path",
     "data.image_column",
     "data.label_column",
+    "data.extra",
     "model",
     "model.name",
     "storage",
@@ -580,6 +581,7 @@ OPTIONAL = {
     "data.test_path",
     "data.image_column",
     "data.label_column",
+    "data.extra",
     "run_name",
     "tracking_uri",
 }
