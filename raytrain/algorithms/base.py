@@ -58,6 +58,10 @@ class AbstractAlgorithm(ABC):
         Where `cost_varies`, those of a step in which no sample stops early.
         """
 
+    def why_not_mixed(self) -> str | None:
+        """Why it cannot train on images that are mixed of two (CutMix); None if it can."""
+        return f"{type(self).__name__} does not define why_not_mixed"
+
     @property
     def cost_varies(self) -> bool:
         """Whether a step may cost less than `fe_per_image`, because attacks stop early."""
@@ -167,6 +171,11 @@ class Iterated(AbstractRecipe):
             compact=compact,
         )
 
+
+REMEMBERS = (
+    "it remembers a perturbation of every image, and a mixed image is another one each time"
+)
+"""Why algorithms with memory per image do not go with CutMix."""
 
 ONE_PASS = "it takes both gradients from one pass at the present weights"
 """Why algorithms that move delta and theta at once do not go with updates at displaced weights."""

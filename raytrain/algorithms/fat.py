@@ -25,6 +25,8 @@ class Misclassified(AbstractStopping):
     epoch, at most `tau`.
     """
 
+    reads_labels: ClassVar[bool] = True
+
     kind: Literal["misclassified"] = "misclassified"
     tau: NonNegativeInt
     grow_at: tuple[PositiveShare, ...]

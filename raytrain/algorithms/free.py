@@ -40,6 +40,9 @@ class FreeTraining(AbstractAlgorithm):
         weights = self.outer.weights_fe(self.objective, setting, has_gradient=False)
         return self.m * (weights + self.objective.update_fe)
 
+    def why_not_mixed(self) -> str | None:
+        return self.objective.why_not_mixed()
+
     def replay_key(self, state: TrainState) -> Hashable:
         return self.outer.replay_key(state, self.m)
 

@@ -17,7 +17,7 @@ from raytrain.core.losses import (
     AttackedByCrossEntropy,
     Reference,
     Smoothing,
-    cross_entropy,
+    label_loss,
 )
 from raytrain.core.threat_models import AbstractThreatModel
 from raytrain.core.train_state import StepResult, TrainState
@@ -46,6 +46,7 @@ class Aligned(AttackedByCrossEntropy):
     has no penalty, and still counts in the mean over samples.
     """
 
+    takes_mixed_labels: ClassVar[bool] = True
     outer_forwards: ClassVar[int] = 2
     nested_gradients: ClassVar[int] = 1
 
@@ -57,10 +58,10 @@ class Aligned(AttackedByCrossEntropy):
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
     ) -> PerSample:
         fixed, eta = reference
-        loss = cross_entropy(predict(batch.images + delta), batch.labels, self.label_smoothing)
+        loss = label_loss(predict(batch.images + delta), batch, self.label_smoothing)
         point = (batch.images + eta).detach().requires_grad_(True)
         with torch.enable_grad():
-            there = cross_entropy(predict(point), batch.labels)
+            there = label_loss(predict(point), batch)
             (turned,) = torch.autograd.grad(there.sum(), point, create_graph=True)
         return loss + self.lam * (1 - _cosine(fixed, turned))
 
@@ -80,6 +81,9 @@ class GradAlignTraining(AbstractAlgorithm):
     def fe_per_image(self, setting: CostSetting) -> float:
         loss = self.objective
         return 2.0 * loss.inner_forwards + self.outer.update_fe(loss, setting, has_gradient=True)
+
+    def why_not_mixed(self) -> str | None:
+        return self.objective.why_not_mixed()
 
     def replay_key(self, state: TrainState) -> Hashable:
         return self.outer.replay_key(state)

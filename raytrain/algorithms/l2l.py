@@ -68,6 +68,9 @@ class Learned(AbstractAlgorithm):
         learns = state.step % self.recipe.phi_every == 0
         return state.epoch < self.recipe.warm, learns, self.outer.replay_key(state)
 
+    def why_not_mixed(self) -> str | None:
+        return self.objective.why_not_mixed()
+
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         oracle = state.oracle(batch, self.objective, self.ascent.bn)
         found = self._attack(state, oracle, batch)

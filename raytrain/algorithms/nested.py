@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, final
 
 from pydantic import Field
 
-from raytrain.algorithms.base import AbstractAlgorithm, AbstractRecipe
+from raytrain.algorithms.base import REMEMBERS, AbstractAlgorithm, AbstractRecipe
 from raytrain.attacks import ProjectedAscent
 from raytrain.core.algorithm_state import Stateful, TrainingSetup
 from raytrain.core.card import Card
@@ -48,6 +48,13 @@ class Nested(AbstractAlgorithm):
             attack += loss.inner_forwards
         has_gradient = self.attack.steps > 0
         return attack + self.outer.update_fe(loss, setting, has_gradient=has_gradient)
+
+    def why_not_mixed(self) -> str | None:
+        if self.attack.start.remembers:
+            return REMEMBERS
+        if self.attack.stop.reads_labels:
+            return "its attack stops where an image is misclassified, and a mixed image has two labels"
+        return self.objective.why_not_mixed()
 
     @property
     def cost_varies(self) -> bool:

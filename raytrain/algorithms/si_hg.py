@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
+from raytrain.algorithms.base import ONE_PASS, REMEMBERS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Stateful, TrainingSetup, Weights
 from raytrain.core.card import Card, Options, Range
@@ -75,6 +75,11 @@ class SemiImplicit(AbstractAlgorithm):
         else:
             visit = loss.inner_forwards + recipe.m * ascent + loss.update_fe
         return recipe.replays * visit
+
+    def why_not_mixed(self) -> str | None:
+        if self.recipe.mode == "T":
+            return "its table holds a gradient of every image, and a mixed image is another one each time"
+        return REMEMBERS if self.recipe.store == "per_sample" else self.objective.why_not_mixed()
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         recipe, theta = self.recipe, self._theta(state)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from raytrain.algorithms.base import ONE_PASS, AbstractAlgorithm, Smoothed
+from raytrain.algorithms.base import ONE_PASS, REMEMBERS, AbstractAlgorithm, Smoothed
 from raytrain.attacks import Ascent, ascend
 from raytrain.core.algorithm_state import Numbers, Stateful, TrainingSetup
 from raytrain.core.card import Card, Options, Range
@@ -69,6 +69,9 @@ class SaddlePoint(AbstractAlgorithm):
             ascended = order == "delta_first"
             visit = outer.update_fe(loss, setting, has_gradient=ascended) + 2 * loss.inner_forwards
         return self.recipe.replays * visit
+
+    def why_not_mixed(self) -> str | None:
+        return REMEMBERS
 
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         first = delta = None

@@ -47,6 +47,9 @@ class YopoTraining(AbstractAlgorithm):
     def replay_key(self, state: TrainState) -> Hashable:
         return self.outer.replay_key(state, self.recipe.m)
 
+    def why_not_mixed(self) -> str | None:
+        return self.objective.why_not_mixed()
+
     def step(self, state: TrainState, batch: Batch) -> StepResult:
         recipe, ball = self.recipe, self.ball
         share = state.part("stem", Numbers)["share"]

@@ -61,6 +61,9 @@ class AbstractStopping(Spec):
     """Whether a sample's decision must not depend on the other samples of the batch: a compacted batch
     then needs running BatchNorm statistics."""
 
+    reads_labels: ClassVar[bool] = False
+    """Whether a decision depends on the label of the image."""
+
     kind: Any = None
 
     @property

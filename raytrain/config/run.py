@@ -218,24 +218,34 @@ class RunConfig(Spec):
                 f"{self.threat.eps:g}/255?"
             )
         self._check_workers()
-        if self.data.extra is not None:
-            self.data.extra.per_batch(self.batch_size)
-            if reason := self.algorithm.why_not_repeated():
-                raise ValueError(
-                    f"data.extra: additional images do not go with {self.algorithm.name}: {reason}; "
-                    "expected another algorithm"
-                )
         if self.performance.mode == "graph" and self.device == "cpu":
             raise ValueError(
                 "performance.mode: graph needs a GPU; expected auto, eager or compile"
             )
         try:
-            self.algorithm.build(self.threat, self.outer)
+            algorithm = self.algorithm.build(self.threat, self.outer)
         except ValidationError as error:  # of a part that the recipe is made of
             raise ValueError(f"algorithm: {_first(error)}") from None
+        self._check_data(algorithm)
         for name in self.curriculum:
             self._check_ramp(name)
         return self
+
+    def _check_data(self, algorithm: AbstractAlgorithm) -> None:
+        """Raise for additional or mixed images that the batches or the algorithm cannot have."""
+        extra, cutmix, name = self.data.extra, self.data.cutmix, self.algorithm.name
+        if extra is not None:
+            extra.per_batch(self.batch_size)
+            if reason := self.algorithm.why_not_repeated():
+                raise ValueError(
+                    f"data.extra: additional images do not go with {name}: {reason}; expected another "
+                    "algorithm"
+                )
+        if cutmix is not None and (reason := algorithm.why_not_mixed()):
+            raise ValueError(
+                f"data.cutmix: mixed images do not go with {name}: {reason}; expected null, or another "
+                "algorithm"
+            )
 
     def _check_workers(self) -> None:
         if self.batch_size % self.workers:

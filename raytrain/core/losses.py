@@ -25,6 +25,8 @@ class AbstractLoss(Spec):
 
     name: Any = None
 
+    takes_mixed_labels: ClassVar[bool] = False
+    """Whether it is defined for images with two labels, `Batch.mixed`."""
     reference_forwards: ClassVar[int] = 0
     """Passes of the network in `reference`."""
     inner_forwards: ClassVar[int] = 1
@@ -38,6 +40,10 @@ class AbstractLoss(Spec):
     def update_fe(self) -> float:
         """Forward-equivalents per image of `outer` and its weight gradient."""
         return 3.0 * (self.outer_forwards + self.nested_gradients)
+
+    def why_not_mixed(self) -> str | None:
+        """Why images that are mixed of two have no loss; None if they have."""
+        return None if self.takes_mixed_labels else "its loss is not defined for two labels"
 
     def reference(self, predict: Predict, batch: Batch) -> Reference:
         """Return the tensors that do not depend on delta, once per batch before the attack."""
@@ -70,7 +76,7 @@ class AttackedByCrossEntropy(AbstractLoss):
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
     ) -> PerSample:
         del reference
-        return cross_entropy(predict(batch.images + delta), batch.labels)
+        return label_loss(predict(batch.images + delta), batch)
 
 
 @final
@@ -83,6 +89,8 @@ class CrossEntropy(AttackedByCrossEntropy):
     s = s' C / (C - 1), so that its 0.1 is 1/9 here for ten classes.
     """
 
+    takes_mixed_labels: ClassVar[bool] = True
+
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Smoothing = 0.0
 
@@ -90,7 +98,7 @@ class CrossEntropy(AttackedByCrossEntropy):
         self, predict: Predict, batch: Batch, delta: Delta, reference: Reference
     ) -> PerSample:
         del reference
-        return cross_entropy(predict(batch.images + delta), batch.labels, self.label_smoothing)
+        return label_loss(predict(batch.images + delta), batch, self.label_smoothing)
 
 
 @final
@@ -107,8 +115,12 @@ class Trades(AbstractLoss):
     r <- (1 - mu) r + mu s, the perturbed images have in the long run the share 1 / (2 - mu) of r here,
     53 % at torch's mu = 0.1, and (1 - mu) / (1 + (1 - mu) + (1 - mu)^2) there, 33 %. The gradients for
     the weights are the same.
+
+    Mixed labels (CutMix) enter the natural part. The code of Rebuffi et al. 2021 then also attacks their
+    cross-entropy in place of the KL; here the attack is the same for all images.
     """
 
+    takes_mixed_labels: ClassVar[bool] = True
     reference_forwards: ClassVar[int] = 1
     outer_forwards: ClassVar[int] = 2
 
@@ -130,7 +142,7 @@ class Trades(AbstractLoss):
     ) -> PerSample:
         del reference
         clean, moved = predict(batch.images), predict(batch.images + delta)
-        natural = cross_entropy(clean, batch.labels, self.label_smoothing)
+        natural = label_loss(clean, batch, self.label_smoothing)
         return natural + self.beta * kl_divergence(clean, moved)
 
 
@@ -201,6 +213,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Per
     tensor([2.3026, 2.3026])
     """
     return F.cross_entropy(wide(logits), labels, reduction="none", label_smoothing=smoothing)
+
+
+def label_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> PerSample:
+    """Cross-entropy with the labels of a batch; lambda CE(y) + (1 - lambda) CE(y') of mixed ones."""
+    loss = cross_entropy(logits, batch.labels, smoothing)
+    if batch.mixed is None:
+        return loss
+    other, share = cross_entropy(logits, batch.mixed.other, smoothing), batch.mixed.share
+    return share * loss + (1 - share) * other
 
 
 def kl_divergence(clean: Tensor, moved: Tensor) -> PerSample:

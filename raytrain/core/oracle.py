@@ -26,7 +26,16 @@ from raytrain.core.network import (
     weight_grads,
 )
 from raytrain.core.regions import NETWORK, region
-from raytrain.core.types import Batch, BatchNorm, Delta, Mask, PerSample, Predict, Rows
+from raytrain.core.types import (
+    Batch,
+    BatchNorm,
+    Delta,
+    Mask,
+    MixedLabels,
+    PerSample,
+    Predict,
+    Rows,
+)
 
 Weigh = Callable[[PerSample, Callable[[], Delta]], PerSample]
 """Weights of a mean, a function of the losses and of a callable for their input gradients."""
@@ -344,27 +353,30 @@ class Oracle:
     def _grads_of_many(self, batch: Batch, delta: Delta, reference: Reference) -> list[Tensor]:
         names = [name for name, p in self._model.named_parameters() if p.requires_grad]
         weights = dict(zip(names, trainable(self._model), strict=True))
+        mixed = (batch.mixed.other, batch.mixed.share) if batch.mixed else ()
         self._walked = 0
 
         def loss(
             weights: dict[str, Tensor], image: Tensor, label: Tensor, delta: Tensor, *part: Tensor
         ) -> Tensor:
-            one = Batch(image[None], label[None], batch.index[:1], batch.rng)
+            given = tuple(value[None] for value in part)
+            labels = MixedLabels(*given[:2]) if batch.mixed else None
+            one = Batch(image[None], label[None], batch.index[:1], batch.rng, mixed=labels)
 
             def module(images: Tensor) -> Tensor:
                 return func.functional_call(self._model, weights, (images,))
 
-            given = tuple(value[None] for value in part)
             predict = self._predictor(module, "fp32")
-            return self._objective.outer(predict, one, delta[None], given).sum()
+            rest = given[len(mixed) :]
+            return self._objective.outer(predict, one, delta[None], rest).sum()
 
         with mode(self._model, "eval"):
             per_sample = func.vmap(
-                func.grad(loss), in_dims=(None, 0, 0, 0, *(0 for _ in reference))
+                func.grad(loss), in_dims=(None, 0, 0, 0, *(0 for _ in (*mixed, *reference)))
             )
             fixed = {name: value.detach() for name, value in weights.items()}
             try:
-                grads = per_sample(fixed, batch.images, batch.labels, delta, *reference)
+                grads = per_sample(fixed, batch.images, batch.labels, delta, *mixed, *reference)
             except RuntimeError as error:
                 if "vmap" not in str(error):
                     raise

@@ -163,6 +163,17 @@ class AugmentedView:
 
 
 @dataclass(frozen=True)
+class MixedLabels:
+    """Labels of images that are mixed of two: the second label, and the share of the first."""
+
+    other: Labels
+    share: PerSample
+
+    def __getitem__(self, rows: Tensor) -> MixedLabels:
+        return MixedLabels(self.other[rows], self.share[rows])
+
+
+@dataclass(frozen=True)
 class Batch:
     """A mini-batch of one rank. `index` is each image's number in its split: the key of per-sample state."""
 
@@ -171,6 +182,7 @@ class Batch:
     index: Int[Tensor, " n"]
     rng: BatchRandom
     view: AugmentedView | None = None  # None: not augmented
+    mixed: MixedLabels | None = None  # None: every image has one label
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,12 +190,14 @@ class Batch:
     def __getitem__(self, rows: Tensor) -> Batch:
         """The sub-batch of these rows. `rng` is that of the whole batch: draw before narrowing."""
         view = None if self.view is None else self.view[rows]
+        mixed = None if self.mixed is None else self.mixed[rows]
         return replace(
             self,
             images=self.images[rows],
             labels=self.labels[rows],
             index=self.index[rows],
             view=view,
+            mixed=mixed,
         )
 
 

@@ -21,6 +21,7 @@ from raytrain.core.errors import RequestError
 from raytrain.core.memory import machine_memory
 from raytrain.core.types import Batch, BatchRandom, mix
 from raytrain.data.augment import random_view
+from raytrain.data.cutmix import cutmix
 from raytrain.data.images import AnySplit
 from raytrain.data.mixed import mixed_batches, mixed_order, slots_of
 from raytrain.data.reading import ImageReader, Selection, content_of, images_of
@@ -127,9 +128,10 @@ def iter_train(
     flip: bool,
     first: int = 0,
     extra: SplitShard | None = None,
+    mixed: float | None = None,
 ) -> Generator[Batch]:
     """Yield the training batches of one epoch for this worker, from the `first` on: a function of seed and
-    epoch alone. A share of every batch is images of `extra`.
+    epoch alone. A share of every batch is images of `extra`; `mixed` is the share that CutMix changes.
     """
     context = part.context
     shards = [part] if extra is None else [part, extra]
@@ -138,16 +140,17 @@ def iter_train(
     else:
         order = mixed_order(shards, seed, epoch, part.num_images // batch_size)
     slots = slice(context.rank, None, context.world)
+    steps = list(range(first, len(order)))
+    if mixed is not None:
+        steps.append(0)  # the last batch is mixed with the first
 
     def requests() -> Iterator[BatchRequest]:
-        for step, index in enumerate(order[first:, slots].to(context.device), first):
+        for step, index in zip(steps, order[steps, slots].to(context.device), strict=True):
             rng = BatchRandom(mix(seed, "batch", epoch, step), batch_size, slots, context.device)
             yield BatchRequest(index, rng, random_view(rng, pad, flip))
 
-    if extra is None:
-        yield from part.batches(requests())
-    else:
-        yield from mixed_batches(shards, requests())
+    batches = part.batches(requests()) if extra is None else mixed_batches(shards, requests())
+    yield from batches if mixed is None else cutmix(batches, mixed)
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int) -> Int64[Tensor, "steps slots"]:

@@ -103,6 +103,11 @@ class DataSpec(Spec):
         bool | None, Field(description="mirror half of the images; default: customary")
     ] = None
 
+    cutmix: Annotated[
+        float | None,
+        ADDED,
+        Field(gt=0, le=1, description="share of training images that get a box of another one"),
+    ] = None
     extra: Annotated[
         ExtraImages | None,
         ADDED,

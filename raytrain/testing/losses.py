@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from raytrain.core.cost import Meter
 from raytrain.core.losses import AbstractLoss
 from raytrain.core.oracle import Oracle
+from raytrain.core.types import MixedLabels
 from raytrain.testing.toys import batch_of, moved, tiny_net
 
 
@@ -50,6 +53,21 @@ class LossConformance:
         oracle = Oracle(tiny_net(), loss, batch, meter, attack_bn="eval")
         oracle.theta_grad(moved(batch))
         assert meter.fe == 4 * loss.update_fe
+
+    def test_two_equal_labels_are_one(self, loss: AbstractLoss) -> None:
+        batch = batch_of(8)
+        share = torch.linspace(0, 1, 8, dtype=torch.float64)
+        mixed = replace(batch, mixed=MixedLabels(batch.labels, share))
+        if loss.why_not_mixed() is not None:
+            return  # a run with CutMix is refused
+        model, delta = tiny_net().eval(), moved(batch)
+        for side in ("inner", "outer"):
+            one, other = (
+                getattr(loss, side)(model, labelled, delta, loss.reference(model, labelled))
+                for labelled in (batch, mixed)
+            )
+            # 1e-12: of rounding.
+            assert float((one - other).detach().abs().max()) <= 1e-12
 
     def test_survives_a_trip_through_its_own_record(self, loss: AbstractLoss) -> None:
         assert type(loss).model_validate_json(loss.model_dump_json()) == loss

@@ -19,7 +19,7 @@ from raytrain.core.errors import NotReplayable
 from raytrain.core.network import FrozenNetwork, trainable
 from raytrain.core.recording import NUM_EAGER, RecordedPasses, Recorder, Replay
 from raytrain.core.train_state import StepResult, TrainState
-from raytrain.core.types import AugmentedView, Batch, BatchRandom
+from raytrain.core.types import AugmentedView, Batch, BatchRandom, MixedLabels
 
 Step = Callable[[], StepResult]
 
@@ -214,10 +214,12 @@ def _counters(state: TrainState) -> list[dict[str, Any]]:
 
 def _tensors(batch: Batch) -> list[Tensor]:
     view = [] if batch.view is None else [batch.view.top, batch.view.left, batch.view.mirrored]
-    return [batch.images, batch.labels, batch.index, *view]
+    mixed = [] if batch.mixed is None else [batch.mixed.other, batch.mixed.share]
+    return [batch.images, batch.labels, batch.index, *mixed, *view]
 
 
 def _copy(batch: Batch) -> Batch:
-    images, labels, index, *view = (one.clone() for one in _tensors(batch))
-    kept = None if batch.view is None else AugmentedView(batch.view.pad, *view)
-    return replace(batch, images=images, labels=labels, index=index, view=kept)
+    images, labels, index, *rest = (one.clone() for one in _tensors(batch))
+    mixed = None if batch.mixed is None else MixedLabels(*rest[:2])
+    view = None if batch.view is None else AugmentedView(batch.view.pad, *rest[-3:])
+    return replace(batch, images=images, labels=labels, index=index, view=view, mixed=mixed)

@@ -359,7 +359,8 @@ def _train(training: _Training, state: TrainState, clock: _Clock) -> _EpochResul
     train, extra = training.splits.train, training.splits.extra
     last = train.num_images // run.batch_size - 1
     for done, batch in enumerate(
-        iter_train(train, run.batch_size, run.seed, epoch, pad, flip, first, extra), first
+        iter_train(train, run.batch_size, run.seed, epoch, pad, flip, first, extra, spec.cutmix),
+        first,
     ):
         rate = run.optimizer.set_rate(state.optimizer, progress.mid_step_share(state, done))
         state.progress = progress.before_step(state, done)
