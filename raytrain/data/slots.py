@@ -81,7 +81,10 @@ def _cycled(
     parts = []
     for cycle in range(first // size, (first + steps - 1) // size + 1):
         generator = torch.Generator().manual_seed(mix(seed, size, cycle))
-        permutations = torch.rand(size, width, generator=generator).argsort(dim=0)
         begin, end = first - cycle * size, first + steps - cycle * size
-        parts.append(permutations[max(begin, 0) : min(end, size)])
+        columns = [
+            torch.randperm(size, generator=generator)[max(begin, 0) : min(end, size)]
+            for _ in range(width)
+        ]
+        parts.append(torch.stack(columns, dim=1))
     return torch.cat(parts)
