@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from raytrain.commands.results import Result, ShownResult
 from raytrain.core.errors import RequestError
 from raytrain.report.answer import Answer, answer_of
-from raytrain.report.comparable import ComparableRuns, comparable_runs
-from raytrain.report.configurations import ConfigurationGroup, settings_of
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.content import content_of
 from raytrain.report.evaluations import read_evaluations
-from raytrain.report.page import GENERATOR, OURS, REPORT, ReportContent, write_report
-from raytrain.report.pairs import Pair, pairs_of
+from raytrain.report.page import GENERATOR, OURS, REPORT, write_report
+from raytrain.report.pairs import Pair
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained, read
 from raytrain.report.selection import Chosen, choose
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 Word = Result | str | Path
 
 _ARENAS = 3  # that a representation has room for
-_NAMED = 5  # runs in a note
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,13 +111,9 @@ def compare(
     )
     folder = _folder(to, chosen.title)
     notes: list[str] = []
-    settings = settings_of(_read(client, chosen, notes))
-    runs = [run for one in settings for run in one.every]
-    comparables = comparable_runs(settings)
-    pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
-    notes += _notes(settings, comparables)
     store = tracking_uri(uri)
-    content = ReportContent(chosen.title, store, settings, comparables, pairs, notes)
+    runs = _read(client, chosen, notes)
+    content = content_of(chosen.title, store, runs, notes)
     with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
         write_report(content, Path(made))
         _replace(Path(made), folder)
@@ -127,10 +122,10 @@ def compare(
         title=chosen.title,
         folder=folder,
         report=folder / REPORT,
-        comparables=comparables,
-        pairs=pairs,
-        notes=notes,
-        runs=len(runs),
+        comparables=content.comparables,
+        pairs=content.pairs,
+        notes=content.notes,
+        runs=content.num_runs,
         tracking_uri=store,
         parent=parent,
     )
@@ -142,37 +137,6 @@ def _read(client: Any, chosen: Chosen, notes: list[str]) -> list[Trained]:
             read(client, run, read_evaluations(client, run, Path(files), notes.append))
             for run in chosen.runs
         ]
-
-
-def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]) -> list[str]:
-    """What concerns all arenas."""
-    notes = []
-    if len(comparables) > 1:
-        notes.append(
-            f"These runs are of {len(comparables)} kinds that must not be ranked against each other: "
-            "another data set, test set, threat model or way of validation. Each has a part of its "
-            "own below."
-        )
-    repeats = [run.name for one in settings for run in one.repeats]
-    if repeats:
-        named = ", ".join(repeats[:_NAMED]) + (", ..." if len(repeats) > _NAMED else "")
-        notes.append(
-            f"The configuration and seed of {named} are those of another run: listed among the runs, "
-            "in no table and not averaged."
-        )
-    unfinished = sum(len(one.unfinished) for one in settings)
-    if unfinished:
-        notes.append(
-            f"{unfinished} runs did not end (interrupted, failed, diverged or running) while other "
-            "seeds of their configuration did: they are listed among the runs, but are not averaged."
-        )
-    alive = [run for one in settings for run in one.runs if run.status == "RUNNING"]
-    if alive:
-        notes.append(
-            f"{len(alive)} runs have not ended: they are running, or their driver died. Their numbers are "
-            "those of their last row."
-        )
-    return notes
 
 
 def _folder(to: str | Path | None, title: str) -> Path:
