@@ -37,8 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Do tasks until the time is over or none is left; 130 after a signal."""
     problem, records = read_problem(options.problem), of_problem(options.problem)
     _ = problem.spaces  # refused before any work
-    threads = options.threads or (1 if options.processes > 1 else None)
-    place = Workplace(options.work.resolve(), options.data, options.device, threads)
+    place = Workplace(options.work.resolve(), options.data, options.device)
     deadline = time.time() + 60 * options.minutes
     context = get_context("spawn")
     stop = context.Event()
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         signal.signal(number, lambda which, frame: (received.append(which), stop.set()))
     running: dict[Future[Record | None], Task] = {}
     with ProcessPoolExecutor(
-        options.processes, mp_context=context, initializer=set_up, initargs=(stop, threads)
+        options.processes, mp_context=context, initializer=set_up, initargs=(stop, options.threads)
     ) as pool:
         while True:
             schedule = Schedule(problem, records.read())
@@ -143,7 +142,7 @@ def arguments() -> argparse.Namespace:
         if command is run:
             one.add_argument("--minutes", type=float, required=True, help="after which it stops")
             one.add_argument("--processes", type=int, default=1, help="tasks at once")
-            one.add_argument("--threads", type=int, help="of a task; default: 1 if several run")
+            one.add_argument("--threads", type=int, default=1, help="of a task, on the processor")
             one.add_argument("--data", help="where the images of the problem are: a Parquet file")
             one.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
             one.add_argument("--work", type=Path, default=Path("runs/study"), help="checkpoints")

@@ -61,21 +61,19 @@ class Workplace:
     folder: Path  # of checkpoints
     data: str | None = None  # where the images are here, if not under the name of the problem
     device: str = "auto"
-    threads: int | None = None  # of torch; None: its own choice
 
 
 _stop: Event | None = None  # of this process
 
 
-def set_up(stop: Event, threads: int | None) -> None:
+def set_up(stop: Event, threads: int) -> None:
     """Prepare a process for tasks; signals are for its parent, which sets `stop`."""
     global _stop
     _stop = stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def work(task: Task, place: Workplace, deadline: float) -> Record | None:
