@@ -7,7 +7,7 @@
     python -m benchmarks.study report cifar10 --to report
 
 `run` needs neither Ray nor MLflow nor Optuna. Every task, a training with an evaluation, is recorded at
-once in records/PROBLEM/; a training that the time cuts goes on where it was.
+once in results/PROBLEM/; a training that the time cuts goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ from pathlib import Path
 from raytrain.core.console import log_line
 from raytrain.core.errors import RequestError
 
-from .problem import Problem, Task, read_problem
-from .records import Record, of_problem
+from .problem import HERE, Problem, Task, read_problem
+from .records import Record, Records
 from .schedule import Schedule
 from .work import Workplace, set_up, work
 
+RESULTS = HERE / "results"
 _INTERRUPTED = 130
 
 
 def run(options: argparse.Namespace) -> int:
     """Do tasks until the time is over or none is left; 130 after a signal."""
-    problem, records = read_problem(options.problem), of_problem(options.problem)
+    problem, records = opened(options)
     _ = problem.spaces  # refused before any work
-    place = Workplace(options.work.resolve(), options.data, options.device)
+    place = Workplace(
+        options.problem, records.folder, options.work.resolve(), options.data, options.device
+    )
     deadline = time.time() + 60 * options.minutes
     context = get_context("spawn")
     stop = context.Event()
@@ -62,6 +65,12 @@ def run(options: argparse.Namespace) -> int:
                 _show(running.pop(future), future.result(), problem, records.read())
     _show_status(Schedule(problem, records.read()))
     return _INTERRUPTED if received else 0
+
+
+def opened(options: argparse.Namespace) -> tuple[Problem, Records]:
+    """The problem that was asked for, and its records."""
+    problem = read_problem(options.problem)
+    return problem, Records(options.results.resolve() / problem.name)
 
 
 def _show(task: Task, record: Record | None, problem: Problem, records: list[Record]) -> None:
@@ -100,31 +109,29 @@ def _show_status(schedule: Schedule) -> None:
 
 def status(options: argparse.Namespace) -> int:
     """Print how many tasks are done."""
-    problem = read_problem(options.problem)
-    _show_status(Schedule(problem, of_problem(options.problem).read()))
+    problem, records = opened(options)
+    _show_status(Schedule(problem, records.read()))
     return 0
 
 
 def take(options: argparse.Namespace) -> int:
     """Add records of other machines."""
-    read_problem(options.problem)
-    added = of_problem(options.problem).take(options.sources)
-    print(f"{added} records added")
+    _, records = opened(options)
+    print(f"{records.take(options.sources)} records added")
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
-    """Join the records to one file, and write the report, the page and the figure."""
+    """Join the records to one file, with a page and a figure beside it, and write the report."""
     from .report import write
 
-    problem, records = read_problem(options.problem), of_problem(options.problem)
+    problem, records = opened(options)
     schedule = Schedule(problem, records.read())
     if not schedule.records:
         raise RequestError(
             f"{options.problem}: expected records, found none; `run` makes them, `import` adds them"
         )
-    files = write(schedule, options.to)
-    for file in [*files, records.join()]:
+    for file in [*write(schedule, records.folder, options.to), records.join()]:
         print(os.path.relpath(file))
     return 0
 
@@ -138,7 +145,8 @@ def arguments() -> argparse.Namespace:
         name = "import" if command is take else command.__name__
         one = commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0])
         one.set_defaults(command=command)
-        one.add_argument("problem", help="digits, cifar10, ...: a YAML file of this folder")
+        one.add_argument("problem", help="digits, cifar10, or the path of a YAML file like theirs")
+        one.add_argument("--results", type=Path, default=RESULTS, help="records of all problems")
         if command is run:
             one.add_argument("--minutes", type=float, required=True, help="after which it stops")
             one.add_argument("--processes", type=int, default=1, help="tasks at once")

@@ -141,17 +141,19 @@ class Problem(Spec):
         return self.spaces[method].run(values)
 
 
-def read_problem(name: str) -> Problem:
-    """The problem of this name, from problems/NAME.yaml; methods and questions by default from methods.yaml.
+def read_problem(word: str) -> Problem:
+    """A problem by the name of a file in problems/, or the path of one elsewhere.
+
+    Methods and questions are by default those of methods.yaml.
 
     Raises:
         RequestError: if there is none, or naming its field.
     """
-    file = _PROBLEMS / f"{name}.yaml"
+    file = Path(word) if word.endswith(".yaml") else _PROBLEMS / f"{word}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(found.stem for found in _PROBLEMS.glob("*.yaml")))
-        raise RequestError(f"PROBLEM: expected one of {known}, found {name}")
-    return validated(Problem, {"name": name, **_content(_SHARED), **_content(file)})
+        raise RequestError(f"PROBLEM: expected one of {known}, or a file; found {word}")
+    return validated(Problem, {"name": file.stem, **_content(_SHARED), **_content(file)})
 
 
 def _content(file: Path) -> dict[str, Any]:

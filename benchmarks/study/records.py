@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 from raytrain.core.errors import RequestError
 from raytrain.core.files import atomic_writer
 
-from .problem import HERE, Task
+from .problem import Task
 
-RECORDS = HERE / "records"
 _ALL = "records.parquet"  # of those that were joined; others are beside it, a file each
 _FLAGS = pa.map_(pa.string(), pa.list_(pa.bool_()))
 _KINDS: dict[str, pa.DataType] = {
@@ -193,11 +192,6 @@ def _unique(records: Iterable[Record]) -> list[Record]:
     for record in sorted(records, key=lambda one: one.began):
         found.setdefault(record.task.key, record)
     return list(found.values())
-
-
-def of_problem(name: str) -> Records:
-    """The records of a problem beside this module."""
-    return Records(RECORDS / name)
 
 
 def iter_flags(record: Record) -> Iterator[tuple[str, list[Any]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +16,17 @@ from raytrain.report.comparable import ComparableRuns
 from raytrain.report.content import ReportContent, content_of
 from raytrain.report.cost_figures import p_text, signed
 from raytrain.report.evaluations import EvaluatedRun
-from raytrain.report.page import REPORT, write_report
+from raytrain.report.folder import replace_report, report_folder
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained
 from raytrain.report.sections import seconds_of
 
 from .answers import Answer, Comparison, answers
-from .problem import HERE, Problem
+from .problem import Problem
 from .records import Record, iter_flags
 from .schedule import Schedule
+
+FIGURE = "robust_vs_cost"
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def content(schedule: Schedule) -> ReportContent:
         if record.phase == "run":
             by_training.setdefault(record.task.training, []).append(record)
     runs = [_trained(records) for records in by_training.values()]
-    return content_of(schedule.problem.title, f"records/{schedule.problem.name}", runs)
+    return content_of(schedule.problem.title, f"results/{schedule.problem.name}", runs)
 
 
 def _trained(records: Sequence[Record]) -> Trained:
@@ -70,25 +71,24 @@ def rows_of(comparable: ComparableRuns) -> dict[tuple[str, float], Row]:
     return {(of["method"], float(of["budget"])): row for row, of in tags}
 
 
-def write(schedule: Schedule, folder: Path) -> list[Path]:
-    """Write the report to `folder`, and the page and the figure of the problem beside this module."""
-    shown, problem = content(schedule), schedule.problem
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_report(shown, folder)
-    page = HERE / f"{problem.name}.md"
-    page.write_text(page_of(schedule, shown))
-    files = [folder / REPORT, page]
+def write(schedule: Schedule, results: Path, folder: Path) -> list[Path]:
+    """Write a page and the figure to `results`, and the report of `raytrain compare` to `folder`."""
+    folder = report_folder(folder)
+    shown = content(schedule)
+    report = replace_report(shown, folder)
     arenas = [one for one in shown.comparables if one.images]
-    if arenas and (figure := cost_figure(arenas[-1], problem)) is not None:
-        files += save(figure, HERE / problem.name)
-    return files
+    figure = cost_figure(arenas[-1], schedule.problem) if arenas else None
+    drawn = [] if figure is None else save(figure, results / FIGURE)
+    page = results / "README.md"
+    page.write_text(page_of(schedule, shown, bool(drawn)))
+    return [report, page, *drawn]
 
 
-def page_of(schedule: Schedule, shown: ReportContent) -> str:
+def page_of(schedule: Schedule, shown: ReportContent, has_figure: bool) -> str:
     """Markdown: what was measured, answers, a table per test set, hyperparameters, what is missing."""
     problem = schedule.problem
     lines = [f"# {problem.title}", "", *_setting(schedule), ""]
+    lines += [f"![Robust accuracy against cost]({FIGURE}.svg)", ""] if has_figure else []
     for comparable in (one for one in shown.comparables if one.images):
         found = answers(problem.questions, problem.budgets, comparable, rows_of(comparable))
         attack = attack_title(comparable.attack)
@@ -198,7 +198,7 @@ def _hyperparameters(schedule: Schedule) -> list[str]:
         trial = schedule.chosen(name)
         varied = {} if trial is None else schedule.problem.hyperparameters(name, trial)
         said = ", ".join(f"{path}={_short(value)}" for path, value in varied.items())
-        space = f"[{method.space}](../../search_spaces/{method.space}.yaml)"
+        space = f"[{method.space}](../../../../search_spaces/{method.space}.yaml)"
         shown = "not chosen yet" if trial is None else str(trial)
         lines.append(f"| {name} | {space} | {shown} | {said or 'published defaults'} | {spread} |")
     return lines

@@ -29,7 +29,7 @@ from raytrain.tracking.provenance import parameters, tags
 from raytrain.training.run_folder import BEST, recent_rows
 
 from .problem import Problem, Task, read_problem
-from .records import Record, of_problem
+from .records import Record, Records
 from .schedule import Schedule
 
 _ROWS = "rows.jsonl"  # every row of a training, so that one that is resumed has all
@@ -58,6 +58,8 @@ class Clock:
 class Workplace:
     """Where and with what tasks are done."""
 
+    problem: str  # as `read_problem` takes it
+    records: Path  # of this problem
     folder: Path  # of checkpoints
     data: str | None = None  # where the images are here, if not under the name of the problem
     device: str = "auto"
@@ -82,7 +84,7 @@ def work(task: Task, place: Workplace, deadline: float) -> Record | None:
     Raises:
         RequestError: if the problem does not fit the data.
     """
-    problem, records = read_problem(task.problem), of_problem(task.problem)
+    problem, records = read_problem(place.problem), Records(place.records)
     run = Schedule(problem, records.read()).config(task)
     folder = place.folder / problem.name / task.training
     clock = Clock(deadline, _stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.commands.results import Result, ShownResult
-from raytrain.core.errors import RequestError
 from raytrain.report.answer import Answer, answer_of
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.content import content_of
 from raytrain.report.evaluations import read_evaluations
-from raytrain.report.page import GENERATOR, OURS, REPORT, write_report
+from raytrain.report.folder import replace_report, report_folder
+from raytrain.report.page import REPORT
 from raytrain.report.pairs import Pair
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained, read
@@ -114,14 +113,12 @@ def compare(
     store = tracking_uri(uri)
     runs = _read(client, chosen, notes)
     content = content_of(chosen.title, store, runs, notes)
-    with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
-        write_report(content, Path(made))
-        _replace(Path(made), folder)
+    page = replace_report(content, folder)
     parent = _leave(chosen, folder, store, client)
     return Comparison(
         title=chosen.title,
         folder=folder,
-        report=folder / REPORT,
+        report=page,
         comparables=content.comparables,
         pairs=content.pairs,
         notes=content.notes,
@@ -140,38 +137,9 @@ def _read(client: Any, chosen: Chosen, notes: list[str]) -> list[Trained]:
 
 
 def _folder(to: str | Path | None, title: str) -> Path:
-    """The output folder: a new or empty one, or that of an earlier one."""
+    """The output folder: by default one that is named after the title."""
     name = re.sub(r"[^\w.-]+", "-", title)[:60].strip("-.") or "runs"
-    folder = (Path("comparisons") / name if to is None else Path(to)).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--to: {folder} is a file; expected a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_report(folder / REPORT):
-        raise RequestError(
-            f"--to: {folder} holds something else; expected a new or empty folder, or that of an "
-            "earlier comparison"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(
-            f"--to: {folder} cannot be made ({error.strerror}); expected a folder that can be written"
-        ) from None
-    return folder
-
-
-def _replace(made: Path, folder: Path) -> None:
-    """Replace an earlier comparison; other files of the folder are kept."""
-    for name in OURS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        if (made / name).exists():
-            (made / name).replace(folder / name)
-
-
-def _is_report(file: Path) -> bool:
-    return (
-        file.is_file() and GENERATOR in file.read_text(encoding="utf-8", errors="replace")[:2000]
-    )
+    return report_folder(Path("comparisons") / name if to is None else Path(to))
 
 
 def _leave(chosen: Chosen, folder: Path, uri: str, client: Any) -> str | None:
