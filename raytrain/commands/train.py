@@ -286,7 +286,8 @@ def _checked(
             )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
-    splits, before = preflight(run), run
+    saved = None if folder is None or not (folder / LAST).is_file() else load(folder / LAST)
+    splits, before = preflight(run, resumed=saved is not None), run
     check(run.root, writes)
     if folder is not None and is_url(run.storage) and run.root not in folder.parents:
         raise RequestError(
@@ -294,8 +295,7 @@ def _checked(
         )
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
-    if folder is not None and (folder / LAST).is_file():
-        saved = load(folder / LAST)
+    if saved is not None:
         check_resumable(run, saved, splits)
         epoch = saved.epoch
         before = saved.run

@@ -78,7 +78,7 @@ class Subject:
         run = self.run
         return Facts(
             name=self.name,
-            model=run.model.model_dump(mode="json"),
+            model=run.model.model_dump(mode="json", exclude={"weights"}),
             channels=self.source.channels,
             size=self.source.size,
             classes=self.source.classes,

@@ -50,7 +50,8 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
 def contract_of(run: RunConfig) -> Contract:
     """The threat-model contract of a run; reads its training images if need be."""
     source = open_source(run.data)
-    return Contract.of(run.threat, source.mean, source.std)
+    statistics = run.model.statistics(source.channels, source.mean, source.std)
+    return Contract.of(run.threat, *statistics)
 
 
 def model_of(run: RunConfig) -> str:
