@@ -284,6 +284,11 @@ def _checked(
                 f"--resume: {word_of(resume)} is a trial of a sweep, which "
                 f"{resume_sweep_of(folder, asked.root, asked.storage)} continues; expected a run of train"
             )
+        if not (folder / LAST).is_file() and (folder / BEST).is_file() and load(folder).imported:
+            raise RequestError(
+                f"--resume: {word_of(resume)} is a network that was imported; expected a run of train: "
+                "model=robustbench:FILE begins one from its weights"
+            )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
     saved = None if folder is None or not (folder / LAST).is_file() else load(folder / LAST)

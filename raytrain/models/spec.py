@@ -45,7 +45,8 @@ MODELS: dict[str, str] = {
     "module:function": "your own: function(num_classes=..., **kwargs) returns a new nn.Module",
 }
 
-_ROBUSTBENCH = "robustbench:"
+ROBUSTBENCH = "robustbench:"
+"""Begins a name that is followed by the path of a file."""
 
 _OWN: dict[str, Callable[[int, int], nn.Module]] = {
     "small_cnn": SmallCNN,
@@ -101,9 +102,9 @@ class ModelSpec(Spec):
     @classmethod
     def _from_robustbench(cls, values: Any, handler: Callable[[Any], ModelSpec]) -> ModelSpec:
         asked = handler(values)
-        if not asked.name.startswith(_ROBUSTBENCH):
+        if not asked.name.startswith(ROBUSTBENCH):
             return asked
-        path = Path(asked.name.removeprefix(_ROBUSTBENCH)).expanduser().absolute()
+        path = Path(asked.name.removeprefix(ROBUSTBENCH)).expanduser().absolute()
         try:
             layout = layout_of(path)
         except RequestError as error:

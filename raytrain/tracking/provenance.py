@@ -21,13 +21,14 @@ from raytrain.evaluation.contract import Contract
 from raytrain.tracking.data_sets import data_name
 from raytrain.training.run_folder import option
 
-Kind = Literal["train", "sweep", "trial", "final"]
+Kind = Literal["train", "sweep", "trial", "final", "imported"]
 
 
 def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
     """The tags by which runs are searched and grouped in MLflow.
 
-    `kind`: a training of its own, a sweep, one of its trials, or a training of its best on a new seed.
+    `kind`: a training of its own, a sweep, one of its trials, a training of its best on a new seed, or a
+    network in a file, which was not trained here.
     """
     contract = contract_of(run)
     return {
