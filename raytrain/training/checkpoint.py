@@ -51,7 +51,7 @@ class Saved:
     @property
     def imported(self) -> bool:
         """Whether its network is that of a file, on which no step was trained."""
-        return self.content["counters"]["step"] == 0
+        return self.run.model.weights is not None and self.content["counters"]["step"] == 0
 
     @property
     def fingerprint(self) -> str:
