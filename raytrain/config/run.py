@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -40,7 +41,7 @@ from raytrain.core.optimizer import Sgd
 from raytrain.core.schedules import Ramp
 from raytrain.core.storage import local_root
 from raytrain.core.threat_models import ThreatModel
-from raytrain.core.types import SCHEDULABLE, Spec
+from raytrain.core.types import ADDED, SCHEDULABLE, Spec
 from raytrain.data.catalogue import SOURCES
 from raytrain.data.spec import DataSpec
 from raytrain.evaluation.sentinels import Sentinels
@@ -290,8 +291,8 @@ class RunConfig(Spec):
         return value if isinstance(value, str) else float(value)
 
     def computed(self) -> dict[str, Any]:
-        """The fields that decide what is computed, as plain values."""
-        return self.model_dump(mode="json", exclude=EXECUTION)
+        """The fields that decide what is computed, as plain values, without `ADDED` ones at default."""
+        return _without_added(self, self.model_dump(mode="json", exclude=EXECUTION))
 
     def signature(self) -> str:
         """12 hexadecimal digits that change exactly when what is computed may change."""
@@ -364,6 +365,22 @@ def _schedulable(recipe: AbstractRecipe) -> list[str]:
     """List the fields of a recipe that a curriculum may change."""
     fields = type(recipe).model_fields.items()
     return [name for name, field in fields if SCHEDULABLE in field.metadata]
+
+
+def _without_added(value: Any, plain: Any) -> Any:
+    """Return `plain`, the dump of `value`, without the `ADDED` fields that have their default."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {
+            name: _without_added(getattr(value, name), one)
+            for name, one in plain.items()
+            if ADDED not in fields[name].metadata or getattr(value, name) != fields[name].default
+        }
+    if isinstance(value, Mapping):
+        return {name: _without_added(value[name], one) for name, one in plain.items()}
+    if isinstance(value, list | tuple):
+        return [_without_added(*both) for both in zip(value, plain, strict=True)]
+    return plain
 
 
 def _first(error: ValidationError) -> str:

@@ -60,6 +60,16 @@ class Schedulable:
 
 SCHEDULABLE = Schedulable()
 
+
+class Added:
+    """Annotation of a field that runs recorded by earlier versions do not have.
+
+    While it has its default it is no part of a run's signature and of its parameters in MLflow.
+    """
+
+
+ADDED = Added()
+
 _PixelText = Annotated[str, Field(pattern=f"^{FRACTION.pattern}$", examples=["8/255"])]
 _StepText = Annotated[
     str, Field(pattern=f"^({FRACTION.pattern}|{_OF_EPS.pattern})$", examples=["eps/4"])

@@ -23,13 +23,14 @@ from raytrain.training.run_folder import option
 
 _PACKAGES = ("raytrain", "torch", "ray")
 
-Kind = Literal["train", "sweep", "trial", "final"]
+Kind = Literal["train", "sweep", "trial", "final", "imported"]
 
 
 def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
     """The tags by which runs are searched and grouped in MLflow.
 
-    `kind`: a training of its own, a sweep, one of its trials, or a training of its best on a new seed.
+    `kind`: a training of its own, a sweep, one of its trials, a training of its best on a new seed, or a
+    network in a file, which was not trained here.
     """
     contract = contract_of(run)
     return {
@@ -52,7 +53,8 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
 def contract_of(run: RunConfig) -> Contract:
     """The threat-model contract of a run; reads its training images if need be."""
     source = open_source(run.data)
-    return Contract.of(run.threat, source.mean, source.std)
+    statistics = run.model.statistics(source.channels, source.mean, source.std)
+    return Contract.of(run.threat, *statistics)
 
 
 def model_of(run: RunConfig) -> str:

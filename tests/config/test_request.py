@@ -8,19 +8,20 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from raytrain.algorithms import RECIPES
 from raytrain.config.fields import is_text
 from raytrain.config.request import as_run, override, parse_overrides, read_yaml
 from raytrain.config.run import RUNTIME, RunConfig
 from raytrain.core.errors import RequestError
-from raytrain.core.types import in_pixels
+from raytrain.core.types import ADDED, Spec, in_pixels
 from raytrain.data.catalogue import SOURCES
 from raytrain.training.run_folder import to_yaml
 from raytrain.tuning.space.lookup import paths_of
@@ -798,6 +799,41 @@ def test_a_signature_is_that_of_earlier_versions_and_not_of_how_images_are_held(
     assert run_of().signature() == "0ce193015dbd"
     held = run_of("data.in_memory=false")
     assert held.signature() == run_of().signature() and "in_memory" not in str(held.computed())
+
+
+class _Part(Spec):
+    """A part as a later version has it: `new` was added."""
+
+    old: int = 1
+    new: Annotated[tuple[int, ...] | None, ADDED] = None
+
+
+class _LaterRun(RunConfig):
+    part: _Part = _Part()
+    parts: dict[str, tuple[_Part, ...]] = {"a": (_Part(),)}
+    new: Annotated[int, ADDED, Field(ge=0)] = 3
+
+
+def test_added_fields_are_computed_only_where_they_are_not_the_default_at_any_depth() -> None:
+    run = _LaterRun.model_validate({})
+    assert run.computed() == {
+        **run_of().computed(),
+        "part": {"old": 1},
+        "parts": {"a": [{"old": 1}]},
+    }
+    later = {"part": {"new": [2]}, "parts": {"a": [{"new": [4]}]}, "new": 5}
+    changed = _LaterRun.model_validate(later)
+    assert changed.computed() == {
+        **run_of().computed(),
+        "part": {"old": 1, "new": [2]},
+        "parts": {"a": [{"old": 1, "new": [4]}]},
+        "new": 5,
+    }
+    signatures = {
+        _LaterRun.model_validate({key: value}).signature() for key, value in later.items()
+    }
+    assert len({run.signature(), *signatures}) == 4
+    assert _LaterRun.model_validate(run.model_dump(mode="json")) == run
 
 
 def test_a_signature_does_not_change_with_where_a_run_happens() -> None:

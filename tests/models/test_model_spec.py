@@ -37,7 +37,10 @@ def test_catalogue_names_build() -> None:
     plain = [name for name in MODELS if name.isidentifier()]
     assert {"auto", "small_cnn", "small_cnn_nobn", "resnet18", "preact_resnet18"} == {*plain}
     with torch.device("meta"):
-        assert all(isinstance(build(name), Classifier) for name in [*plain, "wideresnet-10-1"])
+        assert all(
+            isinstance(build(name), Classifier)
+            for name in [*plain, "wideresnet-10-1", "wideresnet-10-1-silu"]
+        )
 
 
 def test_a_string_stands_for_the_record() -> None:
@@ -71,6 +74,7 @@ def test_the_prefix_tells_torchvisions_resnet18_from_ours() -> None:
         ("resnet_18", "resnet18"),
         ("preact-resnet18", "preact_resnet18"),
         ("wideresnet-28", "wideresnet-28-10"),
+        ("wideresnet-28-10-swish", "wideresnet-28-10-silu"),
         ("mnasnet0-5", "mnasnet0_5"),
         ("torchvision:mnasnet05", "torchvision:mnasnet0_5"),
     ],
@@ -81,7 +85,9 @@ def test_an_unknown_name_gets_the_nearest_one(name: str, nearest: str) -> None:
         build(name)
 
 
-@pytest.mark.parametrize("name", ["wideresnet-27-10", "wideresnet-4-10", "wideresnet-28-0"])
+@pytest.mark.parametrize(
+    "name", ["wideresnet-27-10", "wideresnet-4-10", "wideresnet-28-0", "wideresnet-27-10-silu"]
+)
 def test_a_wide_resnet_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(RequestError, match=f"^model.name: {name} does not exist: .*16, 22, 28"):
         build(name)

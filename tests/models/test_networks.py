@@ -13,6 +13,7 @@ from raytrain.models import Classifier, ModelSpec
 GREY = {"mean": [0.3], "std": [0.4]}
 COLOUR = {"mean": [0.49, 0.48, 0.44], "std": [0.24, 0.25, 0.26]}
 OWN = ["small_cnn", "small_cnn_nobn", "resnet18", "preact_resnet18", "wideresnet-10-1"]
+OWN += ["wideresnet-10-1-silu"]
 
 
 def build(name: str, classes: int = 10) -> Classifier:
@@ -38,6 +39,8 @@ def images(side: int = 16) -> Tensor:
         ("preact_resnet18", 3, 11_172_170),
         ("wideresnet-28-10", 3, 36_479_194),
         ("wideresnet-34-10", 3, 46_160_474),
+        ("wideresnet-28-10-silu", 3, 36_479_194),
+        ("wideresnet-70-16-silu", 3, 266_796_506),
     ],
 )
 def test_number_of_parameters_is_the_published_one(name: str, channels: int, count: int) -> None:
@@ -67,7 +70,7 @@ class TestEveryNetwork:
 
     def test_stem_is_the_normaliser_and_the_first_convolution(self, name: str) -> None:
         model, x = build(name), images()
-        first = model.backbone.get_submodule("conv1")
+        first = model.backbone.get_submodule("init_conv" if "silu" in name else "conv1")
         assert torch.equal(model.stem(x), first(model.normalise(x)))
 
     def test_model_is_the_backbone_on_normalised_images(self, name: str) -> None:
@@ -109,14 +112,21 @@ def test_without_batchnorm_images_of_a_batch_do_not_meet() -> None:
     assert not any("running" in key for key in model.state_dict())
 
 
-def test_wide_resnet_starts_as_he_normal_by_fan_out() -> None:
+@pytest.mark.parametrize(
+    ("name", "weight", "bias"),
+    [
+        ("wideresnet-10-4", "block3.layer.0.conv1.weight", "fc.bias"),
+        ("wideresnet-10-4-silu", "layer.2.block.0.conv_0.weight", "logits.bias"),
+    ],
+)
+def test_wide_resnet_starts_as_he_normal_by_fan_out(name: str, weight: str, bias: str) -> None:
     torch.manual_seed(0)
-    backbone = ModelSpec(name="wideresnet-10-4").build(3, 32, 10, **COLOUR).backbone
-    weight = backbone.state_dict()["block3.layer.0.conv1.weight"]  # 128 to 256 channels
+    state = ModelSpec(name=name).build(3, 32, 10, **COLOUR).backbone.state_dict()
+    values = state[weight]  # 128 to 256 channels
     expected = math.sqrt(2 / (9 * 256))
-    assert weight.numel() > 250_000  # the sample's deviation is then within 1% of the law's
-    assert weight.std().item() == pytest.approx(expected, rel=0.01)
-    assert backbone.state_dict()["fc.bias"].eq(0).all()
+    assert values.numel() > 250_000  # the sample's deviation is then within 1% of the law's
+    assert values.std().item() == pytest.approx(expected, rel=0.01)
+    assert state[bias].eq(0).all()
 
 
 def test_normalise_false_hands_the_pixels_to_the_backbone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,41 @@ def test_other_threat_models_data_and_test_sets_are_apart() -> None:
     ]
     together = [{row.label[0] for row in comparable.rows} for comparable in compared(*runs)]
     assert sorted(map(sorted, together)) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_networks_with_other_normalisers_are_compared_under_the_same_threat_model() -> None:
+    """The normaliser is a part of the network: pixels of [0, 1] are attacked before it."""
+    threat = "linf eps 0.1 in [0, 1], {}, BatchNorm eval"
+    said = {
+        "a": threat.format("normaliser inside (mean 0.3, std 0.4)"),
+        "b": threat.format("no normaliser"),
+        "c": threat.replace("0.1", "0.2").format("no normaliser"),
+    }
+    runs = []
+    for name, text in said.items():
+        one = evaluated(shares={"pgd20": (5, 10)}, contract=contract_of(f"of {name}", text))
+        tags = {"contract": f"of {name}", "contract_text": text}
+        runs.append(trained(name, evaluations=[one], tags=tags))
+    comparables = compared(*runs)
+    together = [{row.label[0]: row.home for row in comparable.rows} for comparable in comparables]
+    assert together == [{"a": True, "b": True}, {"c": True}]
+    assert [one.threat for one in comparables] == [
+        threat.format("X").replace("X, ", ""),
+        said["c"],
+    ]
+
+
+def test_an_imported_network_has_no_cost_and_is_named_by_its_run() -> None:
+    one = evaluated(shares={"pgd20": (9, 10)})
+    tags, params = {"kind": "imported"}, {"evaluation.steps": 50}
+    theirs = replace(
+        trained("x", robust=[], evaluations=[one], tags=tags, params=params), name="robustbench-X"
+    )
+    comparable = alone(trained("a", evaluations=[one]), theirs)
+    row = next(row for row in comparable.rows if row.setting.first.imported)
+    assert (row.label, row.cost, row.front) == ("robustbench-X", None, False)
+    assert [note for note in comparable.notes if "not trained here" in note]
+    assert not [note for note in comparable.notes if "Validation" in note]
 
 
 def test_equally_many_but_other_images_are_another_test_set() -> None:
