@@ -79,6 +79,7 @@ def test_the_network_of_a_file_is_attacked_like_the_one_it_was_made_of(
 def test_its_run_in_mlflow_says_nothing_of_a_training(home: tuple[Path, TrainResult]) -> None:
     folder, trained = home
     result = evaluate(exported(folder, trained, "Some2020.pt"), {**QUICK, "data": DATA})
+    assert result.run_id is not None
     run = MlflowClient(result.tracking_uri).get_run(result.run_id)
     assert (run.info.run_name, run.info.status) == ("robustbench-Some2020", "FINISHED")
     assert run.data.tags["kind"] == "imported"
@@ -118,6 +119,7 @@ def test_its_run_and_its_folder_are_words_of_other_commands(
 ) -> None:
     folder, trained = home
     result = evaluate(exported(folder, trained, "word.pt"), {**QUICK, "data": DATA})
+    assert result.run_id is not None
     (folder / "word.pt").unlink()
     for word in (result.run_id, result.file.parent, result):
         again = evaluate(word, {**QUICK, "attacks": "fgsm"})
