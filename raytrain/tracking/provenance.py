@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from raytrain.data.loader import open_source
 from raytrain.evaluation.contract import Contract
 from raytrain.tracking.data_sets import data_name
 from raytrain.training.run_folder import option
+
+_PACKAGES = ("raytrain", "torch", "ray")
 
 Kind = Literal["train", "sweep", "trial", "final", "imported"]
 
@@ -118,8 +120,16 @@ def _machine(folder: Path) -> dict[str, str]:
     clean = {} if not commit else {"mlflow.source.git.commit": commit, "git_commit": commit}
     if commit and git(folder, "status", "--porcelain", "--untracked-files=no"):
         clean["git_dirty"] = "true"
-    versions = {f"{name}_version": version(name) for name in ("raytrain", "torch", "ray")}
+    versions = {f"{name}_version": found for name in _PACKAGES if (found := _version(name))}
     return {"hardware": hardware(), "python": platform.python_version(), **versions, **clean}
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed: training needs no Ray."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from report_helpers import IMAGES, contract_of, evaluated, finding, flags_of, trained
 from scipy.stats import binomtest
 
-from raytrain.evaluation.confidence import holm, mcnemar, over_seeds, wilson
+from raytrain.evaluation.confidence import difference, holm, mcnemar, over_seeds, wilson
 from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.plotting.sheet import save
 from raytrain.report import curve_figures
@@ -380,7 +380,7 @@ def test_pairs_are_mcnemars_on_the_same_images_adjusted_by_holm() -> None:
         wanted[name] = (only_a, only_other, binomtest(only_a, only_a + only_other).pvalue)
     assert {p.other.label: (p.only_leader, p.only_other, p.p) for p in pairs} == wanted
     assert [pair.holm for pair in pairs] == holm([pair.p for pair in pairs])
-    assert all(pair.low is not None and pair.low <= pair.difference for pair in pairs)
+    assert all(pair.low <= pair.difference <= pair.high for pair in pairs)
 
 
 def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
@@ -399,7 +399,10 @@ def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
         differences.append(one.mean() - two.mean())
     assert pair.p == min(1.0, 2 * float(np.median(p_values))) and pair.seeds == 3
     assert pair.difference == pytest.approx(np.mean(differences), abs=1e-12)
-    assert pair.low is None and pair.ahead == sum(d > 0 for d in differences)
+    assert pair.ahead == sum(d > 0 for d in differences)
+    rows = [tuple(t[k]["pgd20"].to_numpy(False) for t in (first, second)) for k in range(3)]
+    whole = difference([(one, two) for one, two in rows])
+    assert (pair.low, pair.high) == (whole.low, whole.high)
 
 
 def test_what_failed_a_check_or_has_no_flags_is_in_no_pair() -> None:
