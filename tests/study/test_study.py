@@ -45,6 +45,7 @@ def test_every_method_has_as_many_trials_at_the_same_cost_and_the_first_has_the_
     name: str,
 ) -> None:
     problem = read_problem(name)
+    assert problem.tuning is not None
     trials = [t for t in Schedule(problem, []).tasks() if t.phase == "tune"]
     assert set(Counter(t.method for t in trials).values()) == {problem.tuning.trials}
     configs = {(t.method, t.trial): Schedule(problem, []).config(t) for t in trials}
