@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 
@@ -16,6 +17,7 @@ from raytrain.cli.app import app, split
 from raytrain.cli.config import fields
 from raytrain.commands.evaluate import _requested as requested
 from raytrain.config.request import as_run
+from raytrain.models import ModelSpec, robustbench_state_dict
 from raytrain.outer import OUTERS
 from raytrain.tuning.space.reading import read_space
 
@@ -82,6 +84,17 @@ def test_commands_are_found() -> None:
     assert {words[1] for words in commands()} >= {"train", "tune", "evaluate", "compare", "ui"}
 
 
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is a folder with the file of RobustBench that pages name."""
+    with torch.device("meta"):
+        model = ModelSpec(name="wideresnet-10-1-silu").build(3, 32, 10, [0.0] * 3, [1.0] * 3)
+    state = {k: torch.zeros(v.shape) for k, v in robustbench_state_dict(model).items()}
+    torch.save(state, tmp_path / "Gowal2020Uncovering_28_10.pt")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("theirs")
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_have_the_options_and_fields_that_they_are_given(words: tuple[str, ...]) -> None:
     _, name, *rest = words

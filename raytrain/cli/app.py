@@ -217,7 +217,7 @@ def evaluate(
         typer.Argument(
             metavar="[KEY=VALUE]...",
             help="such as attacks=fgsm,pgd,cw,aa steps=50 restarts=5 images=1000; fields of the run, "
-            "such as workers=4: see raytrain config",
+            "such as workers=4: see raytrain config. In place of a run robustbench:FILE, with data=",
         ),
     ] = None,
     which: Which = None,

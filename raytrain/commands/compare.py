@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.commands.results import Result, ShownResult
-from raytrain.core.errors import RequestError
 from raytrain.report.answer import Answer, answer_of
-from raytrain.report.comparable import ComparableRuns, comparable_runs
-from raytrain.report.configurations import ConfigurationGroup, settings_of
+from raytrain.report.comparable import ComparableRuns
+from raytrain.report.content import content_of
 from raytrain.report.evaluations import read_evaluations
-from raytrain.report.page import GENERATOR, OURS, REPORT, ReportContent, write_report
-from raytrain.report.pairs import Pair, pairs_of
+from raytrain.report.folder import replace_report, report_folder
+from raytrain.report.page import REPORT
+from raytrain.report.pairs import Pair
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained, read
 from raytrain.report.selection import Chosen, choose
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 Word = Result | str | Path
 
 _ARENAS = 3  # that a representation has room for
-_NAMED = 5  # runs in a note
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,25 +110,19 @@ def compare(
     )
     folder = _folder(to, chosen.title)
     notes: list[str] = []
-    settings = settings_of(_read(client, chosen, notes))
-    runs = [run for one in settings for run in one.every]
-    comparables = comparable_runs(settings)
-    pairs = {comparable.title: pairs_of(comparable) for comparable in comparables}
-    notes += _notes(settings, comparables)
     store = tracking_uri(uri)
-    content = ReportContent(chosen.title, store, settings, comparables, pairs, notes)
-    with tempfile.TemporaryDirectory(prefix=".raytrain-", dir=folder.parent) as made:
-        write_report(content, Path(made))
-        _replace(Path(made), folder)
+    runs = _read(client, chosen, notes)
+    content = content_of(chosen.title, store, runs, notes)
+    page = replace_report(content, folder)
     parent = _leave(chosen, folder, store, client)
     return Comparison(
         title=chosen.title,
         folder=folder,
-        report=folder / REPORT,
-        comparables=comparables,
-        pairs=pairs,
-        notes=notes,
-        runs=len(runs),
+        report=page,
+        comparables=content.comparables,
+        pairs=content.pairs,
+        notes=content.notes,
+        runs=content.num_runs,
         tracking_uri=store,
         parent=parent,
     )
@@ -144,70 +136,10 @@ def _read(client: Any, chosen: Chosen, notes: list[str]) -> list[Trained]:
         ]
 
 
-def _notes(settings: list[ConfigurationGroup], comparables: list[ComparableRuns]) -> list[str]:
-    """What concerns all arenas."""
-    notes = []
-    if len(comparables) > 1:
-        notes.append(
-            f"These runs are of {len(comparables)} kinds that must not be ranked against each other: "
-            "another data set, test set, threat model or way of validation. Each has a part of its "
-            "own below."
-        )
-    repeats = [run.name for one in settings for run in one.repeats]
-    if repeats:
-        named = ", ".join(repeats[:_NAMED]) + (", ..." if len(repeats) > _NAMED else "")
-        notes.append(
-            f"The configuration and seed of {named} are those of another run: listed among the runs, "
-            "in no table and not averaged."
-        )
-    unfinished = sum(len(one.unfinished) for one in settings)
-    if unfinished:
-        notes.append(
-            f"{unfinished} runs did not end (interrupted, failed, diverged or running) while other "
-            "seeds of their configuration did: they are listed among the runs, but are not averaged."
-        )
-    alive = [run for one in settings for run in one.runs if run.status == "RUNNING"]
-    if alive:
-        notes.append(
-            f"{len(alive)} runs have not ended: they are running, or their driver died. Their numbers are "
-            "those of their last row."
-        )
-    return notes
-
-
 def _folder(to: str | Path | None, title: str) -> Path:
-    """The output folder: a new or empty one, or that of an earlier one."""
+    """The output folder: by default one that is named after the title."""
     name = re.sub(r"[^\w.-]+", "-", title)[:60].strip("-.") or "runs"
-    folder = (Path("comparisons") / name if to is None else Path(to)).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--to: {folder} is a file; expected a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_report(folder / REPORT):
-        raise RequestError(
-            f"--to: {folder} holds something else; expected a new or empty folder, or that of an "
-            "earlier comparison"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(
-            f"--to: {folder} cannot be made ({error.strerror}); expected a folder that can be written"
-        ) from None
-    return folder
-
-
-def _replace(made: Path, folder: Path) -> None:
-    """Replace an earlier comparison; other files of the folder are kept."""
-    for name in OURS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        if (made / name).exists():
-            (made / name).replace(folder / name)
-
-
-def _is_report(file: Path) -> bool:
-    return (
-        file.is_file() and GENERATOR in file.read_text(encoding="utf-8", errors="replace")[:2000]
-    )
+    return report_folder(Path("comparisons") / name if to is None else Path(to))
 
 
 def _leave(chosen: Chosen, folder: Path, uri: str, client: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from raytrain.attacks.autoattack import EDITION
+from raytrain.commands.imported import CHOSEN, imported
 from raytrain.commands.results import Result, ShownResult, word_of
 from raytrain.commands.train import own_tracker
 from raytrain.config.request import (
@@ -49,6 +50,7 @@ from raytrain.evaluation.result_log import ResultLog
 from raytrain.evaluation.runner import Watch, run
 from raytrain.evaluation.settings import EvaluationSettings
 from raytrain.evaluation.table import accuracies, findings_after, flags_table
+from raytrain.models import ROBUSTBENCH
 from raytrain.tracking import Tracker, tracking_uri
 from raytrain.tracking.checkpoint_lookup import checkpoint_file
 from raytrain.tracking.data_sets import Input, as_input, digest
@@ -131,20 +133,26 @@ def evaluate(
 
     `run_or_checkpoint` is the result of `train` or `tune` (its best trial), a word as `run_of` takes it
     (the name of a run, its id or the beginning of one, the name of a sweep for its best trial, `last`), a
-    checkpoint folder or a checkpoint file; `which` picks one of a run's checkpoints, `best` or `last`, the
-    best one that there is if not given. `overrides` (words or a mapping) and `fields` are fields of
-    `EvaluationSettings` (`attacks="pgd,aa"`, `steps=50`), or `data`, `workers`, `device` and
-    `tracking_uri` of the run; with `another_contract` also `threat`, and the numbers are labelled so. An
-    interrupted evaluation is resumed. With several workers, or RAY_ADDRESS, images are shared among
-    processes.
+    checkpoint folder or a checkpoint file; or `robustbench:FILE`, weights of RobustBench, which become a run
+    (see `imported`) with the `data`, the `threat`, and the `model.mean` and `model.std` that are given.
+    `which` picks one of a run's checkpoints, `best` or `last`, the best one that there is if not given.
+    `overrides` (words or a mapping) and `fields` are fields of `EvaluationSettings` (`attacks="pgd,aa"`,
+    `steps=50`), or `data`, `workers`, `device` and `tracking_uri` of the run; with `another_contract` also
+    `threat`, and the numbers are labelled so. An interrupted evaluation is resumed. With several workers,
+    or RAY_ADDRESS, images are shared among processes.
 
     Raises:
         RequestError: if there is no such run, or the request does not fit it.
         TrainingFailed: if the result cannot be written.
     """
-    run_changes, settings = _requested(overrides, fields)
+    word = word_of(run_or_checkpoint)
+    of_file = word.startswith(ROBUSTBENCH)
+    run_changes, settings = _requested(overrides, fields, CHOSEN if of_file else ())
     uri, root = run_changes.get("tracking_uri"), local_root(storage)
-    file = checkpoint_file(word_of(run_or_checkpoint), which, root, uri)
+    if of_file:
+        word = str(imported(word, run_changes, storage))
+        run_changes = {k: v for k, v in run_changes.items() if k.split(".")[0] not in CHOSEN}
+    file = checkpoint_file(word, which, root, uri)
     saved = load(file)
     config = validated(RunConfig, override(saved.run.model_dump(mode="json"), run_changes))
     contract = contract_of(config)
@@ -211,9 +219,9 @@ def evaluate(
 
 
 def _requested(
-    overrides: Overrides, fields: Mapping[str, Any] | None = None
+    overrides: Overrides, fields: Mapping[str, Any] | None = None, others: Sequence[str] = ()
 ) -> tuple[dict[str, Any], EvaluationSettings]:
-    """The changes to the run, and the settings of the evaluation."""
+    """The changes to the run, `others` included, and the settings of the evaluation."""
     given = overrides if isinstance(overrides, Mapping) else _read(overrides)
     changes = with_keywords(given, fields or {})
     own = {
@@ -221,7 +229,7 @@ def _requested(
     }
     rest = {path: value for path, value in changes.items() if path not in own}
     for path in rest:
-        if path.split(".")[0] not in _RUN_FIELDS:
+        if path.split(".")[0] not in (*_RUN_FIELDS, *others):
             raise RequestError(f"{path}: {_unknown(path)}")
     return rest, validated(EvaluationSettings, own)
 

@@ -157,4 +157,6 @@ def _run_file(subject: Subject) -> str:
         given = values["data"][path]
         if given is not None and Path(given).is_absolute():
             values["data"][path] = None if path == "root" else Path(given).name
+    if (weights := values["model"].get("weights")) is not None:
+        values["model"]["weights"] = Path(weights).name
     return yaml.safe_dump(values, sort_keys=False)

@@ -284,9 +284,15 @@ def _checked(
                 f"--resume: {word_of(resume)} is a trial of a sweep, which "
                 f"{resume_sweep_of(folder, asked.root, asked.storage)} continues; expected a run of train"
             )
+        if not (folder / LAST).is_file() and (folder / BEST).is_file() and load(folder).imported:
+            raise RequestError(
+                f"--resume: {word_of(resume)} is a network that was imported; expected a run of train: "
+                "model=robustbench:FILE begins one from its weights"
+            )
         config = stored_run(folder) if config is None else config
     run = as_run(config, overrides)
-    splits, before = preflight(run), run
+    saved = None if folder is None or not (folder / LAST).is_file() else load(folder / LAST)
+    splits, before = preflight(run, resumed=saved is not None), run
     check(run.root, writes)
     if folder is not None and is_url(run.storage) and run.root not in folder.parents:
         raise RequestError(
@@ -294,8 +300,7 @@ def _checked(
         )
     if _is_local(run):
         check_mode(run, local_context(run.device).device)
-    if folder is not None and (folder / LAST).is_file():
-        saved = load(folder / LAST)
+    if saved is not None:
         check_resumable(run, saved, splits)
         epoch = saved.epoch
         before = saved.run

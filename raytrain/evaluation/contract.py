@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -43,10 +44,22 @@ class Contract:
         """In words."""
         mean, std = (" ".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
         low, high = self.input_range
+        inside = f"normaliser inside (mean {mean}, std {std})"
+        if not any(self.mean) and set(self.std) == {1.0}:
+            inside = "no normaliser"
         return (
-            f"{self.norm} eps {self.eps:g} in [{low:g}, {high:g}], normaliser inside "
-            f"(mean {mean}, std {std}), BatchNorm {self.bn}"
+            f"{self.norm} eps {self.eps:g} in [{low:g}, {high:g}], {inside}, BatchNorm {self.bn}"
         )
+
+
+def threat_in(text: str) -> str | None:
+    """Return the `text` of a contract without the normaliser, a part of the network; None for other text.
+
+    >>> threat_in("l2 eps 0.5 in [0, 1], normaliser inside (mean 0.3, std 0.4), BatchNorm eval")
+    'l2 eps 0.5 in [0, 1], BatchNorm eval'
+    """
+    threat, found = re.subn(r"(normaliser inside \([^)]*\)|no normaliser), ", "", text)
+    return threat if found else None
 
 
 def _short(value: float) -> float:

@@ -1,8 +1,9 @@
 """Weights and claim in RobustBench's layout (Croce et al. 2021, arXiv 2010.09670).
 
 Its zoo reads `models/DATA/THREAT/NAME.pt`, a state dict without prefix; a network with a
-normaliser has the buffers `mu` and `sigma` of shape (1, 3, 1, 1) and a class that applies them. Its
-leaderboard is made of `model_info/DATA/THREAT/NAME.json`, a claim each.
+normaliser has the buffers `mu` and `sigma` of shape (1, 3, 1, 1) and a class that applies them, or is
+a DMWideResNet, which has `mean` and `std` of shape (3, 1, 1). Its leaderboard is made of
+`model_info/DATA/THREAT/NAME.json`, a claim each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raytrain.core.errors import RequestError
 from raytrain.data.catalogue import SOURCES
@@ -24,8 +26,10 @@ from raytrain.exporting.check import Checked, same_logits
 from raytrain.exporting.numbers import Record
 from raytrain.exporting.subject import Subject
 from raytrain.models import load_robustbench, robustbench_state_dict
+from raytrain.models.classifier import Normalise
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
+from raytrain.models.silu_wide_resnet import SiluWideResNet
 from raytrain.models.wide_resnet import WideResNet
 
 FOLDER = "robustbench"
@@ -44,9 +48,33 @@ class Namesake:
     module: str
     base: str
     arguments: str
+    normalises: bool = False  # in its class, by buffers `mean` and `std` of shape (3, 1, 1)
+
+    @property
+    def statistics(self) -> tuple[str, str]:
+        """The names of its buffers of mean and standard deviation."""
+        return ("mean", "std") if self.normalises else ("mu", "sigma")
+
+    def buffers(self, normalise: Normalise) -> dict[str, Tensor]:
+        """The normaliser, as its state dict has it."""
+        values = normalise.mean, normalise.std
+        return {
+            name: value if self.normalises else value[None]
+            for name, value in zip(self.statistics, values, strict=True)
+        }
 
     def definition(self, classes: int) -> str:
         """Python that makes `Net`, the network with its normaliser inside."""
+        if self.normalises:
+            return f"""\
+import torch
+from robustbench.model_zoo.architectures.{self.module} import {self.names}
+
+
+class Net({self.base}):  # images in [0, 1]; mean and std are in its state dict
+    def __init__(self):
+        super().__init__({self.arguments}num_classes={classes})
+"""
         return f"""\
 import torch
 from robustbench.model_zoo.architectures.{self.module} import {self.names}
@@ -92,6 +120,13 @@ def namesake(subject: Subject) -> Namesake:
         arguments = f"depth={depth}, widen_factor={width}, "
         names = f"WideResNet-{depth}-{width}"
         return Namesake(names, "WideResNet", "wide_resnet", "WideResNet", arguments)
+    silu = re.fullmatch(r"wideresnet-(\d+)-(\d+)-silu", subject.run.model.name)
+    if isinstance(backbone, SiluWideResNet) and silu is not None:
+        depth, width = silu.groups()
+        arguments = f"depth={depth}, width={width}, activation_fn=Swish, "
+        names, base = "DMWideResNet, Swish", "DMWideResNet"
+        name = f"WideResNet-{depth}-{width}"
+        return Namesake(name, names, "dm_wide_resnet", base, arguments, normalises=True)
     raise RequestError(
         f"--format: RobustBench has no namesake of {subject.run.model.name}; expected resnet18, "
         "preact_resnet18 or a wideresnet"
@@ -109,8 +144,7 @@ def write_robustbench(subject: Subject, folder: Path) -> Checked:
     claim = folder / FOLDER / "model_info" / place / f"{subject.name}.json"
     for file in (weights, claim):
         file.parent.mkdir(parents=True)
-    normalise = subject.model.normalise
-    statistics = {"mu": normalise.mean[None], "sigma": normalise.std[None]}
+    statistics = same.buffers(subject.model.normalise)
     torch.save({**robustbench_state_dict(subject.model), **statistics}, weights)
     claim.write_text(json.dumps(claim_of(subject, same), indent=2) + "\n")
     text = _instructions(subject, same, weights.relative_to(folder / FOLDER))
@@ -184,11 +218,12 @@ def _footnote(record: Record, num_test: int) -> str:
 
 def _instructions(subject: Subject, same: Namesake, weights: Path) -> str:
     data = subject.data
+    mean, std = same.statistics
     board = "" if data in LEADERBOARDS else f"\nRobustBench has no leaderboard for {data}.\n"
     return f"""\
 # {subject.name} for RobustBench
 
-The weights have the parameter names of RobustBench's {same.architecture}; `mu` and `sigma` are the
+The weights have the parameter names of RobustBench's {same.architecture}; `{mean}` and `{std}` are the
 mean and standard deviation of the normaliser, which belongs inside the network:
 
 ```python

@@ -78,7 +78,7 @@ class Subject:
         run = self.run
         return Facts(
             name=self.name,
-            model=run.model.model_dump(mode="json"),
+            model=run.model.model_dump(mode="json", exclude={"weights"}),
             channels=self.source.channels,
             size=self.source.size,
             classes=self.source.classes,
@@ -101,6 +101,11 @@ def subject_of(name: str, which: str | None, storage: Path, uri: str | None) -> 
     """
     file = checkpoint_file(name, which, storage, uri)
     saved = load(file)
+    if saved.imported:
+        raise RequestError(
+            f"{file}: a network that was imported, whose training is not known; expected one that "
+            "raytrain has trained"
+        )
     test, source = open_test(saved.run.data, DistributedContext())
     model = network(saved).float().eval()
     assert isinstance(model, Classifier)

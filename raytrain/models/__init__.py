@@ -3,10 +3,11 @@
 from raytrain.models.checks import check_network, check_single_images
 from raytrain.models.classifier import Classifier
 from raytrain.models.robustbench import load_robustbench, robustbench_state_dict
-from raytrain.models.spec import MODELS, ModelSpec
+from raytrain.models.spec import MODELS, ROBUSTBENCH, ModelSpec
 
 __all__ = [
     "MODELS",
+    "ROBUSTBENCH",
     "Classifier",
     "ModelSpec",
     "load_robustbench",

@@ -7,9 +7,13 @@ has a normaliser, its statistics as `mu` and `sigma`, `mean` and `std`, or
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raytrain.core.errors import RequestError
@@ -23,6 +27,23 @@ _STATISTICS = {
     "std": "normalise.std",
     "normalize.std": "normalise.std",
 }
+_WRAPPED = ("state_dict", "model_state_dict")  # keys of a state dict within a checkpoint
+_LAYOUTS = {  # first convolution, last layer, first convolution of a block of the first stage
+    "resnet18": ("conv1", "linear", r"layer1\.(\d+)\.conv1"),
+    "wideresnet": ("conv1", "fc", r"block1\.layer\.(\d+)\.conv1"),
+    "wideresnet-silu": ("init_conv", "logits", r"layer\.0\.block\.(\d+)\.conv_0"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the names and shapes of a RobustBench state dict are of."""
+
+    name: str  # a name of `MODELS`
+    channels: int
+    classes: int
+    mean: tuple[float, ...] | None  # of its normaliser; None without one
+    std: tuple[float, ...] | None
 
 
 def robustbench_state_dict(model: Classifier) -> dict[str, Tensor]:
@@ -43,7 +64,7 @@ def load_robustbench(model: Classifier, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     new = {key: value for key, value in own.items() if _may_be_missing(key)}
     for key, value in state.items():
-        bare = re.sub(r"^((module|model)\.)+", "", key)
+        bare = _bare(key)
         if bare in _STATISTICS:
             new[_STATISTICS[bare]] = value.reshape(-1, 1, 1)
         # TRADES's WideResNet has these unused layers, which are part of checkpoints.
@@ -51,6 +72,87 @@ def load_robustbench(model: Classifier, state: Mapping[str, Tensor]) -> None:
             new[f"backbone.{bare}"] = value
     _check_fit(type(model.backbone).__name__, own, new)
     model.load_state_dict(new)
+
+
+def read_robustbench(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, or the one in a checkpoint under `state_dict` or `model_state_dict`.
+
+    Raises:
+        RequestError: if there is no such file, or it is not one. Code in it is never run.
+    """
+    if not path.is_file():
+        raise RequestError(f"no such file: {path}; expected a checkpoint of RobustBench")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a truncated or foreign file makes the reader trip over
+        raise RequestError(
+            f"{path} is not a file of tensors that torch.load reads with weights_only"
+        ) from error
+    inner = [content[key] for key in _WRAPPED if isinstance(content, Mapping) and key in content]
+    state = inner[0] if inner else content
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise RequestError(
+            f"{path} holds no state dict; expected names and tensors, or these under "
+            f"{' or '.join(_WRAPPED)}"
+        )
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise RequestError(f"{path} has numbers in {key} that are not finite")
+    return dict(state)
+
+
+def layout_of(path: Path) -> Layout:
+    """Recognise the network of a file by its names and shapes.
+
+    ReLU and SiLU cannot be told apart by them: DMWideResNet's names stand for SiLU, with which all
+    networks of RobustBench's CIFAR leaderboards that have these names are built.
+
+    Raises:
+        RequestError: as `read_robustbench`, or if no network of raytrain has these names.
+    """
+    found = path.stat() if path.is_file() else None
+    return _layout_of(path, found and (found.st_mtime_ns, found.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _layout_of(path: Path, version: tuple[int, int] | None) -> Layout:
+    del version  # of the file: a sweep validates the same one for every trial
+    state = {_bare(key): value for key, value in read_robustbench(path).items()}
+    for kind, (first, last, block) in _LAYOUTS.items():
+        blocks = [found for key in state if (found := re.fullmatch(rf"{block}\.weight", key))]
+        ends = [state.get(f"{layer}.weight") for layer in (first, last)]
+        if not blocks or any(weight is None or weight.dim() < 2 for weight in ends):
+            continue
+        return Layout(
+            name=_name(kind, state, len(blocks), state[blocks[0][0]].shape[0]),
+            channels=state[f"{first}.weight"].shape[1],
+            classes=state[f"{last}.weight"].shape[0],
+            mean=_statistic(state, "normalise.mean"),
+            std=_statistic(state, "normalise.std"),
+        )
+    raise RequestError(
+        f"{path} is of an unknown network (its first names: {', '.join([*state][:3])}); expected "
+        "RobustBench's names of resnet18, preact_resnet18, wideresnet-D-W or wideresnet-D-W-silu"
+    )
+
+
+def _name(kind: str, state: Mapping[str, Tensor], num_blocks: int, width: int) -> str:
+    if kind == "resnet18":
+        return "resnet18" if "bn1.weight" in state else "preact_resnet18"
+    stem, _, silu = kind.partition("-")
+    return f"{stem}-{6 * num_blocks + 4}-{width // 16}" + (f"-{silu}" if silu else "")
+
+
+def _statistic(state: Mapping[str, Tensor], name: str) -> tuple[float, ...] | None:
+    """The shortest decimals that are these numbers in float32."""
+    found = [state[key] for key, own in _STATISTICS.items() if own == name and key in state]
+    return (
+        tuple(float(str(value)) for value in found[0].float().numpy().ravel()) if found else None
+    )
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"^((module|model)\.)+", "", key)
 
 
 def _may_be_missing(key: str) -> bool:

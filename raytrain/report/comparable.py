@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from raytrain.evaluation.contract import threat_in
 from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.report.configurations import ConfigurationGroup
 from raytrain.report.evaluations import EvaluatedRun
@@ -73,18 +74,19 @@ def _rows(setting: ConfigurationGroup, cost: float | None) -> list[tuple[Key, Ro
     here: dict[Key, dict[str, list[EvaluatedRun]]] = {}
     for run in setting.runs:
         for one in run.evaluations:
-            contract = run.contract if one.same_contract else one.contract_hash
+            contract = _contract(run) if one.same_contract else _contract_under(one)
             key = (_data(run), contract, f"{one.images} {one.test_set}", "")
             here.setdefault(key, {}).setdefault(one.checkpoint, []).append(one)
     first = setting.first
-    if not any(key[1] == first.contract for key in here):
-        here[(_data(first), first.contract, "", validation_of(first))] = {}
+    own = _contract(first)
+    if not any(key[1] == own for key in here):
+        here[(_data(first), own, "", validation_of(first))] = {}
     return [
         (
             key,
             Row(
                 setting=setting,
-                home=key[1] == first.contract,
+                home=key[1] == own,
                 best=tuple(by.get("best", ())),
                 last=tuple(by.get("last", ())),
                 cost=cost,
@@ -92,6 +94,17 @@ def _rows(setting: ConfigurationGroup, cost: float | None) -> list[tuple[Key, Ro
         )
         for key, by in here.items()
     ]
+
+
+def _contract(run: Trained) -> str:
+    """What two networks must share to be compared: the threat model, whatever their normalisers are."""
+    return threat_in(run.contract_text) or run.contract
+
+
+def _contract_under(evaluation: EvaluatedRun) -> str:
+    """The same of an evaluation under another threat model than that of training."""
+    text = "" if evaluation.contract is None else evaluation.contract.text
+    return threat_in(text) or evaluation.contract_hash
 
 
 def _data(run: Trained) -> str:
@@ -123,6 +136,8 @@ def _arena(key: tuple[str, ...], rows: list[Row]) -> ComparableRuns:
         one.contract.text for row in rows for one in row.best if one.contract and one.contract.text
     ]
     threat = texts[0] if texts else threat
+    if len(set(texts)) > 1:  # other normalisers
+        threat = threat_in(threat) or threat
     count = int(test.split()[0]) if test else 0
     attack = shared_attack(rows)
     where = f"{count:,} test images" if count else "validation only"

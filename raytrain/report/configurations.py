@@ -97,13 +97,16 @@ def _names(runs: Sequence[Trained], several: bool) -> tuple[str, ...]:
 
 
 def _labels(runs: list[Trained]) -> list[str]:
-    """What each is beside the others: its algorithm, and the numbers in which they differ."""
+    """What each is beside the others: its algorithm, and the numbers in which they differ; of an imported
+    network its name.
+    """
     kinds: dict[str, list[Trained]] = {}
-    for run in runs:
+    trained = [run for run in runs if not run.imported]
+    for run in trained:
         kinds.setdefault(run.algorithm, []).append(run)
-    shared = _differing(runs)
+    shared = _differing(trained)
     own = {kind: _differing(some) for kind, some in kinds.items()}
-    return [_label(run, shared, own[run.algorithm]) for run in runs]
+    return [run.name if run.imported else _label(run, shared, own[run.algorithm]) for run in runs]
 
 
 def _label(run: Trained, shared: list[str], own: list[str]) -> str:

@@ -234,15 +234,13 @@ def pairs_figure(pairs: list[Pair]) -> Figure | None:
     for place, pair in enumerate(shown):
         apart = pair.holm < LEVEL
         colour = COLOURS[0] if apart else GREY
-        if pair.low is not None and pair.high is not None:
-            ends = [100 * pair.low, 100 * pair.high]
-            axes.plot(ends, [place, place], color=colour, linewidth=1.6)
+        ends = [100 * pair.low, 100 * pair.high]
+        axes.plot(ends, [place, place], color=colour, linewidth=1.6)
         face = colour if apart else "none"
         axes.scatter([100 * pair.difference], [place], s=34, facecolors=face, edgecolors=colour)
-        right = 100 * (pair.difference if pair.high is None else pair.high)
         axes.annotate(
             p_text(pair.holm),
-            (right, place),
+            (ends[1], place),
             (7, 0),
             textcoords="offset points",
             va="center",

@@ -29,7 +29,7 @@ _TEXTS = {  # kind -> title, caption
     ),
     "pairs": (
         "The leader against the others, image by image",
-        "Difference on the same test images with its 95 % interval (one seed each), p adjusted by "
+        "Difference on the same test images with its 95 % interval, p adjusted by "
         "Holm. Filled: different at 5 %. Networks are paired by seed.",
     ),
     "overfitting": (

@@ -57,7 +57,11 @@ def equal_cost_of(comparable: ComparableRuns) -> EqualCost | None:
 
 
 def _counting(comparable: ComparableRuns) -> list[Row]:
-    rows = [row for row in comparable.rows if row.home and row.trusted]
+    rows = [
+        row
+        for row in comparable.rows
+        if row.home and row.trusted and not row.setting.first.imported
+    ]
     ways = Counter(validation_of(row.setting.first) for row in rows)
     return [row for row in rows if validation_of(row.setting.first) == ways.most_common(1)[0][0]]
 

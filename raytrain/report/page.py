@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from urllib.parse import urlsplit
 from raytrain.report.answer import answer_of
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.configurations import ConfigurationGroup
+from raytrain.report.content import ReportContent
 from raytrain.report.figures import draw_comparable
-from raytrain.report.pairs import Pair
 from raytrain.report.runs import Trained
 from raytrain.report.sections import Section, section_of
 from raytrain.report.tables import write_tables
@@ -29,18 +28,6 @@ GENERATOR = '<meta name="generator" content="raytrain compare">'
 """By which a report is known."""
 
 _DRAWN = 6  # arenas with figures
-
-
-@dataclass(frozen=True)
-class ReportContent:
-    """The content of a report."""
-
-    title: str
-    uri: str  # of the store
-    settings: list[ConfigurationGroup]
-    comparables: list[ComparableRuns]
-    pairs: dict[str, list[Pair]]  # by title of the arena
-    notes: list[str]  # what concerns all arenas
 
 
 def write_report(content: ReportContent, folder: Path) -> None:
@@ -64,12 +51,11 @@ def _page(content: ReportContent, parts: Sequence[Section], files: Sequence[str]
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    runs = sum(len(one.every) for one in content.settings)
     return environment.get_template("page.html").render(
         title=content.title,
         generator=GENERATOR,
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
-        count=f"{_some(runs, 'run')} of {_some(len(content.settings), 'configuration')}",
+        count=f"{_some(content.num_runs, 'run')} of {_some(len(content.settings), 'configuration')}",
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("raytrain"),
         uri=without_password(content.uri),

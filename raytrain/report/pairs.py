@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raytrain.evaluation.confidence import align, holm, mcnemar, paired
+from raytrain.evaluation.confidence import align, difference, holm, mcnemar, paired
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.rows import VALID, Row, order
@@ -23,8 +23,8 @@ class Pair:
     other: Row
     attack: str
     difference: float  # mean over the pairs of seeds
-    low: float | None  # Tango's limits; of a single pair of seeds only
-    high: float | None
+    low: float  # 95 % limits, see `difference`
+    high: float
     only_leader: int  # images that only the leader holds, summed over the pairs
     only_other: int
     seeds: int  # pairs
@@ -58,15 +58,16 @@ def pairs_of(comparable: ComparableRuns) -> list[Pair]:
     return [replace(pair, holm=p) for pair, p in zip(found, adjusted, strict=True)]
 
 
+def flags_by_seed(first: Row, second: Row, attack: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Which images survived `attack` for either row, (n,) bool each, per pair of seeds: aligned."""
+    return [_flags(one, two, attack) for one, two in _together(first, second, attack)]
+
+
 def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
-    per_seed = [
-        paired(one, two)
-        for first, second in _together(leader, other, attack)
-        for one, two in [_flags(first, second, attack)]
-    ]
-    if not per_seed:
+    flags = flags_by_seed(leader, other, attack)
+    if not flags:
         return None
-    single = per_seed[0] if len(per_seed) == 1 else None
+    per_seed, whole = [paired(one, two) for one, two in flags], difference(flags)
     ahead, behind = (
         _combined([mcnemar(*counts(one), alternative="greater") for one in per_seed])
         for counts in (
@@ -78,9 +79,9 @@ def _pair(leader: Row, other: Row, attack: str) -> Pair | None:
         leader=leader,
         other=other,
         attack=attack,
-        difference=statistics.fmean(one.difference for one in per_seed),
-        low=None if single is None else single.low,
-        high=None if single is None else single.high,
+        difference=whole.value,
+        low=whole.low,
+        high=whole.high,
         only_leader=sum(one.only_first for one in per_seed),
         only_other=sum(one.only_second for one in per_seed),
         seeds=len(per_seed),

@@ -152,7 +152,8 @@ def _front(bands: list[list[Row]], attack: str) -> list[Row]:
 
 def notes_on(rows: list[Row]) -> list[str]:
     notes = []
-    ways = {validation_of(run) for row in rows if row.home for run in row.setting.runs}
+    home = [run for row in rows if row.home for run in row.setting.runs]
+    ways = {validation_of(run) for run in home if not run.imported}
     if len(ways) > 1:
         notes.append(
             "Validation was not done alike in all rows (another split or attack): do not compare "
@@ -173,6 +174,12 @@ def notes_on(rows: list[Row]) -> list[str]:
     if any(not row.home for row in rows):
         notes.append(
             "† was trained for another threat model than the one it is measured under here."
+        )
+    imported = sum(row.setting.first.imported for row in rows)
+    if imported:
+        notes.append(
+            f"{imported} of {len(rows)} configurations are networks that were not trained here: their "
+            "training cost is not known, and they are not on the front."
         )
     machines = {run.tags.get("hardware") for row in rows for run in row.setting.runs}
     if len(machines) > 1:

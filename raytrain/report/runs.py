@@ -69,6 +69,11 @@ class Trained:
         return self.params.get("algorithm.name", self.tags.get("algorithm", self.name))
 
     @property
+    def imported(self) -> bool:
+        """Whether it is a network in a file, of whose training nothing is known."""
+        return self.tags.get("kind") == "imported"
+
+    @property
     def stopped(self) -> bool:
         """Whether a pruner ended it: its numbers are not those of a whole run."""
         return self.state == _STOPPED

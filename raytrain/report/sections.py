@@ -186,9 +186,7 @@ def _legend(comparable: ComparableRuns) -> str:
 
 
 def _pair(pair: Pair) -> dict[str, Any]:
-    limits = "-"
-    if pair.low is not None and pair.high is not None:
-        limits = f"{signed(100 * pair.low)} to {signed(100 * pair.high)}"
+    limits = f"{signed(100 * pair.low)} to {signed(100 * pair.high)}"
     one, other = pair.leader.cost, pair.other.cost
     return {
         "letter": pair.other.letter,

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,8 +20,8 @@ _FIRST = ("model", "threat", "algorithm", "outer", "optimizer", "seed", "epochs"
 """Fields that are named before others."""
 _SHORT = ("model", "data", "threat", "algorithm", "outer", "optimizer")
 """Records whose fields are named without them."""
-_PLACES = ("data.root", "data.test_path")
-"""Fields that are not named: where files are."""
+_UNNAMED = ("data.root", "data.test_path", "model.mean", "model.std")
+"""Fields that are not named: where files are, and what is too long."""
 _KINDS = ("name", "kind")  # fields named by their record
 
 
@@ -66,7 +67,7 @@ def _differing(run: RunConfig, default: RunConfig) -> list[tuple[str, Any]]:
     """The fields that differ, by path, with their values in `run`."""
     here, there = (one.computed() for one in (run, default))
     ranks = {name: rank for rank, name in enumerate(_FIRST)}
-    found = (item for item in _changes(here, there) if item[0] not in _PLACES)
+    found = (item for item in _changes(here, there) if item[0] not in _UNNAMED)
     return sorted(found, key=lambda item: ranks.get(item[0].partition(".")[0], len(ranks)))
 
 
@@ -83,6 +84,8 @@ def _text(path: str, value: Any) -> tuple[str, bool]:
     """A field in a name, `epochs30` or `model_resnet18`, and whether it is exact."""
     label = path.partition(".")[2] if path.partition(".")[0] in _SHORT else path
     parent, _, last = path.rpartition(".")
+    if path == "model.weights" and value is not None:
+        value = Path(value).stem
     if last in _KINDS:
         label = parent.removeprefix("algorithm.")
     if isinstance(value, float):

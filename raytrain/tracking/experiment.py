@@ -41,8 +41,9 @@ One run is one training; a sweep is a parent run, its trials are the runs below 
 - Metrics: `train/` every epoch; `valid/` what choices are made by; `test/` once, by `raytrain evaluate`;
   `cost/` of training; `sentinel/` signs of false robustness; `fosc_histogram/` how far attacks converged;
   `sweep/` and `final/` on a sweep's own run.
-- Tags: `kind` (`train`, `sweep`, `trial`, `final`), `sweep`, `algorithm`, `outer`, `data`, `model`,
-  `threat`, `contract` (runs that share it may be compared), `outcome` of a trial, `stopped_by`, `checks`.
+- Tags: `kind` (`train`, `sweep`, `trial`, `final`, `imported`), `sweep`, `algorithm`, `outer`, `data`,
+  `model`, `threat`, `contract` (runs that share it may be compared), `outcome` of a trial,
+  `stopped_by`, `checks`.
 
 ```
 params.`algorithm.name` = 'pgd' and metrics.`valid/robust` > 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,16 @@ from raytrain.evaluation.contract import Contract
 from raytrain.tracking.data_sets import data_name
 from raytrain.training.run_folder import option
 
-Kind = Literal["train", "sweep", "trial", "final"]
+_PACKAGES = ("raytrain", "torch", "ray")
+
+Kind = Literal["train", "sweep", "trial", "final", "imported"]
 
 
 def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
     """The tags by which runs are searched and grouped in MLflow.
 
-    `kind`: a training of its own, a sweep, one of its trials, or a training of its best on a new seed.
+    `kind`: a training of its own, a sweep, one of its trials, a training of its best on a new seed, or a
+    network in a file, which was not trained here.
     """
     contract = contract_of(run)
     return {
@@ -50,7 +53,8 @@ def tags(run: RunConfig, kind: Kind = "train") -> dict[str, str]:
 def contract_of(run: RunConfig) -> Contract:
     """The threat-model contract of a run; reads its training images if need be."""
     source = open_source(run.data)
-    return Contract.of(run.threat, source.mean, source.std)
+    statistics = run.model.statistics(source.channels, source.mean, source.std)
+    return Contract.of(run.threat, *statistics)
 
 
 def model_of(run: RunConfig) -> str:
@@ -116,8 +120,16 @@ def _machine(folder: Path) -> dict[str, str]:
     clean = {} if not commit else {"mlflow.source.git.commit": commit, "git_commit": commit}
     if commit and git(folder, "status", "--porcelain", "--untracked-files=no"):
         clean["git_dirty"] = "true"
-    versions = {f"{name}_version": version(name) for name in ("raytrain", "torch", "ray")}
+    versions = {f"{name}_version": found for name in _PACKAGES if (found := _version(name))}
     return {"hardware": hardware(), "python": platform.python_version(), **versions, **clean}
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed: training needs no Ray."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

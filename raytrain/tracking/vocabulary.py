@@ -41,7 +41,7 @@ STEP_METRICS = {
 """Once a minute within an epoch: look at them over time, not steps."""
 
 TAGS = {
-    "kind": "`train`, `sweep`, `trial`, `final` (a sweep's best on a new seed)",
+    "kind": "`train`, `sweep`, `trial`, `final` (a sweep's best on a new seed), `imported` (a file)",
     "algorithm": "`algorithm.name`",
     "outer": "`outer.name`",
     "data": "`data.name`",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,14 @@ class Saved:
         return self.content["counters"].get("seen", {})
 
     @property
+    def imported(self) -> bool:
+        """Whether its network is that of a file, on which no step was trained."""
+        return self.run.model.weights is not None and self.content["counters"]["step"] == 0
+
+    @property
     def fingerprint(self) -> str:
         """12 hexadecimal digits of the network that is to be judged: of names and numbers."""
-        found = hashlib.sha256()
-        for name, tensor in self.weights.items():
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()[:12]
+        return fingerprint(self.weights)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -92,6 +94,15 @@ class Saved:
                     f"{expected}, in the same order; found '{found}' in place of '{name}' as "
                     f"class {k}"
                 )
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """12 hexadecimal digits of names and numbers."""
+    found = hashlib.sha256()
+    for name, tensor in weights.items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def save(state: TrainState, run: RunConfig, path: Path, context: DistributedContext) -> None:

@@ -137,7 +137,7 @@ def preview_run(
     try:
         with _random_numbers_kept(context.device):
             set_up_device(run, context.device)
-            state = start(run, splits_of(run, context), context)
+            state = start(run, splits_of(run, context), context, resumed=True)
             how = execution(run, splits, device, state.model)
             flops = _flops(state.model, splits.train.shape)
             memory, algorithm_memory = _memory(run, state, splits), _sizes(state)
@@ -146,7 +146,7 @@ def preview_run(
             if workers is None:
                 step = (flops or 0) * fe_per_epoch * run.batch_size
                 tried = _smaller(run, step, device)
-                measured, after = _measured(tried, context, how)
+                measured, after = _measured(tried, context, how, resumed_after > 0)
                 if tried.batch_size == run.batch_size:  # with what its first steps have made
                     algorithm_memory = after
     except Exception as error:
@@ -257,14 +257,14 @@ class _StopWatch:
 
 
 def _measured(
-    run: RunConfig, context: DistributedContext, how: Execution
+    run: RunConfig, context: DistributedContext, how: Execution, resumed: bool
 ) -> tuple[MeasuredSteps, dict[str, int]]:
     """Measure steps of a new state, and the memory of its algorithm after them.
 
     Steps of compiled passes are run one by one: compiling would take longer than they do.
     """
     splits = splits_of(run, context)
-    state = start(run, splits, context)
+    state = start(run, splits, context, resumed)
     mode: Mode = "graph" if how.mode == "graph" else "eager"
     watch = _StopWatch(state, _WARM_UP[mode])
     steps = steps_in(mode, state)

@@ -35,13 +35,26 @@ def write_run_file(run: RunConfig, folder: Path, run_id: str | None = None) -> N
     Raises:
         TrainingFailed: if it cannot be written.
     """
+    _write(folder / RUN_FILE, to_yaml(run))
+    if run_id is not None:
+        write_run_id(folder, run_id)
+
+
+def write_run_id(folder: Path, run_id: str) -> None:
+    """Write the id of the run in MLflow whose checkpoints are in a folder.
+
+    Raises:
+        TrainingFailed: if it cannot be written.
+    """
+    _write(folder / RUN_ID, run_id)
+
+
+def _write(file: Path, text: str) -> None:
     try:
-        write_atomically(folder / RUN_FILE, to_yaml(run))
-        if run_id is not None:
-            write_atomically(folder / RUN_ID, run_id)
+        write_atomically(file, text)
     except OSError as error:
         raise TrainingFailed(
-            f"storage: {folder} could not be written ({error.strerror or error})"
+            f"storage: {file.parent} could not be written ({error.strerror or error})"
         ) from error
 
 

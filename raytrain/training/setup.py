@@ -49,7 +49,7 @@ def check_resumable(run: RunConfig, saved: Saved, splits: Splits) -> None:
                     f"{field}: the checkpoint is within an epoch, whose batches depend on it; expected "
                     "the same as before until the next epoch has ended"
                 )
-    state = start(run, splits, DistributedContext())
+    state = start(run, splits, DistributedContext(), resumed=True)
     restore(state, saved, DistributedContext())
     if build_progress(run, splits, DistributedContext()).is_complete(state):
         by_epochs = run.fe_per_image is None
@@ -110,8 +110,10 @@ def _length(run: RunConfig) -> str:
     )
 
 
-def preflight(run: RunConfig) -> Splits:
+def preflight(run: RunConfig, resumed: bool = False) -> Splits:
     """Check a run before training: read the data, build and try the network, allocate the state.
+
+    Weights to start from are read unless the run is `resumed`, from a checkpoint.
 
     Raises:
         RequestError: naming the field or file.
@@ -125,6 +127,8 @@ def preflight(run: RunConfig) -> Splits:
         model = build_model(run, splits.source)
         if run.model.users:
             build_model(run, splits.source)  # raises if it shares weights with the first
+    if not resumed:
+        load_weights(run, model, splits.source)
     _check_network(run, model, splits, DistributedContext())
     if run.model.users:
         _warn(run, model, splits.train)
@@ -166,10 +170,17 @@ def build_progress(
     return ByEpochs(run.epochs, num_steps(splits.train, run.batch_size))
 
 
-def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainState:
-    """Return the initial state: network, optimiser and parts, the same on every worker."""
+def start(
+    run: RunConfig, splits: Splits, context: DistributedContext, resumed: bool = False
+) -> TrainState:
+    """Return the initial state: network, optimiser and parts, the same on every worker.
+
+    `resumed`: the weights are going to be those of a checkpoint, and `model.weights` is not read.
+    """
     torch.manual_seed(mix(run.seed, "weights"))
     model = build_model(run, splits.source)
+    if not resumed:
+        load_weights(run, model, splits.source)
     _check_network(run, model, splits, context)
     model = model.to(context.device, splits.train.dtype).to(memory_format=memory_format(run))
     wrapper = context.wrap(model, fixed=not run.model.users)
@@ -178,6 +189,10 @@ def start(run: RunConfig, splits: Splits, context: DistributedContext) -> TrainS
     if run.ema is not None:
         average = get_ema_multi_avg_fn(run.ema)
         ema = AveragedModel(copy_of(model), multi_avg_fn=average, use_buffers=True)
+        if (
+            run.model.weights is not None
+        ):  # of random weights the first step is not averaged with them
+            ema.n_averaged.fill_(1)
     return TrainState(
         model=model,
         wrapper=wrapper,
@@ -211,6 +226,11 @@ def build_model(run: RunConfig, source: Source) -> Classifier:
     return run.model.build(
         source.channels, source.size, len(source.classes), source.mean, source.std
     )
+
+
+def load_weights(run: RunConfig, model: Classifier, source: Source) -> None:
+    """Load the weights that the run starts from, if any, into its network for the images of `source`."""
+    run.model.load_weights(model, source.channels, len(source.classes))
 
 
 def network(saved: Saved, data: DataSpec | None = None) -> torch.nn.Module:

@@ -122,7 +122,7 @@ def fit(
     splits = splits_of(run, context)
     run.check_radius(splits.train.shape)
     set_up_device(run, context.device)
-    state = start(run, splits, context)
+    state = start(run, splits, context, resumed=resume is not None)
     if resume is not None:
         restore(state, resume, context)
         state.stopped_by = run.reason_to_stop(state.patience_count, state.sentinel_values)

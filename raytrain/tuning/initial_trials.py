@@ -21,14 +21,12 @@ from raytrain.tracking import finished_runs, provenance
 from raytrain.tuning.history import queued_params
 from raytrain.tuning.outcome import amounts
 from raytrain.tuning.space.base import same
-from raytrain.tuning.space.draws import Draw
 from raytrain.tuning.space.encoding import defaults, encode
 from raytrain.tuning.space.search_space import SearchSpace
 from raytrain.tuning.trial_manager import TrialManager
 
 _PLANNED = "planned"  # set once all of this is in the study
 _EARLIER = "earlier"  # the outcome of what is no trial of this sweep
-_TRIES = 100  # draws for a configuration, until the constraints hold
 
 
 def plan_first(manager: TrialManager, space: SearchSpace, tracking_uri: str) -> None:
@@ -74,22 +72,8 @@ def _of_every_algorithm(
     had = Counter(params[key] for params in before)
     for number in range(-(-space.search.startup // len(names))):
         for name in random.Random(mix(space.search.seed, number)).sample(names, len(names)):
-            if had[name] <= number and (drawn := _drawn(space, {key: name}, number)) is not None:
+            if had[name] <= number and (drawn := space.draw(number, {key: name})) is not None:
                 yield drawn
-
-
-def _drawn(space: SearchSpace, fixed: Mapping[str, Any], number: int) -> dict[str, Any] | None:
-    """A random configuration that makes a valid run; None if none is found."""
-    for attempt in range(_TRIES):
-        draw = Draw(mix(space.search.seed, "start", repr(fixed), number, attempt), fixed)
-        try:
-            values = space.sample(draw)
-            if space.allows(values):
-                space.run(values)
-                return draw.params
-        except RequestError:
-            continue
-    return None
 
 
 def _learn(

@@ -65,7 +65,9 @@ def test_a_signal_ends_a_training_of_two_workers_that_can_be_resumed(
     with started(tmp_path, ray_folder, "train", *words, "workers=2", "epochs=200") as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("training: ")
-        assert process.stderr.readline().startswith("epoch 1/200")
+        while "of training" in (line := process.stderr.readline()):
+            pass  # within the epoch, on a slow machine
+        assert line.startswith("epoch 1/200")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, ""), err

@@ -9,10 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from raytrain.core.errors import RequestError
 from raytrain.evaluation import confidence
-from raytrain.evaluation.confidence import align, holm, mcnemar, over_seeds, paired, wilson
+from raytrain.evaluation.confidence import (
+    align,
+    difference,
+    holm,
+    mcnemar,
+    over_seeds,
+    paired,
+    wilson,
+)
 
 Z = 1.959963984540054  # the normal quantile of 0.975
 PAIRS = list(itertools.product(range(6), repeat=2))
@@ -230,3 +240,68 @@ def test_different_test_sets_are_refused_in_one_sentence() -> None:
 def test_the_score_of_a_certain_difference_is_infinite() -> None:
     """At a difference of one no image can be against it: any that is refutes it."""
     assert confidence._score(1.0, 9, 0, 10) == -math.inf
+
+
+# ---------------------------------------------------------------- differences over several seeds
+
+
+def crossed(seeds: int, images: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of two equally good methods: images differ in difficulty for either, seeds in skill."""
+    source = np.random.RandomState(number)
+    hard = source.normal(size=(2, 1, images))
+    skill = source.normal(scale=0.3, size=(2, seeds, 1))
+    first, second = source.normal(size=(2, seeds, images)) + hard + skill > 0
+    return list(zip(first, second, strict=True))
+
+
+def test_one_pair_of_seeds_is_the_paired_comparison() -> None:
+    one, two = flags(3, 9, 2, 6)
+    single, whole = paired(one, two), difference([(one, two)])
+    expected = (single.difference, single.low, single.high, single.p, 1)
+    assert (whole.value, whole.low, whole.high, whole.p, whole.seeds) == expected
+
+
+def test_seeds_that_agree_image_by_image_leave_the_variance_of_the_images_alone() -> None:
+    one, two = flags(3, 9, 2, 6)
+    whole = difference([(one, two)] * 4)
+    each = one.astype(float) - two.astype(float)
+    error = each.std(ddof=1) / math.sqrt(len(each))
+    reach = float(student.ppf(0.975, len(each) - 1)) * error
+    assert whole.high - whole.value == pytest.approx(reach, rel=1e-12)
+    assert whole.p == pytest.approx(ttest_1samp(each, 0)[1], rel=1e-12)
+
+
+def test_images_that_agree_leave_the_interval_over_seeds() -> None:
+    skill = [True, True, False, True, True]
+    pairs = [(np.full(30, right), np.zeros(30, dtype=bool)) for right in skill]
+    whole, expected = difference(pairs), over_seeds([float(right) for right in skill])
+    assert (whole.low, whole.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert whole.p == pytest.approx(ttest_1samp(np.array(skill, dtype=float), 0)[1], rel=1e-12)
+
+
+def test_methods_that_never_differ_have_an_interval_of_no_width_and_p_of_one() -> None:
+    one, _ = flags(3, 9, 2, 6)
+    whole = difference([(one, one), (one, one)])
+    assert (whole.value, whole.low, whole.high, whole.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_interval_holds_for_other_seeds_and_other_images() -> None:
+    """95 % of intervals hold the true difference, 0; those of either source alone do not."""
+    trials = [crossed(3, 60, number) for number in range(400)]
+    found = [difference(pairs) for pairs in trials]
+    assert np.mean([one.low <= 0 <= one.high for one in found]) >= 0.93
+    assert np.mean([one.p < 0.05 for one in found]) <= 0.07
+    alone = [paired(*pairs[0]) for pairs in trials]
+    assert np.mean([one.low <= 0 <= one.high for one in alone]) < 0.9
+
+
+def test_the_difference_turns_its_sign_with_the_methods() -> None:
+    pairs = crossed(3, 60, 7)
+    one, other = difference(pairs), difference([(b, a) for a, b in pairs])
+    assert (one.value, one.low, one.high) == (-other.value, -other.high, -other.low)
+    assert one.p == other.p
+
+
+def test_a_difference_of_no_pairs_is_refused() -> None:
+    with pytest.raises(RequestError, match="at least one pair"):
+        difference([])

@@ -42,9 +42,10 @@ from raytrain.exporting.check import same_logits
 from raytrain.exporting.numbers import record_of
 from raytrain.exporting.robustbench import eps_text
 from raytrain.exporting.safetensors import load_exported
-from raytrain.models import robustbench_state_dict
+from raytrain.models import ModelSpec, robustbench_state_dict
 from raytrain.models.preact_resnet import PreActResNet18
 from raytrain.models.resnet import ResNet18
+from raytrain.models.silu_wide_resnet import SiluWideResNet
 from raytrain.models.wide_resnet import WideResNet
 from raytrain.tracking.lookup import Seen, look_up
 from raytrain.training.checkpoint import load, save
@@ -60,6 +61,7 @@ THEIRS = [
     pytest.param("resnet18", marks=pytest.mark.slow),
     pytest.param("preact_resnet18", marks=pytest.mark.slow),
     "wideresnet-10-1",
+    "wideresnet-10-1-silu",
 ]
 FIELDS = [
     *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue"),
@@ -296,8 +298,13 @@ class TestRobustBench:
         assert weights.parts[-3:-1] == (coloured.name, "L2")
         state = torch.load(weights, weights_only=True)
         model: Any = network(load(file))
-        assert state.keys() == robustbench_state_dict(model).keys() | {"mu", "sigma"}
-        assert state["mu"].shape == (1, 3, 1, 1)
+        names, shape = {"mu", "sigma"}, (1, 3, 1, 1)
+        if "silu" in name:
+            names, shape = {"mean", "std"}, (3, 1, 1)
+        assert state.keys() == robustbench_state_dict(model).keys() | names
+        assert {tuple(state[buffer].shape) for buffer in names} == {shape}
+        again = ModelSpec(name=f"robustbench:{weights}")
+        assert (again.name, again.normalise) == (name, True)
         _their_package(monkeypatch)
         monkeypatch.chdir("out/robustbench")
         (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
@@ -441,9 +448,20 @@ def _their_package(monkeypatch: pytest.MonkeyPatch) -> None:
         args = (3, num_classes, depth, widen_factor)
         WideResNet.__init__(self, *args)  # pyright: ignore[reportArgumentType]
 
+    def silu(self: Any, depth: int, width: int, activation_fn: str, num_classes: int = 10) -> None:
+        assert activation_fn == "Swish"
+        SiluWideResNet.__init__(self, 3, num_classes, depth, width)
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+
+    def normalised(self: Any, x: Tensor) -> Tensor:
+        return SiluWideResNet.forward(self, (x - self.mean) / self.std)
+
     def named(name: str, base: type, init: Callable) -> type:
         return types.new_class(name, (base,), exec_body=lambda body: body.update(__init__=init))
 
+    dm: Any = named("DMWideResNet", SiluWideResNet, silu)
+    dm.forward = normalised
     theirs = {
         "resnet": {
             "BasicBlock": "BasicBlock",
@@ -452,6 +470,7 @@ def _their_package(monkeypatch: pytest.MonkeyPatch) -> None:
             "PreActResNet": named("PreActResNet", PreActResNet18, preact),
         },
         "wide_resnet": {"WideResNet": named("WideResNet", WideResNet, wide)},
+        "dm_wide_resnet": {"DMWideResNet": dm, "Swish": "Swish"},
     }
     path = "robustbench"
     for part in ("", ".model_zoo", ".architectures"):

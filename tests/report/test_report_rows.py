@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from report_helpers import IMAGES, contract_of, evaluated, finding, flags_of, trained
 from scipy.stats import binomtest
 
-from raytrain.evaluation.confidence import holm, mcnemar, over_seeds, wilson
+from raytrain.evaluation.confidence import difference, holm, mcnemar, over_seeds, wilson
 from raytrain.evaluation.names import attack_title, strongest_first
 from raytrain.plotting.sheet import save
 from raytrain.report import curve_figures
@@ -182,6 +183,41 @@ def test_other_threat_models_data_and_test_sets_are_apart() -> None:
     assert sorted(map(sorted, together)) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
+def test_networks_with_other_normalisers_are_compared_under_the_same_threat_model() -> None:
+    """The normaliser is a part of the network: pixels of [0, 1] are attacked before it."""
+    threat = "linf eps 0.1 in [0, 1], {}, BatchNorm eval"
+    said = {
+        "a": threat.format("normaliser inside (mean 0.3, std 0.4)"),
+        "b": threat.format("no normaliser"),
+        "c": threat.replace("0.1", "0.2").format("no normaliser"),
+    }
+    runs = []
+    for name, text in said.items():
+        one = evaluated(shares={"pgd20": (5, 10)}, contract=contract_of(f"of {name}", text))
+        tags = {"contract": f"of {name}", "contract_text": text}
+        runs.append(trained(name, evaluations=[one], tags=tags))
+    comparables = compared(*runs)
+    together = [{row.label[0]: row.home for row in comparable.rows} for comparable in comparables]
+    assert together == [{"a": True, "b": True}, {"c": True}]
+    assert [one.threat for one in comparables] == [
+        threat.format("X").replace("X, ", ""),
+        said["c"],
+    ]
+
+
+def test_an_imported_network_has_no_cost_and_is_named_by_its_run() -> None:
+    one = evaluated(shares={"pgd20": (9, 10)})
+    tags, params = {"kind": "imported"}, {"evaluation.steps": 50}
+    theirs = replace(
+        trained("x", robust=[], evaluations=[one], tags=tags, params=params), name="robustbench-X"
+    )
+    comparable = alone(trained("a", evaluations=[one]), theirs)
+    row = next(row for row in comparable.rows if row.setting.first.imported)
+    assert (row.label, row.cost, row.front) == ("robustbench-X", None, False)
+    assert [note for note in comparable.notes if "not trained here" in note]
+    assert not [note for note in comparable.notes if "Validation" in note]
+
+
 def test_equally_many_but_other_images_are_another_test_set() -> None:
     one = evaluated(flags_of({"clean": [True] * 10, "pgd20": [True] * 10}))
     other = evaluated(flags_of({"clean": [True] * 10, "pgd20": [True] * 10}, first=50))
@@ -344,7 +380,7 @@ def test_pairs_are_mcnemars_on_the_same_images_adjusted_by_holm() -> None:
         wanted[name] = (only_a, only_other, binomtest(only_a, only_a + only_other).pvalue)
     assert {p.other.label: (p.only_leader, p.only_other, p.p) for p in pairs} == wanted
     assert [pair.holm for pair in pairs] == holm([pair.p for pair in pairs])
-    assert all(pair.low is not None and pair.low <= pair.difference for pair in pairs)
+    assert all(pair.low <= pair.difference <= pair.high for pair in pairs)
 
 
 def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
@@ -363,7 +399,10 @@ def test_seeds_are_paired_and_p_is_twice_the_median() -> None:
         differences.append(one.mean() - two.mean())
     assert pair.p == min(1.0, 2 * float(np.median(p_values))) and pair.seeds == 3
     assert pair.difference == pytest.approx(np.mean(differences), abs=1e-12)
-    assert pair.low is None and pair.ahead == sum(d > 0 for d in differences)
+    assert pair.ahead == sum(d > 0 for d in differences)
+    rows = [tuple(t[k]["pgd20"].to_numpy(False) for t in (first, second)) for k in range(3)]
+    whole = difference([(one, two) for one, two in rows])
+    assert (pair.low, pair.high) == (whole.low, whole.high)
 
 
 def test_what_failed_a_check_or_has_no_flags_is_in_no_pair() -> None:

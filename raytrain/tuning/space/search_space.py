@@ -14,11 +14,11 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from raytrain.config.request import override, validated
 from raytrain.config.run import EXECUTION, RunConfig
 from raytrain.core.errors import RequestError
-from raytrain.core.types import Spec
+from raytrain.core.types import Spec, mix
 from raytrain.evaluation.sentinels import Sentinels
 from raytrain.tuning.space.base import AbstractSearched, Suggests
 from raytrain.tuning.space.dimensions import Branch, Choice, Derived, Real, SpaceEntry
-from raytrain.tuning.space.draws import Replay, Walk
+from raytrain.tuning.space.draws import Draw, Replay, Walk
 from raytrain.tuning.space.expressions import Absent, parse
 from raytrain.tuning.space.labels import ALGORITHM
 from raytrain.tuning.space.lookup import Lookup
@@ -37,6 +37,8 @@ from raytrain.tuning.space.variables import Variable, lay_out
 Choose = Callable[[Variable, AbstractSearched, float], Any]
 """Who decides the value of a dimension, given how many pixels its unit is."""
 
+_NOTHING: Mapping[str, Any] = {}
+_TRIES = 100  # draws for a configuration, until the constraints hold
 _PASSWORD = re.compile(r"^[^:/]*://[^:/]*:[^@]*@|[?&](password|passwd|passphrase)=", re.IGNORECASE)
 """In a URL, where SQLAlchemy would look for one."""
 
@@ -171,6 +173,22 @@ class SearchSpace(Spec):
             RequestError: if they are not those of a trial of this space.
         """
         return self.sample(Replay(params))
+
+    def draw(self, number: int, fixed: Mapping[str, Any] = _NOTHING) -> dict[str, Any] | None:
+        """The parameters of a random configuration that makes a valid run; None if none is found.
+
+        A function of the search's seed, of `number` and of the parameters that are `fixed`.
+        """
+        for attempt in range(_TRIES):
+            draw = Draw(mix(self.search.seed, "start", repr(fixed), number, attempt), fixed)
+            try:
+                values = self.sample(draw)
+                if self.allows(values):
+                    self.run(values)
+                    return draw.params
+            except RequestError:
+                continue
+        return None
 
     def run(self, values: Mapping[str, Any]) -> RunConfig:
         """The run with these values by path.
