@@ -570,6 +570,7 @@ TEXTS = (
     "data.label_column",
     "model",
     "model.name",
+    "model.weights",
     "storage",
     "experiment",
     "run_name",
@@ -580,6 +581,7 @@ OPTIONAL = {
     "data.test_path",
     "data.image_column",
     "data.label_column",
+    "model.weights",
     "run_name",
     "tracking_uri",
 }
@@ -664,7 +666,9 @@ def test_any_text_comes_back_from_the_file_that_keeps_it(text: str) -> None:
     run = run.model_copy(
         update={
             "data": run.data.model_copy(update=data),
-            "model": run.model.model_copy(update={"name": text, "kwargs": {text: text}}),
+            "model": run.model.model_copy(
+                update={"name": text, "weights": Path(text), "kwargs": {text: text}}
+            ),
             "storage": Path(text),
             **dict.fromkeys(("experiment", "run_name", "tracking_uri"), text),
         }
