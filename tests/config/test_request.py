@@ -571,6 +571,7 @@ TEXTS = (
     "data.extra",
     "model",
     "model.name",
+    "model.weights",
     "storage",
     "experiment",
     "run_name",
@@ -582,6 +583,7 @@ OPTIONAL = {
     "data.image_column",
     "data.label_column",
     "data.extra",
+    "model.weights",
     "run_name",
     "tracking_uri",
 }
@@ -666,7 +668,9 @@ def test_any_text_comes_back_from_the_file_that_keeps_it(text: str) -> None:
     run = run.model_copy(
         update={
             "data": run.data.model_copy(update=data),
-            "model": run.model.model_copy(update={"name": text, "kwargs": {text: text}}),
+            "model": run.model.model_copy(
+                update={"name": text, "weights": Path(text), "kwargs": {text: text}}
+            ),
             "storage": Path(text),
             **dict.fromkeys(("experiment", "run_name", "tracking_uri"), text),
         }
