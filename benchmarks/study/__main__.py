@@ -96,7 +96,7 @@ def _show(task: Task, record: Record | None, problem: Problem, records: list[Rec
 def _show_status(schedule: Schedule) -> None:
     done = Counter((r.phase, r.evaluation) for r in schedule.records)
     problem = schedule.problem
-    trials = len(problem.methods) * problem.tuning.trials
+    trials = len(problem.methods) * schedule.num_trials
     runs = len(problem.methods) * problem.seeds * len(problem.budgets)
     print(f"{problem.name}: trials {done['tune', None]} of {trials}")
     for number, settings in enumerate(problem.evaluations):

@@ -60,9 +60,16 @@ class Problem(Spec):
 
     name: str
     title: str
-    base: Annotated[dict[str, Any], Field(description="fields of every run")]
+    base: Annotated[
+        dict[str, Any],
+        Field(
+            description="fields of every run, or the path of a run file, from the problem's file"
+        ),
+    ]
     methods: dict[str, Method]
-    tuning: Tuning
+    tuning: Annotated[
+        Tuning | None, Field(description="none: all runs have the hyperparameters of `base`")
+    ] = None
     budgets: Annotated[
         list[PositiveFloat],
         Field(min_length=1, description="costs of runs, FE per training image"),
@@ -82,7 +89,7 @@ class Problem(Spec):
                 if name not in self.methods:
                     known = ", ".join(self.methods)
                     raise ValueError(f"questions: expected one of {known}, found {name}")
-        if self.tuning.seed < self.seeds:
+        if self.tuning is not None and self.tuning.seed < self.seeds:
             raise ValueError(
                 f"tuning.seed: expected none of the {self.seeds} seeds of the runs, found {self.tuning.seed}"
             )
@@ -102,7 +109,8 @@ class Problem(Spec):
         published = {k: v for k, v in _content(file).items() if k in _SHAPED_BY}
         own = {k: v for k, v in published["base"].items() if k in _OF_METHOD}
         base = override(override(self.base, _dotted(own)), method.fixed)
-        base["fe_per_image"], base["seed"] = self.tuning.fe_per_image, self.tuning.seed
+        if self.tuning is not None:
+            base |= {"fe_per_image": self.tuning.fe_per_image, "seed": self.tuning.seed}
         return validated(SearchSpace, {**published, "name": name, "base": base})
 
     def trial(self, method: str, number: int) -> RunConfig:
@@ -153,7 +161,10 @@ def read_problem(word: str) -> Problem:
     if not file.is_file():
         known = ", ".join(sorted(found.stem for found in _PROBLEMS.glob("*.yaml")))
         raise RequestError(f"PROBLEM: expected one of {known}, or a file; found {word}")
-    return validated(Problem, {"name": file.stem, **_content(_SHARED), **_content(file)})
+    values = {"name": file.stem, **_content(_SHARED), **_content(file)}
+    if isinstance(values.get("base"), str):
+        values["base"] = _content(file.parent / values["base"])
+    return validated(Problem, values)
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -94,21 +94,27 @@ def page_of(schedule: Schedule, shown: ReportContent, has_figure: bool) -> str:
         attack = attack_title(comparable.attack)
         lines += [f"## {comparable.images:,} test images, {attack}", ""]
         lines += [*_answers(found), "", *_table(problem, comparable), ""]
-    lines += ["## Hyperparameters", "", *_hyperparameters(schedule), ""]
+    if problem.tuning is not None:
+        lines += ["## Hyperparameters", "", *_hyperparameters(schedule), ""]
     lines += ["## What is missing", "", *_missing(schedule, shown), ""]
     return "\n".join(lines)
 
 
 def _setting(schedule: Schedule) -> list[str]:
     problem, records = schedule.problem, schedule.records
-    tuning, any_run = problem.tuning, problem.trial(next(iter(problem.methods)), 0)
+    any_run = problem.trial(next(iter(problem.methods)), 0)
+    searched = "Nothing was searched here."
+    if (tuning := problem.tuning) is not None:
+        searched = (
+            f"Hyperparameters of every method: the best of {tuning.trials} trials of "
+            f"{tuning.fe_per_image:g} FE on validation (the first has the published defaults, the others "
+            "are random in its search space)."
+        )
     budgets = " and ".join(f"{budget:g}" for budget in problem.budgets)
     said = (
         f"{any_run.data.name}, {any_run.model.name}, {any_run.threat.norm} eps "
         f"{any_run.threat.eps:.4g}; runs of {budgets} forward-equivalents (FE) per training image, "
-        f"{problem.seeds} seeds each. Hyperparameters of every method: the best of {tuning.trials} trials of "
-        f"{tuning.fe_per_image:g} FE on validation (the first has the published defaults, the others are "
-        "random in its search space). The test set was used once per run and evaluation."
+        f"{problem.seeds} seeds each. {searched} The test set was used once per run and evaluation."
     )
     machines = sorted({record.tags.get("hardware", "?") for record in records})
     commits = sorted({record.tags.get("git_commit", "?")[:10] for record in records})
@@ -125,6 +131,8 @@ def _setting(schedule: Schedule) -> list[str]:
 
 
 def _answers(found: Sequence[Answer]) -> list[str]:
+    if not found:
+        return []
     lines = [
         "| question | FE | answer | against | difference, points | 95 % | p | cost, FE |",
         "|---|---|---|---|---|---|---|---|",

@@ -41,7 +41,12 @@ class Schedule:
         """How many tasks there are in all."""
         problem = self.problem
         runs = len(problem.budgets) * problem.seeds * len(problem.evaluations)
-        return len(problem.methods) * (problem.tuning.trials + runs)
+        return len(problem.methods) * (self.num_trials + runs)
+
+    @property
+    def num_trials(self) -> int:
+        """Trials of a method's search."""
+        return 0 if self.problem.tuning is None else self.problem.tuning.trials
 
     def config(self, task: Task) -> RunConfig:
         """The configuration of a task's training."""
@@ -70,8 +75,10 @@ class Schedule:
         """The trial whose hyperparameters a method's runs have; None before its trials are done.
 
         The one with the highest robust accuracy in validation at its last epoch, of those that are within
-        the bounds of the space, or of all where none is.
+        the bounds of the space, or of all where none is. Without a search it is 0.
         """
+        if self.num_trials == 0:
+            return 0
         trials = [self._of(task) for task in self._trials() if task.method == method]
         done = [record for record in trials if record is not None]
         if len(done) < len(trials):
@@ -91,7 +98,8 @@ class Schedule:
 
     def _trials(self) -> Iterator[Task]:
         tuning, name = self.problem.tuning, self.problem.name
-        for number in range(tuning.trials):
+        for number in range(0 if tuning is None else tuning.trials):
+            assert tuning is not None
             for method in self.problem.methods:
                 yield Task(name, "tune", method, number, tuning.fe_per_image, tuning.seed)
 

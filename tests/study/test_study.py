@@ -19,6 +19,7 @@ from benchmarks.study.records import Record, Records, read
 from benchmarks.study.report import content, page_of, rows_of
 from benchmarks.study.schedule import Schedule
 from benchmarks.study.work import OutOfTime, Workplace, work
+from raytrain.config.request import as_run
 from raytrain.core.errors import RequestError
 from raytrain.evaluation.confidence import difference
 
@@ -44,6 +45,7 @@ def test_every_method_has_as_many_trials_at_the_same_cost_and_the_first_has_the_
     name: str,
 ) -> None:
     problem = read_problem(name)
+    assert problem.tuning is not None
     trials = [t for t in Schedule(problem, []).tasks() if t.phase == "tune"]
     assert set(Counter(t.method for t in trials).values()) == {problem.tuning.trials}
     configs = {(t.method, t.trial): Schedule(problem, []).config(t) for t in trials}
@@ -54,6 +56,17 @@ def test_every_method_has_as_many_trials_at_the_same_cost_and_the_first_has_the_
         assert configs[method, 0] == problem.spaces[method].base_run
         for path, value in problem.methods[method].fixed.items():
             assert problem.hyperparameters(method, 1)[path] == value
+
+
+@pytest.mark.parametrize("minutes", [3, 10])
+def test_the_speed_record_is_the_run_file_on_three_seeds(minutes: int) -> None:
+    problem = read_problem(f"speedrun_{minutes}min")
+    file = as_run(ROOT / "benchmarks" / f"speedrun-{minutes}min.yaml")
+    schedule = Schedule(problem, [])
+    runs = [schedule.config(task) for task in schedule.tasks()]
+    expected = [file.model_copy(update={"seed": seed}) for seed in range(3)]
+    assert [run.signature() for run in runs] == [run.signature() for run in expected]
+    assert problem.evaluations[-1].images is None and "aa" in problem.evaluations[-1].attacks
 
 
 def test_runs_of_a_method_wait_for_its_trials_and_have_the_hyperparameters_of_the_best(
