@@ -13,17 +13,21 @@ once in results/PROBLEM/; a training that the time cuts goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 from raytrain.core.console import log_line
 from raytrain.core.errors import RequestError
+from raytrain.core.files import check_folder
 
 from .problem import HERE, Problem, Task, read_problem
 from .records import Record, Records
@@ -32,10 +36,12 @@ from .work import Workplace, set_up, work
 
 RESULTS = HERE / "results"
 _INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do tasks until the time is over or none is left; 130 after a signal."""
+    _check(options)
     problem, records = opened(options)
     _ = problem.spaces  # refused before any work
     place = Workplace(
@@ -45,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     context = get_context("spawn")
     stop = context.Event()
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, lambda which, frame: (received.append(which), stop.set()))
     running: dict[Future[Record | None], Task] = {}
     with ProcessPoolExecutor(
@@ -58,13 +64,46 @@ def run(options: argparse.Namespace) -> int:
                 task = schedule.next(left, running.values()) if left > 0 else None
                 if task is None:
                     break
-                running[pool.submit(work, task, place, deadline)] = task
+                with _signals_blocked():  # in the processes that are started here
+                    running[pool.submit(work, task, place, deadline)] = task
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 _show(running.pop(future), future.result(), problem, records.read())
     _show_status(Schedule(problem, records.read()))
     return _INTERRUPTED if received else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and folders that cannot be written."""
+    if not 0 <= options.minutes < math.inf:
+        raise RequestError(
+            f"--minutes: expected a number of at least 0, found {options.minutes:g}"
+        )
+    for name in ("processes", "threads"):
+        if (count := getattr(options, name)) < 1:
+            raise RequestError(f"--{name}: expected at least 1, found {count}")
+    for name in ("results", "work"):
+        _check_folder(options, name)
+
+
+def _check_folder(options: argparse.Namespace, name: str) -> None:
+    folder = getattr(options, name).resolve()
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise RequestError(
+            f"--{name}: expected a folder that can be written, found {folder} ({error.strerror})"
+        ) from None
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def opened(options: argparse.Namespace) -> tuple[Problem, Records]:
@@ -116,6 +155,7 @@ def status(options: argparse.Namespace) -> int:
 
 def take(options: argparse.Namespace) -> int:
     """Add records of other machines."""
+    _check_folder(options, "results")
     _, records = opened(options)
     print(f"{records.take(options.sources)} records added")
     return 0
@@ -125,6 +165,7 @@ def report(options: argparse.Namespace) -> int:
     """Join the records to one file, with a page and a figure beside it, and write the report."""
     from .report import write
 
+    _check_folder(options, "results")
     problem, records = opened(options)
     schedule = Schedule(problem, records.read())
     if not schedule.records:
@@ -168,6 +209,8 @@ def main() -> None:
     except RequestError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ class Record:
         )
 
     @property
+    def key(self) -> tuple[str, str]:
+        """The key of the task, and the signature of the configuration that it had."""
+        return self.task.key, self.signature
+
+    @property
     def finished(self) -> bool:
         """Whether it was trained to its end."""
         return self.state == "finished"
@@ -102,7 +107,7 @@ class Records:
         self.folder = folder
 
     def read(self) -> list[Record]:
-        """All records, each task once, in the order in which they began.
+        """All records, each task of each configuration once, in the order in which they began.
 
         Raises:
             RequestError: naming a file that holds no records.
@@ -111,8 +116,9 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Write a record at once, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(self.folder / f"{record.task.key}.parquet") as file:
+        with atomic_writer(
+            self.folder / f"{record.task.key}-{record.signature[:8]}.parquet"
+        ) as file:
             pq.write_table(_table([record]), file)
 
     def take(self, sources: Iterable[Path]) -> int:
@@ -121,7 +127,7 @@ class Records:
         Raises:
             RequestError: naming a file that is missing, or holds no records of this problem.
         """
-        known = {one.task.key for one in self.read()}
+        known = {one.key for one in self.read()}
         new = []
         for source in sources:
             files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
@@ -133,7 +139,7 @@ class Records:
                 raise RequestError(
                     f"{file}: expected records of {self.folder.name}, found {record.problem}"
                 )
-        added = [one for one in _unique(record for _, record in new) if one.task.key not in known]
+        added = [one for one in _unique(record for _, record in new) if one.key not in known]
         for record in added:
             self.add(record)
         return len(added)
@@ -187,10 +193,10 @@ def _table(records: Iterable[Record]) -> pa.Table:
 
 
 def _unique(records: Iterable[Record]) -> list[Record]:
-    """Each task once: of several records the first that began."""
-    found: dict[str, Record] = {}
+    """Each task of each configuration once: of several records the first that began."""
+    found: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda one: one.began):
-        found.setdefault(record.task.key, record)
+        found.setdefault(record.key, record)
     return list(found.values())
 
 

@@ -21,7 +21,7 @@ class Schedule:
 
     def __init__(self, problem: Problem, records: Sequence[Record]) -> None:
         self.problem = problem
-        self._found = {record.task.key: record for record in records}
+        self._found = {record.key: record for record in records}
 
     @cached_property
     def records(self) -> list[Record]:
@@ -113,10 +113,7 @@ class Schedule:
         return {method: self.chosen(method) for method in self.problem.methods}
 
     def _of(self, task: Task) -> Record | None:
-        record = self._found.get(task.key)
-        if record is None or record.signature != self.config(task).signature():
-            return None
-        return record
+        return self._found.get((task.key, self.config(task).signature()))
 
 
 def _value(record: Record) -> float:

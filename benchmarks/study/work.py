@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -69,13 +72,24 @@ _stop: Event | None = None  # of this process
 
 
 def set_up(stop: Event, threads: int) -> None:
-    """Prepare a process for tasks; signals are for its parent, which sets `stop`."""
+    """Prepare a process for tasks; signals are for its parent, which sets `stop`.
+
+    It ends at once where its parent has died: the next run continues from the last checkpoint.
+    """
     global _stop
     _stop = stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def work(task: Task, place: Workplace, deadline: float) -> Record | None:
@@ -86,7 +100,7 @@ def work(task: Task, place: Workplace, deadline: float) -> Record | None:
     """
     problem, records = read_problem(place.problem), Records(place.records)
     run = Schedule(problem, records.read()).config(task)
-    folder = place.folder / problem.name / task.training
+    folder = place.folder / problem.name / f"{task.training}-{run.signature()[:8]}"
     clock = Clock(deadline, _stop)
     try:
         record = _done(problem, task, run, folder, place, clock)

@@ -13,6 +13,7 @@ import pytest
 from study_helpers import record_of, tiny, tiny_file
 
 from benchmarks.study import work as working
+from benchmarks.study.__main__ import main
 from benchmarks.study.answers import answers
 from benchmarks.study.problem import Problem, Task, read_problem
 from benchmarks.study.records import Record, Records, read
@@ -155,6 +156,30 @@ def test_only_what_is_missing_is_imported_and_only_of_this_problem(tmp_path: Pat
         here.take([tmp_path / "no.parquet"])
 
 
+def test_records_of_an_earlier_configuration_do_not_hide_those_of_the_present_one(
+    tmp_path: Path,
+) -> None:
+    """They are older, in the joined file, and stay there."""
+    earlier = all_done(tiny(tmp_path))
+    records = Records(tmp_path / "records" / "tiny")
+    for record in earlier:
+        records.add(record)
+    records.join()
+    changed = tiny(tmp_path, base={**tiny(tmp_path).base, "batch_size": 30})
+    later = all_done(changed)
+    assert records.take([_folder_of(later, tmp_path / "elsewhere")]) == len(later)
+    assert Schedule(changed, records.read()).next(1e9, []) is None
+    records.join()
+    assert len(Schedule(changed, records.read()).records) == len(later)
+    assert len(Schedule(tiny(tmp_path), records.read()).records) == len(earlier)
+
+
+def _folder_of(found: list[Record], folder: Path) -> Path:
+    for record in found:
+        Records(folder).add(record)
+    return folder
+
+
 # ---------------------------------------------------------------- work
 
 
@@ -194,6 +219,22 @@ def test_a_task_that_is_paused_again_and_again_ends_as_one_that_is_not(
     assert {n: getattr(paused, n) for n in same} == {n: getattr(whole, n) for n in same}
     assert paused.result is not None
     assert paused.result["key"]["weights"] == whole.result["key"]["weights"]
+
+
+def test_a_task_of_another_configuration_does_not_continue_the_training_of_this_one(
+    tmp_path: Path,
+) -> None:
+    task = Task("tiny", "run", "pgd", 0, 20, 0, 0)
+    word = str(tiny_file(tmp_path, tuning=None))
+    assert work(task, Workplace(word, tmp_path / "a", tmp_path / "a-work"), 1e12) is not None
+    word = str(tiny_file(tmp_path, tuning=None, base={**tiny(tmp_path).base, "batch_size": 30}))
+    places = [Workplace(word, tmp_path / name, tmp_path / f"{name}-work") for name in "ab"]
+    after, alone = [work(task, place, 1e12) for place in places]
+    assert after is not None and alone is not None
+    assert (after.curves["valid/robust"], after.flags) == (
+        alone.curves["valid/robust"],
+        alone.flags,
+    )
 
 
 def test_a_training_that_fails_is_recorded_with_the_reason(tmp_path: Path) -> None:
@@ -315,6 +356,39 @@ def test_a_wrong_problem_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(RequestError, match=said):
         _ = tiny(tmp_path, **changes).spaces
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "--minutes", "nan"], "--minutes: expected a number of at least 0, found nan"),
+        (["run", "--minutes", "-1"], "--minutes: expected a number of at least 0, found -1"),
+        (["run", "--minutes", "1", "--processes", "0"], "--processes: expected at least 1, found 0"),
+        (["run", "--minutes", "1", "--threads", "-2"], "--threads: expected at least 1, found -2"),
+        (["run", "--minutes", "1", "--results", "file"], "--results: expected a folder"),
+        (["run", "--minutes", "1", "--work", "file"], "--work: expected a folder"),
+        (["import", "--results", "file", "there"], "--results: expected a folder"),
+        (["report", "--results", "file"], "--results: expected a folder"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_in_a_sentence_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    command, *options = words
+    argv = ["study", command, str(tiny_file(tmp_path)), *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"file", "tiny.yaml"}
 
 
 def test_a_problem_that_is_not_there_is_named(tmp_path: Path) -> None:
