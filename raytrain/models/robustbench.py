@@ -27,6 +27,7 @@ _STATISTICS = {
     "std": "normalise.std",
     "normalize.std": "normalise.std",
 }
+_OWN_STATISTICS = ("normalise.mean", "normalise.std")
 _WRAPPED = ("state_dict", "model_state_dict")  # keys of a state dict within a checkpoint
 _LAYOUTS = {  # first convolution, last layer, first convolution of a block of the first stage
     "resnet18": ("conv1", "linear", r"layer1\.(\d+)\.conv1"),
@@ -90,9 +91,9 @@ def read_robustbench(path: Path) -> dict[str, Tensor]:
         ) from error
     inner = [content[key] for key in _WRAPPED if isinstance(content, Mapping) and key in content]
     state = inner[0] if inner else content
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(map(_is_entry, state.items())):
         raise RequestError(
-            f"{path} holds no state dict; expected names and tensors, or these under "
+            f"{path} holds no state dict; expected names and dense, real tensors, or these under "
             f"{' or '.join(_WRAPPED)}"
         )
     for key, value in state.items():
@@ -117,18 +118,25 @@ def layout_of(path: Path) -> Layout:
 @functools.lru_cache(maxsize=8)
 def _layout_of(path: Path, version: tuple[int, int] | None) -> Layout:
     del version  # of the file: a sweep validates the same one for every trial
-    state = {_bare(key): value for key, value in read_robustbench(path).items()}
+    named = read_robustbench(path)
+    state = {_bare(key): value for key, value in named.items()}
+    if len(state) < len(named):
+        raise RequestError(
+            f"{path} has names twice, with and without a prefix; expected each once"
+        )
+    mean, std = _normaliser(path, state)
     for kind, (first, last, block) in _LAYOUTS.items():
         blocks = [found for key in state if (found := re.fullmatch(rf"{block}\.weight", key))]
         ends = [state.get(f"{layer}.weight") for layer in (first, last)]
+        ends += [state[found[0]] for found in blocks]
         if not blocks or any(weight is None or weight.dim() < 2 for weight in ends):
             continue
         return Layout(
             name=_name(kind, state, len(blocks), state[blocks[0][0]].shape[0]),
             channels=state[f"{first}.weight"].shape[1],
             classes=state[f"{last}.weight"].shape[0],
-            mean=_statistic(state, "normalise.mean"),
-            std=_statistic(state, "normalise.std"),
+            mean=mean,
+            std=std,
         )
     raise RequestError(
         f"{path} is of an unknown network (its first names: {', '.join([*state][:3])}); expected "
@@ -143,12 +151,30 @@ def _name(kind: str, state: Mapping[str, Tensor], num_blocks: int, width: int) -
     return f"{stem}-{6 * num_blocks + 4}-{width // 16}" + (f"-{silu}" if silu else "")
 
 
-def _statistic(state: Mapping[str, Tensor], name: str) -> tuple[float, ...] | None:
-    """The shortest decimals that are these numbers in float32."""
-    found = [state[key] for key, own in _STATISTICS.items() if own == name and key in state]
-    return (
-        tuple(float(str(value)) for value in found[0].float().numpy().ravel()) if found else None
+def _normaliser(
+    path: Path, state: Mapping[str, Tensor]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and std as the shortest decimals that are these numbers in float32; None twice without any."""
+    keys = {own: [key for key in state if _STATISTICS.get(key) == own] for own in _OWN_STATISTICS}
+    if not any(keys.values()):
+        return None, None
+    if any(len(found) != 1 for found in keys.values()):
+        found = ", ".join(key for key in state if key in _STATISTICS)
+        raise RequestError(f"{path} has {found}; expected one mean and one std, or neither")
+    mean, std = (
+        tuple(float(str(value)) for value in state[key].float().numpy().ravel())
+        for (key,) in keys.values()
     )
+    if not all(value > 0 for value in std):
+        raise RequestError(f"{path} has std {std}; expected positive numbers")
+    return mean, std
+
+
+def _is_entry(item: tuple[object, object]) -> bool:
+    key, value = item
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_complex()
 
 
 def _bare(key: str) -> str:

@@ -104,7 +104,32 @@ def test_statistics_of_ones_own_go_with_a_file_without_any(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ([1, 2], "theirs.pt holds no state dict; expected names and tensors"),
+        ([1, 2], "theirs.pt holds no state dict; expected names and dense, real tensors"),
+        ({0: torch.ones(1)}, "holds no state dict"),
+        pytest.param(
+            {"conv1.weight": torch.eye(2).to_sparse()},
+            "holds no state dict",
+            marks=pytest.mark.filterwarnings("ignore:Validating sparse"),
+        ),
+        ({"conv1.weight": torch.ones(2, dtype=torch.complex64)}, "holds no state dict"),
+        (
+            {
+                "conv1.weight": torch.ones(1, 1),
+                "fc.weight": torch.ones(1, 1),
+                "block1.layer.0.conv1.weight": torch.tensor(1.0),
+            },
+            "is of an unknown network",
+        ),
+        ({"std": torch.ones(3)}, "has std; expected one mean and one std, or neither"),
+        (
+            {"mean": torch.ones(3), "mu": torch.zeros(3), "std": torch.ones(3)},
+            "has mean, mu, std; expected one mean and one std",
+        ),
+        (
+            {"mean": torch.zeros(3), "std": torch.zeros(3)},
+            "has std .0.0, 0.0, 0.0.; expected positive numbers",
+        ),
+        ({"a": torch.ones(1), "module.a": torch.ones(1)}, "has names twice"),
         ({"state_dict": {"a": 1}}, "theirs.pt holds no state dict"),
         (
             {"a.weight": torch.ones(1)},
