@@ -60,13 +60,15 @@ def answers(
     budgets: Sequence[float],
     comparable: ComparableRuns,
     rows: dict[tuple[str, float], Row],
+    seeds: int,
 ) -> list[Answer]:
-    """The answers on one test set; `rows` are those of the arena, by method and budget.
+    """The answers on one test set; `rows` are those of the arena, by method and budget, and `seeds` is
+    how many runs each has.
 
     The p of all comparisons together are adjusted by Holm.
     """
     made = [
-        _compared(question, other, budget, comparable.attack, rows)
+        _compared(question, other, budget, comparable.attack, rows, seeds)
         for question in questions
         for budget in budgets
         for other in question.against
@@ -88,6 +90,7 @@ def _compared(
     budget: float,
     attack: str,
     rows: dict[tuple[str, float], Row],
+    seeds: int,
 ) -> Comparison:
     one, two = rows.get((question.method, budget)), rows.get((other, budget))
     made = Comparison(question, other, budget, (one, two))
@@ -99,4 +102,7 @@ def _compared(
     assert one is not None and two is not None
     if one.cost is None or two.cost is None or not 1 / _EQUAL <= one.cost / two.cost <= _EQUAL:
         return replace(made, why_not="the costs differ by more than a tenth")
-    return replace(made, difference=difference(flags_by_seed(one, two, attack)))
+    flags = flags_by_seed(one, two, attack)
+    if len(flags) < seeds:
+        return replace(made, why_not=f"{len(flags)} of {seeds} seeds were measured for both")
+    return replace(made, difference=difference(flags))

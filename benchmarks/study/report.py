@@ -90,7 +90,8 @@ def page_of(schedule: Schedule, shown: ReportContent, has_figure: bool) -> str:
     lines = [f"# {problem.title}", "", *_setting(schedule), ""]
     lines += [f"![Robust accuracy against cost]({FIGURE}.svg)", ""] if has_figure else []
     for comparable in (one for one in shown.comparables if one.images):
-        found = answers(problem.questions, problem.budgets, comparable, rows_of(comparable))
+        rows = rows_of(comparable)
+        found = answers(problem.questions, problem.budgets, comparable, rows, problem.seeds)
         attack = attack_title(comparable.attack)
         lines += [f"## {comparable.images:,} test images, {attack}", ""]
         lines += [*_answers(found), "", *_table(problem, comparable), ""]

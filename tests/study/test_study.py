@@ -289,7 +289,9 @@ def test_a_study_runs_without_the_frameworks_in_parts_and_its_report_is_made(
 def verdicts(problem: Problem, found: list[Record]) -> list[str]:
     shown = content(Schedule(problem, found))
     (comparable,) = [one for one in shown.comparables if one.images]
-    given = answers(problem.questions, problem.budgets, comparable, rows_of(comparable))
+    given = answers(
+        problem.questions, problem.budgets, comparable, rows_of(comparable), problem.seeds
+    )
     return [answer.verdict for answer in given]
 
 
@@ -305,7 +307,7 @@ def test_its_difference_is_that_of_the_flags_of_the_same_seeds(tmp_path: Path) -
     found = all_done(problem, pgd=0.8, fgsm_rs=0.5)
     shown = content(Schedule(problem, found))
     (comparable,) = [one for one in shown.comparables if one.images]
-    ((answer,),) = [answers(problem.questions, [20], comparable, rows_of(comparable))]
+    ((answer,),) = [answers(problem.questions, [20], comparable, rows_of(comparable), 2)]
     (one,) = answer.comparisons
     flags = {(r.method, r.seed): np.array(r.flags["pgd20"]) for r in found if r.phase == "run"}
     pairs = [(flags["pgd", seed], flags["fgsm_rs", seed]) for seed in range(2)]
@@ -319,6 +321,10 @@ def test_nothing_is_decided_where_costs_differ_or_something_is_missing(tmp_path:
         "not decided"
     ]
     schedule = Schedule(problem, found)
+    one_seed = [r for r in found if (r.method, r.seed) != ("pgd", 1)]
+    assert verdicts(problem, one_seed) == ["not decided"]
+    page = page_of(Schedule(problem, one_seed), content(Schedule(problem, one_seed)), False)
+    assert "1 of 2 seeds were measured for both" in page
     dear = [
         record_of(schedule, r.task, 0.9, r.flags["pgd20"], cost=30)  # pyright: ignore[reportArgumentType]
         if r.phase == "run" and r.method == "pgd"
