@@ -14,8 +14,7 @@ from .records import Record
 
 
 class Schedule:
-    """First the trials of all methods in turn, then the runs: evaluation by evaluation, budgets in the order of
-    the problem, seed by seed.
+    """First the trials of all methods in turn, then the runs by evaluation, budget and seed, in this order.
 
     Records of another configuration than the present one are left out: they are of an earlier problem.
     """
