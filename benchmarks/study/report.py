@@ -104,6 +104,7 @@ def page_of(schedule: Schedule, shown: ReportContent, has_figure: bool) -> str:
 def _setting(schedule: Schedule) -> list[str]:
     problem, records = schedule.problem, schedule.records
     any_run = problem.trial(next(iter(problem.methods)), 0)
+    seeds = "one seed" if problem.seeds == 1 else f"{problem.seeds} seeds"
     searched = "Nothing was searched here."
     if (tuning := problem.tuning) is not None:
         searched = (
@@ -115,7 +116,7 @@ def _setting(schedule: Schedule) -> list[str]:
     said = (
         f"{any_run.data.name}, {any_run.model.name}, {any_run.threat.norm} eps "
         f"{any_run.threat.eps:.4g}; runs of {budgets} forward-equivalents (FE) per training image, "
-        f"{problem.seeds} seeds each. {searched} The test set was used once per run and evaluation."
+        f"{seeds} each. {searched} The test set was used once per run and evaluation."
     )
     machines = sorted({record.tags.get("hardware", "?") for record in records})
     commits = sorted({record.tags.get("git_commit", "?")[:10] for record in records})

@@ -14,7 +14,7 @@ from .records import Record
 
 
 class Schedule:
-    """First the trials of all methods in turn, then the runs, seed by seed, with each evaluation in turn.
+    """First the trials of all methods in turn, then the runs by evaluation, budget and seed, in this order.
 
     Records of another configuration than the present one are left out: they are of an earlier problem.
     """
@@ -32,8 +32,8 @@ class Schedule:
         """All tasks that are known: runs of a method are, once its trials are done."""
         yield from self._trials()
         for evaluation in range(len(self.problem.evaluations)):
-            for seed in range(self.problem.seeds):
-                for budget in self.problem.budgets:
+            for budget in self.problem.budgets:
+                for seed in range(self.problem.seeds):
                     yield from self._runs(budget, seed, evaluation)
 
     @property
