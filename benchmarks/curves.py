@@ -18,12 +18,16 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from algorithms import hardware, versions
+import torch
+
+from raytrain.core.git import git
+from raytrain.tracking.provenance import hardware
 
 HERE = Path(__file__).parent
 
@@ -132,7 +136,9 @@ def problem(budget: float) -> bytes:
 
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """All rows, under another name first: a kill leaves the old file whole."""
-    where = f"{hardware(options)}; {versions()}"
+    commit = git(HERE, "rev-parse", "--short", "HEAD")
+    where = f"{hardware()}, {options.processes} processes of one thread; torch {torch.__version__}"
+    where += f", raytrain {version('raytrain')} at {commit}"
     about = {b"problem": problem(options.budget), b"measured": where.encode()}
     ordered = sorted(rows, key=lambda row: (row["params"], row.get("epoch") or 0))
     temporary = options.file.with_suffix(".part")

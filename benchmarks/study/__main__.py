@@ -21,18 +21,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 from raytrain.core.console import log_line
-from raytrain.core.errors import RequestError
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.core.files import check_folder
 
 from .problem import HERE, Problem, Task, read_problem
 from .records import Record, Records
 from .schedule import Schedule
-from .work import Workplace, set_up, work
+from .work import Workplace, check_data, set_up, work
 
 RESULTS = HERE / "results"
 _INTERRUPTED = 130
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     place = Workplace(
         options.problem, records.folder, options.work.resolve(), options.data, options.device
     )
+    check_data(problem, place)
     deadline = time.time() + 60 * options.minutes
     context = get_context("spawn")
     stop = context.Event()
@@ -69,7 +71,13 @@ def run(options: argparse.Namespace) -> int:
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                _show(running.pop(future), future.result(), problem, records.read())
+                task = running.pop(future)
+                try:
+                    record = future.result()
+                except (RequestError, TrainingFailed):
+                    stop.set()  # for the tasks beside it
+                    raise
+                _show(task, record, problem, records.read())
     _show_status(Schedule(problem, records.read()))
     return _INTERRUPTED if received else 0
 
@@ -209,6 +217,12 @@ def main() -> None:
     except RequestError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except TrainingFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except BrokenProcessPool:
+        print("a process of the study has died, perhaps for want of memory", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 

@@ -22,8 +22,9 @@ from raytrain.commands.evaluate import EvalResult, evaluate
 from raytrain.config.run import RunConfig
 from raytrain.core.distributed_context import DistributedContext, keep_freed_memory, local_context
 from raytrain.core.epoch_metrics import EpochMetrics
-from raytrain.core.errors import TrainingFailed
-from raytrain.data.loader import open_splits
+from raytrain.core.errors import Diverged, RequestError
+from raytrain.data.catalogue import SOURCES
+from raytrain.data.loader import open_source, open_splits
 from raytrain.distributed.jobs import Job, local_rows
 from raytrain.evaluation.record import FLAGS, EvaluationRecord
 from raytrain.evaluation.settings import EvaluationSettings
@@ -97,6 +98,7 @@ def work(task: Task, place: Workplace, deadline: float) -> Record | None:
 
     Raises:
         RequestError: if the problem does not fit the data.
+        TrainingFailed: if it failed for another reason than that training diverged.
     """
     problem, records = read_problem(place.problem), Records(place.records)
     run = Schedule(problem, records.read()).config(task)
@@ -121,9 +123,32 @@ def _done(
         rows = _trained(here, folder, clock)
         if task.evaluation is not None:
             found = _evaluated(folder, problem.evaluations[task.evaluation], here, clock)
-    except TrainingFailed as error:
+    except Diverged as error:  # the method's own; what a machine causes is no result
         state = str(error)
     return _record(task, run, here, state, rows or _rows(folder), began, found)
+
+
+def check_data(problem: Problem, place: Workplace) -> None:
+    """Check that the images have the classes and the size of those that the problem names.
+
+    Raises:
+        RequestError: naming `--data`.
+    """
+    run = problem.trial(next(iter(problem.methods)), 0)
+    expected, found = SOURCES.get(run.data.name), open_source(_here(run, place).data)
+    if expected is None or place.data is None:
+        return
+    for what in ("channels", "size"):
+        if getattr(expected, what) != getattr(found, what):
+            raise RequestError(
+                f"--data: expected images of {run.data.name}, {what} {getattr(expected, what)}; found "
+                f"{getattr(found, what)} in {place.data}"
+            )
+    if len(expected.classes) != len(found.classes):
+        raise RequestError(
+            f"--data: expected the {len(expected.classes)} classes of {run.data.name}, found "
+            f"{len(found.classes)} in {place.data}"
+        )
 
 
 def _here(run: RunConfig, place: Workplace) -> RunConfig:

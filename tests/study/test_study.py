@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from study_helpers import record_of, tiny, tiny_file
 
@@ -19,9 +21,9 @@ from benchmarks.study.problem import Problem, Task, read_problem
 from benchmarks.study.records import Record, Records, read
 from benchmarks.study.report import content, page_of, rows_of
 from benchmarks.study.schedule import Schedule
-from benchmarks.study.work import OutOfTime, Workplace, work
+from benchmarks.study.work import OutOfTime, Workplace, check_data, work
 from raytrain.config.request import as_run
-from raytrain.core.errors import RequestError
+from raytrain.core.errors import RequestError, TrainingFailed
 from raytrain.evaluation.confidence import difference
 
 ROOT = Path(__file__).parents[2]
@@ -244,6 +246,36 @@ def test_a_training_that_fails_is_recorded_with_the_reason(tmp_path: Path) -> No
     record = work(Task("tiny", "tune", "pgd", 0, 10, 1000), place, 1e12)
     assert record is not None and "diverged" in record.state and record.valid_robust is None
     assert Records(place.records).read() == [record]
+
+
+def test_what_a_machine_causes_is_not_recorded_as_the_method_s_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise TrainingFailed("no space left on device")
+
+    monkeypatch.setattr(working, "evaluate", full)
+    word = str(tiny_file(tmp_path))
+    place = Workplace(word, tmp_path / "records", tmp_path / "work")
+    for trial in range(2):
+        tried = Task("tiny", "tune", "pgd", trial, 10, 1000)
+        Records(place.records).add(record_of(Schedule(read_problem(word), []), tried))
+    with pytest.raises(TrainingFailed, match="no space left"):
+        work(Task("tiny", "run", "pgd", 0, 20, 0, 0), place, 1e12)
+    assert {one.phase for one in Records(place.records).read()} == {"tune"}
+
+
+def test_images_of_another_size_are_not_those_of_the_problem(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    pixels = np.random.RandomState(0).randint(0, 256, (40, 3 * 16 * 16), dtype=np.uint8)
+    table = {"image": list(pixels), "label": [k % 10 for k in range(40)]}
+    pq.write_table(pa.table(table), file)
+    place = Workplace("cifar10", tmp_path, tmp_path, str(file))
+    with pytest.raises(
+        RequestError, match="--data: expected images of cifar10, size 32; found 16"
+    ):
+        check_data(read_problem("cifar10"), place)
+    check_data(read_problem("digits"), Workplace("digits", tmp_path, tmp_path))
 
 
 @pytest.mark.slow
