@@ -68,13 +68,16 @@ class Lookup:
 
 
 def field_at(run: BaseModel, path: str) -> Any:
-    """A field of a run by its path; of a record, its name or kind.
+    """A field of a run by its path, also within a curriculum; of a record, its name or kind.
 
     Raises:
         Absent: if there is none.
     """
     here: Any = run
     for part in path.split("."):
+        if isinstance(here, Mapping) and part in here:
+            here = here[part]
+            continue
         if not isinstance(here, BaseModel) or part not in type(here).model_fields:
             raise Absent(path)
         here = getattr(here, part)
