@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
     with ProcessPoolExecutor(
         options.processes, mp_context=context, initializer=set_up, initargs=(stop, options.threads)
     ) as pool:
+        schedule = Schedule(problem, records.read())
         while True:
-            schedule = Schedule(problem, records.read())
             while len(running) < options.processes and not stop.is_set():
                 left = deadline - time.time()
                 task = schedule.next(left, running.values()) if left > 0 else None
@@ -77,8 +77,9 @@ def run(options: argparse.Namespace) -> int:
                 except (RequestError, TrainingFailed):
                     stop.set()  # for the tasks beside it
                     raise
-                _show(task, record, problem, records.read())
-    _show_status(Schedule(problem, records.read()))
+                schedule = Schedule(problem, records.read())
+                _show(task, record, schedule)
+    _show_status(schedule)
     return _INTERRUPTED if received else 0
 
 
@@ -120,9 +121,8 @@ def opened(options: argparse.Namespace) -> tuple[Problem, Records]:
     return problem, Records(options.results.resolve() / problem.name)
 
 
-def _show(task: Task, record: Record | None, problem: Problem, records: list[Record]) -> None:
+def _show(task: Task, record: Record | None, schedule: Schedule) -> None:
     """A line per task."""
-    schedule = Schedule(problem, records)
     at = f"{len(schedule.records)}/{schedule.count}"
     what = f"{task.phase} {task.method}, {task.budget:g} FE"
     what += f", trial {task.trial}" if task.phase == "tune" else f", seed {task.seed}"

@@ -9,13 +9,11 @@ from typing import Literal
 from raytrain.evaluation.confidence import Difference, difference, holm
 from raytrain.report.comparable import ComparableRuns
 from raytrain.report.pairs import LEVEL, flags_by_seed
-from raytrain.report.rows import Row
+from raytrain.report.rows import ALIKE, Row
 
 from .problem import Question
 
 Verdict = Literal["yes", "no", "not decided"]
-
-_EQUAL = 1.1  # costs within this factor count as equal
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def _compared(
         if not row.trusted:
             return replace(made, why_not=f"{name} failed a check ({row.failed[0]})")
     assert one is not None and two is not None
-    if one.cost is None or two.cost is None or not 1 / _EQUAL <= one.cost / two.cost <= _EQUAL:
+    if one.cost is None or two.cost is None or not 1 / ALIKE <= one.cost / two.cost <= ALIKE:
         return replace(made, why_not="the costs differ by more than a tenth")
     flags = flags_by_seed(one, two, attack)
     if len(flags) < seeds:

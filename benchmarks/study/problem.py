@@ -39,7 +39,7 @@ class Method(Spec):
 class Tuning(Spec):
     """The search of every method's hyperparameters: the same number of trials, each at the same cost."""
 
-    trials: Annotated[PositiveInt, Field(description="the first are the published defaults")]
+    trials: Annotated[PositiveInt, Field(description="the first has the published defaults")]
     fe_per_image: Annotated[PositiveFloat, Field(description="cost of a trial")]
     seed: Annotated[int, Field(ge=0, description="of all trials; none of those of the runs")] = (
         1000
@@ -196,8 +196,7 @@ class Task:
     @property
     def key(self) -> str:
         """The name of its record."""
-        text = f"{self.phase}-{self.method}-{self.trial}-{self.budget:g}-{self.seed}"
-        return text if self.evaluation is None else f"{text}-{self.evaluation}"
+        return self.training if self.evaluation is None else f"{self.training}-{self.evaluation}"
 
     @property
     def training(self) -> str:

@@ -19,7 +19,7 @@ from raytrain.report.evaluations import EvaluatedRun
 from raytrain.report.folder import replace_report, report_folder
 from raytrain.report.rows import Row
 from raytrain.report.runs import Trained
-from raytrain.report.sections import seconds_of
+from raytrain.report.sections import seconds_of, seeds_of
 
 from .answers import Answer, Comparison, answers
 from .problem import Problem
@@ -180,7 +180,7 @@ def _table(problem: Problem, comparable: ComparableRuns) -> list[str]:
             cells = [row.score(name) for name in attacks] + [row.valid()]
             said = ["-" if cell is None else cell.text for cell in cells]
             cost = "-" if row.cost is None else f"{row.cost:,.0f}"
-            seeds = str(len(row.setting.runs))
+            seeds = seeds_of(row, comparable.attack)
             name = method + ("" if row.trusted else " (a check failed)")
             lines.append(f"| {' | '.join([name, *said, cost, seconds_of(row), seeds])} |")
     return lines

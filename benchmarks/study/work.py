@@ -100,15 +100,15 @@ def work(task: Task, place: Workplace, deadline: float) -> Record | None:
         RequestError: if the problem does not fit the data.
         TrainingFailed: if it failed for another reason than that training diverged.
     """
-    problem, records = read_problem(place.problem), Records(place.records)
-    run = Schedule(problem, records.read()).config(task)
+    problem = read_problem(place.problem)
+    run = Schedule(problem, []).config(task)
     folder = place.folder / problem.name / f"{task.training}-{run.signature()[:8]}"
     clock = Clock(deadline, _stop)
     try:
         record = _done(problem, task, run, folder, place, clock)
     except OutOfTime:
         return None
-    records.add(record)
+    Records(place.records).add(record)
     if task.phase == "tune":
         shutil.rmtree(folder, ignore_errors=True)
     return record

@@ -28,3 +28,14 @@ def stage(
 def global_mean(h: Float[Tensor, "n k h w"]) -> Float[Tensor, "n k"]:
     """The mean over the pixels, so that a network takes images of any side."""
     return h.mean((2, 3))
+
+
+def start_he_normal(network: nn.Module, last: nn.Linear) -> None:
+    """Draw convolutions from He's normal distribution by fan-out, and set the bias of `last` to 0.
+
+    BatchNorm starts at 1 and 0 by itself.
+    """
+    nn.init.zeros_(last.bias)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

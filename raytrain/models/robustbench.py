@@ -105,7 +105,7 @@ def read_robustbench(path: Path) -> dict[str, Tensor]:
 def layout_of(path: Path) -> Layout:
     """Recognise the network of a file by its names and shapes.
 
-    ReLU and SiLU cannot be told apart by them: DMWideResNet's names stand for SiLU, with which all
+    They are the same with ReLU and with SiLU: DMWideResNet's names stand for SiLU, with which all
     networks of RobustBench's CIFAR leaderboards that have these names are built.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from raytrain.models.classifier import AbstractTwoStage
-from raytrain.models.layers import conv, global_mean, stage
+from raytrain.models.layers import conv, global_mean, stage, start_he_normal
 
 _MOMENTUM = 0.01  # of BatchNorm
 
@@ -72,10 +72,7 @@ class SiluWideResNet(AbstractTwoStage):
         )
         self.batchnorm = nn.BatchNorm2d(64 * width, momentum=_MOMENTUM)
         self.logits = nn.Linear(64 * width, classes)
-        nn.init.zeros_(self.logits.bias)
-        for module in self.modules():  # BatchNorm starts at 1 and 0 by itself
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_he_normal(self, self.logits)
 
     def stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k p q"]:
         return self.init_conv(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from raytrain.models.classifier import AbstractTwoStage
-from raytrain.models.layers import conv, global_mean, stage
+from raytrain.models.layers import conv, global_mean, stage, start_he_normal
 
 
 @final
@@ -55,10 +55,7 @@ class WideResNet(AbstractTwoStage):
         self.block3 = _named_stage(32 * width, 64 * width, num_blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, classes)
-        nn.init.zeros_(self.fc.bias)
-        for module in self.modules():  # BatchNorm starts at 1 and 0 by itself
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_he_normal(self, self.fc)
 
     def stem(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k p q"]:
         return self.conv1(x)

@@ -13,7 +13,8 @@ from raytrain.report.runs import Trained, split_of
 VALID = "valid"
 """What configurations are ranked by where none was evaluated on the test set."""
 
-_ALIKE = 1.1  # costs within this factor of one another count as equal
+ALIKE = 1.1
+"""Costs within this factor of one another count as equal."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def ranked(rows: list[Row], attack: str) -> list[Row]:
     dear = sorted((row for row in rows if row.cost is not None), key=lambda row: row.cost or 0.0)
     bands: list[list[Row]] = []
     for row in dear:
-        if not bands or (row.cost or 0.0) > _ALIKE * (bands[-1][0].cost or 0.0):
+        if not bands or (row.cost or 0.0) > ALIKE * (bands[-1][0].cost or 0.0):
             bands.append([])
         bands[-1].append(row)
     front = {id(row) for row in _front(bands, attack)}
